@@ -1,0 +1,26 @@
+"""Slim diffusion models in closed form, guided by their activations, without a gradient step."""
+
+from slimdiff.calibration import CalibrationSettings, Statistics, calibrate
+from slimdiff.compression import Compression, compress
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.plan import Budget, Plan
+from slimdiff.planning import PlanSettings, make_plan
+from slimdiff.slimming import slim_denoiser
+from slimdiff.trajectory import Sampling
+
+__all__ = [
+    "Budget",
+    "CalibrationSettings",
+    "Compression",
+    "InputError",
+    "MissingPackageError",
+    "Plan",
+    "PlanSettings",
+    "Sampling",
+    "SlimdiffError",
+    "Statistics",
+    "calibrate",
+    "compress",
+    "make_plan",
+    "slim_denoiser",
+]

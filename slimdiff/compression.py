@@ -1,0 +1,107 @@
+"""Calibrate, plan, slim: the three steps in one call."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diffusers import DiffusionPipeline
+
+from slimdiff.calibration import CalibrationSettings, Statistics, calibrate
+from slimdiff.errors import InputError
+from slimdiff.models import slim_class_of
+from slimdiff.plan import Budget, Plan
+from slimdiff.planning import PlanSettings, make_plan
+from slimdiff.sites import find_sites
+from slimdiff.slimming import factorise, slim_denoiser
+from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
+
+
+@dataclass
+class Compression:
+    """What `compress` gives back.
+
+    Attributes:
+        pipeline: a pipeline like the one that came in, with a slim denoiser; its other components are shared.
+        plan: site -> rank, costs, predicted errors.
+        statistics: reusable for another budget.
+        seconds: time taken by `calibrate`, `plan` and `slim`.
+    """
+
+    pipeline: DiffusionPipeline
+    plan: Plan
+    statistics: Statistics
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compress(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    budget: Budget | None = None,
+    *,
+    plan: Plan | None = None,
+    calibration: CalibrationSettings | None = None,
+    planning: PlanSettings | None = None,
+    statistics: Statistics | None = None,
+    progress: bool = True,
+) -> Compression:
+    """Slim a pipeline's denoiser without a gradient step.
+
+    Args:
+        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number.
+        budget: what goes out of the denoiser; or
+        plan: the ranks themselves (a plan read from a file, perhaps edited).
+        statistics: from an earlier calibration of the same weights, to save the time.
+
+    Raises:
+        InputError: for an impossible budget, a plan or statistics of another model, or nothing to slim.
+    """
+    if (budget is None) == (plan is None):
+        raise InputError("give either a budget or a plan")
+    calibration, planning = calibration or CalibrationSettings(), planning or PlanSettings()
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    slim_class_of(denoiser)  # refuse before the long work, not after
+    started = time.perf_counter()
+    seconds = {}
+
+    def lap(step: str) -> None:
+        nonlocal started
+        seconds[step], started = time.perf_counter() - started, time.perf_counter()
+
+    if statistics is None:
+        statistics = calibrate(pipeline, prompts, calibration, progress="calibrate" if progress else None)
+    lap("calibrate")
+    factors = None
+    if plan is None:
+        assert budget is not None
+        wanted = [s for s in find_sites(denoiser)[0] if s.group in planning.groups]
+        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None)
+        calls = []
+        if planning.allocation == "global":
+            calls = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
+        plan = make_plan(
+            denoiser, statistics, budget, planning, calls=calls, factors=factors, progress="plan" if progress else None
+        )
+    lap("plan")
+    slim = slim_denoiser(denoiser, statistics, plan, factors, "slim" if progress else None)
+    lap("slim")
+    return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
+
+
+def sensitivity_calls(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], sampling: Sampling, planning: PlanSettings
+) -> list[Call]:
+    """Denoiser calls spread evenly over one batch of trajectories, as many as the settings say (at most one a step)."""
+    calls = record_calls(pipeline, [p for p in prompts if p.strip()][: sampling.batch], sampling)
+    count = min(planning.sensitivity_calls, len(calls))
+    return [calls[i * len(calls) // count] for i in range(count)]
+
+
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:
+    """A pipeline like this one with another denoiser; the original is untouched, its other components are shared."""
+    other = copy.copy(pipeline)
+    other.register_modules(**{denoiser_name(pipeline): denoiser})
+    return other

@@ -1,0 +1,44 @@
+"""The embedded model: a small text-to-image Stable Diffusion of coloured shapes, and the means to judge its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slimdiff.errors import InputError
+
+
+def path() -> Path:
+    """The embedded model's pipeline directory."""
+    folder = Path(__file__).parent / "model"
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"the embedded model is missing from {folder}: install slimdiff again, or train it (see train.py)"
+        )
+    return folder
+
+
+def captions(count: int, seed: int = 0, *, held_out: bool = False) -> list[str]:
+    """`count` captions of the embedded model's world; with `held_out`, ones that its training set never contains."""
+    from slimdiff.embedded.scenes import sample_scenes
+
+    return [s.caption() for s in sample_scenes(count, seed, held_out=held_out)]
+
+
+def quality(images: Sequence[Any], seed: int) -> dict[str, float]:
+    """What the evaluator sees in images made from `captions(len(images), seed, held_out=True)`.
+
+    Returns:
+        `caption_accuracy` in [0, 1] and `frechet_distance` to as many rendered scenes.
+    """
+    from slimdiff.embedded import evaluator, scenes
+
+    judge = evaluator.load()
+    told = scenes.sample_scenes(len(images), seed, held_out=True)
+    pictures = evaluator.to_tensor(images)
+    hits = evaluator.attribute_hits(judge, pictures, told)
+    return {
+        "caption_accuracy": evaluator.caption_accuracy(hits)["all"],
+        "frechet_distance": evaluator.frechet_distance(judge, pictures, scenes.render(told, seed)),
+    }

@@ -1,0 +1,154 @@
+"""The plan: which rank each site keeps, and what that was computed from. Small, readable, versioned JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slimdiff.artifacts import replacing
+from slimdiff.errors import InputError
+from slimdiff.sites import Group, Site
+
+
+class Budget(BaseModel):
+    """How much goes out of the denoiser.
+
+    `parameters` is a count (`100M`, `2.5M`, `30k`, `1500000`) or a share of *all* the denoiser's parameters (`12%`);
+    a leading minus is allowed, for what is said is what goes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: str
+
+    def __init__(self, parameters: str | int | None = None, **data: Any) -> None:
+        super().__init__(parameters="" if parameters is None else str(parameters), **data)
+
+    def removed(self, total: int) -> int:
+        """How many of `total` parameters must go.
+
+        Raises:
+            InputError: if the text is no budget, or asks for nothing, or for everything.
+        """
+        match = re.fullmatch(r"-?\s*(\d+(?:\.\d+)?)\s*([kMB%]?)", self.parameters.strip())
+        if not match:
+            raise InputError(f"budget {self.parameters!r}: write a count such as 100M or a share such as 25%")
+        number, unit = float(match[1]), match[2]
+        scale = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "%": total / 100}[unit]
+        removed = round(number * scale)
+        if not 0 < removed < total:
+            raise InputError(f"budget {self.parameters!r} is {removed:,} of {total:,} parameters: it must lie between")
+        return removed
+
+
+class SitePlan(BaseModel):
+    """What one site keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    group: Group
+    path: str
+    """The module's path in the denoiser."""
+    heads: int = Field(ge=1)
+    dense_rank: int = Field(ge=1)
+    """The dense model's inner dimension: per head for attention, channels for feed_forward."""
+    rank: int = Field(ge=1)
+    """The inner dimension kept, in the same unit."""
+    cost: int = Field(ge=1)
+    """Parameters per unit of rank."""
+    local_error: float | None = None
+    """Predicted relative error of the module's own output (of the scores, for query_key)."""
+    sensitivity: float | None = None
+    """How much the noise prediction's relative error grows per unit of local error, if it was measured."""
+    predicted_error: float | None = None
+    """Sensitivity times local error: this site's share of the noise prediction's relative mean squared error."""
+
+
+class Plan(BaseModel):
+    """Ranks by site name, in execution order of the modules."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model_class: str
+    """The dense denoiser's class."""
+    model_hash: str
+    """Fingerprint of the dense denoiser's weights."""
+    allocation: str
+    align: int
+    parameters: dict[str, int]
+    """`dense`, `slim`: the denoiser's parameter counts; `budget`: what slim was to be."""
+    sites: dict[str, SitePlan]
+    left_dense: list[dict[str, str]] = []
+    calibration: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        ranks: dict[str, int] = {}
+        for name, site in self.sites.items():
+            if name != f"{site.path}.{site.group}":
+                raise ValueError(f"site {name!r} must be named {site.path}.{site.group}")
+            if site.rank > site.dense_rank:
+                raise ValueError(f"{name} keeps rank {site.rank}, but the dense model has {site.dense_rank}")
+            if ranks.setdefault(site.path, site.rank) != site.rank:
+                raise ValueError(
+                    f"{site.path}: query_key and value_output must keep the same rank "
+                    "(unequal head dimensions lose fused attention in every runtime)"
+                )
+        return self
+
+    def save(self, path: Path) -> None:
+        with replacing(path, is_file=True) as temporary:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan, perhaps edited by hand.
+
+        Raises:
+            InputError: saying which entry is wrong and why.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: no plan can be read there ({error.strerror})") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, content: str | dict[str, Any], where: str) -> Plan:
+        """A plan from JSON text or a dictionary; `where` is named in errors."""
+        try:
+            return cls.model_validate(json.loads(content) if isinstance(content, str) else content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"])
+            reason = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{where}: {place + ': ' if place else ''}{reason}") from error
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON: {error}") from error
+
+    def ranks(self) -> dict[str, int]:
+        """Rank by module path."""
+        return {site.path: site.rank for site in self.sites.values()}
+
+    def recount(self) -> Plan:
+        """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand."""
+        removed = sum((s.dense_rank - s.rank) * s.cost for s in self.sites.values())
+        parameters = {**self.parameters, "slim": self.parameters["dense"] - removed}
+        return self.model_copy(update={"parameters": parameters})
+
+
+def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:
+    return SitePlan(
+        group=site.group,
+        path=site.path,
+        heads=site.heads,
+        dense_rank=site.dense_rank,
+        rank=rank,
+        cost=site.cost,
+        **errors,
+    )
