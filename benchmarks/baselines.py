@@ -1,0 +1,79 @@
+"""What slimming is compared with: the same structures at the same sizes, chosen without looking at activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slimdiff.plan import Plan
+from slimdiff.sites import Site, attention_linears, feed_forward_linears
+from slimdiff.slimming import assemble
+
+
+def magnitude_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
+    """Keep the head dimensions and channels whose weights are largest (L2 norms of both sides multiplied)."""
+
+    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.group == "feed_forward":
+            return _largest_channels(module, site, rank)
+        query, key, value, output = attention_linears(module)
+        if site.group == "query_key":
+            kept = _top(query.weight.norm(dim=1) * key.weight.norm(dim=1), site, rank)
+            scale = (rank / site.dense_rank) ** 0.5
+            return {
+                **{f"to_q.{n}": p[kept] * scale for n, p in query.named_parameters()},
+                **{f"to_k.{n}": p[kept] for n, p in key.named_parameters()},
+            }
+        kept = _top(value.weight.norm(dim=1) * output.weight.norm(dim=0), site, rank)
+        return {
+            **{f"to_v.{n}": p[kept] for n, p in value.named_parameters()},
+            "to_out.0.weight": output.weight[:, kept],
+        }
+
+    return assemble(denoiser, plan, weights)
+
+
+def plain_svd(denoiser: nn.Module, plan: Plan) -> nn.Module:
+    """Truncated SVD of `W_q W_k^T` and `W_v W_o` per head, unwhitened; feed-forward channels by magnitude."""
+
+    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.group == "feed_forward":
+            return _largest_channels(module, site, rank)
+        query, key, value, output = attention_linears(module)
+        if any(linear.bias is not None for linear in (query, key, value)):
+            raise NotImplementedError("the plain SVD of a projection with a bias is not defined")
+        shape = (site.heads, site.dense_rank, -1)
+        if site.group == "query_key":
+            left, right = query.weight.reshape(shape), key.weight.reshape(shape)
+            scale = (rank / site.dense_rank) ** 0.5
+            first, second = _truncate(left.mT @ right, rank)
+            return {"to_q.weight": (first * scale).mT.flatten(0, 1), "to_k.weight": second.flatten(0, 1)}
+        left, right = value.weight.reshape(shape), output.weight.T.reshape(shape)
+        first, second = _truncate(left.mT @ right, rank)
+        return {"to_v.weight": first.mT.flatten(0, 1), "to_out.0.weight": second.flatten(0, 1).T}
+
+    return assemble(denoiser, plan, weights)
+
+
+def _truncate(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r factors `[H, in, r]`, `[H, r, out]` of a product `[H, in, out]`."""
+    u, s, vt = torch.linalg.svd(product.double(), full_matrices=False)
+    half = s[:, :rank].sqrt()
+    return u[..., :rank] * half[:, None, :], half[:, :, None] * vt[:, :rank]
+
+
+def _top(score: Tensor, site: Site, rank: int) -> Tensor:
+    """Indices of each head's `rank` largest entries of a score `[H d]`, in order."""
+    best = score.reshape(site.heads, site.dense_rank).topk(rank, dim=1).indices.sort(dim=1).values
+    return (best + torch.arange(site.heads)[:, None] * site.dense_rank).flatten()
+
+
+def _largest_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+    up, down, gated = feed_forward_linears(module)
+    rows = up.weight.norm(dim=1)
+    value = rows[: site.dense_rank]
+    score = value * rows[site.dense_rank :] * down.weight.norm(dim=0) if gated else value * down.weight.norm(dim=0)
+    kept = _top(score, site, rank)
+    both = torch.cat([kept, kept + site.dense_rank]) if gated else kept
+    result = {f"net.0.proj.{n}": p[both] for n, p in up.named_parameters()}
+    return {**result, "net.2.weight": down.weight[:, kept]}

@@ -1,0 +1,190 @@
+"""The README's table: quality and speed of the slim embedded model, against pruning without activations.
+
+`python -m benchmarks.quality [--cuts 10,25,50] [--captions 500]` or `make bench`. Rows measured before, with the
+same model and settings, are read from `runs/bench`; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.baselines import magnitude_pruning, plain_svd
+from exporters.latency import LatencySettings, machine_name, paired_latency
+from exporters.onnx_export import ExportSettings, export_unet
+from exporters.onnx_runtime import OnnxUNet
+from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, artifacts, embedded, make_plan, slim_denoiser
+from slimdiff.calibration import calibrate
+from slimdiff.compression import sensitivity_calls, with_denoiser
+from slimdiff.costs import count_macs, count_parameters
+from slimdiff.embedded import evaluator, scenes
+from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
+from slimdiff.fidelity import image_fidelity, noise_error
+from slimdiff.pipelines import load_pipeline
+from slimdiff.sites import find_sites
+from slimdiff.slimming import factorise
+from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
+
+CALIBRATION = CalibrationSettings(samples=64, sampling=Sampling(steps=20, batch=16, seed=0))
+ERROR_SAMPLING = Sampling(steps=20, batch=16, seed=50_000)
+
+
+class Bench:
+    """The dense model, what calibration saw of it, and what it is compared on."""
+
+    def __init__(self, captions: int) -> None:
+        self.pipeline = load_pipeline("demo")
+        self.unet = self.pipeline.unet
+        self.prompts = embedded.captions(CALIBRATION.samples, 1)
+        self.statistics = calibrate(self.pipeline, self.prompts, CALIBRATION)
+        self.factors = factorise(self.unet, self.statistics, find_sites(self.unet)[0], "factorise")
+        self.sensitivity = sensitivity_calls(self.pipeline, self.prompts, CALIBRATION.sampling, PlanSettings())
+        self.calls = record_calls(
+            self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2, progress="record"
+        )
+        self.scenes = scenes.sample_scenes(captions, EVALUATION_SCENES, held_out=True)
+        self.judge = evaluator.load()
+        self.rendered = scenes.render(self.scenes, 1)
+
+    def plan(self, cut: float, allocation: str) -> Plan:
+        budget = Budget(round(cut / 100 * transformer_parameters(self.unet)))
+        settings = PlanSettings(allocation=allocation)
+        return make_plan(
+            self.unet, self.statistics, budget, settings, calls=self.sensitivity, factors=self.factors, progress=None
+        )
+
+    def images(self, unet: nn.Module, name: str) -> list[Any]:
+        pipeline = with_denoiser(self.pipeline, unet)
+        return sample_images(pipeline, [s.caption() for s in self.scenes], EVALUATION, progress=name)
+
+    def hits(self, images: list[Any]) -> np.ndarray:
+        """Right and told attributes per caption, `[N, 2]`."""
+        rows = evaluator.attribute_hits(self.judge, evaluator.to_tensor(images), self.scenes)
+        flat = [[h for hits in row.values() for h in hits] for row in rows]
+        return np.array([[sum(f), len(f)] for f in flat])
+
+
+def points_lost(dense: np.ndarray, slim: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Caption accuracy lost, in points, with a 95 % interval of a paired bootstrap over captions."""
+    draw = np.random.default_rng(seed).integers(len(dense), size=(4000, len(dense)))
+    told = dense[:, 1][draw].sum(1)
+    lost = 100 * (dense[:, 0] - slim[:, 0])[draw].sum(1) / told
+    total = 100 * float((dense[:, 0] - slim[:, 0]).sum() / dense[:, 1].sum())
+    return {"median": total, "low": float(np.quantile(lost, 0.025)), "high": float(np.quantile(lost, 0.975))}
+
+
+def measure_row(bench: Bench, dense: dict[str, Any], method: str, cut: float, folder: Path) -> dict[str, Any]:
+    allocation = "global" if method.endswith("global") else "uniform"
+    plan = bench.plan(cut, allocation)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "magnitude pruning": lambda: magnitude_pruning(bench.unet, plan),
+        "plain SVD": lambda: plain_svd(bench.unet, plan),
+    }
+    ours = method.startswith("slimdiff")
+    unet = slim_denoiser(bench.unet, bench.statistics, plan, bench.factors, progress=None) if ours else makers[method]()
+    images = bench.images(unet, f"{method} {cut:g} %")
+    hits = bench.hits(images)
+    row = {
+        "method": method,
+        "cut": cut,
+        "parameters": count_parameters(unet),
+        "macs": count_macs(unet, bench.calls[0]),
+        "noise_error": noise_error(lambda c: predict(bench.unet, c), lambda c: predict(unet, c), bench.calls)[
+            "relative_mse"
+        ],
+        "psnr_db": image_fidelity(dense["images"], images)["psnr_db"],
+        "caption_accuracy": float(hits[:, 0].sum() / hits[:, 1].sum()),
+        "points_lost": points_lost(dense["hits"], hits),
+        "frechet_distance": evaluator.frechet_distance(bench.judge, evaluator.to_tensor(images), bench.rendered),
+    }
+    if ours:
+        row["speedup"] = onnx_speedup(bench, unet, folder / f"{allocation}-{cut:g}")
+    return row
+
+
+def onnx_speedup(bench: Bench, unet: nn.Module, folder: Path) -> dict[str, float]:
+    """Dense over slim, median of pairs in ONNX Runtime on the CPU, one guided call for one image."""
+    call = record_calls(bench.pipeline, bench.prompts[:1], Sampling(steps=1, batch=1))[0]
+    runners = []
+    for name, module in (("dense", bench.unet), ("slim", unet)):
+        target = folder.parent / "dense" if name == "dense" else folder
+        if not (target / "model.onnx").is_file():
+            with artifacts.replacing(target) as temporary:
+                export_unet(copy.deepcopy(module), temporary, call, ExportSettings())
+        runners.append(OnnxUNet(target))
+    result = paired_latency(
+        lambda: runners[0].predict(call),
+        lambda: runners[1].predict(call),
+        LatencySettings(rounds=100),
+        progress="bench",
+    )
+    return result["speedup"]
+
+
+def table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | transformer-block parameters | UNet parameters | MACs | noise-prediction error | PSNR to dense "
+        "| caption accuracy | points lost (95 %) | Fréchet | ONNX Runtime speedup (95 %) |",
+        "| --- " * 10 + "|",
+        f"| dense | 100 % | {dense['parameters'] / 1e6:.2f} M | {dense['macs'] / 1e6:.0f} M | 0 | - "
+        f"| {dense['caption_accuracy']:.1%} | 0 | {dense['frechet_distance']:.3f} | 1 |",
+    ]
+    for row in rows:
+        lost, speed = row["points_lost"], row.get("speedup")
+        lines.append(
+            f"| {row['method']} | -{row['cut']:g} % | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.0f} M "
+            f"| {row['noise_error']:.1e} | {row['psnr_db']:.1f} dB | {row['caption_accuracy']:.1%} "
+            f"| {lost['median']:+.1f} ({lost['low']:+.1f} to {lost['high']:+.1f}) | {row['frechet_distance']:.3f} "
+            + (f"| {speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) |" if speed else "| - |")
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuts", default="10,25,50", help="percent of the transformer-block parameters")
+    parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    arguments = parser.parse_args()
+    cuts = [float(c) for c in arguments.cuts.split(",")]
+    bench = Bench(arguments.captions)
+    settings = {
+        "model": bench.statistics.model_hash,
+        "captions": arguments.captions,
+        "calibration": CALIBRATION.model_dump(),
+        "evaluation": EVALUATION.model_dump(),
+    }
+    folder = arguments.out / artifacts.fingerprint(settings)[:12]
+    file = folder / "quality.json"
+    known = {(r["method"], r["cut"]): r for r in json.loads(file.read_text())["rows"]} if file.is_file() else {}
+    images = bench.images(bench.unet, "dense")
+    hits = bench.hits(images)
+    dense = {
+        "images": images,
+        "hits": hits,
+        "parameters": count_parameters(bench.unet),
+        "macs": count_macs(bench.unet, bench.calls[0]),
+        "caption_accuracy": float(hits[:, 0].sum() / hits[:, 1].sum()),
+        "frechet_distance": evaluator.frechet_distance(bench.judge, evaluator.to_tensor(images), bench.rendered),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for cut in cuts:
+        for method in ("slimdiff, global", "slimdiff, uniform", "plain SVD", "magnitude pruning"):
+            rows.append(known.get((method, cut)) or measure_row(bench, dense, method, cut, folder))
+            known[method, cut] = rows[-1]
+            artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
+    print(table(dense, rows))
+    print(f"\n{arguments.captions} captions; {machine_name()}; torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

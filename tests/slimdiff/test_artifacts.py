@@ -1,0 +1,65 @@
+"""Artifacts appear whole or not at all, and their manifests are believed only after checking."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from slimdiff import InputError, artifacts
+
+
+def folder_with(tmp_path, **files: str):
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    artifacts.write_manifest(folder, "test", {"recipe": "x"})
+    return folder
+
+
+def test_a_failed_write_leaves_the_old_one_and_no_litter(tmp_path):
+    target = tmp_path / "out"
+    with artifacts.replacing(target) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), artifacts.replacing(target) as temporary:
+        (temporary / "a").write_text("new")
+        raise RuntimeError
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with artifacts.replacing(target) as temporary:
+        (temporary / "b").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_manifest_accepts_what_it_describes(tmp_path):
+    folder = folder_with(tmp_path, a="1", b="2")
+    assert set(artifacts.verify_manifest(folder)["files"]) == {"a", "b"}
+
+
+def test_manifest_sees_a_changed_a_missing_and_an_outside_file(tmp_path):
+    folder = folder_with(tmp_path, a="1", b="2")
+    (folder / "a").write_text("3")
+    with pytest.raises(InputError, match="SHA-256 differs"):
+        artifacts.verify_manifest(folder)
+    (folder / "a").unlink()
+    with pytest.raises(InputError, match="lacks a"):
+        artifacts.verify_manifest(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {"../../etc/passwd": {"sha256": "0", "bytes": 0}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="outside"):
+        artifacts.verify_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"files": {}, "schema": 99}'])
+def test_a_broken_manifest_is_refused(tmp_path, text):
+    folder = folder_with(tmp_path, a="1")
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(InputError):
+        artifacts.verify_manifest(folder)
+
+
+def test_fingerprints_depend_on_values_not_on_order():
+    assert artifacts.fingerprint({"a": 1, "b": [2]}) == artifacts.fingerprint({"b": [2], "a": 1})
+    assert artifacts.fingerprint({"a": 1}) != artifacts.fingerprint({"a": 2})

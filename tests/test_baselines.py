@@ -1,0 +1,42 @@
+"""The methods that slimming is compared with are what they say, so that the comparison is fair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PROMPTS, SAMPLING
+
+from benchmarks.baselines import _truncate, magnitude_pruning, plain_svd
+from slimdiff import Budget, PlanSettings, make_plan, slim_denoiser
+from slimdiff.costs import count_parameters
+from slimdiff.fidelity import noise_error
+from slimdiff.sites import find_sites
+from slimdiff.trajectory import predict, record_calls
+
+
+@pytest.fixture(scope="module")
+def calls(pipeline):
+    return record_calls(pipeline, PROMPTS, SAMPLING)
+
+
+@pytest.mark.parametrize("method", [magnitude_pruning, plain_svd])
+def test_a_baseline_has_the_plans_size_and_is_worse(pipeline, compression, calls, method):
+    statistics = compression.statistics
+    settings = PlanSettings(allocation="uniform", align=4)
+    plan = make_plan(pipeline.unet, statistics, Budget("20%"), settings, progress=None)
+    other, ours = method(pipeline.unet, plan), slim_denoiser(pipeline.unet, statistics, plan, progress=None)
+    assert count_parameters(other) == count_parameters(ours) == plan.parameters["slim"]
+
+    def error(slim):
+        return noise_error(lambda c: predict(pipeline.unet, c), lambda c: predict(slim, c), calls)["relative_mse"]
+
+    assert error(ours) < error(other)
+
+
+def test_svd_at_full_rank_of_the_product_is_exact(pipeline, compression, calls):
+    """Truncating nothing changes nothing: the factors' layout and scale are right."""
+    site = next(s for s in find_sites(pipeline.unet)[0] if s.group == "query_key")
+    module = pipeline.unet.get_submodule(site.path)
+    left, right = (w.weight.reshape(site.heads, site.dense_rank, -1) for w in (module.to_q, module.to_k))
+    first, second = _truncate(left.mT @ right, site.dense_rank)
+    torch.testing.assert_close((first @ second).float(), left.mT @ right, atol=1e-6, rtol=1e-4)
