@@ -1,0 +1,90 @@
+"""What a parsed TensorRT network and the bytes of a built engine tell, with no GPU to open the engine on."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+"""TensorRT's names of dtypes, where they are not everybody's."""
+
+_FUSED = re.compile(rb"fqn=(_gemm_mha_v2_0x[0-9a-f]+)")
+"""The plan names the kernel thus once per call, and elsewhere in the kernel's own source."""
+
+_THROUGH = ("SHUFFLE", "CAST", "UNSQUEEZE", "SQUEEZE", "IDENTITY")
+"""Layers that the parser puts between a weight and its product."""
+
+
+def describe_network(trt: Any, network: Any) -> dict[str, Any]:
+    """Inputs, outputs, weight dims and attention products of a network whose layers `name_by_module` named.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        network: its `INetworkDefinition`, with static shapes.
+
+    Returns:
+        `inputs` and `outputs` (`name`, `shape`, `dtype`), `layers` (count), `dims` (module path -> `(out, in)` of its
+        linear) and `attention` (see `attention_of`).
+    """
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    dims: dict[str, tuple[int, ...]] = {}
+    products: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY:
+            continue
+        layer.__class__ = trt.IMatrixMultiplyLayer  # the network hands out the base class, which lacks op1
+        a, b = layer.get_input(0), layer.get_input(1)
+        module = layer.name.rpartition("/")[0]
+        if _is_constant(trt, b, makers):
+            shape = tuple(b.shape)[-2:]
+            dims[module] = shape if layer.op1 == trt.MatrixOperation.TRANSPOSE else shape[::-1]
+        elif not _is_constant(trt, a, makers):
+            shapes = (a, b, layer.get_output(0))
+            products[module].append(dict(zip(("a", "b", "out"), (list(s.shape) for s in shapes), strict=True)))
+    return {
+        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "layers": len(layers),
+        "dims": dims,
+        "attention": list(attention_of(products)),
+    }
+
+
+def attention_of(products: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Per attention module, from its two products: `module`, `query_key_dim` and `value_dim` (per head), `queries` and
+    `keys` (tokens), `heads` (None where the processor folds them into the batch), and `products`, the shapes."""
+    for module, pair in products.items():
+        if len(pair) != 2:  # not softmax(QK)V: told, not interpreted
+            yield {"module": module, "products": pair}
+            continue
+        scores, mixed = pair
+        yield {
+            "module": module,
+            "heads": scores["a"][1] if len(scores["a"]) == 4 else None,
+            "query_key_dim": scores["a"][-1],
+            "value_dim": mixed["out"][-1],
+            "queries": scores["out"][-2],
+            "keys": scores["out"][-1],
+            "products": pair,
+        }
+
+
+def fused_attention(plan: bytes) -> dict[str, int]:
+    """Count fused attention in a serialized engine: `calls` (one per layer that fused) and `kernels` (distinct)."""
+    calls = _FUSED.findall(plan)
+    return {"calls": len(calls), "kernels": len(set(calls))}
+
+
+def _tensor(tensor: Any) -> dict[str, Any]:
+    name = tensor.dtype.name
+    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": DTYPES.get(name, name.lower())}
+
+
+def _is_constant(trt: Any, tensor: Any, makers: dict[str, Any]) -> bool:
+    layer = makers.get(tensor.name)
+    while layer is not None and layer.type.name in _THROUGH:
+        layer = makers.get(layer.get_input(0).name)
+    return layer is not None and layer.type == trt.LayerType.CONSTANT
