@@ -1,0 +1,1 @@
+"""The chain from a recipe to a report, and the command line."""

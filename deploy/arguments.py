@@ -1,0 +1,35 @@
+"""From command-line arguments to settings, with errors that name the flag."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from slimdiff.errors import InputError
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def settings(kind: type[S], args: argparse.Namespace, *names: str, **more: Any) -> S:
+    """Settings from the arguments of these names that were given; the rest keeps its default.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    values = {**given(**{name: getattr(args, name) for name in names}), **more}
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]) if first["loc"] else kind.__name__
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"--{flag.replace('_', '-')}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
+        ) from error

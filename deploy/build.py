@@ -1,0 +1,230 @@
+"""The chain: from a recipe to a report and a verdict. `deploy.layout` says what the build folder holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deploy
+import exporters
+import slimdiff
+from deploy import layout, steps
+from deploy.console import amount, log
+from deploy.figures import machine
+from deploy.gates import EXIT_CODE, judge, overall
+from deploy.recipe import Recipe
+from deploy.stages import Done, Stage, locked, run_stages
+from deploy.workshop import Workshop, model_hash, source_hash
+from slimdiff import artifacts
+from slimdiff.errors import MissingPackageError
+
+_CORE = ("torch", "diffusers", "transformers")
+_EXPORT = (*_CORE, "onnx", "onnxscript", "onnxruntime")
+
+
+def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the chain; what is done already and has not changed is skipped.
+
+    Args:
+        recipe: all settings.
+        name: what the build is called in the report.
+        folder: the build folder.
+        force: stages to do again, with all that depend on them.
+
+    Returns:
+        the content of `build.json`; `exit_code` is 0, 1 or 4, as the gates decide.
+
+    Raises:
+        SlimdiffError: if a stage cannot be done; what was finished before it is kept.
+    """
+    _preflight(recipe)
+    with locked(folder):
+        shop = Workshop(recipe, folder)
+        stages = make_stages(shop)
+        again = set(force)
+        done: list[Done] = []
+
+        def report(into: Path) -> None:
+            """The report reads build.json, so that is written as soon as everything before is there."""
+            from deploy.report import write_report
+
+            artifacts.write_json(folder / layout.BUILD, summary(shop, name, done))
+            write_report(folder, into / layout.REPORT)
+
+        inputs = {"report": source_hash(Path(deploy.__file__).parent, "report*.py", "templates/*"), "name": name}
+        needs = tuple(stage.name for stage in stages)
+        chain = [*stages, Stage("report", report, needs, recipe.gates.model_dump(), inputs, "report")]
+        for stage in run_stages(folder, chain, again):
+            done.append(stage)
+        whole = summary(shop, name, done)
+        artifacts.write_json(folder / layout.BUILD, whole)
+        with artifacts.replacing(folder / layout.REPORT, is_file=True) as temporary:
+            shutil.copyfile(folder / "report" / layout.REPORT, temporary)
+        return whole
+
+
+def make_stages(shop: Workshop) -> list[Stage]:
+    """All stages but the report, with everything that decides their results."""
+    recipe = shop.recipe
+    core = {"slimdiff": source_hash(Path(slimdiff.__file__).parent), **_versions(_CORE)}
+    export = {
+        **core,
+        "exporters": source_hash(Path(exporters.__file__).parent),
+        "steps": artifacts.sha256_of(Path(steps.__file__)),
+        **_versions(_EXPORT),
+    }
+    model = {"model": model_hash(recipe.model)}
+    prompts = {"prompts": artifacts.fingerprint(shop.prompts)}
+    captions = {"captions": artifacts.fingerprint(shop.captions)}
+    compare = recipe.compare.model_dump()
+    here = {"machine": artifacts.fingerprint(machine())}
+    engine = {"skipped": str(steps.no_engine(shop)), **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy"))}
+    validate = {**recipe.validation.model_dump(), "trajectory": compare["sampling"]}
+    trajectory = {"trajectory": compare["sampling"]}
+
+    def stage(
+        name: str,
+        step: Callable[[Workshop, Path], None],
+        needs: tuple[str, ...],
+        settings: dict[str, Any],
+        inputs: dict[str, str],
+        kind: str,
+    ) -> Stage:
+        return Stage(name, partial(step, shop), needs, settings, inputs, kind)
+
+    return [
+        stage(
+            "calibrate", steps.calibrate_step, (), recipe.calibration.model_dump(), core | model | prompts, "statistics"
+        ),
+        stage(
+            "plan",
+            steps.plan_step,
+            ("calibrate",),
+            {**recipe.budget.model_dump(), **recipe.plan.model_dump()},
+            core,
+            "plan",
+        ),
+        stage("slim", steps.slim_step, ("plan",), trajectory, core, "slim-model"),
+        stage(
+            "export",
+            steps.export_step,
+            ("slim",),
+            {**recipe.export.model_dump(), **trajectory},
+            export | captions,
+            "onnx",
+        ),
+        stage("engine", steps.engine_step, ("export",), recipe.engine.model_dump(), export | engine, "engine"),
+        stage("validate", steps.validate_step, ("slim", "export", "engine"), validate, export, "parity"),
+        stage("compare", steps.compare_step, ("slim", "export"), compare, export | captions, "fidelity"),
+        stage(
+            "bench", steps.bench_step, ("export",), recipe.bench.model_dump() | _gate(recipe), export | here, "latency"
+        ),
+    ]
+
+
+def _gate(recipe: Recipe) -> dict[str, Any]:
+    return {"min_speedup": recipe.gates.min_speedup}
+
+
+def _preflight(recipe: Recipe) -> None:
+    """Miss a package now rather than after an hour of calibration.
+
+    Raises:
+        MissingPackageError: naming the extra.
+    """
+    wanted = [("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("polygraphy", "onnx")]
+    if recipe.engine.enabled and recipe.engine.backend != "auto":
+        from exporters.engine import EXTRAS, MODULES
+
+        wanted.append((MODULES[recipe.engine.backend], EXTRAS[recipe.engine.backend]))
+    for module, extra in wanted:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackageError(f"{module} is not installed: pip install 'slimdiff[{extra}]'")
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    import importlib.metadata
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def summary(shop: Workshop, name: str, done: Sequence[Done]) -> dict[str, Any]:
+    """What `build.json` holds, from the results of the stages."""
+    folder, recipe = shop.folder, shop.recipe
+    results = {stage: layout.read(folder, stage) for stage in ("slim", "validate", "compare", "bench")}
+    judged = judge(recipe.gates, results)
+    verdict = overall(judged)
+    slim, bench = results["slim"], results["bench"]
+    figures = {key: {side: slim[key][side] for side in ("dense", "slim")} for key in ("parameters", "macs", "bytes")}
+    latency = None
+    if "skipped" not in bench:
+        latency = {"dense": bench["baseline"]["median_ms"], "slim": bench["candidate"]["median_ms"]}
+    return layout.strict(
+        {
+            "schema": artifacts.SCHEMA,
+            "name": name,
+            "model": _name_of(recipe.model),
+            "sentence": _sentence(recipe, results),
+            "verdict": verdict,
+            "exit_code": EXIT_CODE[verdict],
+            "gates": judged,
+            "figures": {**figures, "latency_ms": latency},
+            "stages": [vars(stage) for stage in done],
+            "seconds": round(sum(stage.seconds for stage in done), 3),
+            "versions": {"python": platform.python_version(), **artifacts.versions()},
+            "machine": machine(),
+            "made_from": {
+                "recipe": artifacts.fingerprint(_public(recipe)),
+                "model": artifacts.read_manifest(folder / "calibrate")["made_from"]["inputs"]["model"],
+                "prompts": artifacts.read_manifest(folder / "calibrate")["made_from"]["inputs"]["prompts"],
+            },
+            "recipe": _public(recipe),
+        }
+    )
+
+
+def _name_of(model: str) -> str:
+    """A model as it may be told to others: no path of this machine."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
+
+
+def _public(recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.model_dump(mode="json", by_alias=True)
+    settings["model"] = _name_of(recipe.model)
+    if isinstance(recipe.prompts, str):
+        settings["prompts"] = Path(recipe.prompts).name
+    return settings
+
+
+def _sentence(recipe: Recipe, results: dict[str, dict[str, Any]]) -> str:
+    dense, slim = (results["slim"]["parameters"][side] for side in ("dense", "slim"))
+    allocation = (
+        "one knapsack over measured sensitivities" if recipe.plan.allocation == "global" else "the same share of all"
+    )
+    text = (
+        f"slimdiff took {100 * (dense - slim) / dense:.1f} % of the parameters out of the denoiser of "
+        f"{_name_of(recipe.model)} ({amount(dense)} to {amount(slim)}) at {results['slim']['sites']} sites, "
+        f"chosen by {allocation}, without any training"
+    )
+    bench = results["bench"]
+    if "skipped" in bench:
+        return f"{text}."
+    before, after = (bench[side]["median_ms"] for side in ("baseline", "candidate"))
+    return f"{text}; one denoiser call now takes {after:.1f} ms instead of {before:.1f} ms."
+
+
+def log_verdict(whole: dict[str, Any]) -> None:
+    """Tell every gate on stderr."""
+    for gate in whole["gates"]:
+        log.info("gate %s: %s (%s)", gate["gate"], gate["verdict"], gate["detail"])

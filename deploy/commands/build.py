@@ -1,0 +1,81 @@
+"""`slimdiff build`: the whole chain from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """example:
+  slimdiff build recipe.yaml --out build
+
+recipe.yaml, at least:
+  model: path/to/diffusers-directory
+  prompts: prompts.txt
+  budget: {reduce: 25%}
+
+stages: calibrate, plan, slim, export, engine, validate, compare, bench, report"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "build",
+        help="the whole chain from a recipe; finished stages with unchanged inputs are skipped",
+        description="Calibrate, plan, slim, export, build the engine, validate, compare, bench, report. Finished "
+        "stages with unchanged inputs are skipped, an interrupted build goes on where it was. The recipe's gates "
+        "decide the exit code.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="what to build")
+    parser.add_argument("--out", metavar="DIR", help="build folder (default: the recipe's name without its ending)")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="do a stage and its dependants again"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_recipe(Path(args.recipe), args)
+
+
+def run_recipe(source: Path, args: argparse.Namespace) -> int:
+    """Build a recipe file; also what `slimdiff demo` does."""
+    from deploy import layout
+    from deploy.outputs import check_folder
+    from deploy.stages import LOCK
+    from slimdiff.errors import InputError
+
+    for name in args.force:
+        if name not in layout.STAGES:
+            raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(layout.STAGES)}")
+    if not source.is_file():
+        raise InputError(f"{source}: no such recipe")
+    out = Path(args.out) if args.out else Path(source.stem)
+    check_folder(out, LOCK, layout.BUILD)
+
+    from deploy.console import calm_libraries, result
+
+    calm_libraries()
+    from deploy.build import build, log_verdict
+    from deploy.recipe import load_recipe
+
+    whole = build(load_recipe(source), source.stem, out, args.force)
+    log_verdict(whole)
+    result({"out": str(out), "report": str(out / layout.REPORT), **whole}, _text(out, whole), args.json)
+    return whole["exit_code"]
+
+
+def _text(out: Path, whole: dict[str, Any]) -> str:
+    from deploy import layout
+    from deploy.console import amount, change, in_bytes
+
+    shown = {"parameters": amount, "macs": amount, "bytes": in_bytes, "latency_ms": lambda ms: f"{ms:.2f} ms"}
+    lines = [whole["sentence"], ""]
+    for name, show in shown.items():
+        figure = whole["figures"][name]
+        if figure:
+            dense, slim = figure["dense"], figure["slim"]
+            lines.append(f"{name.removesuffix('_ms'):12}{show(dense):>12} -> {show(slim):>12}   {change(dense, slim)}")
+    lines.append("")
+    lines += [f"gate {g['gate']}: {g['verdict']} ({g['detail']})" for g in whole["gates"]]
+    return "\n".join([*lines, f"verdict: {whole['verdict']}", f"report: {out / layout.REPORT}"])

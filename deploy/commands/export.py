@@ -1,0 +1,84 @@
+"""`slimdiff export`: ONNX of every pipeline component."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  slimdiff export demo --out demo-onnx
+  slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
+  slimdiff export slim --out slim-onnx --dynamic batch"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "export",
+        help="ONNX of every pipeline component, in optimum's directory layout",
+        description="Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="'demo', a diffusers pipeline directory (dense or slim), or a hub id"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the ONNX folder goes")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights, inputs and outputs")
+    parser.add_argument("--height", type=int, metavar="N", help="of the image, pixels (default: the model's)")
+    parser.add_argument("--width", type=int, metavar="N", help="of the image, pixels (default: the model's)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=2,
+        metavar="N",
+        help="samples in a denoiser call; two per image with guidance (default: 2)",
+    )
+    parser.add_argument("--dynamic", choices=("batch",), help="leave this open instead of fixed")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy.outputs import artifact_folder, check_folder
+    from slimdiff import artifacts
+    from slimdiff.errors import InputError, require
+
+    out = Path(args.out)
+    check_folder(out, artifacts.MANIFEST)
+    if args.batch < 1:
+        raise InputError(f"--batch must be at least 1, got {args.batch}")
+    require("onnx", "onnx")
+    require("onnxscript", "onnx")
+
+    from deploy.console import calm_libraries, in_bytes, log, result
+
+    calm_libraries()
+    from deploy.steps import shapes
+    from deploy.workshop import model_hash
+    from exporters.onnx_export import ExportSettings
+    from exporters.pipeline_export import example_call, export_pipeline
+    from slimdiff.pipelines import load_pipeline
+
+    settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic == "batch")
+    pipeline = load_pipeline(args.model)
+    call = example_call(pipeline, height=args.height, width=args.width, batch=args.batch)
+    log.info("export: %s, %s", args.model, args.precision)
+    with artifact_folder(out) as temporary:
+        progress = None if args.quiet else "export"
+        files = export_pipeline(pipeline, temporary, settings, call=call, progress=progress)
+        names = [file.relative_to(temporary).as_posix() for file in files]
+        inputs = shapes(call)
+        runs_on = {"runtime": "onnxruntime", "precision": args.precision, "unet": inputs, "dynamic": args.dynamic}
+        artifacts.write_manifest(temporary, "onnx", {"model": model_hash(args.model), **settings.model_dump()}, runs_on)
+        size = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
+    value = {
+        "out": str(out),
+        "precision": args.precision,
+        "graphs": names,
+        "unet_inputs": inputs,
+        "dynamic": args.dynamic,
+        "bytes": size,
+    }
+    text = "\n".join(
+        [f"{out}: {len(names)} graphs, {args.precision}, {in_bytes(size)}", *(f"  {name}" for name in names)]
+    )
+    result(value, text, args.json)
+    return 0

@@ -1,0 +1,71 @@
+"""Where a build keeps what: the names of its folders and files, and reading them.
+
+    build.json      gates, verdict, figures, stages, versions, machine, recipe; written last of all but the report
+    report.html     the report, a copy of report/report.html
+    calibrate/      statistics, calibrate.json
+    plan/           plan.json (a `slimdiff.Plan`), summary.json
+    slim/           the slim model, a diffusers pipeline directory, with slim.json (the result of `slimdiff compress`)
+    export/         dense/ and slim/ (ONNX of the denoiser), export.json
+    engine/         the engine and engine.json, or engine.json with {"skipped": reason} alone
+    validate/       validate.json: parity of the exported slim model with the slim model in torch
+    compare/        compare.json, images/NN-dense.png, NN-slim.png, NN-slim_onnx.png
+    bench/          bench.json: paired latency of dense and slim
+    report/         report.html
+
+Every folder has a `manifest.json`, whose `made_from.key` is the stage's key. Paths inside JSON are relative to the
+build folder. JSON is strict: what is infinite or undefined is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from slimdiff.errors import InputError
+
+STAGES = ("calibrate", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
+"""The stages of a build, in order; each has a folder of its name."""
+
+BUILD = "build.json"
+REPORT = "report.html"
+STATISTICS = "calibrate/statistics.safetensors"
+PLAN = "plan/plan.json"
+IMAGES = "compare/images"
+
+
+def result_file(stage: str) -> str:
+    """The file with a stage's result, relative to the build folder: `bench` -> `bench/bench.json`."""
+    return BUILD if stage == "build" else f"{stage}/{stage}.json"
+
+
+def read(build_folder: Path, stage: str) -> dict[str, Any]:
+    """A stage's result, or with `build` the summary of the whole.
+
+    Raises:
+        InputError: if it is not there or is not JSON.
+    """
+    file = build_folder / result_file(stage)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{build_folder} has no {result_file(stage)}: it is not a finished build") from None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}): build again with --force {stage}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is not a JSON object: build again with --force {stage}")
+    return value
+
+
+def strict(value: Any) -> Any:
+    """`value` as strict JSON can hold it: NaN and infinities become null, tuples lists, paths strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    return value

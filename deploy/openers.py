@@ -1,0 +1,170 @@
+"""Opening what a user names on the command line: a model, an ONNX graph, an engine, statistics, a plan, a build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimdiff import artifacts
+from slimdiff.errors import InputError
+from slimdiff.pipelines import load_pipeline
+from slimdiff.trajectory import Call, Sampling, denoiser_name, predict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimdiff import Plan
+
+ENGINE_REPORT = "engine.json"
+
+
+def kind_of(name: str) -> str:
+    """`model`, `onnx`, `engine`, `statistics`, `plan` or `build`; what is not here is taken for a model (a hub id).
+
+    Raises:
+        InputError: if it is here and is none of these.
+    """
+    path = Path(name)
+    if name == "demo" or not path.exists():
+        return "model"
+    if path.is_file():
+        kinds = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
+        if path.suffix in kinds:
+            return kinds[path.suffix]
+    else:
+        for mark, kind in (
+            ("build.json", "build"),
+            ("unet/model.onnx", "onnx"),
+            ("model.onnx", "onnx"),
+            (ENGINE_REPORT, "engine"),
+            ("model_index.json", "model"),
+            ("statistics.safetensors", "statistics"),
+            ("plan.json", "plan"),
+        ):
+            if (path / mark).is_file():
+                return kind
+    raise InputError(
+        f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
+        "folder, statistics, a plan or a build folder"
+    )
+
+
+def graph_of(name: str) -> Path:
+    """The UNet's graph of an ONNX file or folder; a folder with a manifest is checked against it.
+
+    Raises:
+        InputError: if there is none, or it is not what the manifest says.
+    """
+    path = Path(name)
+    found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
+    if found is None or found.suffix != ".onnx":
+        raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
+    if path.is_dir() and (path / artifacts.MANIFEST).is_file():
+        artifacts.verify_manifest(path)
+    return found
+
+
+def plan_beside(graph: Path) -> Plan | None:
+    """The plan in the `config.json` beside a slim graph; None for a dense one."""
+    from slimdiff import Plan
+
+    config = graph.parent / "config.json"
+    if not config.is_file():
+        return None
+    content = json.loads(config.read_text(encoding="utf-8")).get("slim_plan")
+    return Plan.parse(content, str(config)) if content else None
+
+
+@dataclass
+class Opened:
+    """An artifact whose denoiser can be called."""
+
+    kind: str
+    """`model` (in torch) or `onnx` (in ONNX Runtime)."""
+    denoiser: Any
+    predict: Callable[[Call], Tensor]
+    pipeline: Any = None
+    """The whole pipeline, for a model."""
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `fp16` or `bf16`, as the denoiser computes."""
+        name = str(self.denoiser.dtype).removeprefix("torch.")
+        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
+
+    def sampling(self, wanted: Sampling) -> Sampling:
+        """`wanted`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
+        if self.kind != "onnx":
+            return wanted
+        batch = self.denoiser.inputs["sample"][0]
+        if not isinstance(batch, int):
+            return wanted
+        guided = wanted.guidance > 1
+        if guided and batch % 2:
+            raise InputError(
+                f"this graph takes batches of {batch}, and guidance needs two samples an image: export with an even "
+                "batch, --dynamic batch, or use --guidance 1"
+            )
+        return wanted.model_copy(update={"batch": batch // 2 if guided else batch})
+
+    def pixels(self, pipeline: Any) -> dict[str, int]:
+        """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""
+        if self.kind != "onnx":
+            return {}
+        sides = self.denoiser.inputs["sample"][-2:]
+        scale = pipeline.vae_scale_factor
+        return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
+
+
+def open_denoiser(name: str) -> Opened:
+    """Open a model or an ONNX graph.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    kind = kind_of(name)
+    if kind == "model":
+        pipeline = load_pipeline(name)
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        return Opened(kind, denoiser, partial(predict, denoiser), pipeline)
+    if kind == "onnx":
+        from exporters.onnx_runtime import OnnxUNet
+
+        unet = OnnxUNet(graph_of(name))
+        return Opened(kind, unet, unet.predict)
+    if kind == "engine":
+        raise InputError(
+            f"{name} is an engine, which runs on its GPU only: name the model or the ONNX that it was built from"
+        )
+    raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
+
+
+def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
+    """A pipeline that makes images with what was opened.
+
+    Args:
+        opened: from `open_denoiser`.
+        name: how the user named it.
+        rest: the model that gives the other components to a graph; without one, the folder's own graphs in optimum.
+
+    Raises:
+        InputError: for a lone graph and no `rest`.
+        MissingPackageError: without optimum, where that is needed.
+    """
+    if opened.pipeline is not None:
+        return opened.pipeline
+    if rest is not None:
+        from slimdiff.compression import with_denoiser
+
+        return with_denoiser(load_pipeline(rest), opened.denoiser)
+    folder = Path(name)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
+    from slimdiff.errors import require
+
+    ort = require("optimum.onnxruntime", "optimum")
+    return ort.ORTDiffusionPipeline.from_pretrained(folder)

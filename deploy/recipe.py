@@ -1,0 +1,175 @@
+"""The recipe: every setting of a build, composed from the settings of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deploy.prompts import EMBEDDED
+from deploy.recipe_errors import explain
+from exporters.engine import EngineSettings
+from exporters.latency import LatencySettings
+from exporters.onnx_export import ExportSettings
+from slimdiff.calibration import CalibrationSettings
+from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.plan import Budget
+from slimdiff.planning import PlanSettings
+from slimdiff.trajectory import Sampling
+
+
+class Settings(BaseModel):
+    """What all settings have in common: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class BudgetSettings(Settings):
+    """How much smaller the denoiser must be."""
+
+    reduce: str = "12%"
+    """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
+
+    @field_validator("reduce", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> str:
+        try:
+            Budget(parameters=str(value)).removed(10**15)  # whether it can be met shows when the model is there
+        except SlimdiffError:
+            raise ValueError("write a count of parameters such as 100M, or a share such as 12%") from None
+        return str(value)
+
+
+class EngineStage(EngineSettings):
+    """The engine stage: how the engine is built, and whether."""
+
+    enabled: bool = True
+    """Whether to build an engine where a backend is installed; where none is, the stage says so and is skipped."""
+
+
+class ValidateStage(Settings):
+    """Parity of the exported slim model with the slim model in torch."""
+
+    calls: int = Field(4, ge=1)
+    """How many recorded calls of a trajectory to hold against each other, spread over its timesteps."""
+
+
+class CompareStage(Settings):
+    """Fidelity of the slim model against the dense one."""
+
+    images: int = Field(16, ge=1)
+    """How many images dense and slim make of the same captions and seeds."""
+    shown: int = Field(8, ge=0)
+    """How many of them are kept as files and shown in the report; slim in ONNX Runtime makes these too."""
+    trajectories: int = Field(2, ge=1)
+    """How many prompts' trajectories the noise-prediction error is taken over."""
+    sampling: Sampling = Sampling(steps=25, seed=10_000)
+    """How their images are made."""
+    captions_seed: int = 1
+    """Which captions the embedded model is judged on."""
+
+
+class Gates(Settings):
+    """What must hold for the build to succeed; a gate that is null is not asked for."""
+
+    parity: bool = True
+    """Whether the exported slim model must agree with the slim model in torch."""
+    min_speedup: float | None = Field(None, gt=0)
+    """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
+    max_quality_loss: float | None = Field(None, ge=0)
+    """Most points of caption accuracy that may be lost (models with an evaluator only)."""
+    max_noise_error: float | None = Field(None, gt=0)
+    """Largest relative mean squared change of the noise prediction."""
+    min_psnr_db: float | None = Field(None, gt=0)
+    """Least PSNR of slim images to dense ones."""
+
+
+class Recipe(Settings):
+    """A build, from a model to a report."""
+
+    model: str
+    """`demo`, a diffusers directory (relative to the recipe), or a hub id."""
+    prompts: str | list[str] | None = None
+    """A text file of one prompt a line (relative to the recipe), a list of prompts, or `embedded`: the demo model's
+    own, which is the default for it."""
+    calibration: CalibrationSettings = CalibrationSettings()
+    """What the denoiser is watched doing."""
+    budget: BudgetSettings = BudgetSettings()
+    """How much smaller the denoiser must be."""
+    plan: PlanSettings = PlanSettings()
+    """How ranks are chosen under the budget."""
+    export: ExportSettings = ExportSettings()
+    """How the dense and the slim denoiser become ONNX."""
+    engine: EngineStage = EngineStage()
+    """The TensorRT engine."""
+    validation: ValidateStage = Field(ValidateStage(), alias="validate")
+    """Parity."""
+    compare: CompareStage = CompareStage()
+    """Fidelity."""
+    bench: LatencySettings = LatencySettings()
+    """Paired latency."""
+    gates: Gates = Gates()
+    """What decides the exit code."""
+
+
+DEMO = Path(__file__).parent / "demo.yaml"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; what is wrong with it is told in one line.
+
+    Raises:
+        InputError: naming the file, the place in it, and what would be right.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a recipe: {error}") from error
+    try:
+        content = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: it must be a YAML mapping with at least the key 'model'")
+    return make_recipe(content, str(path), path.parent)
+
+
+def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
+    """A recipe from its content; relative paths in it are taken from `folder`.
+
+    Raises:
+        InputError: naming `source`, the place in it, and what would be right.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {explain(error, Recipe)}") from error
+    found: dict[str, Any] = {}
+    if recipe.prompts is None:
+        if recipe.model != "demo":
+            raise InputError(f"{source}: the key 'prompts' is missing: name a text file of one prompt a line")
+        found["prompts"] = EMBEDDED
+    if recipe.model != "demo" and (recipe.model.startswith(".") or (folder / recipe.model).exists()):
+        found["model"] = str(folder / recipe.model)
+    if isinstance(recipe.prompts, str) and recipe.prompts != EMBEDDED:
+        found["prompts"] = str(folder / recipe.prompts)
+    return recipe.model_copy(update=found)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that is written twice is an error, not a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

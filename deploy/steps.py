@@ -1,0 +1,269 @@
+"""The stages of a build, one function each: reads the recipe and what came before, writes into its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deploy import layout
+from deploy.console import log
+from deploy.figures import costs, side_by_side
+from deploy.pipeline_files import save_pipeline
+from deploy.workshop import Workshop, denoiser_of, spread
+from slimdiff import Budget, Plan, artifacts, calibrate, make_plan, slim_denoiser
+from slimdiff.compression import sensitivity_calls, with_denoiser
+from slimdiff.costs import count_parameters
+from slimdiff.fidelity import image_fidelity, noise_error
+from slimdiff.models import slim_class_of
+from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
+
+
+def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
+    """Write a stage's JSON into the folder that it is given."""
+    artifacts.write_json(folder / Path(layout.result_file(stage)).name, layout.strict(value))
+
+
+def calibrate_step(shop: Workshop, folder: Path) -> None:
+    """Statistics of the dense model's trajectories."""
+    settings = shop.recipe.calibration
+    denoiser = denoiser_of(shop.dense)
+    # Refuse a model that cannot be slimmed, or an impossible budget, before the long work and not after.
+    slim_class_of(denoiser)
+    Budget(parameters=shop.recipe.budget.reduce).removed(count_parameters(denoiser))
+    start = time.perf_counter()
+    statistics = calibrate(shop.dense, shop.prompts, settings)
+    statistics.save(folder / Path(layout.STATISTICS).name)
+    source = shop.recipe.prompts
+    sampling = settings.sampling
+    write_result(
+        folder,
+        "calibrate",
+        {
+            "prompts": len(shop.prompts),
+            "prompts_from": Path(source).name if isinstance(source, str) else "recipe",
+            "calls": -(-len(shop.prompts) // sampling.batch) * sampling.steps,
+            "sampling": sampling.model_dump(),
+            "seconds": round(time.perf_counter() - start, 3),
+        },
+    )
+
+
+def plan_step(shop: Workshop, folder: Path) -> None:
+    """Ranks under the budget."""
+    recipe = shop.recipe
+    calls = []
+    if recipe.plan.allocation == "global":
+        log.info("plan: recording a trajectory for the sensitivities")
+        calls = sensitivity_calls(shop.dense, shop.prompts, recipe.calibration.sampling, recipe.plan)
+    budget = Budget(parameters=recipe.budget.reduce)
+    denoiser = denoiser_of(shop.dense)
+    plan = make_plan(denoiser, shop.statistics, budget, recipe.plan, calls=calls, factors=shop.factors)
+    plan.save(folder / Path(layout.PLAN).name)
+
+
+def slim_step(shop: Workshop, folder: Path) -> None:
+    """The slim model, a diffusers pipeline directory."""
+    plan, dense = shop.plan, denoiser_of(shop.dense)
+    start = time.perf_counter()
+    slim = slim_denoiser(dense, shop.statistics, plan, shop.factors)
+    seconds = round(time.perf_counter() - start, 3)
+    save_pipeline(with_denoiser(shop.dense, slim), folder)
+    call = shop.trajectory[0]
+    earlier = {
+        stage: artifacts.read_manifest(shop.folder / stage)["made_from"]["seconds"] for stage in ("calibrate", "plan")
+    }
+    write_result(
+        folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), {**earlier, "slim": seconds})
+    )
+
+
+def compression_result(
+    plan: Plan, dense: dict[str, int], slim: dict[str, int], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What `slimdiff compress` reports, without `out`."""
+    figures: dict[str, Any] = side_by_side(dense, slim)
+    figures["parameters"]["budget"] = plan.parameters["budget"]
+    sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
+    return {**figures, "sites": sites, "left_dense": plan.left_dense, "seconds": seconds}
+
+
+def export_step(shop: Workshop, folder: Path) -> None:
+    """ONNX of the dense and the slim denoiser, with the shapes of one image's calls."""
+    from exporters.onnx_export import export_unet
+
+    settings = shop.recipe.export
+    result: dict[str, Any] = {"precision": settings.precision}
+    for name, pipeline in (("dense", shop.dense), ("slim", shop.slim)):
+        log.info("export: %s to ONNX, %s", name, settings.precision)
+        start = time.perf_counter()
+        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
+        seconds = round(time.perf_counter() - start, 3)
+        made_from = {"model": shop.recipe.model, "denoiser": name, "settings": settings.model_dump()}
+        inputs = shapes(shop.trajectory[0])
+        runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset}
+        artifacts.write_manifest(folder / name, "onnx", made_from, runs_on)
+        size = sum(f.stat().st_size for f in (folder / name).glob("model.onnx*"))
+        result[name] = {"folder": f"export/{name}", "bytes": size, "inputs": inputs, "seconds": seconds}
+    write_result(folder, "export", result)
+
+
+def shapes(call: Any) -> dict[str, list[int]]:
+    """Shapes of the graph's inputs for a recorded call."""
+    from exporters.onnx_export import unet_inputs
+
+    return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
+
+
+def engine_step(shop: Workshop, folder: Path) -> None:
+    """The engine of the slim graph in fp16, or the reason why there is none."""
+    reason = no_engine(shop)
+    if reason is not None:
+        log.info("engine: skipped, %s", reason)
+        write_result(folder, "engine", {"skipped": reason})
+        return
+    from exporters.engine import build_engine
+    from exporters.onnx_export import ExportSettings, export_unet
+
+    graph = shop.folder / "export" / "slim" / "model.onnx"
+    if shop.recipe.export.precision != "fp16":  # fp32 never fuses attention, and nobody runs it on such a GPU
+        log.info("engine: exporting the slim denoiser in fp16")
+        half = ExportSettings(precision="fp16", opset=shop.recipe.export.opset)
+        graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
+    result = build_engine(graph, folder, shop.recipe.engine, plan=shop.plan, progress="engine")
+    write_result(folder, "engine", {**result, "precision": "fp16"})
+
+
+def no_engine(shop: Workshop) -> str | None:
+    """Why there will be no engine; None if there will be one."""
+    from exporters.engine import MODULES, available_backend, has_gpu
+
+    stage = shop.recipe.engine
+    if not stage.enabled:
+        return "the recipe says so (engine.enabled: false)"
+    if stage.backend == "auto" and available_backend() is not None and not stage.targets and not has_gpu():
+        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
+    if stage.backend == "auto" and available_backend() is None:
+        return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
+    return None
+
+
+def validate_step(shop: Workshop, folder: Path) -> None:
+    """Parity with the fp32 torch model: the exported slim model, and its fp16 graph if there is one for the engine."""
+    from exporters.onnx_runtime import OnnxUNet
+    from exporters.parity import check_parity
+
+    calls = spread(shop.trajectory, shop.recipe.validation.calls)
+    graphs = [(shop.folder / "export" / "slim", shop.recipe.export.precision)]
+    if (shop.folder / "engine" / "onnx-fp16").is_dir():
+        graphs.append((shop.folder / "engine" / "onnx-fp16", "fp16"))
+    reference = partial(predict, denoiser_of(shop.slim))
+    parts = []
+    for graph, precision in graphs:
+        log.info("validate: %s in ONNX Runtime against fp32 in torch, %d calls", precision, len(calls))
+        found = check_parity(calls, reference, OnnxUNet(graph).predict, precision)
+        parts.append({"name": f"slim in ONNX Runtime ({precision}) against slim in torch (fp32)", **found})
+    write_result(
+        folder,
+        "validate",
+        {
+            "passed": all(part["passed"] for part in parts),
+            "precision": parts[0]["precision"],
+            "checks": [check for part in parts for check in part["checks"]],
+            "first_diverging": next((p["first_diverging"] for p in parts if p["first_diverging"]), None),
+            "calls": len(calls),
+            "timesteps": [call.timestep for call in calls],
+            "parts": parts,
+        },
+    )
+
+
+def compare_step(shop: Workshop, folder: Path) -> None:
+    """Fidelity of slim against dense: noise prediction, images, and quality where there is an evaluator."""
+    from exporters.onnx_runtime import OnnxUNet
+
+    settings = shop.recipe.compare
+    captions = shop.captions[: settings.images]
+    shown = min(settings.shown, len(captions))
+    noise = fidelity_of_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
+    images = {
+        name: sample_images(pipeline, captions, settings.sampling, progress=f"compare: {name}")
+        for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
+    }
+    if shown:  # the graph has the shapes of one image
+        one = settings.sampling.model_copy(update={"batch": 1})
+        exported = with_denoiser(shop.slim, OnnxUNet(shop.folder / "export" / "slim"))
+        images["slim_onnx"] = sample_images(exported, captions[:shown], one, progress="compare: slim in ONNX Runtime")
+    (folder / "images").mkdir()
+    pictures = []
+    for i, caption in enumerate(captions[:shown]):
+        picture: dict[str, Any] = {"caption": caption, "seed": settings.sampling.seed + i}
+        for name, made in images.items():
+            made[i].save(folder / "images" / f"{i:02d}-{name}.png")
+            picture[name] = f"{layout.IMAGES}/{i:02d}-{name}.png"
+        pictures.append(picture)
+    write_result(
+        folder,
+        "compare",
+        {
+            "noise_error": noise,
+            "images": image_fidelity(images["dense"], images["slim"]),
+            "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
+            "quality": quality(images["dense"], images["slim"], settings.captions_seed) if shop.judged else {},
+            "sampling": settings.sampling.model_dump(),
+            "pictures": pictures,
+        },
+    )
+
+
+def fidelity_of_noise(dense: Any, slim: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]:
+    """Noise-prediction error of slim on the dense model's trajectories.
+
+    The dense model is held against its own record first: anything but zero would make the figure worthless.
+    """
+    calls = record_calls(dense, prompts, sampling, progress="compare: trajectories")
+    reference, candidate = partial(predict, denoiser_of(dense)), partial(predict, denoiser_of(slim))
+    itself = noise_error(reference, reference, calls[:1])["relative_mse"]
+    if not itself <= 1e-12:
+        raise RuntimeError(
+            f"the dense model does not reproduce itself (relative error {itself}): its figures mean nothing"
+        )
+    return noise_error(reference, candidate, calls, progress="compare: noise error")
+
+
+def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
+    """What the embedded model's evaluator says of both sets of images."""
+    from slimdiff import embedded
+
+    seen = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
+    direction = {"caption_accuracy": ("share", "higher"), "frechet_distance": ("", "lower")}
+    return {
+        metric: {
+            "dense": seen["dense"][metric],
+            "slim": seen["slim"][metric],
+            "unit": direction.get(metric, ("", ""))[0],
+            "better": direction.get(metric, ("", ""))[1],
+            "count": len(dense),
+        }
+        for metric in seen["dense"]
+    }
+
+
+def bench_step(shop: Workshop, folder: Path) -> None:
+    """Paired latency of the dense and the slim graph in ONNX Runtime."""
+    import onnxruntime
+
+    from exporters.latency import paired_latency
+    from exporters.onnx_runtime import OnnxUNet
+
+    call = shop.trajectory[len(shop.trajectory) // 2]
+    runs: list[Callable[[], Any]] = [
+        partial(OnnxUNet(shop.folder / "export" / name).predict, call) for name in ("dense", "slim")
+    ]
+    bound = shop.recipe.gates.min_speedup
+    gate = None if bound is None else f"speedup>={bound:g}"
+    runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU, {shop.recipe.export.precision}"
+    result = paired_latency(runs[0], runs[1], shop.recipe.bench, gate=gate, runtime=runtime, progress="bench")
+    write_result(folder, "bench", result)

@@ -1,0 +1,133 @@
+"""What several stages of a build need, opened once and only when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy import layout
+from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts
+from deploy.recipe import Recipe
+from slimdiff import Plan, Statistics, artifacts, embedded
+from slimdiff.errors import InputError
+from slimdiff.pipelines import load_pipeline
+from slimdiff.sites import find_sites
+from slimdiff.slimming import factorise
+from slimdiff.trajectory import Call, denoiser_name, record_calls
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Workshop:
+    """The recipe, the build folder, and what has been opened of the models and recorded of their trajectories."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+
+    @cached_property
+    def dense(self) -> DiffusionPipeline:
+        return load_pipeline(self.recipe.model)
+
+    @cached_property
+    def slim(self) -> DiffusionPipeline:
+        return load_pipeline(self.folder / "slim")
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What calibration sees."""
+        return calibration_prompts(self._prompt_source, self.recipe.calibration.samples)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """What dense and slim are compared on."""
+        compare = self.recipe.compare
+        count = max(compare.images, compare.trajectories)
+        return comparison_prompts(self._prompt_source, self.recipe.calibration.samples, count, compare.captions_seed)
+
+    @property
+    def _prompt_source(self) -> str | list[str]:
+        return self.recipe.prompts or EMBEDDED
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is an evaluator for the images: there is one for the embedded model's world."""
+        return self.recipe.model == "demo" and self._prompt_source == EMBEDDED
+
+    @cached_property
+    def trajectory(self) -> list[Call]:
+        """The denoiser calls for one image of the dense model, both branches of guidance together."""
+        sampling = self.recipe.compare.sampling.model_copy(update={"batch": 1})
+        return record_calls(self.dense, self.captions[:1], sampling)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return Statistics.load(self.folder / layout.STATISTICS)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.load(self.folder / layout.PLAN)
+
+    @cached_property
+    def factors(self) -> Any:
+        """Every site's basis or order, for planning and for slimming."""
+        denoiser = denoiser_of(self.dense)
+        wanted = [s for s in find_sites(denoiser)[0] if s.group in self.recipe.plan.groups]
+        return factorise(denoiser, self.statistics, wanted, "plan: factorise")
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The pipeline's unet or transformer."""
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def spread(calls: Sequence[Call], count: int) -> list[Call]:
+    """Up to `count` calls, evenly over the trajectory, its first and last among them."""
+    if count >= len(calls):
+        return list(calls)
+    if count == 1:
+        return [calls[len(calls) // 2]]
+    return [calls[round(i * (len(calls) - 1) / (count - 1))] for i in range(count)]
+
+
+def model_hash(model: str) -> str:
+    """What a model's files are, without loading it: it changes when any of them does.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    if model == "demo":
+        return folder_hash(embedded.path())
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{path} is not a diffusers pipeline directory: it has no model_index.json")
+        return folder_hash(path)
+    # A hub id: what is in the cache is named by its commit. Loading it says what is wrong if there is none.
+    pipeline = load_pipeline(model)
+    return artifacts.fingerprint({"hub": model, "weights": _weights(denoiser_of(pipeline))})
+
+
+def _weights(denoiser: Any) -> str:
+    from slimdiff.calibration import weights_hash
+
+    return weights_hash(denoiser)
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files, hidden ones and the manifest aside."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_file() and file.name != artifacts.MANIFEST and not any(part.startswith(".") for part in name.parts):
+            found[name.as_posix()] = artifacts.sha256_of(file)
+    return artifacts.fingerprint(found)
+
+
+def source_hash(package: Path, *patterns: str) -> str:
+    """SHA-256 over a package's source: what it computes may change with it, also between two versions."""
+    files = sorted({p for pattern in patterns or ("**/*.py",) for p in package.glob(pattern) if p.is_file()})
+    return artifacts.fingerprint({p.relative_to(package).as_posix(): artifacts.sha256_of(p) for p in files})

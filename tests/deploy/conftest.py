@@ -1,0 +1,33 @@
+"""A tiny pipeline on disk, and a recipe that builds it in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import PROMPTS
+
+from deploy.pipeline_files import save_pipeline
+
+RECIPE = """
+model: tiny
+prompts: prompts.txt
+calibration: {samples: 4, sampling: {steps: 2, batch: 2}}
+budget: {reduce: 8%}
+plan: {sensitivity_calls: 2}
+engine: {enabled: false}
+validate: {calls: 2}
+compare: {images: 2, shown: 1, trajectories: 1, sampling: {steps: 2, batch: 2}}
+bench: {rounds: 6, warmup: 1}
+gates: {parity: true, min_speedup: 0.01, max_noise_error: 0.5}
+"""
+
+
+@pytest.fixture(scope="package")
+def workspace(tmp_path_factory, pipeline) -> Path:
+    """A folder with `tiny` (a diffusers directory), `prompts.txt` and `recipe.yaml`."""
+    folder = tmp_path_factory.mktemp("workspace")
+    save_pipeline(pipeline, folder / "tiny")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder

@@ -1,0 +1,181 @@
+"""The command line: help, exit codes, one line per error, and a stdout that holds the result alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy import cli
+from deploy.cli import COMMANDS, main
+
+ROOT = Path(cli.__file__).parents[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_json(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "example" in text and f"slimdiff {command}" in text and "--json" in text
+
+
+def test_help_loads_no_torch():
+    script = (
+        "import sys; from deploy.cli import make_parser; make_parser().format_help(); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers')))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nothing"], ["compress", "demo", "--out", "x"], ["bench", "a", "b", "--rounds", "x"]]
+)
+def test_usage_errors_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def fails(argv: list[str], capsys, code: int = 2) -> str:
+    """Run a command that must fail with `code`; the one line that it says."""
+    assert main([str(a) for a in argv]) == code
+    seen = capsys.readouterr()
+    line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
+    assert seen.out == "" and len(line) == 1, seen.err
+    return line[0]
+
+
+def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
+    (tmp_path / "other").mkdir()
+    argv = [
+        "compress",
+        tmp_path / "other",
+        "--out",
+        tmp_path / "out",
+        "--reduce",
+        "8%",
+        "--prompts",
+        workspace / "prompts.txt",
+    ]
+    assert "model_index.json" in fails(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_model(tmp_path, capsys):
+    assert "no such directory" in fails(["export", tmp_path / "none", "--out", tmp_path / "out"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_is_refused(tmp_path, workspace, capsys):
+    import shutil
+
+    shutil.copytree(workspace / "tiny", tmp_path / "pickled")
+    unet = tmp_path / "pickled" / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
+    argv = ["generate", tmp_path / "pickled", "--prompt", "a circle", "--out", tmp_path / "x.png"]
+    assert "pickle" in fails(argv, capsys)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("reduce", "says"), [("lots", "100M"), ("200%", "must lie between"), ("99%", "at most"), ("0%", "lie")]
+)
+def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
+    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", reduce]
+    argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
+    assert says in fails(argv, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "  \n\n"])
+def test_an_empty_prompt_file(tmp_path, workspace, capsys, content):
+    (tmp_path / "prompts.txt").write_text(content)
+    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
+    assert "no prompt" in fails([*argv, "--prompts", tmp_path / "prompts.txt"], capsys)
+
+
+def test_missing_prompts(tmp_path, workspace, capsys):
+    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
+    assert "--prompts" in fails(argv, capsys)
+    assert "no such prompt file" in fails([*argv, "--prompts", tmp_path / "none.txt"], capsys)
+
+
+def test_bad_settings_name_the_flag(tmp_path, workspace, capsys):
+    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
+    argv += ["--prompts", workspace / "prompts.txt"]
+    assert "--samples" in fails([*argv, "--samples", "0"], capsys)
+    assert "--groups" in fails([*argv, "--groups", "resnet"], capsys)
+
+
+@pytest.mark.parametrize("command", ["build", "compress", "export"])
+def test_other_peoples_folders_are_not_written_to(tmp_path, workspace, capsys, command):
+    (tmp_path / "thesis.txt").write_text("four years")
+    argv = {
+        "build": ["build", workspace / "recipe.yaml"],
+        "compress": ["compress", workspace / "tiny", "--reduce", "8%", "--prompts", workspace / "prompts.txt"],
+        "export": ["export", workspace / "tiny"],
+    }[command]
+    assert "did not write" in fails([*argv, "--out", tmp_path], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_wrong_recipe_names_the_nearest_key(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("model: demo\nbudgett: {}")
+    assert "'budget'" in fails(["build", tmp_path / "recipe.yaml", "--out", tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_stage_to_force(tmp_path, workspace, capsys):
+    argv = ["build", workspace / "recipe.yaml", "--out", tmp_path / "out", "--force", "calibrat"]
+    assert "calibrate, plan, slim" in fails(argv, capsys)
+
+
+@pytest.mark.parametrize("argv", [["inspect", "none"], ["bench", "none", "none", "--gate", "speed>2"]])
+def test_other_bad_input(argv, capsys):
+    fails(argv, capsys)
+
+
+def test_inspect_says_what_it_knows(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("")
+    assert "nothing that slimdiff knows" in fails(["inspect", tmp_path / "x.txt"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "no space left"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "no space left"),
+        (MemoryError(), 2, "not enough memory"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_faults_from_below(monkeypatch, capsys, fault, code, says):
+    def run(_args):
+        raise fault
+
+    monkeypatch.setattr("deploy.commands.doctor.run", run)
+    assert says in fails(["doctor"], capsys, code)
+
+
+def test_a_missing_package_exits_3(monkeypatch, tmp_path, workspace, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = fails(["export", workspace / "tiny", "--out", tmp_path / "out"], capsys, 3)
+    assert "pip install 'slimdiff[onnx]'" in line
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    torch = next(r for r in found["runtimes"] if r["name"] == "torch")
+    assert torch["installed"] and found["machine"]["cpus"] >= 1
+    assert all(r["installed"] or "pip install" in r["needs"] for r in found["runtimes"])
+    assert main(["doctor"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
