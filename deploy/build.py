@@ -19,7 +19,7 @@ from deploy.figures import machine
 from deploy.gates import EXIT_CODE, judge, overall
 from deploy.recipe import Recipe
 from deploy.stages import Done, Stage, locked, run_stages
-from deploy.workshop import Workshop, model_hash, source_hash
+from deploy.workshop import Workshop, model_hash, public_name, source_hash
 from slimdiff import artifacts
 from slimdiff.errors import MissingPackageError
 
@@ -174,7 +174,7 @@ def summary(shop: Workshop, name: str, done: Sequence[Done]) -> dict[str, Any]:
         {
             "schema": artifacts.SCHEMA,
             "name": name,
-            "model": _name_of(recipe.model),
+            "model": public_name(recipe.model),
             "sentence": _sentence(recipe, results),
             "verdict": verdict,
             "exit_code": EXIT_CODE[verdict],
@@ -194,14 +194,9 @@ def summary(shop: Workshop, name: str, done: Sequence[Done]) -> dict[str, Any]:
     )
 
 
-def _name_of(model: str) -> str:
-    """A model as it may be told to others: no path of this machine."""
-    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
-
-
 def _public(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json", by_alias=True)
-    settings["model"] = _name_of(recipe.model)
+    settings["model"] = public_name(recipe.model)
     if isinstance(recipe.prompts, str):
         settings["prompts"] = Path(recipe.prompts).name
     return settings
@@ -214,7 +209,7 @@ def _sentence(recipe: Recipe, results: dict[str, dict[str, Any]]) -> str:
     )
     text = (
         f"slimdiff took {100 * (dense - slim) / dense:.1f} % of the parameters out of the denoiser of "
-        f"{_name_of(recipe.model)} ({amount(dense)} to {amount(slim)}) at {results['slim']['sites']} sites, "
+        f"{public_name(recipe.model)} ({amount(dense)} to {amount(slim)}) at {results['slim']['sites']} sites, "
         f"chosen by {allocation}, without any training"
     )
     bench = results["bench"]

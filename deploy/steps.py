@@ -12,7 +12,7 @@ from deploy import layout
 from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
-from deploy.workshop import Workshop, denoiser_of, spread
+from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Budget, Plan, artifacts, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import sensitivity_calls, with_denoiser
 from slimdiff.costs import count_parameters
@@ -101,7 +101,7 @@ def export_step(shop: Workshop, folder: Path) -> None:
         start = time.perf_counter()
         export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
         seconds = round(time.perf_counter() - start, 3)
-        made_from = {"model": shop.recipe.model, "denoiser": name, "settings": settings.model_dump()}
+        made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         inputs = shapes(shop.trajectory[0])
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset}
         artifacts.write_manifest(folder / name, "onnx", made_from, runs_on)

@@ -93,6 +93,11 @@ def spread(calls: Sequence[Call], count: int) -> list[Call]:
     return [calls[round(i * (len(calls) - 1) / (count - 1))] for i in range(count)]
 
 
+def public_name(model: str) -> str:
+    """A model as it may be told to others: no path of this machine."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
+
+
 def model_hash(model: str) -> str:
     """What a model's files are, without loading it: it changes when any of them does.
 
