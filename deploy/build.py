@@ -215,8 +215,13 @@ def _sentence(recipe: Recipe, results: dict[str, dict[str, Any]]) -> str:
     bench = results["bench"]
     if "skipped" in bench:
         return f"{text}."
-    before, after = (bench[side]["median_ms"] for side in ("baseline", "candidate"))
-    return f"{text}; one denoiser call now takes {after:.1f} ms instead of {before:.1f} ms."
+    low, median, high = (bench["speedup"][k] for k in ("low", "median", "high"))
+    if low <= 1 <= high:
+        return (
+            f"{text}; whether a denoiser call became faster was not settled (interval {low:.2f} to {high:.2f} times)."
+        )
+    pace = f"{median:.2f} times faster" if low > 1 else f"slower, at {median:.2f} times the dense speed"
+    return f"{text}; one denoiser call is {pace} in {bench['runtime']}."
 
 
 def log_verdict(whole: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.recipe import Gates
+from exporters.latency import Gate
 
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
@@ -81,12 +82,7 @@ def _speedup(bench: Mapping[str, Any], bound: float) -> dict[str, Any]:
         return _gate("speedup", name, None, bound, "higher", "x", "inconclusive", f"not measured: {bench['skipped']}")
     low, high, median = (bench["speedup"][k] for k in ("low", "high", "median"))
     detail = f"95 % interval {low:.3f} to {high:.3f}"
-    if bench.get("stable") is False:
-        verdict, detail = "inconclusive", f"{detail}; the machine was not steady"
-    elif low >= bound:
-        verdict = "pass"
-    else:
-        verdict = "fail" if high < bound else "inconclusive"
+    verdict = Gate("speedup", bound).verdict(low, high)
     return _gate("speedup", name, median, bound, "higher", "x", verdict, detail)
 
 

@@ -241,8 +241,6 @@ def _latency(figure: Mapping[str, float] | None, bench: Mapping[str, Any], verdi
     doubt = ""
     if low <= 1 <= high:
         doubt = "Inconclusive: the interval holds 0 %, so neither model is shown to be faster."
-    elif bench.get("stable") is False:
-        doubt = "Inconclusive: the machine was not steady."
     elif verdict == "inconclusive":
         doubt = "Inconclusive against the gate: the interval holds its bound."
     return Figure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
             left_dense=left_dense,
         )
         slim = slim_denoiser(pipeline.unet, statistics, plan, factors, progress=None)
-        found = noise_error(lambda c: predict(pipeline.unet, c), lambda c, slim=slim: predict(slim, c), calls)
+        found = noise_error(partial(predict, pipeline.unet), partial(predict, slim), calls)
         effects[block] = found["relative_mse"]
     return effects
 
@@ -92,7 +93,7 @@ Every figure below is printed by `python -m slimdiff.embedded.card`.
 
 **Parameters:** {parameters}; transformer blocks hold {figures["transformer_share"]:.1%} of the UNet's.
 
-**Data:** scenes drawn by `scenes.py`: one to three objects (6 shapes, 8 colours, 2 sizes, 4 places) on 4
+**Data:** scenes drawn by `scenes.py`: one to four objects (6 shapes, 8 colours, 2 sizes, 4 places) on 4
 backgrounds, with captions such as "{embedded.captions(1, 3)[0]}". One scene in 16, by a hash of the scene, is held out.
 
 **Training:** `python -m slimdiff.embedded.train`, seed fixed. {training}

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from deploy.build import _sentence
 from deploy.gates import EXIT_CODE, judge, overall
-from deploy.recipe import Gates
+from deploy.recipe import Gates, Recipe
 
 
 def results(**changes: Any) -> dict[str, dict[str, Any]]:
@@ -70,3 +71,15 @@ def test_identical_images_pass_and_an_undefined_error_fails():
     found = {"noise_error": {"relative_mse": None}, "images": {"psnr_db": None}, "quality": {}}
     assert overall(judge(Gates(min_psnr_db=40), results(compare=found))) == "pass"
     assert overall(judge(Gates(max_noise_error=1.0), results(compare=found))) == "fail"
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "said"),
+    [(1.1, 1.2, 1.3, "1.20 times faster"), (0.9, 1.05, 1.2, "not settled"), (0.7, 0.8, 0.9, "slower")],
+)
+def test_the_sentence_claims_no_speed_that_was_not_measured(low, median, high, said):
+    results = {
+        "slim": {"parameters": {"dense": 100, "slim": 88}, "sites": 3},
+        "bench": {"speedup": {"low": low, "median": median, "high": high}, "runtime": "ONNX Runtime"},
+    }
+    assert said in _sentence(Recipe.model_validate({"model": "demo", "budget": {"reduce": "12%"}}), results)
