@@ -1,6 +1,6 @@
 """The embedded model's world: pictures of coloured shapes, and the captions that describe them.
 
-A scene has a background and one to three objects, each in one of four places, with a shape, a colour and a size.
+A scene has a background and one to four objects, each in one of four places, with a shape, a colour and a size.
 Which scenes are for evaluation is decided by a hash of the scene itself, so the training set can never contain one.
 """
 
@@ -68,7 +68,7 @@ def sample_scenes(count: int, seed: int, *, held_out: bool) -> list[Scene]:
     limits = torch.tensor([len(SHAPES), len(COLOURS), len(SIZES)])
     scenes: list[Scene] = []
     while len(scenes) < count:
-        n = int(torch.randint(1, 4, (1,), generator=generator))
+        n = int(torch.randint(1, len(PLACES) + 1, (1,), generator=generator))
         places = torch.randperm(len(PLACES), generator=generator)[:n].tolist()
         attributes = (torch.rand(n, 3, generator=generator) * limits).long().tolist()
         background = int(torch.randint(len(BACKGROUNDS), (1,), generator=generator))
