@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from deploy.prompts import EMBEDDED
 from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
 from exporters.onnx_export import ExportSettings
+from slimdiff.budget import Budget
 from slimdiff.calibration import CalibrationSettings
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.plan import Budget
 from slimdiff.planning import PlanSettings
 from slimdiff.trajectory import Sampling
+
+BUDGETS = ("reduce", "macs")
+"""The keys of a recipe's budget, of which there is one."""
 
 
 class Settings(BaseModel):
@@ -27,19 +30,37 @@ class Settings(BaseModel):
 
 
 class BudgetSettings(Settings):
-    """How much smaller the denoiser must be."""
+    """How much smaller the denoiser must be: exactly one of `reduce` and `macs`; `reduce: 12%` if none is given."""
 
-    reduce: str = "12%"
+    reduce: str | None = None
     """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
+    macs: str | None = None
+    """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
 
-    @field_validator("reduce", mode="before")
+    @field_validator("reduce", "macs", mode="before")
     @classmethod
-    def _readable(cls, value: Any) -> str:
+    def _readable(cls, value: Any, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
         try:
             Budget(parameters=str(value)).removed(10**15)  # whether it can be met shows when the model is there
         except SlimdiffError:
-            raise ValueError("write a count of parameters such as 100M, or a share such as 12%") from None
+            noun = "MACs such as 50G" if info.field_name == "macs" else "parameters such as 100M"
+            raise ValueError(f"write a count of {noun}, or a share such as 12%") from None
         return str(value)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSettings:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(given)}")
+        return self
+
+    def budget(self) -> Budget:
+        """What it asks for."""
+        if self.macs is not None:
+            return Budget(macs=self.macs)
+        return Budget(self.reduce or "12%")
 
 
 class EngineStage(EngineSettings):

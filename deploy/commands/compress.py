@@ -9,6 +9,7 @@ from typing import Any
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --samples 64
+  slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json --prompts prompts.txt"""
 
 
@@ -25,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     what.add_argument(
         "--reduce", metavar="AMOUNT", help="what goes out of the denoiser: 100M, or 12%% of all its parameters"
     )
+    what.add_argument("--macs", metavar="AMOUNT", help="likewise in multiply-accumulates of one call: 50G, or 20%%")
     what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
     parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
     planning = settings(PlanSettings, args, "align", "allocation", **given(groups=_groups(args.groups)))
     plan = Plan.load(Path(args.plan)) if args.plan else None
-    budget = Budget(parameters=args.reduce) if args.reduce else None
+    budget = None if plan else Budget(args.reduce, macs=args.macs)
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     if args.prompts is None and args.model != "demo":
         raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.pipelines import load_pipeline
 
     pipeline = load_pipeline(args.model)
-    if budget is not None:
+    if budget is not None and budget.kind == "parameters":
         budget.removed(count_parameters(denoiser_of(pipeline)))  # refuse it before the long work, not after
     log.info("compress: %d prompts, %d steps each", len(prompts), sampling.steps)
     slim = compress(
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         slim.plan.save(temporary / "plan.json")
         made_from = {
             "model_hash": slim.plan.model_hash,
-            "budget": args.reduce,
+            "budget": slim.plan.budget,
             "prompts": artifacts.fingerprint(prompts),
             "calibration": calibration.model_dump(),
             "plan": planning.model_dump(),

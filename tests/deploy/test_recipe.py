@@ -48,6 +48,8 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\ncalibration: {samples: 0}", ["calibration.samples", "greater than or equal to 1"]),
         ("model: demo\nplan: {allocation: best}", ["plan.allocation", "'global' or 'uniform'", "'best'"]),
         ("model: demo\nbudget: {reduce: lots}", ["budget.reduce", "100M", "12%", "'lots'"]),
+        ("model: demo\nbudget: {macs: lots}", ["budget.macs", "50G", "12%", "'lots'"]),
+        ("model: demo\nbudget: {reduce: 5%, macs: 5%}", ["budget", "exactly one of", "reduce and macs"]),
         ("model: demo\nengine: {targets: [h100]}", ["engine.targets", "sm89"]),
         ("budget: {reduce: 12%}", ["'model' is missing"]),
         ("model: elsewhere", ["'prompts' is missing"]),
