@@ -106,7 +106,7 @@ def make_stages(shop: Workshop) -> list[Stage]:
             steps.plan_step,
             ("calibrate",),
             {**recipe.budget.model_dump(), **recipe.plan.model_dump()},
-            core,
+            core | {"held": artifacts.fingerprint(shop.prompts_and_more)},
             "plan",
         ),
         stage("slim", steps.slim_step, ("plan",), trajectory, core, "slim-model"),

@@ -19,7 +19,7 @@ from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.planning import PlanSettings
 from slimdiff.trajectory import Sampling
 
-BUDGETS = ("reduce", "macs")
+BUDGETS = ("reduce", "macs", "max_error")
 """The keys of a recipe's budget, of which there is one."""
 
 
@@ -30,12 +30,14 @@ class Settings(BaseModel):
 
 
 class BudgetSettings(Settings):
-    """How much smaller the denoiser must be: exactly one of `reduce` and `macs`; `reduce: 12%` if none is given."""
+    """How much smaller the denoiser must be: exactly one of these; `reduce: 12%` if none is given."""
 
     reduce: str | None = None
     """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
     macs: str | None = None
     """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
+    max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
 
     @field_validator("reduce", "macs", mode="before")
     @classmethod
@@ -60,6 +62,8 @@ class BudgetSettings(Settings):
         """What it asks for."""
         if self.macs is not None:
             return Budget(macs=self.macs)
+        if self.max_error is not None:
+            return Budget(max_error=self.max_error)
         return Budget(self.reduce or "12%")
 
 

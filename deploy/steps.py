@@ -14,7 +14,7 @@ from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
-from slimdiff.compression import sensitivity_calls, with_denoiser
+from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
 from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
@@ -62,7 +62,10 @@ def plan_step(shop: Workshop, folder: Path) -> None:
         log.info("plan: recording a trajectory for the sensitivities")
         calls = sensitivity_calls(shop.dense, shop.prompts, recipe.calibration.sampling, recipe.plan)
     denoiser = denoiser_of(shop.dense)
-    plan = make_plan(denoiser, shop.statistics, budget, recipe.plan, calls=calls, factors=shop.factors)
+    held = []
+    if budget.kind == "max_error":
+        held = held_calls(shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan)
+    plan = make_plan(denoiser, shop.statistics, budget, recipe.plan, calls=calls, held=held, factors=shop.factors)
     plan.save(folder / Path(layout.PLAN).name)
 
 

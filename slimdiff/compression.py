@@ -53,7 +53,8 @@ def compress(
     """Slim a pipeline's denoiser without a gradient step.
 
     Args:
-        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number.
+        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. Beyond
+            `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
         budget: what goes out of the denoiser, in parameters, MACs, latency or error; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency_table`).
@@ -92,6 +93,7 @@ def compress(
             budget,
             planning,
             calls=calls,
+            held=held_calls(pipeline, prompts, calibration, planning) if budget.kind == "max_error" else (),
             latency=latency,
             factors=factors,
             progress="plan" if progress else None,
@@ -109,6 +111,19 @@ def sensitivity_calls(
     calls = record_calls(pipeline, [p for p in prompts if p.strip()][: sampling.batch], sampling)
     count = min(planning.sensitivity_calls, len(calls))
     return [calls[i * len(calls) // count] for i in range(count)]
+
+
+def held_calls(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], calibration: CalibrationSettings, planning: PlanSettings
+) -> list[Call]:
+    """Denoiser calls that calibration has not seen: prompts beyond its own if there are any, and noise of its own.
+
+    As many as sensitivities are measured on, spread evenly over one batch of trajectories.
+    """
+    given = [p for p in prompts if p.strip()]
+    fresh = given[calibration.samples :] or given
+    noise = calibration.sampling.model_copy(update={"seed": calibration.sampling.seed + len(given)})
+    return sensitivity_calls(pipeline, fresh, noise, planning)
 
 
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:

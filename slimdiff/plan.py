@@ -55,6 +55,8 @@ class Plan(BaseModel):
     costs: dict[str, dict[str, float]] = {}
     """Further costs as predicted when the plan was made, `macs` (one call at batch 1) and `latency_ms`, where they are
     known: `dense`, `slim` and, if it was budgeted, `budget`."""
+    noise_error: float | None = None
+    """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""
     sites: dict[str, SitePlan]
     left_dense: list[dict[str, str]] = []
     calibration: dict[str, Any] = {}
@@ -111,12 +113,12 @@ class Plan(BaseModel):
     def recount(self) -> Plan:
         """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand.
 
-        Other costs were predicted for other ranks then, and go.
+        What else was found out about the ranks before goes with them.
         """
         removed = sum((s.dense_rank - s.rank) * s.cost for s in self.sites.values())
         slim = self.parameters["dense"] - removed
-        costs = self.costs if slim == self.parameters["slim"] else {}
-        return self.model_copy(update={"parameters": {**self.parameters, "slim": slim}, "costs": costs})
+        stale: dict[str, Any] = {} if slim == self.parameters["slim"] else {"costs": {}, "noise_error": None}
+        return self.model_copy(update={"parameters": {**self.parameters, "slim": slim}, **stale})
 
 
 def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:

@@ -21,6 +21,7 @@ from slimdiff.calibration import Statistics
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan, site_plan
+from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
 from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise
 from slimdiff.trajectory import Call, predict
@@ -71,6 +72,7 @@ def make_plan(
     settings: PlanSettings | None = None,
     *,
     calls: Sequence[Call] = (),
+    held: Sequence[Call] = (),
     latency: CostTable | None = None,
     factors: Factors | None = None,
     progress: str | None = "plan",
@@ -82,13 +84,16 @@ def make_plan(
 
     Args:
         calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs.
+        held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
         latency: measured milliseconds by layer and rank, needed by a speedup.
         factors: from `factorise` on all sites, if they are there already.
 
     Raises:
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
-    planner = Planner(denoiser, statistics, settings, calls=calls, latency=latency, factors=factors, progress=progress)
+    planner = Planner(
+        denoiser, statistics, settings, calls=calls, held=held, latency=latency, factors=factors, progress=progress
+    )
     return planner.plan(budget)
 
 
@@ -105,6 +110,7 @@ class Planner:
         settings: PlanSettings | None = None,
         *,
         calls: Sequence[Call] = (),
+        held: Sequence[Call] = (),
         latency: CostTable | None = None,
         factors: Factors | None = None,
         progress: str | None = "plan",
@@ -113,6 +119,7 @@ class Planner:
         self.statistics = statistics
         self.settings = settings or PlanSettings()
         self.calls = calls
+        self.held = held
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
@@ -127,7 +134,7 @@ class Planner:
     @cached_property
     def factors(self) -> Factors:
         """Every chosen site's basis or order."""
-        return factorise(self.denoiser, self.statistics, self.chosen, self._told("factorise"))
+        return factorise(self.denoiser, self.statistics, self.chosen, self.told("factorise"))
 
     @cached_property
     def sensitivities(self) -> dict[str, float]:
@@ -135,7 +142,7 @@ class Planner:
         if self.settings.allocation == "uniform":
             return {}
         return measure_sensitivities(
-            self.denoiser, self.statistics, self.chosen, self.factors, self.calls, self._told("sensitivity")
+            self.denoiser, self.statistics, self.chosen, self.factors, self.calls, self.told("sensitivity")
         )
 
     @cached_property
@@ -172,6 +179,8 @@ class Planner:
 
     def plan(self, budget: Budget) -> Plan:
         """See `make_plan`."""
+        if budget.kind == "max_error":
+            return smallest_within(self, budget, self.held)
         table = self.table(budget)
         removed = budget.removed(table.dense)
         most = self.most(table)
@@ -240,7 +249,8 @@ class Planner:
             calibration=self.statistics.made_from,
         )
 
-    def _told(self, what: str) -> str | None:
+    def told(self, what: str) -> str | None:
+        """A progress bar's name, or None for no bar."""
         return self.progress and f"{self.progress}: {what}"
 
 

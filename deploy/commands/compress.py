@@ -27,6 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--reduce", metavar="AMOUNT", help="what goes out of the denoiser: 100M, or 12%% of all its parameters"
     )
     what.add_argument("--macs", metavar="AMOUNT", help="likewise in multiply-accumulates of one call: 50G, or 20%%")
+    what.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
+    )
     what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
     parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
@@ -59,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
     planning = settings(PlanSettings, args, "align", "allocation", **given(groups=_groups(args.groups)))
     plan = Plan.load(Path(args.plan)) if args.plan else None
-    budget = None if plan else Budget(args.reduce, macs=args.macs)
+    budget = None if plan else Budget(args.reduce, macs=args.macs, max_error=args.max_error)
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     if args.prompts is None and args.model != "demo":
         raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
-    prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples)
+    prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples + sampling.batch)
 
     from deploy.console import calm_libraries, log, result
 
@@ -80,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args.model)
     if budget is not None and budget.kind == "parameters":
         budget.removed(count_parameters(denoiser_of(pipeline)))  # refuse it before the long work, not after
-    log.info("compress: %d prompts, %d steps each", len(prompts), sampling.steps)
+    used = prompts[: calibration.samples]  # what is left over is for measuring an error on
+    log.info("compress: %d prompts, %d steps each", len(used), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -100,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         made_from = {
             "model_hash": slim.plan.model_hash,
             "budget": slim.plan.budget,
-            "prompts": artifacts.fingerprint(prompts),
+            "prompts": artifacts.fingerprint(used),
             "calibration": calibration.model_dump(),
             "plan": planning.model_dump(),
         }
@@ -121,5 +128,7 @@ def _text(value: dict[str, Any]) -> str:
     for name, show in (("parameters", amount), ("macs", amount), ("bytes", in_bytes)):
         dense, slim = value[name]["dense"], value[name]["slim"]
         lines.append(f"{name:12}{show(dense):>12} -> {show(slim):>12}   {change(dense, slim)}")
+    if value["noise_error"] is not None:
+        lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]
     return "\n".join(lines)

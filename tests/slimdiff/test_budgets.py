@@ -6,11 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from slimdiff import Budget, InputError, PlanSettings, slim_denoiser
+from slimdiff.compression import held_calls, sensitivity_calls
 from slimdiff.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
 from slimdiff.planning import TOLERANCE, Planner, choose, find_layers
+from slimdiff.search import STEPS, Judge
 from slimdiff.sites import find_sites
 from slimdiff.skeleton import skeleton
 from slimdiff.trajectory import record_calls
@@ -159,3 +162,57 @@ def test_an_edited_plan_makes_no_claims_of_the_old_one(planner):
     site = next(s for s in edited.sites.values() if s.group == "feed_forward" and s.rank > 4)
     site.rank -= 4
     assert edited.recount().costs == {}
+
+
+@pytest.fixture(scope="module")
+def held(pipeline):
+    return record_calls(pipeline, PROMPTS[2:], SAMPLING.model_copy(update={"seed": 77}))
+
+
+def test_the_smallest_model_below_an_error(pipeline, compression, planner, held):
+    """It holds, and what is one step smaller does not."""
+    planner.held = held[:2]
+    statistics, judge = compression.statistics, Judge(pipeline.unet, held[:2])
+    limits = []
+    for share in (20, 100):
+        ranks = planner.ranks(planner.parameters, planner.most(planner.parameters) * share / STEPS)
+        plan = planner.written(ranks, Budget("1%"), {})
+        limits.append(judge.error(slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None)))
+    assert limits[0] < limits[1]
+    bound = (limits[0] * limits[1]) ** 0.5
+    plan = planner.plan(Budget(max_error=bound))
+    slim = slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None)
+    assert judge.error(slim) == pytest.approx(plan.noise_error) and plan.noise_error <= bound
+    assert slim.config["slim_plan"]["noise_error"] == plan.noise_error
+    removed = planner.parameters.dense - plan.parameters["slim"]
+    step = planner.most(planner.parameters) / STEPS
+    ranks = planner.ranks(planner.parameters, (round(removed / step) + 1) * step)
+    smaller = planner.written(ranks, Budget("1%"), {})
+    assert smaller.parameters["slim"] < plan.parameters["slim"]
+    assert judge.error(slim_denoiser(pipeline.unet, statistics, smaller, planner.factors, progress=None)) > bound
+    assert planner.plan(Budget(max_error=bound)) == plan
+
+
+def test_the_smallest_model_there_is_if_the_error_allows_it(planner, held):
+    planner.held = held[:1]
+    plan = planner.plan(Budget(max_error=1e6))
+    assert plan.ranks() == {layer.path: layer.candidates[0] for layer in planner.layers}
+
+
+def test_an_error_that_nothing_keeps_is_refused_with_what_the_least_step_costs(planner, held):
+    planner.held = held[:1]
+    with pytest.raises(InputError, match=r"1e-13 cannot be kept: the smallest step, [\d,]+ parameters"):
+        planner.plan(Budget(max_error=1e-13))
+    planner.held = ()
+    with pytest.raises(InputError, match="measured"):
+        planner.plan(Budget(max_error=1e-3))
+
+
+def test_held_calls_are_not_the_calibrations(pipeline, calibration, calls):
+    settings = calibration.model_copy(update={"samples": 2})
+    held = held_calls(pipeline, PROMPTS, settings, PlanSettings())
+    seen = sensitivity_calls(pipeline, PROMPTS, settings.sampling, PlanSettings())
+    assert len(held) == len(seen)
+    for ours, theirs in zip(held, seen, strict=True):
+        assert not torch.allclose(ours.arguments["sample"], theirs.arguments["sample"])
+        assert not torch.allclose(ours.arguments["encoder_hidden_states"], theirs.arguments["encoder_hidden_states"])
