@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,7 +19,7 @@ from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.planning import PlanSettings
 from slimdiff.trajectory import Sampling
 
-BUDGETS = ("reduce", "macs", "max_error")
+BUDGETS = ("reduce", "macs", "speedup", "max_error")
 """The keys of a recipe's budget, of which there is one."""
 
 
@@ -36,6 +36,10 @@ class BudgetSettings(Settings):
     """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
     macs: str | None = None
     """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
+    speedup: float | None = Field(None, gt=1, allow_inf_nan=False)
+    """Latency of the dense denoiser over that of the slim one, by latencies measured layer by layer in `runtime`."""
+    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    """Where `speedup` is measured."""
     max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
 
@@ -56,12 +60,16 @@ class BudgetSettings(Settings):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(given)}")
+        if "runtime" in self.model_fields_set and self.speedup is None:
+            raise ValueError("runtime says where speedup is measured: give speedup with it")
         return self
 
     def budget(self) -> Budget:
         """What it asks for."""
         if self.macs is not None:
             return Budget(macs=self.macs)
+        if self.speedup is not None:
+            return Budget(speedup=self.speedup)
         if self.max_error is not None:
             return Budget(max_error=self.max_error)
         return Budget(self.reduce or "12%")

@@ -65,7 +65,25 @@ def plan_step(shop: Workshop, folder: Path) -> None:
     held = []
     if budget.kind == "max_error":
         held = held_calls(shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan)
-    plan = make_plan(denoiser, shop.statistics, budget, recipe.plan, calls=calls, held=held, factors=shop.factors)
+    latency = None
+    if budget.kind == "speedup":
+        from exporters.latency_table import TableSettings, measure_latency
+
+        table = TableSettings(runtime=recipe.budget.runtime)
+        latency = measure_latency(denoiser, shop.trajectory[0], recipe.plan, table, progress="plan: latency")
+        write_result(
+            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        )
+    plan = make_plan(
+        denoiser,
+        shop.statistics,
+        budget,
+        recipe.plan,
+        calls=calls,
+        held=held,
+        latency=latency,
+        factors=shop.factors,
+    )
     plan.save(folder / Path(layout.PLAN).name)
 
 

@@ -50,6 +50,8 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\nbudget: {reduce: lots}", ["budget.reduce", "100M", "12%", "'lots'"]),
         ("model: demo\nbudget: {macs: lots}", ["budget.macs", "50G", "12%", "'lots'"]),
         ("model: demo\nbudget: {reduce: 5%, macs: 5%}", ["budget", "exactly one of", "reduce and macs"]),
+        ("model: demo\nbudget: {speedup: 0.9}", ["budget.speedup", "greater than 1"]),
+        ("model: demo\nbudget: {reduce: 5%, runtime: torch}", ["budget", "give speedup with it"]),
         ("model: demo\nbudget: {max_error: 0}", ["budget.max_error", "greater than 0"]),
         ("model: demo\nbudget: {max_error: .inf}", ["budget.max_error", "finite"]),
         ("model: demo\nengine: {targets: [h100]}", ["engine.targets", "sm89"]),
