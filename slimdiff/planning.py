@@ -314,25 +314,33 @@ def choose(
     one_each[owner, np.arange(len(owner))] = 1
     constraints = [LinearConstraint(one_each.tocsr(), 1, 1)]
     saving = np.concatenate(list(savings)) / removed
-    # Scaled to about one, or the solver's absolute tolerances would decide.
     error = np.concatenate(list(errors))
-    error = error / max(error.max(), 1e-300)
 
-    def solve(objective: np.ndarray, *more: LinearConstraint) -> np.ndarray | None:
-        whole = np.ones(len(owner))
-        found = milp(objective, constraints=[*constraints, *more], integrality=whole, bounds=Bounds(0, 1))
+    def solve(objective: np.ndarray, allowed: np.ndarray, *more: LinearConstraint) -> np.ndarray | None:
+        whole, most = np.ones(len(owner)), allowed.astype(float)
+        found = milp(objective, constraints=[*constraints, *more], integrality=whole, bounds=Bounds(0, most))
         return None if found.x is None else np.flatnonzero(found.x > 0.5)
 
     window = LinearConstraint(saving[None, :], 1, 1 + TOLERANCE)
-    picked = solve(error, window)
+    # The solver stops within 1e-6 of the least, and errors span a dozen decades: so the unit is what the choice costs,
+    # and what alone costs more than a known choice is left out, until the two are of one size.
+    unit, allowed = max(float(error.max()), 1e-300), np.ones(len(owner), dtype=bool)
+    picked = solve(error / unit, allowed, window)
+    while picked is not None and 0 < (best := float(error[picked].sum())) < 1e-2 * unit:
+        unit, allowed = best, error <= best
+        better = solve(np.where(allowed, error, 0) / unit, allowed, window)
+        if better is None or error[better].sum() > best:
+            break
+        picked = better
     if picked is None:
         # Without a window that any combination of ranks fits, come as close to the budget as the ranks allow.
-        picked = solve(saving + 1e-3 * error, LinearConstraint(saving[None, :], 1, np.inf))
-    elif also is not None:
-        best = float(error[picked].sum())
+        least = LinearConstraint(saving[None, :], 1, np.inf)
+        picked = solve(saving + 1e-3 * error / unit, allowed, least)
+    elif also is not None and (best := float(error[picked].sum())) > 0:
         other = np.concatenate(list(also))
-        near = LinearConstraint(error[None, :] / max(best, 1e-300), -np.inf, 1 + SLACK)
-        better = solve(-other / max(other.max(), 1e-300), window, near)
+        allowed = error <= (1 + SLACK) * best
+        near = LinearConstraint(np.where(allowed, error, 0)[None, :] / best, -np.inf, 1 + SLACK)
+        better = solve(-other / max(other.max(), 1e-300), allowed, window, near)
         picked = picked if better is None else better
     if picked is None:
         raise InputError(f"no choice of ranks removes {removed:,.6g}")
