@@ -106,7 +106,9 @@ def make_stages(shop: Workshop) -> list[Stage]:
             steps.plan_step,
             ("calibrate",),
             {**recipe.budget.model_dump(), **recipe.plan.model_dump()},
-            core,
+            core
+            | {"held": artifacts.fingerprint(shop.prompts_and_more)}
+            | (export | here | captions if recipe.budget.speedup is not None else {}),
             "plan",
         ),
         stage("slim", steps.slim_step, ("plan",), trajectory, core, "slim-model"),

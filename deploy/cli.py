@@ -12,6 +12,7 @@ COMMANDS = (
     "demo",
     "build",
     "compress",
+    "sweep",
     "inspect",
     "export",
     "engine",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from slimdiff.costs import count_bytes, count_macs, count_parameters
+from slimdiff.costs import batch_of, count_bytes, count_macs, count_parameters
 from slimdiff.trajectory import Call
 
 
 def costs(denoiser: Any, call: Call) -> dict[str, int]:
     """`parameters`, `macs` of one call at batch 1, and `bytes` of the weights as they are held."""
-    batch = int(call.arguments[next(k for k in ("sample", "hidden_states") if k in call.arguments)].shape[0])
     return {
         "parameters": count_parameters(denoiser),
-        "macs": count_macs(denoiser, call) // batch,
+        "macs": count_macs(denoiser, call) // batch_of(call),
         "bytes": count_bytes(denoiser),
     }
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from deploy.prompts import EMBEDDED
 from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
 from exporters.onnx_export import ExportSettings
+from slimdiff.budget import Budget
 from slimdiff.calibration import CalibrationSettings
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.plan import Budget
 from slimdiff.planning import PlanSettings
 from slimdiff.trajectory import Sampling
+
+BUDGETS = ("reduce", "macs", "speedup", "max_error")
+"""The keys of a recipe's budget, of which there is one."""
 
 
 class Settings(BaseModel):
@@ -27,19 +30,49 @@ class Settings(BaseModel):
 
 
 class BudgetSettings(Settings):
-    """How much smaller the denoiser must be."""
+    """How much smaller the denoiser must be: exactly one of these; `reduce: 12%` if none is given."""
 
-    reduce: str = "12%"
+    reduce: str | None = None
     """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
+    macs: str | None = None
+    """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
+    speedup: float | None = Field(None, gt=1, allow_inf_nan=False)
+    """Latency of the dense denoiser over that of the slim one, by latencies measured layer by layer in `runtime`."""
+    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    """Where `speedup` is measured."""
+    max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
 
-    @field_validator("reduce", mode="before")
+    @field_validator("reduce", "macs", mode="before")
     @classmethod
-    def _readable(cls, value: Any) -> str:
+    def _readable(cls, value: Any, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
         try:
             Budget(parameters=str(value)).removed(10**15)  # whether it can be met shows when the model is there
         except SlimdiffError:
-            raise ValueError("write a count of parameters such as 100M, or a share such as 12%") from None
+            noun = "MACs such as 50G" if info.field_name == "macs" else "parameters such as 100M"
+            raise ValueError(f"write a count of {noun}, or a share such as 12%") from None
         return str(value)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSettings:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(given)}")
+        if "runtime" in self.model_fields_set and self.speedup is None:
+            raise ValueError("runtime says where speedup is measured: give speedup with it")
+        return self
+
+    def budget(self) -> Budget:
+        """What it asks for."""
+        if self.macs is not None:
+            return Budget(macs=self.macs)
+        if self.speedup is not None:
+            return Budget(speedup=self.speedup)
+        if self.max_error is not None:
+            return Budget(max_error=self.max_error)
+        return Budget(self.reduce or "12%")
 
 
 class EngineStage(EngineSettings):

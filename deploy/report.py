@@ -155,10 +155,38 @@ def write_report(build_folder: Path, out_file: Path) -> None:
 
 def _render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     build, bench, compare = results["build"], results["bench"], results["compare"]
-    environment = Environment(
+    pictures, reencoded = _pictures(folder, compare["pictures"])
+    bounds = {gate["gate"]: gate["bound"] for gate in build["gates"]}
+    judged = {gate["gate"]: gate["verdict"] for gate in build["gates"]}
+    if bench.get("gate"):
+        judged.setdefault("speedup", bench["verdict"])
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            **results,
+            figures=_figures(build["figures"], bench, judged.get("speedup")),
+            pictures=pictures,
+            reencoded=reencoded,
+            smooth_from=_SMOOTH_FROM,
+            quality=_quality(compare.get("quality") or {}),
+            sites=_sites(results["plan"]["sites"]),
+            noise=_noise(compare["noise_error"], bounds.get("noise_error")),
+            parity=_parity(results["validate"]),
+            judged=judged,
+            speedup=None if "skipped" in bench else _speedup(bench["speedup"], bounds.get("speedup")),
+            recipe=yaml.safe_dump(build.get("recipe") or {}, sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def environment() -> Any:
+    """The templates, with the filters that print numbers; shared by all pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -166,28 +194,10 @@ def _render(results: dict[str, dict[str, Any]], folder: Path) -> str:
         lstrip_blocks=True,
     )
     for name in ("digits", "scaled", "in_bytes", "exact", "percent", "signed", "milliseconds", "duration", "measured"):
-        environment.filters[name] = getattr(numbers, name)
-    environment.filters["bound"] = gate_bound
-    environment.filters["value"] = gate_value
-    pictures, reencoded = _pictures(folder, compare["pictures"])
-    bounds = {gate["gate"]: gate["bound"] for gate in build["gates"]}
-    judged = {gate["gate"]: gate["verdict"] for gate in build["gates"]}
-    if bench.get("gate"):
-        judged.setdefault("speedup", bench["verdict"])
-    return environment.get_template("report.html.j2").render(
-        **results,
-        figures=_figures(build["figures"], bench, judged.get("speedup")),
-        pictures=pictures,
-        reencoded=reencoded,
-        smooth_from=_SMOOTH_FROM,
-        quality=_quality(compare.get("quality") or {}),
-        sites=_sites(results["plan"]["sites"]),
-        noise=_noise(compare["noise_error"], bounds.get("noise_error")),
-        parity=_parity(results["validate"]),
-        judged=judged,
-        speedup=None if "skipped" in bench else _speedup(bench["speedup"], bounds.get("speedup")),
-        recipe=yaml.safe_dump(build.get("recipe") or {}, sort_keys=False, allow_unicode=True),
-    )
+        made.filters[name] = getattr(numbers, name)
+    made.filters["bound"] = gate_bound
+    made.filters["value"] = gate_value
+    return made
 
 
 def gate_value(gate: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
-from slimdiff import Budget, Plan, artifacts, calibrate, make_plan, slim_denoiser
-from slimdiff.compression import sensitivity_calls, with_denoiser
+from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
+from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
 from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
@@ -32,7 +32,9 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
     denoiser = denoiser_of(shop.dense)
     # Refuse a model that cannot be slimmed, or an impossible budget, before the long work and not after.
     slim_class_of(denoiser)
-    Budget(parameters=shop.recipe.budget.reduce).removed(count_parameters(denoiser))
+    budget = shop.recipe.budget.budget()
+    if budget.kind == "parameters":
+        budget.removed(count_parameters(denoiser))
     start = time.perf_counter()
     statistics = calibrate(shop.dense, shop.prompts, settings)
     statistics.save(folder / Path(layout.STATISTICS).name)
@@ -54,13 +56,34 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
 def plan_step(shop: Workshop, folder: Path) -> None:
     """Ranks under the budget."""
     recipe = shop.recipe
+    budget = recipe.budget.budget()
     calls = []
-    if recipe.plan.allocation == "global":
+    if recipe.plan.allocation == "global" or budget.kind != "parameters":
         log.info("plan: recording a trajectory for the sensitivities")
         calls = sensitivity_calls(shop.dense, shop.prompts, recipe.calibration.sampling, recipe.plan)
-    budget = Budget(parameters=recipe.budget.reduce)
     denoiser = denoiser_of(shop.dense)
-    plan = make_plan(denoiser, shop.statistics, budget, recipe.plan, calls=calls, factors=shop.factors)
+    held = []
+    if budget.kind == "max_error":
+        held = held_calls(shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan)
+    latency = None
+    if budget.kind == "speedup":
+        from exporters.latency_table import TableSettings, measure_latency
+
+        table = TableSettings(runtime=recipe.budget.runtime)
+        latency = measure_latency(denoiser, shop.trajectory[0], recipe.plan, table, progress="plan: latency")
+        write_result(
+            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        )
+    plan = make_plan(
+        denoiser,
+        shop.statistics,
+        budget,
+        recipe.plan,
+        calls=calls,
+        held=held,
+        latency=latency,
+        factors=shop.factors,
+    )
     plan.save(folder / Path(layout.PLAN).name)
 
 
@@ -85,9 +108,16 @@ def compression_result(
 ) -> dict[str, Any]:
     """What `slimdiff compress` reports, without `out`."""
     figures: dict[str, Any] = side_by_side(dense, slim)
-    figures["parameters"]["budget"] = plan.parameters["budget"]
+    figures["parameters"]["budget"] = plan.parameters.get("budget")
     sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
-    return {**figures, "sites": sites, "left_dense": plan.left_dense, "seconds": seconds}
+    return {
+        **figures,
+        "budget": plan.budget,
+        "predicted": plan.costs,
+        "sites": sites,
+        "left_dense": plan.left_dense,
+        "seconds": seconds,
+    }
 
 
 def export_step(shop: Workshop, folder: Path) -> None:

@@ -42,6 +42,12 @@ class Workshop:
         return calibration_prompts(self._prompt_source, self.recipe.calibration.samples)
 
     @cached_property
+    def prompts_and_more(self) -> list[str]:
+        """The same, and after them a batch that calibration does not see, as far as there are so many."""
+        calibration = self.recipe.calibration
+        return calibration_prompts(self._prompt_source, calibration.samples + calibration.sampling.batch)
+
+    @cached_property
     def captions(self) -> list[str]:
         """What dense and slim are compared on."""
         compare = self.recipe.compare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ class OnnxUNet(nn.Module):
     Args:
         path: a folder with `model.onnx` and `config.json`, or the `model.onnx` in it.
         provider: `cpu` or `cuda`.
-        threads: of ONNX Runtime, within one operator; its own default if not given.
+        threads: of ONNX Runtime, within one operator; its own default if not given, or the cores that may be used.
 
     Raises:
         InputError: if the files are not there or are no UNet of ours.
@@ -116,6 +117,11 @@ class OnnxUNet(nn.Module):
                 )
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
     """An ONNX Runtime session that runs on the provider asked for, or none.
 
@@ -138,6 +144,9 @@ def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if threads is None and usable_cores() < (os.cpu_count() or 1):
+        # Its own choice counts cores that this process may not use; their threads then wait for one another.
+        threads = usable_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

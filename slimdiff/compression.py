@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from diffusers import DiffusionPipeline
 
+from slimdiff.budget import Budget
 from slimdiff.calibration import CalibrationSettings, Statistics, calibrate
+from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
-from slimdiff.plan import Budget, Plan
+from slimdiff.plan import Plan
 from slimdiff.planning import PlanSettings, make_plan
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
@@ -42,6 +44,7 @@ def compress(
     budget: Budget | None = None,
     *,
     plan: Plan | None = None,
+    latency: CostTable | None = None,
     calibration: CalibrationSettings | None = None,
     planning: PlanSettings | None = None,
     statistics: Statistics | None = None,
@@ -50,9 +53,11 @@ def compress(
     """Slim a pipeline's denoiser without a gradient step.
 
     Args:
-        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number.
-        budget: what goes out of the denoiser; or
+        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. Beyond
+            `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
+        budget: what goes out of the denoiser, in parameters, MACs, latency or error; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
+        latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency_table`).
         statistics: from an earlier calibration of the same weights, to save the time.
 
     Raises:
@@ -80,10 +85,18 @@ def compress(
         wanted = [s for s in find_sites(denoiser)[0] if s.group in planning.groups]
         factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None)
         calls = []
-        if planning.allocation == "global":
+        if planning.allocation == "global" or budget.kind != "parameters":
             calls = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
         plan = make_plan(
-            denoiser, statistics, budget, planning, calls=calls, factors=factors, progress="plan" if progress else None
+            denoiser,
+            statistics,
+            budget,
+            planning,
+            calls=calls,
+            held=held_calls(pipeline, prompts, calibration, planning) if budget.kind == "max_error" else (),
+            latency=latency,
+            factors=factors,
+            progress="plan" if progress else None,
         )
     lap("plan")
     slim = slim_denoiser(denoiser, statistics, plan, factors, "slim" if progress else None)
@@ -98,6 +111,19 @@ def sensitivity_calls(
     calls = record_calls(pipeline, [p for p in prompts if p.strip()][: sampling.batch], sampling)
     count = min(planning.sensitivity_calls, len(calls))
     return [calls[i * len(calls) // count] for i in range(count)]
+
+
+def held_calls(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], calibration: CalibrationSettings, planning: PlanSettings
+) -> list[Call]:
+    """Denoiser calls that calibration has not seen: prompts beyond its own if there are any, and noise of its own.
+
+    As many as sensitivities are measured on, spread evenly over one batch of trajectories.
+    """
+    given = [p for p in prompts if p.strip()]
+    fresh = given[calibration.samples :] or given
+    noise = calibration.sampling.model_copy(update={"seed": calibration.sampling.seed + len(given)})
+    return sensitivity_calls(pipeline, fresh, noise, planning)
 
 
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,37 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
 from slimdiff.sites import Group, Site
-
-
-class Budget(BaseModel):
-    """How much goes out of the denoiser.
-
-    `parameters` is a count (`100M`, `2.5M`, `30k`, `1500000`) or a share of *all* the denoiser's parameters (`12%`);
-    a leading minus is allowed, for what is said is what goes.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    parameters: str
-
-    def __init__(self, parameters: str | int | None = None, **data: Any) -> None:
-        super().__init__(parameters="" if parameters is None else str(parameters), **data)
-
-    def removed(self, total: int) -> int:
-        """How many of `total` parameters must go.
-
-        Raises:
-            InputError: if the text is no budget, or asks for nothing, or for everything.
-        """
-        match = re.fullmatch(r"-?\s*(\d+(?:\.\d+)?)\s*([kMB%]?)", self.parameters.strip())
-        if not match:
-            raise InputError(f"budget {self.parameters!r}: write a count such as 100M or a share such as 25%")
-        number, unit = float(match[1]), match[2]
-        scale = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "%": total / 100}[unit]
-        removed = round(number * scale)
-        if not 0 < removed < total:
-            raise InputError(f"budget {self.parameters!r} is {removed:,} of {total:,} parameters: it must lie between")
-        return removed
 
 
 class SitePlan(BaseModel):
@@ -81,7 +49,14 @@ class Plan(BaseModel):
     allocation: str
     align: int
     parameters: dict[str, int]
-    """`dense`, `slim`: the denoiser's parameter counts; `budget`: what slim was to be."""
+    """`dense`, `slim`: the denoiser's parameter counts; `budget`: what slim was to be, if parameters were budgeted."""
+    budget: dict[str, str | float] = {}
+    """What was asked for, such as `{"parameters": "12%"}` or `{"speedup": 1.35}`."""
+    costs: dict[str, dict[str, float]] = {}
+    """Further costs as predicted when the plan was made, `macs` (one call at batch 1) and `latency_ms`, where they are
+    known: `dense`, `slim` and, if it was budgeted, `budget`."""
+    noise_error: float | None = None
+    """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""
     sites: dict[str, SitePlan]
     left_dense: list[dict[str, str]] = []
     calibration: dict[str, Any] = {}
@@ -136,10 +111,14 @@ class Plan(BaseModel):
         return {site.path: site.rank for site in self.sites.values()}
 
     def recount(self) -> Plan:
-        """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand."""
+        """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand.
+
+        What else was found out about the ranks before goes with them.
+        """
         removed = sum((s.dense_rank - s.rank) * s.cost for s in self.sites.values())
-        parameters = {**self.parameters, "slim": self.parameters["dense"] - removed}
-        return self.model_copy(update={"parameters": parameters})
+        slim = self.parameters["dense"] - removed
+        stale: dict[str, Any] = {} if slim == self.parameters["slim"] else {"costs": {}, "noise_error": None}
+        return self.model_copy(update={"parameters": {**self.parameters, "slim": slim}, **stale})
 
 
 def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,12 @@ from scipy.sparse import lil_array
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slimdiff.budget import Budget
 from slimdiff.calibration import Statistics
-from slimdiff.costs import count_parameters
+from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
-from slimdiff.plan import Budget, Plan, site_plan
+from slimdiff.plan import Plan, site_plan
+from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
 from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise
 from slimdiff.trajectory import Call, predict
@@ -27,6 +30,8 @@ from slimdiff.trajectory import Call, predict
 TOLERANCE = 0.004
 # Candidate ranks per site are thinned to this many: the knapsack stays small, and neighbours differ by under 2 %.
 MOST_CANDIDATES = 64
+# Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
+SLACK = 0.005
 
 
 class PlanSettings(BaseModel):
@@ -45,15 +50,15 @@ class PlanSettings(BaseModel):
 
 
 @dataclass
-class _Layer:
-    """Sites of one module, which share one rank, with the ranks it may take."""
+class Layer:
+    """Sites of one module, which share one rank, with the ranks it may take (rising; the last is the dense one)."""
 
     sites: list[Site]
     candidates: list[int]
 
     @property
-    def cost(self) -> int:
-        return sum(s.cost for s in self.sites)
+    def path(self) -> str:
+        return self.sites[0].path
 
     @property
     def dense_rank(self) -> int:
@@ -67,6 +72,8 @@ def make_plan(
     settings: PlanSettings | None = None,
     *,
     calls: Sequence[Call] = (),
+    held: Sequence[Call] = (),
+    latency: CostTable | None = None,
     factors: Factors | None = None,
     progress: str | None = "plan",
 ) -> Plan:
@@ -76,111 +83,278 @@ def make_plan(
     multiple-choice knapsack, solved exactly (scipy's `milp`).
 
     Args:
-        calls: recorded denoiser calls (`record_calls`), needed by the global allocation.
+        calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs.
+        held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
+        latency: measured milliseconds by layer and rank, needed by a speedup.
         factors: from `factorise` on all sites, if they are there already.
 
     Raises:
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
-    settings = settings or PlanSettings()
-    check_statistics(denoiser, statistics)
+    planner = Planner(
+        denoiser, statistics, settings, calls=calls, held=held, latency=latency, factors=factors, progress=progress
+    )
+    return planner.plan(budget)
+
+
+class Planner:
+    """Plans of one model: what they have in common is computed once, when first needed, for any number of budgets.
+
+    Arguments are those of `make_plan`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        statistics: Statistics,
+        settings: PlanSettings | None = None,
+        *,
+        calls: Sequence[Call] = (),
+        held: Sequence[Call] = (),
+        latency: CostTable | None = None,
+        factors: Factors | None = None,
+        progress: str | None = "plan",
+    ) -> None:
+        self.denoiser = denoiser
+        self.statistics = statistics
+        self.settings = settings or PlanSettings()
+        self.calls = calls
+        self.held = held
+        self.latency = latency
+        self.progress = progress
+        check_statistics(denoiser, statistics)
+        if self.settings.allocation == "global" and not calls:
+            raise InputError("the global allocation measures sensitivities: give it recorded denoiser calls")
+        self.sites, self.left_dense = find_sites(denoiser)
+        self.chosen = chosen_sites(self.sites, self.settings)
+        self.layers = find_layers(self.chosen, self.settings.align)
+        if factors is not None:
+            self.factors = factors
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Every chosen site's basis or order."""
+        return factorise(self.denoiser, self.statistics, self.chosen, self.told("factorise"))
+
+    @cached_property
+    def sensitivities(self) -> dict[str, float]:
+        """By site name; empty for the uniform allocation, which does not ask."""
+        if self.settings.allocation == "uniform":
+            return {}
+        return measure_sensitivities(
+            self.denoiser, self.statistics, self.chosen, self.factors, self.calls, self.told("sensitivity")
+        )
+
+    @cached_property
+    def parameters(self) -> CostTable:
+        return parameter_costs(self.denoiser, self.chosen)
+
+    @cached_property
+    def macs(self) -> CostTable | None:
+        """None without recorded calls: how many tokens there are shows in a call alone."""
+        return mac_costs(self.denoiser, self.chosen, self.calls[0]) if self.calls else None
+
+    def table(self, budget: Budget) -> CostTable:
+        """What the budget is counted in.
+
+        Raises:
+            InputError: if that was not given.
+        """
+        if budget.kind == "speedup":
+            if self.latency is None:
+                raise InputError("a speedup is planned on a measured table of latencies: give one")
+            missing = [layer.path for layer in self.layers if layer.path not in self.latency.layers]
+            if missing:
+                raise InputError(f"the table of latencies does not know {missing[0]}: measure it for this model")
+            return self.latency
+        if budget.kind == "macs":
+            if self.macs is None:
+                raise InputError("a budget of MACs needs a recorded denoiser call: it shows how many tokens there are")
+            return self.macs
+        return self.parameters
+
+    def most(self, table: CostTable) -> float:
+        """The most that can go, in the table's unit."""
+        return sum(float(table.savings(layer.path, layer.candidates[:1])[0]) for layer in self.layers)
+
+    def plan(self, budget: Budget) -> Plan:
+        """See `make_plan`."""
+        if budget.kind == "max_error":
+            return smallest_within(self, budget, self.held)
+        table = self.table(budget)
+        removed = budget.removed(table.dense)
+        most = self.most(table)
+        if removed > most:
+            raise InputError(
+                f"budget {_words(budget)} is {_amount(table, removed)}, but at most {_amount(table, most)} "
+                f"({most / table.dense:.1%}) can go from the {len(self.chosen)} sites in "
+                f"{', '.join(self.settings.groups)}"
+            )
+        return self.written(self.ranks(table, removed), budget, {table.name: table.dense - removed})
+
+    def ranks(self, table: CostTable, removed: float) -> dict[str, int]:
+        """Rank by module path, so that `removed` goes, in the table's unit, with the least predicted error."""
+        savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
+        if self.settings.allocation == "uniform":
+            picks = choose(savings, _distances(self.layers, savings, removed), removed)
+        else:
+            also = None
+            if table.name == "parameters" and self.macs is not None:
+                also = [self.macs.savings(layer.path, layer.candidates) for layer in self.layers]
+            picks = choose(savings, [self._errors(layer) for layer in self.layers], removed, also)
+        return {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
+
+    def _errors(self, layer: Layer) -> np.ndarray:
+        curves = [self.sensitivities[s.name] * self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
+        return np.sum(curves, axis=0)
+
+    def written(self, ranks: dict[str, int], budget: Budget, bounds: Mapping[str, float]) -> Plan:
+        """The plan of these ranks (by module path); layers not named are dense.
+
+        Args:
+            budget: what was asked for.
+            bounds: cost name -> what the slim model may cost.
+        """
+        sites = {}
+        for site in self.sites:
+            if site.path not in ranks:
+                sites[site.name] = site_plan(site, site.dense_rank)
+                continue
+            rank = ranks[site.path]
+            local = float(self.factors[site.name].tail[rank])
+            sensitivity = self.sensitivities.get(site.name)
+            predicted = None if sensitivity is None else sensitivity * local
+            sites[site.name] = site_plan(
+                site, rank, local_error=local, sensitivity=sensitivity, predicted_error=predicted
+            )
+        parameters = {"dense": round(self.parameters.dense), "slim": round(self.parameters.of(ranks))}
+        if "parameters" in bounds:
+            parameters["budget"] = round(bounds["parameters"])
+        costs: dict[str, dict[str, float]] = {}
+        for table in (self.macs, self.latency):
+            if table is not None:
+                costs[table.name] = {"dense": table.dense, "slim": table.of(ranks)}
+                if table.name in bounds:
+                    costs[table.name]["budget"] = bounds[table.name]
+        return Plan(
+            model_class=type(self.denoiser).__name__,
+            model_hash=self.statistics.model_hash,
+            allocation=self.settings.allocation,
+            align=self.settings.align,
+            parameters=parameters,
+            budget={budget.kind: getattr(budget, budget.kind)},
+            costs=costs,
+            sites=sites,
+            left_dense=self.left_dense,
+            calibration=self.statistics.made_from,
+        )
+
+    def told(self, what: str) -> str | None:
+        """A progress bar's name, or None for no bar."""
+        return self.progress and f"{self.progress}: {what}"
+
+
+def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
+    """Those in the groups that may be slimmed.
+
+    Raises:
+        InputError: if the groups name only one of query_key and value_output.
+    """
     if ("query_key" in settings.groups) != ("value_output" in settings.groups):
         raise InputError("groups: query_key and value_output share one rank per layer: name both or neither")
-    sites, left_dense = find_sites(denoiser)
-    chosen = [s for s in sites if s.group in settings.groups]
-    total = count_parameters(denoiser)
-    removed = budget.removed(total)
-    layers = _layers(chosen, settings.align)
-    most = sum((layer.dense_rank - layer.candidates[0]) * layer.cost for layer in layers)
-    if removed > most:
-        raise InputError(
-            f"budget {budget.parameters!r} is {removed:,} parameters, but at most {most:,} ({most / total:.1%}) "
-            f"can go from the {len(chosen)} sites in {', '.join(settings.groups)}"
-        )
-    factors = factors or factorise(denoiser, statistics, chosen, progress and f"{progress}: factorise")
-    sensitivities: dict[str, float] = {}
-    if settings.allocation == "global":
-        if not calls:
-            raise InputError("the global allocation measures sensitivities: give it recorded denoiser calls")
-        sensitivities = measure_sensitivities(
-            denoiser, statistics, chosen, factors, calls, progress and f"{progress}: sensitivity"
-        )
-        errors = [_errors(layer, factors, sensitivities) for layer in layers]
-    else:
-        share = removed / sum(layer.dense_rank * layer.cost for layer in layers)
-        errors = [
-            np.array(
-                [(1 - r / layer.dense_rank - share) ** 2 * layer.cost * layer.dense_rank for r in layer.candidates]
-            )
-            for layer in layers
-        ]
-    ranks = _knapsack(layers, errors, removed)
-    plan = Plan(
-        model_class=type(denoiser).__name__,
-        model_hash=statistics.model_hash,
-        allocation=settings.allocation,
-        align=settings.align,
-        parameters={"dense": total, "slim": total, "budget": total - removed},
-        sites={},
-        left_dense=left_dense,
-        calibration=statistics.made_from,
-    )
-    rank_of = {site.name: rank for layer, rank in zip(layers, ranks, strict=True) for site in layer.sites}
-    for site in sites:
-        rank = rank_of.get(site.name, site.dense_rank)
-        if site.name not in rank_of:
-            plan.sites[site.name] = site_plan(site, rank)
-            continue
-        local = float(factors[site.name].tail[rank])
-        sensitivity = sensitivities.get(site.name)
-        predicted = None if sensitivity is None else sensitivity * local
-        plan.sites[site.name] = site_plan(
-            site, rank, local_error=local, sensitivity=sensitivity, predicted_error=predicted
-        )
-    return plan.recount()
+    return [s for s in sites if s.group in settings.groups]
 
 
-def _layers(sites: Sequence[Site], align: int) -> list[_Layer]:
+def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
+    """Sites by module, with the multiples of `align` as candidate ranks, thinned to `MOST_CANDIDATES`."""
     by_path: dict[str, list[Site]] = {}
     for site in sites:
         by_path.setdefault(site.path, []).append(site)
     layers = []
     for members in by_path.values():
         dense = members[0].dense_rank
-        ranks = list(range(align, dense, align)) or []
+        ranks = list(range(align, dense, align))
         if len(ranks) > MOST_CANDIDATES:
             picks = np.unique(np.linspace(0, len(ranks) - 1, MOST_CANDIDATES).round().astype(int))
             ranks = [ranks[i] for i in picks]
-        layers.append(_Layer(members, [*ranks, dense]))
+        layers.append(Layer(members, [*ranks, dense]))
     return layers
 
 
-def _errors(layer: _Layer, factors: Factors, sensitivities: dict[str, float]) -> np.ndarray:
-    curves = [sensitivities[s.name] * factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
-    return np.sum(curves, axis=0)
+def _distances(layers: Sequence[Layer], savings: Sequence[np.ndarray], removed: float) -> list[np.ndarray]:
+    """For the uniform allocation: how far each candidate is from the one share of every layer that meets the budget."""
+    shares = [1 - np.array(layer.candidates) / layer.dense_rank for layer in layers]
+    # What a layer would save if it went wholly, from what its smallest candidate saves.
+    whole = [s[0] / share[0] if share[0] > 0 else 0.0 for s, share in zip(savings, shares, strict=True)]
+    wanted = removed / sum(whole)
+    return [(share - wanted) ** 2 * weight for share, weight in zip(shares, whole, strict=True)]
 
 
-def _knapsack(layers: Sequence[_Layer], errors: Sequence[np.ndarray], removed: int) -> list[int]:
-    """One candidate per layer, least total error, at least `removed` and at most 0.4 % more parameters gone."""
-    owner = np.concatenate([np.full(len(layer.candidates), i) for i, layer in enumerate(layers)])
-    saving = np.concatenate(
-        [[(layer.dense_rank - r) * layer.cost for r in layer.candidates] for layer in layers]
-    ).astype(float)
-    error = np.concatenate(list(errors))
-    one_each = lil_array((len(layers), len(owner)))
+def choose(
+    savings: Sequence[np.ndarray],
+    errors: Sequence[np.ndarray],
+    removed: float,
+    also: Sequence[np.ndarray] | None = None,
+) -> list[int]:
+    """One candidate per layer, least total error, at least `removed` and at most 0.4 % more saved: exactly.
+
+    Args:
+        savings: per layer, what each candidate saves, in any unit.
+        errors: per layer, each candidate's error.
+        removed: what must go, above 0.
+        also: per layer, what else each candidate saves: as much as possible of that goes among the choices whose error
+            is within `SLACK` of the least.
+
+    Returns:
+        the index of each layer's candidate.
+    """
+    owner = np.concatenate([np.full(len(s), i) for i, s in enumerate(savings)])
+    starts = np.searchsorted(owner, np.arange(len(savings)))
+    one_each = lil_array((len(savings), len(owner)))
     one_each[owner, np.arange(len(owner))] = 1
-    choose = LinearConstraint(one_each.tocsr(), 1, 1)
-    # Scaled to about one, or the solver's absolute tolerances would decide.
-    error = error / max(error.max(), 1e-300)
-    for limit in (1 + TOLERANCE, np.inf):
-        amount = LinearConstraint((saving / removed)[None, :], 1, limit)
+    constraints = [LinearConstraint(one_each.tocsr(), 1, 1)]
+    saving = np.concatenate(list(savings)) / removed
+    error = np.concatenate(list(errors))
+
+    def solve(objective: np.ndarray, allowed: np.ndarray, *more: LinearConstraint) -> np.ndarray | None:
+        whole, most = np.ones(len(owner)), allowed.astype(float)
+        found = milp(objective, constraints=[*constraints, *more], integrality=whole, bounds=Bounds(0, most))
+        return None if found.x is None else np.flatnonzero(found.x > 0.5)
+
+    window = LinearConstraint(saving[None, :], 1, 1 + TOLERANCE)
+    # The solver stops within 1e-6 of the least, and errors span a dozen decades: so the unit is what the choice costs,
+    # and what alone costs more than a known choice is left out, until the two are of one size.
+    unit, allowed = max(float(error.max()), 1e-300), np.ones(len(owner), dtype=bool)
+    picked = solve(error / unit, allowed, window)
+    while picked is not None and 0 < (best := float(error[picked].sum())) < 1e-2 * unit:
+        unit, allowed = best, error <= best
+        better = solve(np.where(allowed, error, 0) / unit, allowed, window)
+        if better is None or error[better].sum() > best:
+            break
+        picked = better
+    if picked is None:
         # Without a window that any combination of ranks fits, come as close to the budget as the ranks allow.
-        objective = error if np.isfinite(limit) else saving / removed + 1e-3 * error
-        found = milp(objective, constraints=[choose, amount], integrality=np.ones(len(owner)), bounds=Bounds(0, 1))
-        if found.x is not None:
-            picked = np.flatnonzero(found.x > 0.5)
-            return [layers[owner[i]].candidates[i - int(np.searchsorted(owner, owner[i]))] for i in picked]
-    raise InputError(f"no choice of ranks removes {removed:,} parameters")
+        least = LinearConstraint(saving[None, :], 1, np.inf)
+        picked = solve(saving + 1e-3 * error / unit, allowed, least)
+    elif also is not None and (best := float(error[picked].sum())) > 0:
+        other = np.concatenate(list(also))
+        allowed = error <= (1 + SLACK) * best
+        near = LinearConstraint(np.where(allowed, error, 0)[None, :] / best, -np.inf, 1 + SLACK)
+        better = solve(-other / max(other.max(), 1e-300), allowed, window, near)
+        picked = picked if better is None else better
+    if picked is None:
+        raise InputError(f"no choice of ranks removes {removed:,.6g}")
+    return [int(index) for index in picked - starts]
+
+
+def _words(budget: Budget) -> str:
+    value = getattr(budget, budget.kind)
+    return f"{value:g}x" if budget.kind == "speedup" else repr(value)
+
+
+def _amount(table: CostTable, value: float) -> str:
+    noun = {"parameters": "parameters", "macs": "MACs"}.get(table.name)
+    return f"{value:,.0f} {noun}" if noun else f"{value:.3g} ms"
 
 
 @torch.no_grad()

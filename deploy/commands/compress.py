@@ -6,9 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.flags import add_calibration, groups
+
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --samples 64
+  slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt
+  slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime --prompts prompts.txt
+  slimdiff compress my-checkpoint --out slim --max-error 1e-3 --prompts prompts.txt
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json --prompts prompts.txt"""
 
 
@@ -25,22 +30,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     what.add_argument(
         "--reduce", metavar="AMOUNT", help="what goes out of the denoiser: 100M, or 12%% of all its parameters"
     )
+    what.add_argument("--macs", metavar="AMOUNT", help="likewise in multiply-accumulates of one call: 50G, or 20%%")
+    what.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
+    )
+    what.add_argument(
+        "--speedup",
+        type=float,
+        metavar="S",
+        help="dense latency over slim latency, such as 1.35, in --runtime",
+    )
     what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
-    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
-    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
-    parser.add_argument("--groups", metavar="LIST", help="of query_key,value_output,feed_forward (default: all)")
-    parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
-    parser.add_argument("--allocation", choices=("global", "uniform"), help="how ranks are chosen (default: global)")
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "torch"), help="where --speedup is measured (default: onnxruntime)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: its own choice)")
+    add_calibration(parser)
     parser.add_argument("--statistics", metavar="FILE", help="statistics of this model, instead of calibrating")
-    for name, kind, text in (
-        ("steps", int, "scheduler steps per image (default: 20)"),
-        ("guidance", float, "guidance scale (default: 5)"),
-        ("batch", int, "prompts at a time (default: 8)"),
-        ("seed", int, "of the first prompt's noise (default: 0)"),
-        ("height", int, "pixels (default: the model's)"),
-        ("width", int, "pixels (default: the model's)"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     return parser
 
 
@@ -55,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
     check_folder(out, artifacts.MANIFEST)
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = settings(PlanSettings, args, "align", "allocation", **given(groups=_groups(args.groups)))
+    planning = settings(PlanSettings, args, "align", "allocation", **given(groups=groups(args.groups)))
     plan = Plan.load(Path(args.plan)) if args.plan else None
-    budget = Budget(parameters=args.reduce) if args.reduce else None
+    budget = None if plan else Budget(args.reduce, macs=args.macs, speedup=args.speedup, max_error=args.max_error)
+    if args.speedup is None and (args.runtime or args.threads):
+        raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     if args.prompts is None and args.model != "demo":
         raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
-    prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples)
+    prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples + sampling.batch)
 
     from deploy.console import calm_libraries, log, result
 
@@ -76,14 +87,24 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.pipelines import load_pipeline
 
     pipeline = load_pipeline(args.model)
-    if budget is not None:
+    if budget is not None and budget.kind == "parameters":
         budget.removed(count_parameters(denoiser_of(pipeline)))  # refuse it before the long work, not after
-    log.info("compress: %d prompts, %d steps each", len(prompts), sampling.steps)
+    latency = None
+    if args.speedup is not None:
+        from exporters.latency_table import TableSettings, measure_latency
+
+        chosen = settings(TableSettings, args, "runtime", "threads")
+        one = example_call(pipeline, height=sampling.height, width=sampling.width)
+        progress = None if args.quiet else "latency"
+        latency = measure_latency(denoiser_of(pipeline), one, planning, chosen, progress=progress)
+    used = prompts[: calibration.samples]  # what is left over is for measuring an error on
+    log.info("compress: %d prompts, %d steps each", len(used), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
         budget,
         plan=plan,
+        latency=latency,
         calibration=calibration,
         planning=planning,
         statistics=statistics,
@@ -97,8 +118,9 @@ def run(args: argparse.Namespace) -> int:
         slim.plan.save(temporary / "plan.json")
         made_from = {
             "model_hash": slim.plan.model_hash,
-            "budget": args.reduce,
-            "prompts": artifacts.fingerprint(prompts),
+            "budget": slim.plan.budget,
+            "latency": dict(latency.made_from) if latency else None,
+            "prompts": artifacts.fingerprint(used),
             "calibration": calibration.model_dump(),
             "plan": planning.model_dump(),
         }
@@ -108,10 +130,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _groups(text: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in text.split(",")) if text else None
-
-
 def _text(value: dict[str, Any]) -> str:
     from deploy.console import amount, change, in_bytes
 
@@ -119,5 +137,10 @@ def _text(value: dict[str, Any]) -> str:
     for name, show in (("parameters", amount), ("macs", amount), ("bytes", in_bytes)):
         dense, slim = value[name]["dense"], value[name]["slim"]
         lines.append(f"{name:12}{show(dense):>12} -> {show(slim):>12}   {change(dense, slim)}")
+    if "latency_ms" in value["predicted"]:
+        dense, slim = (value["predicted"]["latency_ms"][side] for side in ("dense", "slim"))
+        lines.append(f"{'latency':12}{dense:9.2f} ms -> {slim:9.2f} ms   {change(dense, slim)} (predicted)")
+    if value["noise_error"] is not None:
+        lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]
     return "\n".join(lines)

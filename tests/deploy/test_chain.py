@@ -164,6 +164,16 @@ def test_compress_from_statistics_and_an_edited_plan(built, workspace, tmp_path,
     assert name in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+def test_compress_to_a_budget_of_macs(built, workspace, tmp_path, capsys):
+    argv = ["compress", workspace / "tiny", "--prompts", workspace / "prompts.txt", "--macs", "6%"]
+    argv += ["--statistics", built / layout.STATISTICS, "--out", tmp_path / "out"]
+    value = call(argv, capsys)
+    dense, slim = value["macs"]["dense"], value["macs"]["slim"]
+    assert 0.06 <= (dense - slim) / dense < 0.07
+    assert value["predicted"]["macs"]["slim"] == slim and value["parameters"]["budget"] is None
+    assert value["budget"] == {"macs": "6%"}
+
+
 def test_a_build_without_a_speedup_gate(built, workspace, tmp_path):
     text = (workspace / "recipe.yaml").read_text().replace("min_speedup: 0.01, ", "")
     (workspace / "ungated.yaml").write_text(text)

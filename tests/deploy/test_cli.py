@@ -34,7 +34,14 @@ def test_help_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nothing"], ["compress", "demo", "--out", "x"], ["bench", "a", "b", "--rounds", "x"]]
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["compress", "demo", "--out", "x"],
+        ["bench", "a", "b", "--rounds", "x"],
+        ["compress", "demo", "--out", "x", "--macs", "5%", "--reduce", "5%"],
+    ],
 )
 def test_usage_errors_exit_2(argv, capsys):
     with pytest.raises(SystemExit) as end:
@@ -89,6 +96,22 @@ def test_a_pickle_is_refused(tmp_path, workspace, capsys):
 )
 def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", reduce]
+    argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
+    assert says in fails(argv, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        (["--speedup", "0.9"], "1.35"),
+        (["--max-error", "0"], "above 0"),
+        (["--macs", "some"], "100M"),
+        (["--reduce", "5%", "--runtime", "torch"], "--speedup"),
+    ],
+)
+def test_budgets_that_cannot_be(tmp_path, workspace, capsys, budget, says):
+    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget]
     argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
     assert says in fails(argv, capsys)
     assert list(tmp_path.iterdir()) == []

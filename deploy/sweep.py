@@ -1,0 +1,230 @@
+"""The frontier of a model: slim models at several budgets, each measured, drawn together.
+
+sweep.json      the dense model's figures and every point's
+sweep.html      the same, drawn; one self-contained file
+calibrate/      statistics
+point-.../      one per budget: plan.json and point.json
+manifest.json   what it was made from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import deploy
+import exporters
+import slimdiff
+from deploy import layout
+from deploy.console import log
+from deploy.figures import costs
+from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts
+from deploy.stages import Stage, locked, run_stages
+from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
+from exporters.latency import LatencySettings, machine_name, paired_latency
+from exporters.latency_table import TableSettings, measure_latency, whole_run
+from exporters.pipeline_export import example_call
+from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate, slim_denoiser
+from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
+from slimdiff.errors import InputError
+from slimdiff.fidelity import image_fidelity
+from slimdiff.pipelines import load_pipeline
+from slimdiff.planning import Planner
+from slimdiff.search import Judge
+from slimdiff.trajectory import sample_images
+
+JSON, PAGE = "sweep.json", "sweep.html"
+_UNSEEN_CAPTIONS = 1  # the seed of the embedded model's captions that its images are compared on
+
+
+@dataclass
+class Sweep:
+    """What a sweep is of, and what its points share, made when first needed."""
+
+    model: str
+    prompt_file: str | None
+    by: str
+    points: list[str]
+    calibration: CalibrationSettings
+    planning: PlanSettings
+    runtime: TableSettings
+    bench: LatencySettings
+    images: int
+    folder: Path
+
+    @cached_property
+    def pipeline(self) -> Any:
+        return load_pipeline(self.model)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What calibration sees, and after it a batch that it does not."""
+        count = self.calibration.samples + self.calibration.sampling.batch
+        return calibration_prompts(self.prompt_file or EMBEDDED, count)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        source = self.prompt_file or EMBEDDED
+        return comparison_prompts(source, self.calibration.samples, self.images, _UNSEEN_CAPTIONS)
+
+    @cached_property
+    def call(self) -> Any:
+        """The call that MACs and latency are counted on: one image, both branches of guidance."""
+        sampling = self.calibration.sampling
+        return example_call(self.pipeline, height=sampling.height, width=sampling.width)
+
+    @cached_property
+    def planner(self) -> Planner:
+        statistics = Statistics.load(self.folder / layout.STATISTICS)
+        calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
+        latency = None
+        if self.by == "speedup":
+            denoiser = denoiser_of(self.pipeline)
+            latency = measure_latency(denoiser, self.call, self.planning, self.runtime, progress="latency")
+        return Planner(denoiser_of(self.pipeline), statistics, self.planning, calls=calls, latency=latency)
+
+    @cached_property
+    def judge(self) -> Judge:
+        held = held_calls(self.pipeline, self.prompts, self.calibration, self.planning)
+        return Judge(denoiser_of(self.pipeline), held)
+
+    @cached_property
+    def dense_images(self) -> list[Any]:
+        return self._images(self.pipeline, "sweep: dense images")
+
+    def _images(self, pipeline: Any, name: str) -> list[Any]:
+        sampling = self.calibration.sampling
+        unseen = sampling.model_copy(update={"seed": sampling.seed + 10_000})
+        return sample_images(pipeline, self.captions, unseen, progress=name)
+
+    def fidelity(self, slim: Any, name: str) -> dict[str, Any] | None:
+        """Images of the slim denoiser against the dense one's; None if none were asked for."""
+        if not self.images:
+            return None
+        made = self._images(with_denoiser(self.pipeline, slim), f"{name}: images")
+        return image_fidelity(self.dense_images, made)
+
+    def budget(self, text: str) -> Budget:
+        """A point as a budget.
+
+        Raises:
+            InputError: if it is none of this sweep's unit.
+        """
+        if self.by != "speedup":
+            return Budget(**{self.by: text})
+        try:
+            return Budget(speedup=float(text))
+        except ValueError:
+            raise InputError(f"--points {text}: a speedup is a number such as 1.2") from None
+
+
+def write_sweep(work: Sweep) -> dict[str, Any]:
+    """Measure every point that is not there yet, and write `sweep.json` and `sweep.html`.
+
+    Returns:
+        the content of `sweep.json`: `dense` and `points` (largest model first) with `parameters`, `macs`, `bytes`, and
+        for points `budget`, `speedup` (dense and slim in turn), `latency_ms`, `dense_latency_ms`, `noise_error` and
+        `images`; `runtime` and `machine`.
+
+    Raises:
+        InputError: if there is no point, or one cannot be a budget or be met; points before it are kept.
+    """
+    from deploy.sweep_page import write_page
+
+    if not work.points:
+        raise InputError("--points is empty: name budgets such as 5%,10%,20%")
+    for text in work.points:  # refuse before the long work, not after
+        budget = work.budget(text)
+        if budget.kind != "speedup":
+            budget.removed(10**15)
+    with locked(work.folder):
+        stages = _stages(work)
+        for _ in run_stages(work.folder, stages):
+            pass
+        points = [
+            json.loads((work.folder / s.name / "point.json").read_text(encoding="utf-8"))
+            for s in stages
+            if s.name != "calibrate"
+        ]
+        points.sort(key=lambda point: -point["parameters"])
+        value = {
+            "model": public_name(work.model),
+            "by": work.by,
+            "runtime": points[0]["runtime"],
+            "machine": points[0]["machine"],
+            "dense": points[0]["dense"],
+            "points": [{k: v for k, v in p.items() if k not in ("runtime", "machine", "dense")} for p in points],
+        }
+        artifacts.write_json(work.folder / JSON, layout.strict(value))
+        write_page(value, work.folder / PAGE)
+    made_from = {"model": stages[0].inputs["model"], "prompts": stages[0].inputs["prompts"], "points": work.points}
+    artifacts.write_manifest(work.folder, "sweep", made_from, {"runtime": value["runtime"]})
+    return value
+
+
+def _stages(work: Sweep) -> list[Stage]:
+    code = {
+        "slimdiff": source_hash(Path(slimdiff.__file__).parent),
+        "exporters": source_hash(Path(exporters.__file__).parent),
+        "sweep": artifacts.sha256_of(Path(deploy.__file__).parent / "sweep.py"),
+        "versions": artifacts.fingerprint(artifacts.versions()),
+    }
+    made_from = {"model": model_hash(work.model), "prompts": artifacts.fingerprint(work.prompts)}
+    shared = {
+        "by": work.by,
+        "plan": work.planning.model_dump(),
+        "runtime": work.runtime.model_dump(),
+        "bench": work.bench.model_dump(),
+        "images": work.images,
+        "machine": machine_name(),
+    }
+    first = Stage(
+        "calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), {**code, **made_from}, "statistics"
+    )
+    names = {text: f"point-{re.sub('[^0-9A-Za-z.]', '', text.replace('%', 'pct'))}-{work.by}" for text in work.points}
+    return [
+        first,
+        *(
+            Stage(name, partial(_point, work, text), ("calibrate",), {**shared, "point": text}, code, "sweep-point")
+            for text, name in names.items()
+        ),
+    ]
+
+
+def _calibrate(work: Sweep, folder: Path) -> None:
+    used = work.prompts[: work.calibration.samples]
+    calibrate(work.pipeline, used, work.calibration).save(folder / Path(layout.STATISTICS).name)
+
+
+def _point(work: Sweep, text: str, folder: Path) -> None:
+    plan = work.planner.plan(work.budget(text))
+    dense = denoiser_of(work.pipeline)
+    slim = slim_denoiser(dense, work.planner.statistics, plan, work.planner.factors, progress=None)
+    log.info("sweep: %s is planned, measuring it", text)
+    with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
+        runs: list[Callable[[], Any]] = [
+            whole_run(model, work.call, Path(scratch) / name, work.runtime)
+            for name, model in (("dense", dense), ("slim", slim))
+        ]
+        paired = paired_latency(runs[0], runs[1], work.bench, runtime=work.runtime.runtime, progress=f"{text}: bench")
+    plan.save(folder / "plan.json")
+    value = {
+        "budget": text,
+        **costs(slim, work.call),
+        "latency_ms": paired["candidate"]["median_ms"],
+        "dense_latency_ms": paired["baseline"]["median_ms"],
+        "speedup": paired["speedup"],
+        "predicted": plan.costs,
+        "noise_error": work.judge.error(slim),
+        "images": work.fidelity(slim, text),
+        "dense": costs(dense, work.call),
+        "runtime": paired["runtime"],
+        "machine": paired["machine"],
+    }
+    artifacts.write_json(folder / "point.json", layout.strict(value))
