@@ -16,7 +16,7 @@ from slimdiff.plan import Budget, Plan
 from slimdiff.planning import PlanSettings, make_plan
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
-from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
+from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Compression:
 
 def compress(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Inputs],
     budget: Budget | None = None,
     *,
     plan: Plan | None = None,
@@ -50,7 +50,8 @@ def compress(
     """Slim a pipeline's denoiser without a gradient step.
 
     Args:
-        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number.
+        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
+            take images, classes or nothing at all, mappings of their arguments (see `slimdiff.trajectory`).
         budget: what goes out of the denoiser; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         statistics: from an earlier calibration of the same weights, to save the time.
@@ -92,10 +93,10 @@ def compress(
 
 
 def sensitivity_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], sampling: Sampling, planning: PlanSettings
+    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling, planning: PlanSettings
 ) -> list[Call]:
     """Denoiser calls spread evenly over one batch of trajectories, as many as the settings say (at most one a step)."""
-    calls = record_calls(pipeline, [p for p in prompts if p.strip()][: sampling.batch], sampling)
+    calls = record_calls(pipeline, usable_inputs(prompts)[: sampling.batch], sampling)
     count = min(planning.sensitivity_calls, len(calls))
     return [calls[i * len(calls) // count] for i in range(count)]
 
