@@ -9,7 +9,19 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from torch import nn
 
 from slimdiff.errors import InputError
@@ -17,7 +29,22 @@ from slimdiff.plan import Plan
 from slimdiff.sites import attention_linears, feed_forward_linears, find_sites
 
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
-__all__ = ["ModelMixin", "SlimUNet2DConditionModel", "plan_of", "resize", "slim_class_of"]
+__all__ = [
+    "ModelMixin",
+    "SlimDiTTransformer2DModel",
+    "SlimFluxTransformer2DModel",
+    "SlimHunyuanDiT2DModel",
+    "SlimPixArtTransformer2DModel",
+    "SlimSD3Transformer2DModel",
+    "SlimUNet2DConditionModel",
+    "SlimUNet2DModel",
+    "SlimUNet3DConditionModel",
+    "SlimUNetMotionModel",
+    "SlimUNetSpatioTemporalConditionModel",
+    "plan_of",
+    "resize",
+    "slim_class_of",
+]
 
 
 def resize(denoiser: nn.Module, plan: Plan) -> None:
@@ -84,9 +111,35 @@ def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:
     return type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": doc})
 
 
+SlimDiTTransformer2DModel = _slim_class(DiTTransformer2DModel, "SlimDiTTransformer2DModel")
+SlimFluxTransformer2DModel = _slim_class(FluxTransformer2DModel, "SlimFluxTransformer2DModel")
+SlimHunyuanDiT2DModel = _slim_class(HunyuanDiT2DModel, "SlimHunyuanDiT2DModel")
+SlimPixArtTransformer2DModel = _slim_class(PixArtTransformer2DModel, "SlimPixArtTransformer2DModel")
+SlimSD3Transformer2DModel = _slim_class(SD3Transformer2DModel, "SlimSD3Transformer2DModel")
 SlimUNet2DConditionModel = _slim_class(UNet2DConditionModel, "SlimUNet2DConditionModel")
+SlimUNet2DModel = _slim_class(UNet2DModel, "SlimUNet2DModel")
+SlimUNet3DConditionModel = _slim_class(UNet3DConditionModel, "SlimUNet3DConditionModel")
+SlimUNetMotionModel = _slim_class(UNetMotionModel, "SlimUNetMotionModel")
+SlimUNetSpatioTemporalConditionModel = _slim_class(
+    UNetSpatioTemporalConditionModel, "SlimUNetSpatioTemporalConditionModel"
+)
 
-_SLIM_CLASSES: dict[type, type[ModelMixin]] = {UNet2DConditionModel: SlimUNet2DConditionModel}
+# A slim class's only base is the dense one.
+_SLIM_CLASSES: dict[type, type[ModelMixin]] = {
+    slim.__bases__[0]: slim
+    for slim in (
+        SlimDiTTransformer2DModel,
+        SlimFluxTransformer2DModel,
+        SlimHunyuanDiT2DModel,
+        SlimPixArtTransformer2DModel,
+        SlimSD3Transformer2DModel,
+        SlimUNet2DConditionModel,
+        SlimUNet2DModel,
+        SlimUNet3DConditionModel,
+        SlimUNetMotionModel,
+        SlimUNetSpatioTemporalConditionModel,
+    )
+}
 
 
 def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:

@@ -388,7 +388,11 @@ FAMILIES: dict[str, Family] = {
         TEXT,
         attention_and(7),
     ),
-    "sdxl": Family(xl, TEXT, attention_and(2 + 3 + 3 + 2 * 3 + 2 * 2)),
+    # Twice the steps: its smallest level has four tokens, and fewer than a layer's dimensions would leave the least
+    # squares without a solution of its own.
+    "sdxl": Family(
+        xl, TEXT, attention_and(2 + 3 + 3 + 2 * 3 + 2 * 2), sampling=SAMPLING.model_copy(update={"steps": 4})
+    ),
     "cut-down": Family(
         lambda: tiny_pipeline(
             **TWO_LEVELS,
