@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
@@ -120,8 +121,8 @@ def calibrate(
         prompts: prompts, or mappings of the pipeline's arguments per image (see `slimdiff.trajectory`).
 
     Raises:
-        InputError: if there is no prompt, the pipeline needs other arguments, or nothing in the denoiser can be
-            slimmed.
+        InputError: if there is no prompt, the pipeline needs other arguments, an adapter is attached to the denoiser,
+            or nothing in it can be slimmed.
     """
     settings = settings or CalibrationSettings()
     chosen = usable_inputs(prompts)[: settings.samples]
@@ -131,6 +132,8 @@ def calibrate(
     with watching(denoiser, centre_keys=settings.centre_keys) as statistics:
         sample_images(pipeline, chosen, settings.sampling, output_type="latent", progress=progress)
     statistics.made_from = {"prompts": len(chosen), "settings": settings.model_dump()}
+    if fused := fused_adapters(pipeline):
+        statistics.made_from["fused_adapters"] = fused
     return statistics
 
 
@@ -141,7 +144,7 @@ def calibrate_on_calls(denoiser: nn.Module, calls: Sequence[Call], *, centre_key
         calls: as `record_calls` gives them, or made by hand; arguments as the denoiser's `forward` names them.
 
     Raises:
-        InputError: if there is no call, or nothing in the denoiser can be slimmed.
+        InputError: if there is no call, an adapter is attached to the denoiser, or nothing in it can be slimmed.
     """
     if not calls:
         raise InputError("there is no call to calibrate with: record at least one (slimdiff.trajectory.record_calls)")
@@ -157,8 +160,9 @@ def watching(denoiser: nn.Module, *, centre_keys: bool = True) -> Iterator[Stati
     """Statistics of every site, which each forward pass of the denoiser in this block adds to.
 
     Raises:
-        InputError: if nothing in the denoiser can be slimmed.
+        InputError: if an adapter is attached to the denoiser, or nothing in it can be slimmed.
     """
+    refuse_adapters(denoiser)
     sites, left_dense = find_sites(denoiser)
     if not sites:
         reasons = "; ".join(sorted({d["reason"] for d in left_dense})) or "it has no attention or feed-forward module"

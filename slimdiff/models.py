@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import (
@@ -24,6 +25,7 @@ from diffusers import (
 )
 from torch import nn
 
+from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.sites import attention_linears, feed_forward_linears, find_sites
@@ -107,8 +109,29 @@ def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:
     original = inspect.signature(base.__init__)
     parameters = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     __init__.__signature__ = original.replace(parameters=[*parameters, own])  # type: ignore[attr-defined]
+    members: dict[str, Any] = {"__init__": __init__, "__module__": __name__}
+    if hasattr(base, "load_lora_adapter"):
+        members["load_lora_adapter"] = refusing_misfits(base.load_lora_adapter)
     doc = f"A slim `{base.__name__}`: the same code with the inner dimensions of `slim_plan` (a `Plan` as JSON)."
-    return type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": doc})
+    return type(name, (base,), {**members, "__doc__": doc})
+
+
+def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An adapter that was trained on the slim model fits it; one of the dense model is refused in one line."""
+
+    @functools.wraps(original)
+    def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise InputError(
+                f"this adapter does not fit {type(self).__name__}, whose layers are smaller than the dense model's: "
+                "fuse it into the dense model and slim that"
+            ) from error
+
+    return load_lora_adapter
 
 
 SlimDiTTransformer2DModel = _slim_class(DiTTransformer2DModel, "SlimDiTTransformer2DModel")
@@ -146,13 +169,14 @@ def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     """The slim class for a dense model.
 
     Raises:
-        InputError: if it is slim already, or of a class that has none.
+        InputError: if it is slim already, of a class that has none, or has adapters attached.
     """
     if plan_of(denoiser) is not None:
         raise InputError("this model is slim already: slim the dense model that it was made from")
     if type(denoiser) not in _SLIM_CLASSES:
         known = ", ".join(c.__name__ for c in _SLIM_CLASSES)
         raise InputError(f"{type(denoiser).__name__} cannot be slimmed yet: supported are {known}")
+    refuse_adapters(denoiser)
     return _SLIM_CLASSES[type(denoiser)]
 
 
