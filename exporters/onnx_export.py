@@ -158,6 +158,7 @@ def export_module(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze},
                 verbose=False,
             )
             assert program is not None
@@ -177,6 +178,17 @@ def write_config(module: Any, folder: Path) -> None:
     source = module if hasattr(module, "to_json_string") else module.config  # diffusers' and transformers' ways
     config = {k: v for k, v in json.loads(source.to_json_string()).items() if k != "_name_or_path"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _squeeze(self: Any, dim: int) -> Any:
+    """What `torch.squeeze(x, dim)` means: nothing where the dimension is not 1. The exporter's own makes that invalid.
+
+    PixArt's transformer squeezes so, on a dimension that is the number of its tokens.
+    """
+    from onnxscript import opset18 as op
+
+    squeezes = len(self.shape) > 0 and self.shape[dim] == 1
+    return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
-from slimdiff.trajectory import Sampling, denoiser_name, sample_images
+from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, predict, sample_images, usable_inputs
 
 
 class CalibrationSettings(BaseModel):
@@ -65,7 +66,9 @@ class Statistics:
             InputError: if these statistics do not know the site, or hold values that are not finite.
         """
         if name not in self.moments:
-            raise InputError(f"the statistics hold nothing for {name}: calibrate this model again")
+            raise InputError(
+                f"the statistics hold nothing for {name}: calibrate this model, with inputs that make it run"
+            )
         moment = self.moments[name].double().cpu() / self.tokens[name]
         if not torch.isfinite(moment).all():
             raise InputError(f"the statistics of {name} are not finite: the model overflows; calibrate it in float32")
@@ -107,30 +110,66 @@ def weights_hash(module: nn.Module) -> str:
 
 def calibrate(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Inputs],
     settings: CalibrationSettings | None = None,
     *,
     progress: str | None = "calibrate",
 ) -> Statistics:
     """Collect statistics while the pipeline makes images of the prompts (both branches of guidance, every timestep).
 
+    Args:
+        prompts: prompts, or mappings of the pipeline's arguments per image (see `slimdiff.trajectory`).
+
     Raises:
-        InputError: if there is no prompt, or nothing in the denoiser can be slimmed.
+        InputError: if there is no prompt, the pipeline needs other arguments, an adapter is attached to the denoiser,
+            or nothing in it can be slimmed.
     """
     settings = settings or CalibrationSettings()
-    chosen = [p for p in prompts if p.strip()][: settings.samples]
+    chosen = usable_inputs(prompts)[: settings.samples]
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
     denoiser = getattr(pipeline, denoiser_name(pipeline))
+    with watching(denoiser, centre_keys=settings.centre_keys) as statistics:
+        sample_images(pipeline, chosen, settings.sampling, output_type="latent", progress=progress)
+    statistics.made_from = {"prompts": len(chosen), "settings": settings.model_dump()}
+    if fused := fused_adapters(pipeline):
+        statistics.made_from["fused_adapters"] = fused
+    return statistics
+
+
+def calibrate_on_calls(denoiser: nn.Module, calls: Sequence[Call], *, centre_keys: bool = True) -> Statistics:
+    """Collect statistics from calls of the denoiser alone, for models whose pipeline cannot be run or does not exist.
+
+    Args:
+        calls: as `record_calls` gives them, or made by hand; arguments as the denoiser's `forward` names them.
+
+    Raises:
+        InputError: if there is no call, an adapter is attached to the denoiser, or nothing in it can be slimmed.
+    """
+    if not calls:
+        raise InputError("there is no call to calibrate with: record at least one (slimdiff.trajectory.record_calls)")
+    with watching(denoiser, centre_keys=centre_keys) as statistics:
+        for call in calls:
+            predict(denoiser, call)
+    statistics.made_from = {"calls": len(calls), "settings": {"centre_keys": centre_keys}}
+    return statistics
+
+
+@contextmanager
+def watching(denoiser: nn.Module, *, centre_keys: bool = True) -> Iterator[Statistics]:
+    """Statistics of every site, which each forward pass of the denoiser in this block adds to.
+
+    Raises:
+        InputError: if an adapter is attached to the denoiser, or nothing in it can be slimmed.
+    """
+    refuse_adapters(denoiser)
     sites, left_dense = find_sites(denoiser)
     if not sites:
         reasons = "; ".join(sorted({d["reason"] for d in left_dense})) or "it has no attention or feed-forward module"
         raise InputError(f"{type(denoiser).__name__} has nothing to slim: {reasons}")
     statistics = Statistics(weights_hash(denoiser))
-    statistics.made_from = {"prompts": len(chosen), "settings": settings.model_dump()}
-    with torch.no_grad(), observing(denoiser, sites, statistics, centre_keys=settings.centre_keys):
-        sample_images(pipeline, chosen, settings.sampling, output_type="latent", progress=progress)
-    return statistics
+    with torch.no_grad(), observing(denoiser, sites, statistics, centre_keys=centre_keys):
+        yield statistics
 
 
 @contextmanager

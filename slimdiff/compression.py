@@ -18,7 +18,7 @@ from slimdiff.plan import Plan
 from slimdiff.planning import PlanSettings, make_plan
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
-from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
+from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Compression:
 
 def compress(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Inputs],
     budget: Budget | None = None,
     *,
     plan: Plan | None = None,
@@ -53,7 +53,8 @@ def compress(
     """Slim a pipeline's denoiser without a gradient step.
 
     Args:
-        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. Beyond
+        prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
+            take images, classes or nothing at all, mappings of their arguments (see `slimdiff.trajectory`). Beyond
             `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
         budget: what goes out of the denoiser, in parameters, MACs, latency or error; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
@@ -105,22 +106,22 @@ def compress(
 
 
 def sensitivity_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], sampling: Sampling, planning: PlanSettings
+    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling, planning: PlanSettings
 ) -> list[Call]:
     """Denoiser calls spread evenly over one batch of trajectories, as many as the settings say (at most one a step)."""
-    calls = record_calls(pipeline, [p for p in prompts if p.strip()][: sampling.batch], sampling)
+    calls = record_calls(pipeline, usable_inputs(prompts)[: sampling.batch], sampling)
     count = min(planning.sensitivity_calls, len(calls))
     return [calls[i * len(calls) // count] for i in range(count)]
 
 
 def held_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], calibration: CalibrationSettings, planning: PlanSettings
+    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], calibration: CalibrationSettings, planning: PlanSettings
 ) -> list[Call]:
     """Denoiser calls that calibration has not seen: prompts beyond its own if there are any, and noise of its own.
 
     As many as sensitivities are measured on, spread evenly over one batch of trajectories.
     """
-    given = [p for p in prompts if p.strip()]
+    given = usable_inputs(prompts)
     fresh = given[calibration.samples :] or given
     noise = calibration.sampling.model_copy(update={"seed": calibration.sampling.seed + len(given)})
     return sensitivity_calls(pipeline, fresh, noise, planning)

@@ -5,19 +5,48 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from torch import nn
 
+from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.sites import attention_linears, feed_forward_linears, find_sites
 
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
-__all__ = ["ModelMixin", "SlimUNet2DConditionModel", "plan_of", "resize", "slim_class_of"]
+__all__ = [
+    "ModelMixin",
+    "SlimDiTTransformer2DModel",
+    "SlimFluxTransformer2DModel",
+    "SlimHunyuanDiT2DModel",
+    "SlimPixArtTransformer2DModel",
+    "SlimSD3Transformer2DModel",
+    "SlimUNet2DConditionModel",
+    "SlimUNet2DModel",
+    "SlimUNet3DConditionModel",
+    "SlimUNetMotionModel",
+    "SlimUNetSpatioTemporalConditionModel",
+    "plan_of",
+    "resize",
+    "slim_class_of",
+]
 
 
 def resize(denoiser: nn.Module, plan: Plan) -> None:
@@ -80,26 +109,74 @@ def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:
     original = inspect.signature(base.__init__)
     parameters = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     __init__.__signature__ = original.replace(parameters=[*parameters, own])  # type: ignore[attr-defined]
+    members: dict[str, Any] = {"__init__": __init__, "__module__": __name__}
+    if hasattr(base, "load_lora_adapter"):
+        members["load_lora_adapter"] = refusing_misfits(base.load_lora_adapter)
     doc = f"A slim `{base.__name__}`: the same code with the inner dimensions of `slim_plan` (a `Plan` as JSON)."
-    return type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": doc})
+    return type(name, (base,), {**members, "__doc__": doc})
 
 
+def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An adapter that was trained on the slim model fits it; one of the dense model is refused in one line."""
+
+    @functools.wraps(original)
+    def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise InputError(
+                f"this adapter does not fit {type(self).__name__}, whose layers are smaller than the dense model's: "
+                "fuse it into the dense model and slim that"
+            ) from error
+
+    return load_lora_adapter
+
+
+SlimDiTTransformer2DModel = _slim_class(DiTTransformer2DModel, "SlimDiTTransformer2DModel")
+SlimFluxTransformer2DModel = _slim_class(FluxTransformer2DModel, "SlimFluxTransformer2DModel")
+SlimHunyuanDiT2DModel = _slim_class(HunyuanDiT2DModel, "SlimHunyuanDiT2DModel")
+SlimPixArtTransformer2DModel = _slim_class(PixArtTransformer2DModel, "SlimPixArtTransformer2DModel")
+SlimSD3Transformer2DModel = _slim_class(SD3Transformer2DModel, "SlimSD3Transformer2DModel")
 SlimUNet2DConditionModel = _slim_class(UNet2DConditionModel, "SlimUNet2DConditionModel")
+SlimUNet2DModel = _slim_class(UNet2DModel, "SlimUNet2DModel")
+SlimUNet3DConditionModel = _slim_class(UNet3DConditionModel, "SlimUNet3DConditionModel")
+SlimUNetMotionModel = _slim_class(UNetMotionModel, "SlimUNetMotionModel")
+SlimUNetSpatioTemporalConditionModel = _slim_class(
+    UNetSpatioTemporalConditionModel, "SlimUNetSpatioTemporalConditionModel"
+)
 
-_SLIM_CLASSES: dict[type, type[ModelMixin]] = {UNet2DConditionModel: SlimUNet2DConditionModel}
+# A slim class's only base is the dense one.
+_SLIM_CLASSES: dict[type, type[ModelMixin]] = {
+    slim.__bases__[0]: slim
+    for slim in (
+        SlimDiTTransformer2DModel,
+        SlimFluxTransformer2DModel,
+        SlimHunyuanDiT2DModel,
+        SlimPixArtTransformer2DModel,
+        SlimSD3Transformer2DModel,
+        SlimUNet2DConditionModel,
+        SlimUNet2DModel,
+        SlimUNet3DConditionModel,
+        SlimUNetMotionModel,
+        SlimUNetSpatioTemporalConditionModel,
+    )
+}
 
 
 def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     """The slim class for a dense model.
 
     Raises:
-        InputError: if it is slim already, or of a class that has none.
+        InputError: if it is slim already, of a class that has none, or has adapters attached.
     """
     if plan_of(denoiser) is not None:
         raise InputError("this model is slim already: slim the dense model that it was made from")
     if type(denoiser) not in _SLIM_CLASSES:
         known = ", ".join(c.__name__ for c in _SLIM_CLASSES)
         raise InputError(f"{type(denoiser).__name__} cannot be slimmed yet: supported are {known}")
+    refuse_adapters(denoiser)
     return _SLIM_CLASSES[type(denoiser)]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
 from diffusers.models import attention_processor as processors
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -62,6 +63,8 @@ def feed_forward_linears(feed_forward: nn.Module) -> tuple[nn.Linear, nn.Linear,
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:
     """Every site of a denoiser in the order of its modules, and those that must stay dense.
 
+    query_key and value_output keep the same rank in a layer, so what hinders one leaves the layer's attention dense.
+
     Returns:
         the sites, and `{"site": path, "reason": text}` for attention and feed-forward modules that cannot be slimmed.
     """
@@ -76,6 +79,8 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:
             reason = _feed_forward_obstacle(module)
             if reason is None:
                 sites.append(_feed_forward_site(path, module))
+        elif isinstance(module, AttentionModuleMixin):
+            reason = "; ".join([f"{type(module).__name__} is an attention class of its own", *_oddities(module)])
         else:
             continue
         if reason is not None:
@@ -84,26 +89,41 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:
 
 
 def _attention_obstacle(attention: Attention) -> str | None:
-    linears = [attention.to_q, attention.to_k, attention.to_v, (attention.to_out or [None])[0]]
-    if attention.added_kv_proj_dim is not None or attention.only_cross_attention:
-        return "added key and value projections"
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return "a projection is not a plain linear layer (a LoRA adapter? fuse it first)"
+    """Everything that keeps an attention layer dense, or None."""
+    reasons = _oddities(attention)
+    if attention.to_out is None:
+        reasons.append("no output projection of its own")
+    elif not attention.only_cross_attention:
+        linears = [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            reasons.append("a projection is not a plain linear layer")
     if attention.fused_projections:
-        return "fused projections (call unfuse_qkv_projections first)"
-    if attention.norm_q is not None or attention.norm_k is not None:
-        return "queries and keys are normalised (qk-norm)"
+        reasons.append("fused projections (call unfuse_qkv_projections first)")
     if attention.inner_kv_dim != attention.inner_dim:
-        return "fewer key and value heads than query heads"
+        reasons.append("fewer key and value heads than query heads")
     if attention.inner_dim % attention.heads:
-        return f"its {attention.inner_dim} inner dimensions do not divide into {attention.heads} heads"
+        reasons.append(f"its {attention.inner_dim} inner dimensions do not divide into {attention.heads} heads")
     if not attention.scale_qk:
-        return "unscaled scores"
-    if type(attention.processor).__name__ not in _STOCK_PROCESSORS or not isinstance(
-        attention.processor, getattr(processors, type(attention.processor).__name__, ())
+        reasons.append("unscaled scores")
+    processor = type(attention.processor).__name__
+    if not reasons and not (
+        processor in _STOCK_PROCESSORS and isinstance(attention.processor, getattr(processors, processor, ()))
     ):
-        return f"its processor {type(attention.processor).__name__} may do more than softmax attention"
-    return None
+        reasons.append(f"its processor {processor} may do more than softmax attention")
+    return "; ".join(reasons) or None
+
+
+def _oddities(attention: nn.Module) -> list[str]:
+    """What an attention module of any class does between its projections that the closed forms do not know."""
+    reasons = []
+    if getattr(attention, "added_kv_proj_dim", None) is not None:
+        reasons.append("added key and value projections")
+    if getattr(attention, "norm_q", None) is not None or getattr(attention, "norm_k", None) is not None:
+        reasons.append("queries and keys are normalised (qk-norm)")
+    processor = getattr(attention, "processor", None)
+    if processor is not None and any("rotary" in name for name in inspect.signature(processor.__call__).parameters):
+        reasons.append("rotary positions turn queries and keys")
+    return reasons
 
 
 def _attention_sites(path: str, attention: Attention) -> list[Site]:
@@ -123,7 +143,7 @@ def _feed_forward_obstacle(feed_forward: FeedForward) -> str | None:
     if activation not in _GATED + _PLAIN:
         return f"its activation {activation} is not one of {', '.join(_GATED + _PLAIN)}"
     if type(net[0].proj) is not nn.Linear or type(net[2]) is not nn.Linear:
-        return "a projection is not a plain linear layer (a LoRA adapter? fuse it first)"
+        return "a projection is not a plain linear layer"
     return None
 
 

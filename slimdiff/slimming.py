@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +98,9 @@ def assemble(
     """The slim model of a plan, with the smaller weights that `weights(module, site, rank)` gives by parameter name."""
     slim_class = slim_class_of(denoiser)
     plan = plan.recount()
-    config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")}  # type: ignore[union-attr,operator]
+    # A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
+    keys = inspect.signature(slim_class.__init__).parameters
+    config = {k: v for k, v in denoiser.config.items() if k in keys}  # type: ignore[union-attr,operator]
     with torch.device("meta"):
         slim = slim_class(slim_plan=plan.model_dump(mode="json"), **config)  # refuses a plan of another architecture
     state = dict(denoiser.state_dict())

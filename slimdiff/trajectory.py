@@ -1,20 +1,39 @@
-"""Real denoising trajectories: what a pipeline's denoiser is called with while it makes an image."""
+"""Real denoising trajectories: what a pipeline's denoiser is called with while it makes an image.
+
+An image is asked for by a prompt or, where a pipeline takes something else or more, by a mapping of those arguments of
+its call that differ from image to image. Arguments that are the same for all go into `Sampling.arguments`.
+
+| pipeline | one image's inputs | `Sampling.arguments` |
+| --- | --- | --- |
+| text to image | `"a red barn"` | |
+| inpainting | `{"prompt": "a barn", "image": photo, "mask_image": mask}` | `{"strength": 1.0}` |
+| InstructPix2Pix, ControlNet | `{"prompt": "make it snow", "image": photo}` | |
+| T2I adapter | `{"prompt": "a barn", "image": sketch}` | |
+| classes (DiT) | `{"class_labels": 207}` | |
+| unconditional (DDPM, DDIM) | `{}` | |
+| AnimateDiff | `"a barn in the wind"` | `{"num_frames": 16}` |
+| Stable Video Diffusion | `{"image": photo}` | `{"num_frames": 14, "max_guidance_scale": 3.0}` |
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.errors import InputError
+
+# One image's inputs: a prompt, or arguments of the pipeline's call by name.
+Inputs = str | Mapping[str, Any]
 
 
 class Sampling(BaseModel):
@@ -25,7 +44,7 @@ class Sampling(BaseModel):
     steps: int = Field(20, ge=1, le=1000)
     """Scheduler steps per image."""
     guidance: float = Field(5.0, ge=0)
-    """Classifier-free guidance scale; above 1 the denoiser runs on both branches."""
+    """Classifier-free guidance scale, where the pipeline has one; above 1 the denoiser runs on both branches."""
     batch: int = Field(8, ge=1)
     """Prompts per denoising batch (with guidance, twice as many samples go through the denoiser)."""
     seed: int = 0
@@ -34,31 +53,37 @@ class Sampling(BaseModel):
     """Image height in pixels; the pipeline's own default if not given."""
     width: int | None = None
     """Image width in pixels; the pipeline's own default if not given."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
 
 
 @dataclass
 class Call:
     """One call of the denoiser, on the CPU.
 
-    `arguments` holds what the denoiser was called with by parameter name: for a UNet `sample [B, C, H, W]`, `timestep`
-    (int64 scalar), `encoder_hidden_states [B, L, D]` and, for SDXL, `added_cond_kwargs`. `step` counts calls from 0.
+    `arguments` holds what the denoiser was called with by parameter name: for a text-to-image UNet `sample
+    [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states [B, L, D]` and, for SDXL, `added_cond_kwargs`.
+    `step` counts calls from 0. `timestep` is an int, or a float where the model takes a continuous time.
     """
 
     step: int
-    timestep: int
+    timestep: int | float
     arguments: dict[str, Any]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """The arguments on a device, floating-point tensors cast to `dtype`."""
+        return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), self.arguments)
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, dtype if value.is_floating_point() else None)
-            if isinstance(value, dict):
-                return {k: move(v) for k, v in value.items()}
-            return value
 
-        return move(self.arguments)
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nest of dictionaries, lists and tuples with every tensor replaced by `function` of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(function, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([map_tensors(function, v) for v in value])
+    return value
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -73,37 +98,78 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer: there is nothing to slim in it")
 
 
+def usable_inputs(prompts: Sequence[Inputs]) -> list[Inputs]:
+    """All but blank prompts."""
+    return [p for p in prompts if not isinstance(p, str) or p.strip()]
+
+
 def sample_images(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Inputs],
     sampling: Sampling,
     *,
     output_type: str = "pil",
     progress: str | None = None,
 ) -> list[Any]:
-    """Run the pipeline on prompts; prompt i always starts from the noise of `sampling.seed + i`.
+    """Run the pipeline on prompts or mappings of its arguments; number i always starts from the noise of `seed + i`.
+
+    Args:
+        prompts: per image, a prompt or a mapping (see the table above). In a batch, tensors are stacked (so give them
+            without a batch dimension) and anything else is handed over as a list.
+        output_type: `pil`, or `latent` for tensors where the pipeline has that.
 
     Returns:
-        one image per prompt in `output_type` (`pil`, or `latent` for tensors).
+        one image (or one video: a list of frames) per prompt.
+
+    Raises:
+        InputError: if the pipeline needs or refuses an argument, saying which.
     """
     pipeline.set_progress_bar_config(disable=True)
-    optional = {"height": sampling.height, "width": sampling.width}
     images: list[Any] = []
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="image") as bar:
         for start in range(0, len(prompts), sampling.batch):
             batch = list(prompts[start : start + sampling.batch])
             noise = [torch.Generator().manual_seed(sampling.seed + start + i) for i in range(len(batch))]
-            result = pipeline(
-                prompt=batch,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                generator=noise,
-                output_type=output_type,
-                **{k: v for k, v in optional.items() if v is not None},
-            )
-            images += list(result.images)
+            result = pipeline(generator=noise, **_arguments(pipeline, batch, sampling, output_type))
+            images += list(result[0])
             bar.update(len(batch))
     return images
+
+
+def _arguments(
+    pipeline: DiffusionPipeline, batch: Sequence[Inputs], sampling: Sampling, output_type: str
+) -> dict[str, Any]:
+    """What to call the pipeline with for one batch: what was given, and of the usual settings those that it has."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    rows = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise InputError("the inputs of one batch name different arguments: give all of them the same")
+    size = {"height": sampling.height, "width": sampling.width}
+    given = {name: _together([row[name] for row in rows]) for name in rows[0]}
+    given |= {name: value for name, value in size.items() if value is not None} | sampling.arguments
+    unknown = [] if takes_any else sorted(given.keys() - parameters.keys())
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named and n not in given]
+    if unknown or missing:
+        problem = [f"takes no {', '.join(unknown)}"] * bool(unknown) + [f"needs {', '.join(missing)}"] * bool(missing)
+        raise InputError(
+            f"{type(pipeline).__name__} {' and '.join(problem)}: give each image's inputs as a mapping of the "
+            "pipeline's arguments, and what is the same for all in the sampling's arguments"
+        )
+    usual = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "output_type": output_type,
+    }
+    offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
+    if "batch_size" in parameters:  # pipelines with no inputs of their own
+        offered["batch_size"] = len(batch)
+    return {**offered, **given}
+
+
+def _together(values: list[Any]) -> Any:
+    return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
 
 
 @contextmanager
@@ -125,7 +191,7 @@ def watch_calls(denoiser: nn.Module, seen: Callable[[dict[str, Any]], None]) -> 
 @torch.no_grad()
 def record_calls(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Inputs],
     sampling: Sampling,
     *,
     every: int = 1,
@@ -134,33 +200,31 @@ def record_calls(
     """Record every `every`-th denoiser call of the trajectories of `prompts`, in order of time per batch."""
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     calls: list[Call] = []
-    step, last = -1, -1
+    step, last = -1, -math.inf
 
     def keep(arguments: dict[str, Any]) -> None:
         nonlocal step, last
-        timestep = torch.as_tensor(arguments["timestep"]).flatten()[0]
-        t = int(timestep)
+        time = torch.as_tensor(arguments["timestep"]).flatten()[0]
+        # A text-to-image UNet's graph takes the time as a whole scalar, so that is what is recorded for it. Others keep
+        # what they were called with: DiT wants one time per sample, a video UNet's may be the log of a noise level.
+        if "encoder_hidden_states" in arguments and getattr(arguments.get("sample"), "ndim", 0) == 4:
+            time = time.long()
+            arguments = {**arguments, "timestep": time}
+        t = time.item()
+        t = int(t) if t == int(t) else t
         # Time only falls along one trajectory; some schedulers call more than once a step, so counting calls won't do.
         step, last = (0 if t > last else step + 1), t
         if step % every == 0:
-            call = Call(step, t, {**arguments, "timestep": timestep.long()})
-            calls.append(Call(step, t, _clone(call.to("cpu"))))
+            copied = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), arguments)
+            calls.append(Call(step, t, copied))
 
     with watch_calls(denoiser, keep):
         sample_images(pipeline, prompts, sampling, output_type="latent", progress=progress)
     return calls
 
 
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {k: _clone(v) for k, v in value.items()}
-    return value
-
-
 @torch.no_grad()
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
-    """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]`."""
+    """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]` (or as the model has it)."""
     parameter = next(denoiser.parameters())
     return denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)[0].float().cpu()

@@ -1,0 +1,34 @@
+"""LoRA and its kin: fused before slimming and recorded, or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from slimdiff.errors import InputError
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this layer, by what all its tuner layers have (PEFT itself need not be installed)."""
+    return hasattr(module, "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def refuse_adapters(denoiser: nn.Module) -> None:
+    """Raises:
+    InputError: if adapters are attached: slimming would leave their layers dense, and they would not fit afterwards.
+    """
+    adapted = {path: module for path, module in denoiser.named_modules() if is_adapted(module)}
+    if not adapted:
+        return
+    names = sorted({name for module in adapted.values() for name in getattr(module, "active_adapters", ())})
+    told = f"the adapter {', '.join(names)}" if names else "an adapter"
+    raise InputError(
+        f"{told} is attached to {len(adapted)} layers of {type(denoiser).__name__}, the first {next(iter(adapted))}: "
+        "fuse it before slimming, with pipe.fuse_lora(); pipe.unload_lora_weights()"
+    )
+
+
+def fused_adapters(pipeline: Any) -> list[str]:
+    """Names of the adapters that `fuse_lora` has merged into this pipeline's weights since it was loaded."""
+    return sorted(getattr(pipeline, "fused_loras", ()))
