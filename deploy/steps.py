@@ -114,6 +114,7 @@ def compression_result(
         **figures,
         "budget": plan.budget,
         "predicted": plan.costs,
+        "noise_error": plan.noise_error,
         "sites": sites,
         "left_dense": plan.left_dense,
         "seconds": seconds,

