@@ -20,7 +20,7 @@ from benchmarks.baselines import magnitude_pruning, plain_svd
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.onnx_export import ExportSettings, export_unet
 from exporters.onnx_runtime import OnnxUNet
-from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, artifacts, embedded, make_plan, slim_denoiser
+from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, artifacts, embedded, slim_denoiser
 from slimdiff.calibration import calibrate
 from slimdiff.compression import sensitivity_calls, with_denoiser
 from slimdiff.costs import count_macs, count_parameters
@@ -28,6 +28,7 @@ from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.pipelines import load_pipeline
+from slimdiff.planning import Planner
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise
 from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
@@ -45,7 +46,11 @@ class Bench:
         self.prompts = embedded.captions(CALIBRATION.samples, 1)
         self.statistics = calibrate(self.pipeline, self.prompts, CALIBRATION)
         self.factors = factorise(self.unet, self.statistics, find_sites(self.unet)[0], "factorise")
-        self.sensitivity = sensitivity_calls(self.pipeline, self.prompts, CALIBRATION.sampling, PlanSettings())
+        calls = sensitivity_calls(self.pipeline, self.prompts, CALIBRATION.sampling, PlanSettings())
+        self.planners = {
+            name: Planner(self.unet, self.statistics, PlanSettings(allocation=name), calls=calls, factors=self.factors)
+            for name in ("global", "uniform")
+        }
         self.calls = record_calls(
             self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2, progress="record"
         )
@@ -54,11 +59,7 @@ class Bench:
         self.rendered = scenes.render(self.scenes, 1)
 
     def plan(self, cut: float, allocation: str) -> Plan:
-        budget = Budget(round(cut / 100 * transformer_parameters(self.unet)))
-        settings = PlanSettings(allocation=allocation)
-        return make_plan(
-            self.unet, self.statistics, budget, settings, calls=self.sensitivity, factors=self.factors, progress=None
-        )
+        return self.planners[allocation].plan(Budget(round(cut / 100 * transformer_parameters(self.unet))))
 
     def images(self, unet: nn.Module, name: str) -> list[Any]:
         pipeline = with_denoiser(self.pipeline, unet)
@@ -187,7 +188,7 @@ def main() -> None:
         known[key] = {"method": key[0], "cut": key[1], **known.get(key, {}), **found}
         artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
 
-    wanted = [(METHODS[name], cut) for name in methods for cut in cuts]
+    wanted = [(METHODS[name], cut) for cut in cuts for name in methods]
     # Timings first and together: whoever measures can leave the machine alone for these minutes.
     for method, cut in wanted:
         if method.startswith("slimdiff") and "speedup" not in known.get((method, cut), {}):
