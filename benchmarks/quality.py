@@ -124,21 +124,21 @@ def dense_images(bench: Bench, file: Path) -> list[Any]:
     return list(np.load(file))
 
 
-def onnx_speedup(bench: Bench, unet: nn.Module, folder: Path) -> dict[str, float]:
+def onnx_speedup(bench: Bench, method: str, cut: float, folder: Path) -> dict[str, float]:
     """Dense over slim, median of pairs in ONNX Runtime on the CPU, one guided call for one image."""
     call = record_calls(bench.pipeline, bench.prompts[:1], Sampling(steps=1, batch=1))[0]
     runners = []
-    for name, module in (("dense", bench.unet), ("slim", unet)):
-        target = folder.parent / "dense" if name == "dense" else folder
-        if not (target / "model.onnx").is_file():
-            with artifacts.replacing(target) as temporary:
-                export_unet(copy.deepcopy(module), temporary, call, ExportSettings())
-        runners.append(OnnxUNet(target))
+    for name in ("dense", f"{method.rpartition(' ')[2]}-{cut:g}"):
+        if not (folder / name / "model.onnx").is_file():
+            module = copy.deepcopy(bench.unet) if name == "dense" else make_slim(bench, method, cut)
+            with artifacts.replacing(folder / name) as temporary:
+                export_unet(module, temporary, call, ExportSettings())
+        runners.append(OnnxUNet(folder / name))
     result = paired_latency(
         lambda: runners[0].predict(call),
         lambda: runners[1].predict(call),
-        LatencySettings(rounds=200),
-        progress="bench",
+        LatencySettings(rounds=1000),
+        progress=f"bench {method} {cut:g} %",
     )
     return result["speedup"]
 
@@ -192,7 +192,7 @@ def main() -> None:
     # Timings first and together: whoever measures can leave the machine alone for these minutes.
     for method, cut in wanted:
         if method.startswith("slimdiff") and "speedup" not in known.get((method, cut), {}):
-            speedup = onnx_speedup(bench, make_slim(bench, method, cut), folder / f"{method[10:]}-{cut:g}")
+            speedup = onnx_speedup(bench, method, cut, folder)
             keep((method, cut), {"speedup": speedup})
     images = dense_images(bench, folder / "dense.npy")
     hits = bench.hits(images)
