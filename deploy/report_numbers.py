@@ -87,7 +87,7 @@ def measured(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         if 0.99 < value < 1:
-            return f"{value:.{min(12, 1 - math.floor(math.log10(1 - value)))}f}".rstrip("0")
+            return f"{value:.{min(12, 1 - math.floor(math.log10(1 - value)))}f}".rstrip("0").rstrip(".")
         return digits(value)
     if isinstance(value, list | tuple):
         return " × ".join(map(str, value)) or "scalar"
