@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.sites import Site, attention_linears, feed_forward_linears
 from slimdiff.slimming import assemble
@@ -41,7 +42,7 @@ def plain_svd(denoiser: nn.Module, plan: Plan) -> nn.Module:
             return _largest_channels(module, site, rank)
         query, key, value, output = attention_linears(module)
         if any(linear.bias is not None for linear in (query, key, value)):
-            raise NotImplementedError("the plain SVD of a projection with a bias is not defined")
+            raise InputError(f"{site.path} has biases, which the plain SVD of a product leaves out")
         shape = (site.heads, site.dense_rank, -1)
         if site.group == "query_key":
             left, right = query.weight.reshape(shape), key.weight.reshape(shape)

@@ -7,7 +7,6 @@ before, with the same model and settings, is read from `runs/bench`; an interrup
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+import benchmarks
+import exporters
+import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd
+from deploy.workshop import source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.onnx_export import ExportSettings, export_unet
 from exporters.onnx_runtime import OnnxUNet
@@ -80,7 +83,7 @@ def points_lost(dense: np.ndarray, slim: np.ndarray, seed: int = 0) -> dict[str,
     told = dense[:, 1][draw].sum(1)
     lost = 100 * (dense[:, 0] - slim[:, 0])[draw].sum(1) / told
     total = 100 * float((dense[:, 0] - slim[:, 0]).sum() / dense[:, 1].sum())
-    return {"median": total, "low": float(np.quantile(lost, 0.025)), "high": float(np.quantile(lost, 0.975))}
+    return {"points": total, "low": float(np.quantile(lost, 0.025)), "high": float(np.quantile(lost, 0.975))}
 
 
 METHODS = {
@@ -132,7 +135,7 @@ def onnx_speedup(bench: Bench, method: str, cut: float, folder: Path) -> dict[st
     runners = []
     for name in ("dense", f"{method.rpartition(' ')[2]}-{cut:g}"):
         if not (folder / name / "model.onnx").is_file():
-            module = copy.deepcopy(bench.unet) if name == "dense" else make_slim(bench, method, cut)
+            module = bench.unet if name == "dense" else make_slim(bench, method, cut)
             with artifacts.replacing(folder / name) as temporary:
                 export_unet(module, temporary, call, ExportSettings())
         runners.append(OnnxUNet(folder / name))
@@ -158,7 +161,7 @@ def table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['method']} | -{row['cut']:g} % | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.0f} M "
             f"| {row['noise_error']:.1e} | {row['psnr_db']:.1f} dB | {row['caption_accuracy']:.1%} "
-            f"| {lost['median']:+.1f} ({lost['low']:+.1f} to {lost['high']:+.1f}) | {row['frechet_distance']:.3f} "
+            f"| {lost['points']:+.1f} ({lost['low']:+.1f} to {lost['high']:+.1f}) | {row['frechet_distance']:.3f} "
             + (f"| {speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) |" if speed else "| - |")
         )
     return "\n".join(lines)
@@ -177,6 +180,8 @@ def main() -> None:
     bench = Bench(arguments.captions)
     settings = {
         "model": bench.statistics.model_hash,
+        # What older code measured must not stand in a table of this one's.
+        "code": [source_hash(Path(module.__path__[0])) for module in (slimdiff, exporters, benchmarks)],
         "captions": arguments.captions,
         "calibration": CALIBRATION.model_dump(),
         "evaluation": EVALUATION.model_dump(),

@@ -14,7 +14,7 @@ from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
-from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
+from slimdiff.compression import planning_calls, with_denoiser
 from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
@@ -57,14 +57,9 @@ def plan_step(shop: Workshop, folder: Path) -> None:
     """Ranks under the budget."""
     recipe = shop.recipe
     budget = recipe.budget.budget()
-    calls = []
-    if recipe.plan.allocation == "global" or budget.kind != "parameters":
-        log.info("plan: recording a trajectory for the sensitivities")
-        calls = sensitivity_calls(shop.dense, shop.prompts, recipe.calibration.sampling, recipe.plan)
     denoiser = denoiser_of(shop.dense)
-    held = []
-    if budget.kind == "max_error":
-        held = held_calls(shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan)
+    log.info("plan: recording the trajectories that ranks are chosen on")
+    recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan)
     latency = None
     if budget.kind == "speedup":
         from exporters.latency_table import TableSettings, measure_latency
@@ -79,10 +74,9 @@ def plan_step(shop: Workshop, folder: Path) -> None:
         shop.statistics,
         budget,
         recipe.plan,
-        calls=calls,
-        held=held,
         latency=latency,
         factors=shop.factors,
+        **recorded,
     )
     plan.save(folder / Path(layout.PLAN).name)
 

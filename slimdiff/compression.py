@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from diffusers import DiffusionPipeline
 
@@ -85,16 +86,12 @@ def compress(
         assert budget is not None
         wanted = [s for s in find_sites(denoiser)[0] if s.group in planning.groups]
         factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None)
-        calls = []
-        if planning.allocation == "global" or budget.kind != "parameters":
-            calls = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
         plan = make_plan(
             denoiser,
             statistics,
             budget,
             planning,
-            calls=calls,
-            held=held_calls(pipeline, prompts, calibration, planning) if budget.kind == "max_error" else (),
+            **planning_calls(pipeline, prompts, budget, calibration, planning),
             latency=latency,
             factors=factors,
             progress="plan" if progress else None,
@@ -103,6 +100,29 @@ def compress(
     slim = slim_denoiser(denoiser, statistics, plan, factors, "slim" if progress else None)
     lap("slim")
     return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
+
+
+class PlanningCalls(TypedDict, total=False):
+    """Recorded denoiser calls, as `make_plan` takes them."""
+
+    calls: list[Call]
+    held: list[Call]
+
+
+def planning_calls(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    budget: Budget,
+    calibration: CalibrationSettings,
+    planning: PlanSettings,
+) -> PlanningCalls:
+    """Record what planning under this budget needs, and no more."""
+    recorded: PlanningCalls = {}
+    if planning.allocation == "global" or budget.kind != "parameters":
+        recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
+    if budget.kind == "max_error":
+        recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
+    return recorded
 
 
 def sensitivity_calls(
