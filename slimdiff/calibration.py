@@ -33,18 +33,19 @@ class CalibrationSettings(BaseModel):
     """How many prompts, taken from the front of the list."""
     sampling: Sampling = Sampling()
     """How their images are made."""
-    centre_keys: bool = True
-    """Take key moments about each image's mean key, which softmax does not see."""
 
 
 @dataclass
 class Statistics:
     """Sums of outer products per site, float32 on the denoiser's device.
 
-    `moments` maps a name to a matrix: for a site `S` of `H` heads of `d` dimensions,
-    `S.query` and `S.key` of shape `[H, d, d]` for `query_key`; `S` of shape `[H d, H d]` for what `to_out` receives
-    (`value_output`), and `[n, n]` for what the down projection of `n` channels receives (`feed_forward`).
-    `tokens` counts the rows in each sum.
+    `moments` maps a name to a matrix. For a site `S` of `H` heads of `d` dimensions:
+
+    - `query_key`: `S.query` and `S.key` `[H, d, d]`, keys about their image's mean, and `S.key_mean` of those means;
+    - `value_output`: `S` `[H d, H d]` of what `to_out` receives, and `S.value` `[H, d, d]` of values before attention;
+    - `feed_forward`: `S` `[n, n]` of what the down projection receives.
+
+    `S.first` `[n]` is the plain sum of what a site's last linear receives. `tokens` counts the rows in each sum.
     """
 
     model_hash: str
@@ -73,6 +74,10 @@ class Statistics:
         if not torch.isfinite(moment).all():
             raise InputError(f"the statistics of {name} are not finite: the model overflows; calibrate it in float32")
         return moment
+
+    def first(self, name: str) -> Tensor:
+        """The first moment E[x] of what the last linear of a site receives, float64 on the CPU."""
+        return self.mean(f"{name}.first")
 
     def save(self, path: Path) -> None:
         """One safetensors file; counts and provenance are in its metadata."""
@@ -129,7 +134,7 @@ def calibrate(
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    with watching(denoiser, centre_keys=settings.centre_keys) as statistics:
+    with watching(denoiser) as statistics:
         sample_images(pipeline, chosen, settings.sampling, output_type="latent", progress=progress)
     statistics.made_from = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
@@ -137,7 +142,7 @@ def calibrate(
     return statistics
 
 
-def calibrate_on_calls(denoiser: nn.Module, calls: Sequence[Call], *, centre_keys: bool = True) -> Statistics:
+def calibrate_on_calls(denoiser: nn.Module, calls: Sequence[Call]) -> Statistics:
     """Collect statistics from calls of the denoiser alone, for models whose pipeline cannot be run or does not exist.
 
     Args:
@@ -148,15 +153,15 @@ def calibrate_on_calls(denoiser: nn.Module, calls: Sequence[Call], *, centre_key
     """
     if not calls:
         raise InputError("there is no call to calibrate with: record at least one (slimdiff.trajectory.record_calls)")
-    with watching(denoiser, centre_keys=centre_keys) as statistics:
+    with watching(denoiser) as statistics:
         for call in calls:
             predict(denoiser, call)
-    statistics.made_from = {"calls": len(calls), "settings": {"centre_keys": centre_keys}}
+    statistics.made_from = {"calls": len(calls)}
     return statistics
 
 
 @contextmanager
-def watching(denoiser: nn.Module, *, centre_keys: bool = True) -> Iterator[Statistics]:
+def watching(denoiser: nn.Module) -> Iterator[Statistics]:
     """Statistics of every site, which each forward pass of the denoiser in this block adds to.
 
     Raises:
@@ -168,14 +173,12 @@ def watching(denoiser: nn.Module, *, centre_keys: bool = True) -> Iterator[Stati
         reasons = "; ".join(sorted({d["reason"] for d in left_dense})) or "it has no attention or feed-forward module"
         raise InputError(f"{type(denoiser).__name__} has nothing to slim: {reasons}")
     statistics = Statistics(weights_hash(denoiser))
-    with torch.no_grad(), observing(denoiser, sites, statistics, centre_keys=centre_keys):
+    with torch.no_grad(), observing(denoiser, sites, statistics):
         yield statistics
 
 
 @contextmanager
-def observing(
-    denoiser: nn.Module, sites: Sequence[Site], statistics: Statistics, *, centre_keys: bool
-) -> Iterator[None]:
+def observing(denoiser: nn.Module, sites: Sequence[Site], statistics: Statistics) -> Iterator[None]:
     """Hook the sites' linear layers, so that every forward pass adds to the statistics."""
     modules = dict(denoiser.named_modules())
     handles = []
@@ -183,10 +186,12 @@ def observing(
         module = modules[site.path]
         if site.group == "query_key":
             query, key, _, _ = attention_linears(module)
-            handles.append(query.register_forward_hook(_per_head(statistics, f"{site.name}.query", site, False)))
-            handles.append(key.register_forward_hook(_per_head(statistics, f"{site.name}.key", site, centre_keys)))
+            handles.append(query.register_forward_hook(_per_head(statistics, f"{site.name}.query", site)))
+            handles.append(key.register_forward_hook(_keys(statistics, f"{site.name}.key", site)))
         elif site.group == "value_output":
-            handles.append(attention_linears(module)[3].register_forward_pre_hook(_inputs(statistics, site.name)))
+            _, _, value, output = attention_linears(module)
+            handles.append(value.register_forward_hook(_per_head(statistics, f"{site.name}.value", site)))
+            handles.append(output.register_forward_pre_hook(_inputs(statistics, site.name)))
         else:
             handles.append(feed_forward_linears(module)[1].register_forward_pre_hook(_inputs(statistics, site.name)))
     try:
@@ -196,20 +201,36 @@ def observing(
             handle.remove()
 
 
-def _per_head(statistics: Statistics, name: str, site: Site, centre: bool) -> Callable[..., None]:
+def _per_head(statistics: Statistics, name: str, site: Site) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        x = output.detach().float()
-        if centre:  # over an image's tokens: softmax does not see what all keys of an image have in common
-            x = x - x.mean(dim=1, keepdim=True)
-        x = x.reshape(-1, site.heads, site.dense_rank).transpose(0, 1)
+        x = _heads(output.detach().float(), site)
         statistics.add(name, x.transpose(1, 2) @ x, x.shape[1])
 
     return hook
+
+
+def _keys(statistics: Statistics, name: str, site: Site) -> Callable[..., None]:
+    """Keys about their image's mean (softmax does not see what all keys of an image have in common), and the mean."""
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        x = output.detach().float()
+        mean = x.mean(dim=1, keepdim=True)
+        about, common = _heads(x - mean, site), _heads(mean, site)
+        statistics.add(name, about.transpose(1, 2) @ about, about.shape[1])
+        statistics.add(f"{name}_mean", common.transpose(1, 2) @ common, common.shape[1])
+
+    return hook
+
+
+def _heads(x: Tensor, site: Site) -> Tensor:
+    """`[B, T, H d]` as `[H, B T, d]`."""
+    return x.reshape(-1, site.heads, site.dense_rank).transpose(0, 1)
 
 
 def _inputs(statistics: Statistics, name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float().flatten(0, -2)
         statistics.add(name, x.T @ x, x.shape[0])
+        statistics.add(f"{name}.first", x.sum(0), x.shape[0])
 
     return hook

@@ -7,14 +7,39 @@ Sources: SlimDiff (arXiv 2509.21498), MoDeGPT (arXiv 2408.09632); the forms in h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 # Text moments are singular (77 padded tokens): directions below this share of the largest eigenvalue carry nothing.
 CUTOFF = 1e-10
 # Ridge on feed-forward moments, as a share of their mean diagonal: dead channels make them singular.
 RIDGE = 1e-6
+# Ridge of the leverage scores, as a share of the mean diagonal: far smaller, and all channels score alike.
+LEVERAGE_RIDGE = 1e-1
+
+
+class Forms(BaseModel):
+    """Which form slims each group. The defaults measured best (`python -m benchmarks.quality --ablation`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    centre_keys: bool = True
+    """query_key: take key moments about each image's mean key, which softmax does not see."""
+    value_moments: Literal["attended", "values"] = "attended"
+    """value_output: whiten by what the output projection receives, or (the papers) by the values before attention."""
+    joint_output: bool = True
+    """value_output: solve the output projection again over all heads at once; else each head keeps its own part."""
+    channels: Literal["elimination", "ridge_leverage"] = "elimination"
+    """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
+    constant: bool = False
+    """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
+
+
+PAPERS = Forms(centre_keys=False, value_moments="values", joint_output=False, channels="ridge_leverage")
+"""SlimDiff's and MoDeGPT's local forms, as we read them."""
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,37 +83,48 @@ def query_key(query: Tensor, key: Tensor) -> HeadBases:
     return HeadBases(inverse_q @ u * half, inverse_k @ vt.mT * half, _tail(s.square()))
 
 
-def value_output(moment: Tensor, output: Tensor, heads: int) -> HeadBases:
-    """Per head, `G_z^1/2 W_o = U S V^T` and `v' = v G_z^-1/2 U_r`, from what `to_out` really receives.
+def value_output(blocks: Tensor, output: Tensor) -> HeadBases:
+    """Per head, `G^1/2 W_o = U S V^T` and `v' = v Q`, where Q spans the columns of `G^-1/2 U_r`.
+
+    Q is orthonormal (the output is solved again on whatever basis it is): weights keep their size, so fp16 does too.
 
     Args:
-        moment: E[z z^T] `[H d, H d]` over all heads.
+        blocks: per head, `[H, d, d]`: E[z z^T] of what `to_out` receives, or E[v v^T] of the values (the papers' form,
+            equal to whitening `W_v W_o` by the covariance of the value input).
         output: weight of the output projection, `[out, H d]`.
     """
-    d = moment.shape[0] // heads
-    blocks = torch.stack([moment[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
+    heads, d, _ = blocks.shape
     weight = output.T.reshape(heads, d, -1)
     root, inverse = roots(blocks)
     u, s, _ = torch.linalg.svd(root @ weight, full_matrices=False)
     if s.shape[-1] < d:  # an output narrower than a head: the remaining directions reach nothing
         u = torch.linalg.qr(torch.cat([u, torch.eye(d, dtype=u.dtype).expand(heads, d, d)], -1))[0][..., :d]
         s = torch.nn.functional.pad(s, (0, d - s.shape[-1]))
-    return HeadBases(inverse @ u, inverse @ u, _tail(s.square()))
+    basis = torch.linalg.qr(inverse @ u).Q
+    return HeadBases(basis, basis, _tail(s.square()))
+
+
+def head_blocks(moment: Tensor, heads: int) -> Tensor:
+    """The diagonal blocks `[H, d, d]` of a moment over all heads `[H d, H d]`."""
+    d = moment.shape[0] // heads
+    return torch.stack([moment[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
 
 
 def solve_output(moment: Tensor, output: Tensor, basis: Tensor) -> Tensor:
-    """Least squares for the output projection on all heads' kept coordinates at once: `(B^T G B)^+ B^T G W_o`.
+    """Least squares for the output projection on the kept coordinates: `(B^T G B)^+ B^T G W_o`.
 
     Args:
-        moment: `[H d, H d]`; output: `[out, H d]`; basis: `[H, d, r]`.
+        moment: `[H d, H d]`, over all heads at once; or `[H, d, d]`, to solve each head on its own.
+        output: `[out, H d]`; basis: `[H, d, r]`.
 
     Returns:
         `[out, H r]`.
     """
+    joint = moment if moment.ndim == 2 else torch.block_diag(*moment)
     mixed = torch.block_diag(*basis)
-    gram = mixed.T @ moment @ mixed
+    gram = mixed.T @ joint @ mixed
     _, inverse = roots(gram)
-    return (inverse @ (inverse.T @ (mixed.T @ (moment @ output.T)))).T
+    return (inverse @ (inverse.T @ (mixed.T @ (joint @ output.T)))).T
 
 
 def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
@@ -131,6 +167,21 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Te
     order = torch.tensor(removed[::-1])
     curve = torch.tensor(errors[::-1], dtype=torch.float64) / energy
     return order, curve.clamp(min=0)
+
+
+def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels by ridge leverage `[C (C + lambda I)^-1]_ii`, the papers' choice (MoDeGPT).
+
+    Returns:
+        as `feed_forward_order`.
+    """
+    ridge = LEVERAGE_RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    eye = torch.eye(len(moment), dtype=moment.dtype)
+    order = torch.linalg.solve(moment + ridge * eye, moment).diagonal().argsort(descending=True)
+    # With C = L L^T in that order, channels are made orthogonal one by one: row i of L^T W is what channel i adds.
+    factor = torch.linalg.cholesky(_ridged(moment)[order][:, order])
+    added = (factor.T @ down.T[order]).square().sum(1)
+    return order, _tail(added[None])
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:

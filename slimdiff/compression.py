@@ -16,7 +16,7 @@ from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import PlanSettings, make_plan
+from slimdiff.planning import MEASURED, PlanSettings, make_plan
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
 from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
@@ -85,7 +85,7 @@ def compress(
     if plan is None:
         assert budget is not None
         wanted = [s for s in find_sites(denoiser)[0] if s.group in planning.groups]
-        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None)
+        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None, planning.forms)
         plan = make_plan(
             denoiser,
             statistics,
@@ -118,7 +118,7 @@ def planning_calls(
 ) -> PlanningCalls:
     """Record what planning under this budget needs, and no more."""
     recorded: PlanningCalls = {}
-    if planning.allocation == "global" or budget.kind != "parameters":
+    if planning.allocation in MEASURED or budget.kind != "parameters":
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)

@@ -11,27 +11,34 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, brentq, milp
 from scipy.sparse import lil_array
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.budget import Budget
 from slimdiff.calibration import Statistics
+from slimdiff.closed_forms import Forms
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
+from slimdiff.influence import block_influences
 from slimdiff.plan import Plan, site_plan
 from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
-from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise
+from slimdiff.slimming import Factors, check_statistics, emulated_weights, factorise
 from slimdiff.trajectory import Call, predict
 
 # A plan may remove this much more than the budget says, never less.
 TOLERANCE = 0.004
 # Candidate ranks per site are thinned to this many: the knapsack stays small, and neighbours differ by under 2 %.
 MOST_CANDIDATES = 64
+# What allocations measure by forward passes, and therefore need recorded calls for.
+MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
 # Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
 SLACK = 0.005
+
+
+Allocation = Literal["global", "local", "uniform", "softmax"]
 
 
 class PlanSettings(BaseModel):
@@ -39,8 +46,13 @@ class PlanSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    allocation: Literal["global", "uniform"] = "global"
-    """`global`: the knapsack on measured sensitivities; `uniform`: the same share of every site."""
+    allocation: Allocation = "global"
+    """`global`: the knapsack on local errors times measured sensitivities; `local`: on local errors alone; `uniform`:
+    the same share of every site; `softmax`: shares by block influence (the papers)."""
+    forms: Forms = Forms()
+    """The closed forms that slim each group."""
+    softmax_temperature: float = Field(0.1, gt=0)
+    """Of the softmax allocation: the lower, the more the least influential blocks lose."""
     align: int = Field(8, ge=1)
     """Ranks are multiples of this: per head for attention, channels for feed_forward."""
     groups: tuple[Group, ...] = GROUPS
@@ -123,8 +135,9 @@ class Planner:
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
-        if self.settings.allocation == "global" and not calls:
-            raise InputError("the global allocation measures sensitivities: give it recorded denoiser calls")
+        if self.settings.allocation in MEASURED and not calls:
+            name = self.settings.allocation
+            raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.sites, self.left_dense = find_sites(denoiser)
         self.chosen = chosen_sites(self.sites, self.settings)
         self.layers = find_layers(self.chosen, self.settings.align)
@@ -134,16 +147,24 @@ class Planner:
     @cached_property
     def factors(self) -> Factors:
         """Every chosen site's basis or order."""
-        return factorise(self.denoiser, self.statistics, self.chosen, self.told("factorise"))
+        told = self.told("factorise")
+        return factorise(self.denoiser, self.statistics, self.chosen, told, self.settings.forms)
 
     @cached_property
     def sensitivities(self) -> dict[str, float]:
-        """By site name; empty for the uniform allocation, which does not ask."""
-        if self.settings.allocation == "uniform":
+        """By site name; empty for the allocations that do not ask."""
+        if self.settings.allocation != "global":
             return {}
-        return measure_sensitivities(
-            self.denoiser, self.statistics, self.chosen, self.factors, self.calls, self.told("sensitivity")
-        )
+        told, forms = self.told("sensitivity"), self.settings.forms
+        return measure_sensitivities(self.denoiser, self.statistics, self.chosen, self.factors, self.calls, told, forms)
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """By layer, the share of it that goes in relation to other layers', where shares are not chosen by error."""
+        if self.settings.allocation == "uniform":
+            return [1.0] * len(self.layers)
+        influences = block_influences(self.denoiser, [layer.path for layer in self.layers], self.calls)
+        return softmax_weights(influences, self.settings.softmax_temperature)
 
     @cached_property
     def parameters(self) -> CostTable:
@@ -195,8 +216,8 @@ class Planner:
     def ranks(self, table: CostTable, removed: float) -> dict[str, int]:
         """Rank by module path, so that `removed` goes, in the table's unit, with the least predicted error."""
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
-        if self.settings.allocation == "uniform":
-            picks = choose(savings, _distances(self.layers, savings, removed), removed)
+        if self.settings.allocation in ("uniform", "softmax"):
+            picks = choose(savings, _distances(self.layers, savings, self.weights, removed), removed)
         else:
             also = None
             if table.name == "parameters" and self.macs is not None:
@@ -205,8 +226,9 @@ class Planner:
         return {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
 
     def _errors(self, layer: Layer) -> np.ndarray:
-        curves = [self.sensitivities[s.name] * self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
-        return np.sum(curves, axis=0)
+        slopes = [self.sensitivities.get(s.name, 1.0) for s in layer.sites]
+        curves = [self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
+        return np.sum([slope * curve for slope, curve in zip(slopes, curves, strict=True)], axis=0)
 
     def written(self, ranks: dict[str, int], budget: Budget, bounds: Mapping[str, float]) -> Plan:
         """The plan of these ranks (by module path); layers not named are dense.
@@ -240,6 +262,7 @@ class Planner:
             model_class=type(self.denoiser).__name__,
             model_hash=self.statistics.model_hash,
             allocation=self.settings.allocation,
+            forms=self.settings.forms,
             align=self.settings.align,
             parameters=parameters,
             budget={budget.kind: getattr(budget, budget.kind)},
@@ -281,13 +304,37 @@ def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
     return layers
 
 
-def _distances(layers: Sequence[Layer], savings: Sequence[np.ndarray], removed: float) -> list[np.ndarray]:
-    """For the uniform allocation: how far each candidate is from the one share of every layer that meets the budget."""
+def softmax_weights(scores: Sequence[float], temperature: float) -> list[float]:
+    """The papers' allocation: shares that go in proportion to `softmax(-score / temperature)`, of mean 1.
+
+    Args:
+        scores: per layer, how much it changes its input.
+    """
+    raised = np.exp(-(np.array(scores) - min(scores)) / temperature)
+    return [float(w) for w in raised / raised.mean()]
+
+
+def _distances(
+    layers: Sequence[Layer], savings: Sequence[np.ndarray], weights: Sequence[float], removed: float
+) -> list[np.ndarray]:
+    """How far each candidate is from the share that should go from its layer, in proportion to the layer's weight.
+
+    No layer loses more than its smallest candidate; what it cannot, the others do.
+    """
     shares = [1 - np.array(layer.candidates) / layer.dense_rank for layer in layers]
+    most = np.array([share[0] for share in shares])
     # What a layer would save if it went wholly, from what its smallest candidate saves.
-    whole = [s[0] / share[0] if share[0] > 0 else 0.0 for s, share in zip(savings, shares, strict=True)]
-    wanted = removed / sum(whole)
-    return [(share - wanted) ** 2 * weight for share, weight in zip(shares, whole, strict=True)]
+    whole = np.array([s[0] / share[0] if share[0] > 0 else 0.0 for s, share in zip(savings, shares, strict=True)])
+
+    def missing(scale: float) -> float:
+        return float((np.minimum(scale * np.array(weights), most) * whole).sum()) - removed
+
+    high = 1.0
+    while missing(high) < 0 and high < 1e12:
+        high *= 2
+    scale = brentq(missing, 0, high) if missing(high) > 0 else high
+    wanted = np.minimum(scale * np.array(weights), most)
+    return [(share - want) ** 2 * weight for share, want, weight in zip(shares, wanted, whole, strict=True)]
 
 
 def choose(
@@ -365,6 +412,7 @@ def measure_sensitivities(
     factors: Factors,
     calls: Sequence[Call],
     progress: str | None = None,
+    forms: Forms | None = None,
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
@@ -377,8 +425,9 @@ def measure_sensitivities(
     result = {}
     for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
         rank = max(1, site.dense_rank // 2)
-        name, weight, bias = emulated_weight(modules[site.path], site, rank, factors[site.name], statistics)
-        with exchanged(modules[site.path].get_submodule(name), weight, bias):
+        module = modules[site.path]
+        weights = emulated_weights(module, site, rank, factors[site.name], statistics, forms)
+        with exchanged(module, weights):
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())
                 for call, r in zip(calls, reference, strict=True)
@@ -389,14 +438,13 @@ def measure_sensitivities(
 
 
 @contextmanager
-def exchanged(linear: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Iterator[None]:
-    """A linear layer with another weight (and bias) of the same shape, for the length of a block."""
-    before = {name: p.data for name, p in linear.named_parameters()}
+def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with other weights of the same shapes (by parameter name), for the length of a block."""
+    before = {name: module.get_parameter(name).data for name in weights}
     try:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                linear.get_parameter(name).data = tensor.to(before[name])
+        for name, tensor in weights.items():
+            module.get_parameter(name).data = tensor.to(before[name])
         yield
     finally:
         for name, data in before.items():
-            linear.get_parameter(name).data = data
+            module.get_parameter(name).data = data

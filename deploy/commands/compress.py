@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.flags import add_calibration, groups
+from deploy.flags import add_calibration
 
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
@@ -54,17 +54,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.arguments import given, settings
+    from deploy.arguments import plan_settings, settings
     from deploy.outputs import artifact_folder, check_folder
     from deploy.prompts import EMBEDDED, calibration_prompts
-    from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, Sampling, Statistics, artifacts
+    from slimdiff import Budget, CalibrationSettings, Plan, Sampling, Statistics, artifacts
     from slimdiff.errors import InputError
 
     out = Path(args.out)
     check_folder(out, artifacts.MANIFEST)
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = settings(PlanSettings, args, "align", "allocation", **given(groups=groups(args.groups)))
+    planning = plan_settings(args)
     plan = Plan.load(Path(args.plan)) if args.plan else None
     budget = None if plan else Budget(args.reduce, macs=args.macs, speedup=args.speedup, max_error=args.max_error)
     if args.speedup is None and (args.runtime or args.threads):
