@@ -7,8 +7,7 @@ import argparse
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
-    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
-    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
+    add_sampling(parser)
     parser.add_argument("--groups", metavar="LIST", help="of query_key,value_output,feed_forward (default: all)")
     parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
     parser.add_argument(
@@ -17,6 +16,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="how ranks are chosen: least error with measured sensitivities or without, or baselines (default: global)",
     )
     add_forms(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What the denoiser is watched doing."""
+    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
+    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
     for name, kind, text in (
         ("steps", int, "scheduler steps per image (default: 20)"),
         ("guidance", float, "guidance scale (default: 5)"),

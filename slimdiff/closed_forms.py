@@ -17,6 +17,9 @@ from torch import Tensor
 CUTOFF = 1e-10
 # Ridge on feed-forward moments, as a share of their mean diagonal: dead channels make them singular.
 RIDGE = 1e-6
+# Feed-forwards of up to so many channels lose one at a time; larger ones this share of the channels left (`1 / STEPS`).
+EXACT_CHANNELS = 1024
+STEPS = 32
 # Ridge of the leverage scores, as a share of the mean diagonal: far smaller, and all channels score alike.
 LEVERAGE_RIDGE = 1e-1
 
@@ -127,46 +130,77 @@ def solve_output(moment: Tensor, output: Tensor, basis: Tensor) -> Tensor:
     return (inverse @ (inverse.T @ (mixed.T @ (joint @ output.T)))).T
 
 
-def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
+def feed_forward_order(moment: Tensor, down: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
     """Backward elimination on the output error: the optimal-brain-surgeon form.
 
     Removing channel i and solving the down projection again costs `|W_i|^2 / [C^-1]_ii`, with W and C^-1 updated after
-    each removal. The order is nested, and one pass gives the whole error curve.
+    each removal. The order is nested, and the error curve of all its ranks follows from one factor: with C in that
+    order `L L^T`, rank r leaves out the rows from r on of `L^T W`.
+
+    Up to `EXACT_CHANNELS` channels one goes per step, in float64. Beyond, `1 / STEPS` of those that are left go at once
+    and the updates are float32; C^-1 is computed anew from float64 whenever half of them are gone.
 
     Args:
-        moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step (1 is exact; more is faster).
+        moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step, if not as above.
 
     Returns:
         channels from the most to the least worth keeping `[n]`, and the relative error with the first r kept `[n + 1]`.
     """
     n = moment.shape[0]
-    inverse = torch.linalg.inv(_ridged(moment))
-    weight = down.T.clone()  # [n, out]
-    energy = torch.einsum("io,ij,jo->", weight, moment, weight).clamp(min=torch.finfo(moment.dtype).tiny)
-    alive = torch.ones(n, dtype=torch.bool)
-    removed: list[int] = []
-    errors = [0.0]
-    while len(removed) < n:
-        cost = weight.square().sum(1) / inverse.diagonal().clamp(min=torch.finfo(moment.dtype).tiny)
-        left = alive.nonzero().flatten()
-        gone = left[torch.topk(cost[left], min(block, len(left)), largest=False).indices]
-        part = torch.linalg.solve(inverse[gone][:, gone], torch.cat([inverse[gone], weight[gone]], 1))
-        paid = (weight[gone] * part[:, n:]).sum()
-        weight -= inverse[:, gone] @ part[:, n:]
-        inverse -= inverse[:, gone] @ part[:, :n]
-        alive[gone] = False
-        weight[gone] = 0.0
-        # The update leaves rounding residue in the removed rows; the diagonal must stay a divisor.
-        inverse[gone, :] = 0.0
-        inverse[:, gone] = 0.0
-        inverse[gone, gone] = 1.0
-        # Within a block the total is shared out evenly: only the block's end is exact.
-        removed += gone.tolist()
-        start = errors[-1]
-        errors += [start + float(paid) * (i + 1) / len(gone) for i in range(len(gone))]
-    order = torch.tensor(removed[::-1])
-    curve = torch.tensor(errors[::-1], dtype=torch.float64) / energy
-    return order, curve.clamp(min=0)
+    precision = torch.float64 if n <= EXACT_CHANNELS else torch.float32
+    ridged, factor = _definite(moment)
+    weight = down.T.to(precision, copy=True)  # [n, out]
+    alive = torch.arange(n)
+    removed: list[Tensor] = []
+    while len(alive):
+        if len(alive) < n:
+            factor = torch.linalg.cholesky(ridged[alive[:, None], alive])
+        inverse = torch.cholesky_inverse(factor.to(precision))
+        step = block or (1 if n <= EXACT_CHANNELS else max(1, len(alive) // STEPS))
+        gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step)
+        removed.append(alive[gone])
+        left = torch.ones(len(alive), dtype=torch.bool)
+        left[gone] = False
+        alive, weight = alive[left], weight[left]
+    order = torch.cat(removed).flip(0)
+    factor = torch.linalg.cholesky(ridged[order[:, None], order])
+    kept_out = (factor.to(precision).T @ down.T[order].to(precision)).double().square().sum(1)
+    curve = torch.cat([kept_out.flip(0).cumsum(0).flip(0), kept_out.new_zeros(1)])
+    return order, curve / curve[0].clamp(min=torch.finfo(curve.dtype).tiny)
+
+
+def _remove(inverse: Tensor, weight: Tensor, count: int, step: int) -> Tensor:
+    """The `count` channels that cost least, first to go first, `step` at a time; updates both matrices in place."""
+    tiny = torch.finfo(inverse.dtype).tiny
+    left = torch.ones(len(inverse), dtype=torch.bool)
+    gone: list[Tensor] = []
+    while count:
+        cost = weight.square().sum(1) / inverse.diagonal().clamp(min=tiny)
+        cost[~left] = torch.inf
+        least = torch.topk(cost, min(step, count), largest=False).indices
+        rows = inverse[least]  # and, as the inverse is symmetric, its columns
+        part = torch.linalg.solve(rows[:, least], torch.cat([rows, weight[least]], 1))
+        weight.addmm_(rows.T, part[:, len(inverse) :], alpha=-1)
+        inverse.addmm_(rows.T, part[:, : len(inverse)], alpha=-1)
+        left[least] = False
+        gone.append(least)
+        count -= len(least)
+    return torch.cat(gone)
+
+
+def _definite(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The ridged moment and its Cholesky factor.
+
+    Sums in float32 can be indefinite by more than the usual ridge, above all with fewer tokens than channels: then the
+    ridge is raised tenfold until they are not.
+    """
+    ridged, ridge = _ridged(moment), RIDGE
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    while failed:
+        ridged.diagonal().add_(9 * ridge * moment.diagonal().mean())
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+    return ridged, factor
 
 
 def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.budget import Budget
-from slimdiff.calibration import Statistics
 from slimdiff.closed_forms import Forms
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
@@ -26,7 +26,10 @@ from slimdiff.plan import Plan, site_plan
 from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
 from slimdiff.slimming import Factors, check_statistics, emulated_weights, factorise
+from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, predict
+
+log = logging.getLogger("slimdiff")
 
 # A plan may remove this much more than the budget says, never less.
 TOLERANCE = 0.004
@@ -34,6 +37,8 @@ TOLERANCE = 0.004
 MOST_CANDIDATES = 64
 # What allocations measure by forward passes, and therefore need recorded calls for.
 MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
+# Seconds that the solver may take for one choice; what it has by then is within a gap that is told.
+SOLVE_SECONDS = 60.0
 # Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
 SLACK = 0.005
 
@@ -95,7 +100,8 @@ def make_plan(
     multiple-choice knapsack, solved exactly (scipy's `milp`).
 
     Args:
-        calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs.
+        calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs where
+            the statistics do not hold what was measured on them (`Planner.remember`).
         held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
         latency: measured milliseconds by layer and rank, needed by a speedup.
         factors: from `factorise` on all sites, if they are there already.
@@ -135,11 +141,13 @@ class Planner:
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
-        if self.settings.allocation in MEASURED and not calls:
-            name = self.settings.allocation
+        self.sites, left_dense = find_sites(denoiser)
+        silent = {s.path: None for s in self.sites if not statistics.covers(s.name, s.group)}
+        self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
+        self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
+        name = self.settings.allocation
+        if not calls and name in MEASURED and not is_measured(statistics, self.chosen, self.settings):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
-        self.sites, self.left_dense = find_sites(denoiser)
-        self.chosen = chosen_sites(self.sites, self.settings)
         self.layers = find_layers(self.chosen, self.settings.align)
         if factors is not None:
             self.factors = factors
@@ -155,6 +163,8 @@ class Planner:
         """By site name; empty for the allocations that do not ask."""
         if self.settings.allocation != "global":
             return {}
+        if is_measured(self.statistics, self.chosen, self.settings):
+            return {site.name: self.statistics.sensitivities[site.name] for site in self.chosen}
         told, forms = self.told("sensitivity"), self.settings.forms
         return measure_sensitivities(self.denoiser, self.statistics, self.chosen, self.factors, self.calls, told, forms)
 
@@ -173,7 +183,19 @@ class Planner:
     @cached_property
     def macs(self) -> CostTable | None:
         """None without recorded calls: how many tokens there are shows in a call alone."""
+        known = self.statistics.macs
+        if "" in known and all(layer.path in known for layer in self.layers):
+            ranks = {layer.path: {0: 0.0, layer.dense_rank: known[layer.path]} for layer in self.layers}
+            return CostTable("macs", known[""], ranks)
         return mac_costs(self.denoiser, self.chosen, self.calls[0]) if self.calls else None
+
+    def remember(self, statistics: Statistics) -> None:
+        """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls."""
+        if self.settings.forms == Forms():  # others' local errors are others: their slopes are not kept
+            statistics.sensitivities = statistics.sensitivities | self.sensitivities
+        if self.macs is not None:
+            layers = {path: costs[max(costs)] for path, costs in self.macs.layers.items()}
+            statistics.macs = statistics.macs | {"": self.macs.dense, **layers}
 
     def table(self, budget: Budget) -> CostTable:
         """What the budget is counted in.
@@ -277,6 +299,12 @@ class Planner:
         return self.progress and f"{self.progress}: {what}"
 
 
+def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:
+    """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
+    measured = all(site.name in statistics.sensitivities for site in sites)
+    return settings.allocation == "global" and settings.forms == Forms() and measured
+
+
 def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
@@ -365,7 +393,15 @@ def choose(
 
     def solve(objective: np.ndarray, allowed: np.ndarray, *more: LinearConstraint) -> np.ndarray | None:
         whole, most = np.ones(len(owner)), allowed.astype(float)
-        found = milp(objective, constraints=[*constraints, *more], integrality=whole, bounds=Bounds(0, most))
+        found = milp(
+            objective,
+            constraints=[*constraints, *more],
+            integrality=whole,
+            bounds=Bounds(0, most),
+            options={"time_limit": SOLVE_SECONDS},
+        )
+        if found.status == 1 and found.x is not None:
+            log.warning("the choice of ranks was stopped after %g s, %.2g from the best", SOLVE_SECONDS, found.mip_gap)
         return None if found.x is None else np.flatnonzero(found.x > 0.5)
 
     window = LinearConstraint(saving[None, :], 1, 1 + TOLERANCE)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff import closed_forms
-from slimdiff.calibration import Statistics, weights_hash
+from slimdiff.calibration import weights_hash
 from slimdiff.closed_forms import Forms, HeadBases
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
+from slimdiff.statistics import Statistics
 
 
 @dataclass
@@ -37,11 +38,16 @@ def factorise(
     progress: str | None = None,
     forms: Forms | None = None,
 ) -> Factors:
-    """Each site's basis or order: everything that does not depend on the rank, by site name."""
+    """Each site's basis or order: everything that does not depend on the rank, by site name.
+
+    Sites that never ran in calibration have none.
+    """
     forms = forms or Forms()
     modules = dict(denoiser.named_modules())
     factors: Factors = {}
     for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
+        if not statistics.covers(site.name, site.group):
+            continue
         module = modules[site.path]
         if site.group == "query_key":
             key = statistics.mean(f"{site.name}.key")
@@ -56,13 +62,9 @@ def factorise(
         else:
             down = feed_forward_linears(module)[1]
             moment, _ = _received(statistics, site, down, forms)
-            if forms.channels == "ridge_leverage":
-                chosen = closed_forms.ridge_leverage_order(moment, _wide(down.weight))
-            else:
-                # Exact elimination is cubic with a large constant; beyond 1024 steps a site would take minutes.
-                block = max(1, site.dense_rank // 1024)
-                chosen = closed_forms.feed_forward_order(moment, _wide(down.weight), block)
-            factors[site.name] = ChannelOrder(*chosen)
+            leverage = forms.channels == "ridge_leverage"
+            choose = closed_forms.ridge_leverage_order if leverage else closed_forms.feed_forward_order
+            factors[site.name] = ChannelOrder(*choose(moment, _wide(down.weight)))
     return factors
 
 
@@ -98,23 +100,35 @@ def slim_denoiser(
     plan: Plan,
     factors: Factors | None = None,
     progress: str | None = "slim",
+    *,
+    release_dense: bool = False,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
     A site at its dense rank keeps its weights untouched.
 
+    Args:
+        factors: from `factorise`, if they are there already.
+        release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
+            together. The dense model cannot be used afterwards, nor if this fails halfway.
+
     Raises:
-        InputError: if statistics or plan are another model's.
+        InputError: if statistics or plan are another model's, or the plan slims a site that never ran in calibration.
     """
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
-    known = factors or factorise(denoiser, statistics, _changed(denoiser, plan), progress, plan.forms)
+    changed = _changed(denoiser, plan)
+    told = None if progress is None else f"{progress}: factorise"
+    known = factors or factorise(denoiser, statistics, changed, told, plan.forms)
+    for site in changed:
+        if site.name not in known:
+            raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
         return slim_weights(module, site, rank, known[site.name], statistics, plan.forms)
 
-    return assemble(denoiser, plan, weights)
+    return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
 
 
 def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
@@ -123,9 +137,17 @@ def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
 
 
 def assemble(
-    denoiser: nn.Module, plan: Plan, weights: Callable[[nn.Module, Site, int], dict[str, Tensor]]
+    denoiser: nn.Module,
+    plan: Plan,
+    weights: Callable[[nn.Module, Site, int], dict[str, Tensor]],
+    progress: str | None = None,
+    *,
+    release_dense: bool = False,
 ) -> nn.Module:
-    """The slim model of a plan, with the smaller weights that `weights(module, site, rank)` gives by parameter name."""
+    """The slim model of a plan, with the smaller weights that `weights(module, site, rank)` gives by parameter name.
+
+    `release_dense` is `slim_denoiser`'s.
+    """
     slim_class = slim_class_of(denoiser)
     plan = plan.recount()
     # A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
@@ -135,10 +157,13 @@ def assemble(
         slim = slim_class(slim_plan=plan.model_dump(mode="json"), **config)  # refuses a plan of another architecture
     state = dict(denoiser.state_dict())
     modules = dict(denoiser.named_modules())
-    for site in _changed(denoiser, plan):
+    for site in tqdm(_changed(denoiser, plan), desc=progress, disable=progress is None, unit="site"):
         for name, tensor in weights(modules[site.path], site, plan.sites[site.name].rank).items():
             key = f"{site.path}.{name}"
             state[key] = tensor.to(state[key])
+            if release_dense:
+                dense = denoiser.get_parameter(key)
+                dense.data = dense.data.new_empty(0)
     slim.load_state_dict(state, strict=True, assign=True)
     persistent = set(state)
     for name, buffer in denoiser.named_buffers():

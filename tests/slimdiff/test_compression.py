@@ -263,6 +263,7 @@ def test_calibration_does_not_depend_on_the_batch_size(pipeline, calibration, st
 
 def test_moments_that_are_not_finite_are_named(statistics):
     name = next(iter(statistics.moments))
-    broken = Statistics("", {name: torch.full_like(statistics.moments[name], torch.nan)}, dict(statistics.tokens))
+    nothing = torch.full_like(statistics.moments[name], torch.nan)
+    broken = Statistics("", {name: nothing}, statistics.firsts, tokens=statistics.tokens, weights=statistics.weights)
     with pytest.raises(InputError, match="not finite"):
         broken.mean(name)
