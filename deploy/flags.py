@@ -7,7 +7,11 @@ import argparse
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
-    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="calibration prompts, one a line (default: 'general', the 500 built-in ones; for demo its own)",
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
     parser.add_argument("--groups", metavar="LIST", help="of query_key,value_output,feed_forward (default: all)")
     parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deploy.prompts import EMBEDDED
+from deploy.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
@@ -125,8 +125,8 @@ class Recipe(Settings):
     model: str
     """`demo`, a diffusers directory (relative to the recipe), or a hub id."""
     prompts: str | list[str] | None = None
-    """A text file of one prompt a line (relative to the recipe), a list of prompts, or `embedded`: the demo model's
-    own, which is the default for it."""
+    """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
+    the default, or `embedded`: the demo model's own, the default for it."""
     calibration: CalibrationSettings = CalibrationSettings()
     """What the denoiser is watched doing."""
     budget: BudgetSettings = BudgetSettings()
@@ -183,12 +183,10 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     found: dict[str, Any] = {}
     if recipe.prompts is None:
-        if recipe.model != "demo":
-            raise InputError(f"{source}: the key 'prompts' is missing: name a text file of one prompt a line")
-        found["prompts"] = EMBEDDED
+        found["prompts"] = default_source(recipe.model)
     if recipe.model != "demo" and (recipe.model.startswith(".") or (folder / recipe.model).exists()):
         found["model"] = str(folder / recipe.model)
-    if isinstance(recipe.prompts, str) and recipe.prompts != EMBEDDED:
+    if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         found["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=found)
 

@@ -12,6 +12,7 @@ from deploy import layout
 from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
+from deploy.prompts import described
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import planning_calls, with_denoiser
@@ -36,9 +37,11 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
     if budget.kind == "parameters":
         budget.removed(count_parameters(denoiser))
     start = time.perf_counter()
+    origin, steps = described(shop.prompts_from), settings.sampling.steps
+    log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), origin, steps)
     statistics = calibrate(shop.dense, shop.prompts, settings)
     statistics.save(folder / Path(layout.STATISTICS).name)
-    source = shop.recipe.prompts
+    source = shop.prompts_from
     sampling = settings.sampling
     write_result(
         folder,

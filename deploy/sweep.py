@@ -24,7 +24,7 @@ import slimdiff
 from deploy import layout
 from deploy.console import log
 from deploy.figures import costs
-from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts
+from deploy.prompts import calibration_prompts, comparison_prompts, described
 from deploy.stages import Stage, locked, run_stages
 from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
@@ -48,7 +48,7 @@ class Sweep:
     """What a sweep is of, and what its points share, made when first needed."""
 
     model: str
-    prompt_file: str | None
+    prompts_from: str
     by: str
     points: list[str]
     calibration: CalibrationSettings
@@ -66,12 +66,11 @@ class Sweep:
     def prompts(self) -> list[str]:
         """What calibration sees, and after it a batch that it does not."""
         count = self.calibration.samples + self.calibration.sampling.batch
-        return calibration_prompts(self.prompt_file or EMBEDDED, count)
+        return calibration_prompts(self.prompts_from, count)
 
     @cached_property
     def captions(self) -> list[str]:
-        source = self.prompt_file or EMBEDDED
-        return comparison_prompts(source, self.calibration.samples, self.images, _UNSEEN_CAPTIONS)
+        return comparison_prompts(self.prompts_from, self.calibration.samples, self.images, _UNSEEN_CAPTIONS)
 
     @cached_property
     def call(self) -> Any:
@@ -199,6 +198,9 @@ def _stages(work: Sweep) -> list[Stage]:
 
 def _calibrate(work: Sweep, folder: Path) -> None:
     used = work.prompts[: work.calibration.samples]
+    log.info(
+        "sweep: %d prompts %s, %d steps each", len(used), described(work.prompts_from), work.calibration.sampling.steps
+    )
     calibrate(work.pipeline, used, work.calibration).save(folder / Path(layout.STATISTICS).name)
 
 

@@ -11,8 +11,9 @@ EXAMPLE = """example:
 
 recipe.yaml, at least:
   model: path/to/diffusers-directory
-  prompts: prompts.txt
   budget: {reduce: 25%}
+
+calibrated with the built-in general prompts unless it says  prompts: prompts.txt
 
 stages: calibrate, plan, slim, export, engine, validate, compare, bench, report"""
 

@@ -29,6 +29,11 @@ def test_defaults_and_overrides(tmp_path):
     assert found.prompts == "embedded"
 
 
+@pytest.mark.parametrize("text", ["model: elsewhere", "model: elsewhere\nprompts: general"])
+def test_the_general_prompts_are_the_default(tmp_path, text):
+    assert load_recipe(recipe(tmp_path, text)).prompts == "general"
+
+
 def test_relative_paths_are_the_recipes(tmp_path):
     (tmp_path / "model").mkdir()
     found = load_recipe(recipe(tmp_path, "model: model\nprompts: prompts.txt"))
@@ -56,7 +61,6 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\nbudget: {max_error: .inf}", ["budget.max_error", "finite"]),
         ("model: demo\nengine: {targets: [h100]}", ["engine.targets", "sm89"]),
         ("budget: {reduce: 12%}", ["'model' is missing"]),
-        ("model: elsewhere", ["'prompts' is missing"]),
         ("model: demo\nmodel: demo", ["'model' is there twice"]),
         ("model: [", ["not YAML"]),
         ("- model", ["not a recipe"]),
