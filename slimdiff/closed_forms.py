@@ -130,7 +130,8 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Te
         errors += [start + float(paid) * (i + 1) / len(gone) for i in range(len(gone))]
     order = torch.tensor(removed[::-1])
     curve = torch.tensor(errors[::-1], dtype=torch.float64) / energy
-    return order, curve.clamp(min=0)
+    # Where nothing arrives, nothing can be lost: the errors above are those of the ridge.
+    return order, torch.zeros_like(curve) if not moment.any() else curve.clamp(min=0)
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
 
 
 def _ridged(moment: Tensor) -> Tensor:
-    ridge = RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    mean = moment.diagonal().mean()
+    ridge = RIDGE * torch.where(mean > 0, mean, 1.0)  # a moment of nothing must have an inverse, too
     return moment + ridge * torch.eye(len(moment), dtype=moment.dtype)
 
 
