@@ -103,9 +103,12 @@ def slim_step(shop: Workshop, folder: Path) -> None:
 def compression_result(
     plan: Plan, dense: dict[str, int], slim: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """What `slimdiff compress` reports, without `out`."""
+    """What `slimdiff compress` reports, without `out`.
+
+    `parameters.budget` is what slim was to have; where the budget is in another unit, what the plan gives it.
+    """
     figures: dict[str, Any] = side_by_side(dense, slim)
-    figures["parameters"]["budget"] = plan.parameters.get("budget")
+    figures["parameters"]["budget"] = plan.parameters.get("budget", plan.parameters["slim"])
     sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
     return {
         **figures,
