@@ -13,6 +13,7 @@ COMMANDS = (
     "build",
     "compress",
     "sweep",
+    "prompts",
     "inspect",
     "export",
     "engine",
