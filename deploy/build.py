@@ -45,8 +45,8 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
     _preflight(recipe)
     with locked(folder):
         shop = Workshop(recipe, folder)
-        stages = make_stages(shop)
-        again = set(force)
+        stages = [*make_stages(shop), *sweep_stages(shop)]
+        again = {s.name for s in stages if layout.SWEEP in force and s.name.startswith("point-")} | set(force)
         done: list[Done] = []
 
         def report(into: Path) -> None:
@@ -127,6 +127,35 @@ def make_stages(shop: Workshop) -> list[Stage]:
             "bench", steps.bench_step, ("export",), recipe.bench.model_dump() | _gate(recipe), export | here, "latency"
         ),
     ]
+
+
+def sweep_stages(shop: Workshop) -> list[Stage]:
+    """The frontier: a stage for each point and one that puts them together, if the recipe asks for it."""
+    from deploy import sweep
+    from exporters.latency_table import TableSettings
+
+    recipe, asked = shop.recipe, shop.recipe.sweep
+    if asked is None:
+        return []
+    work = sweep.Sweep(
+        recipe.model,
+        shop.prompts_from,
+        asked.by,
+        asked.budgets(),
+        recipe.calibration,
+        recipe.plan,
+        TableSettings(runtime=asked.runtime),
+        recipe.bench,
+        asked.images,
+        shop.folder,
+        lambda _: shop.dense,
+    )
+    points = sweep.point_stages(work)
+
+    def together(folder: Path) -> None:
+        steps.write_result(folder, layout.SWEEP, sweep.frontier(work, points))
+
+    return [*points, Stage(layout.SWEEP, together, tuple(p.name for p in points), {}, {}, "sweep")]
 
 
 def _gate(recipe: Recipe) -> dict[str, Any]:

@@ -14,6 +14,7 @@ COMMANDS = (
     "calibrate",
     "compress",
     "sweep",
+    "prompts",
     "inspect",
     "export",
     "engine",

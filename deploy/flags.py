@@ -20,7 +20,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing."""
-    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="calibration prompts, one a line (default: 'general', the 500 built-in ones; for demo its own)",
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
     for name, kind, text in (
         ("steps", int, "scheduler steps per image (default: 20)"),

@@ -10,6 +10,7 @@
     validate/       validate.json: parity of the exported slim model with the slim model in torch
     compare/        compare.json, images/NN-dense.png, NN-slim.png, NN-slim_onnx.png
     bench/          bench.json: paired latency of dense and slim
+    sweep/          sweep.json: the frontier, if the recipe asks for it; its points are in point-.../
     report/         report.html
 
 Every folder has a `manifest.json`, whose `made_from.key` is the stage's key. Paths inside JSON are relative to the
@@ -27,6 +28,9 @@ from slimdiff.errors import InputError
 
 STAGES = ("calibrate", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
 """The stages of a build, in order; each has a folder of its name."""
+
+SWEEP = "sweep"
+"""The stage that a build has only if its recipe says so."""
 
 BUILD = "build.json"
 REPORT = "report.html"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deploy.prompts import EMBEDDED
+from deploy.commands.sweep import POINTS
+from deploy.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
@@ -104,6 +105,53 @@ class CompareStage(Settings):
     """Which captions the embedded model is judged on."""
 
 
+class SweepStage(Settings):
+    """The frontier: slim models at several budgets, each planned and measured like the one that is built."""
+
+    by: Literal["parameters", "macs", "speedup"] = "parameters"
+    """The unit of the points."""
+    points: tuple[str, ...] = ()
+    """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
+    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    """Where their latency is measured, by the settings of `bench`."""
+    images: int = Field(4, ge=0)
+    """How many images of each point are held against the dense model's."""
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _budgets(self) -> SweepStage:
+        for text in self.points:
+            try:
+                point_budget(self.by, text)
+            except SlimdiffError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def budgets(self) -> list[str]:
+        """The points, as `slimdiff sweep` takes them."""
+        return list(self.points) or POINTS[self.by].split(",")
+
+
+def point_budget(by: str, text: str) -> Budget:
+    """A point of a sweep as a budget.
+
+    Raises:
+        InputError: if it is none of this unit.
+    """
+    if by != "speedup":
+        budget = Budget(**{by: text})
+        budget.removed(10**15)  # whether it can be met shows when the model is there
+        return budget
+    try:
+        return Budget(speedup=float(text))
+    except ValueError:
+        raise InputError(f"{text!r} is no speedup: write a number such as 1.2") from None
+
+
 class Gates(Settings):
     """What must hold for the build to succeed; a gate that is null is not asked for."""
 
@@ -125,8 +173,8 @@ class Recipe(Settings):
     model: str
     """`demo`, a diffusers directory (relative to the recipe), or a hub id."""
     prompts: str | list[str] | None = None
-    """A text file of one prompt a line (relative to the recipe), a list of prompts, or `embedded`: the demo model's
-    own, which is the default for it."""
+    """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
+    the default, or `embedded`: the demo model's own, the default for it."""
     calibration: CalibrationSettings = CalibrationSettings()
     """What the denoiser is watched doing."""
     budget: BudgetSettings = BudgetSettings()
@@ -143,6 +191,8 @@ class Recipe(Settings):
     """Fidelity."""
     bench: LatencySettings = LatencySettings()
     """Paired latency."""
+    sweep: SweepStage | None = None
+    """The frontier, as a stage of the build and a section of the report; without it there is none."""
     gates: Gates = Gates()
     """What decides the exit code."""
 
@@ -183,12 +233,10 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     found: dict[str, Any] = {}
     if recipe.prompts is None:
-        if recipe.model != "demo":
-            raise InputError(f"{source}: the key 'prompts' is missing: name a text file of one prompt a line")
-        found["prompts"] = EMBEDDED
+        found["prompts"] = default_source(recipe.model)
     if recipe.model != "demo" and (recipe.model.startswith(".") or (folder / recipe.model).exists()):
         found["model"] = str(folder / recipe.model)
-    if isinstance(recipe.prompts, str) and recipe.prompts != EMBEDDED:
+    if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         found["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=found)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from deploy import layout
 from deploy import report_numbers as numbers
+from deploy.report_frontier import frontier_charts
 from deploy.report_plots import Scale, Tick, line, linear_scale, log_scale, place
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
@@ -149,11 +150,13 @@ def write_report(build_folder: Path, out_file: Path) -> None:
         InputError: if a file of the build is missing or is not what it should be.
     """
     results = {stage: layout.read(build_folder, stage) for stage in ("build", *layout.STAGES[:-1])}
+    swept = any(stage["name"] == layout.SWEEP for stage in results["build"]["stages"])
+    sweep = layout.read(build_folder, layout.SWEEP) if swept else None
     with replacing(out_file, is_file=True) as temporary:
-        temporary.write_text(_render(results, build_folder), encoding="utf-8")
+        temporary.write_text(_render(results, sweep, build_folder), encoding="utf-8")
 
 
-def _render(results: dict[str, dict[str, Any]], folder: Path) -> str:
+def _render(results: dict[str, dict[str, Any]], sweep: dict[str, Any] | None, folder: Path) -> str:
     import yaml
 
     build, bench, compare = results["build"], results["bench"], results["compare"]
@@ -167,6 +170,8 @@ def _render(results: dict[str, dict[str, Any]], folder: Path) -> str:
         .get_template("report.html.j2")
         .render(
             **results,
+            sweep=sweep,
+            charts=frontier_charts(sweep) if sweep else [],
             figures=_figures(build["figures"], bench, judged.get("speedup")),
             pictures=pictures,
             reencoded=reencoded,

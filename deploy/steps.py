@@ -12,6 +12,7 @@ from deploy import layout
 from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
+from deploy.prompts import described
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import planning_calls, with_denoiser
@@ -36,9 +37,11 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
     if budget.kind == "parameters":
         budget.removed(count_parameters(denoiser))
     start = time.perf_counter()
+    origin, steps = described(shop.prompts_from), settings.sampling.steps
+    log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), origin, steps)
     statistics = calibrate(shop.dense, shop.prompts, settings)
     statistics.save(folder / Path(layout.STATISTICS).name)
-    source = shop.recipe.prompts
+    source = shop.prompts_from
     sampling = settings.sampling
     write_result(
         folder,
@@ -102,9 +105,12 @@ def slim_step(shop: Workshop, folder: Path) -> None:
 def compression_result(
     plan: Plan, dense: dict[str, int], slim: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """What `slimdiff compress` reports, without `out`."""
+    """What `slimdiff compress` reports, without `out`.
+
+    `parameters.budget` is what slim was to have; where the budget is in another unit, what the plan gives it.
+    """
     figures: dict[str, Any] = side_by_side(dense, slim)
-    figures["parameters"]["budget"] = plan.parameters.get("budget")
+    figures["parameters"]["budget"] = plan.parameters.get("budget", plan.parameters["slim"])
     sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
     return {
         **figures,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,13 +24,14 @@ import slimdiff
 from deploy import layout
 from deploy.console import log
 from deploy.figures import costs
-from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts
+from deploy.prompts import calibration_prompts, comparison_prompts, described
+from deploy.recipe import point_budget
 from deploy.stages import Stage, locked, run_stages
 from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.latency_table import TableSettings, measure_latency, whole_run
 from exporters.pipeline_export import example_call
-from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate, slim_denoiser
+from slimdiff import CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate, slim_denoiser
 from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
@@ -48,7 +49,7 @@ class Sweep:
     """What a sweep is of, and what its points share, made when first needed."""
 
     model: str
-    prompt_file: str | None
+    prompts_from: str | Sequence[str]
     by: str
     points: list[str]
     calibration: CalibrationSettings
@@ -57,21 +58,22 @@ class Sweep:
     bench: LatencySettings
     images: int
     folder: Path
+    opened: Callable[[str], Any] = load_pipeline
+    """Gives the dense pipeline; a build has it open already."""
 
     @cached_property
     def pipeline(self) -> Any:
-        return load_pipeline(self.model)
+        return self.opened(self.model)
 
     @cached_property
     def prompts(self) -> list[str]:
         """What calibration sees, and after it a batch that it does not."""
         count = self.calibration.samples + self.calibration.sampling.batch
-        return calibration_prompts(self.prompt_file or EMBEDDED, count)
+        return calibration_prompts(self.prompts_from, count)
 
     @cached_property
     def captions(self) -> list[str]:
-        source = self.prompt_file or EMBEDDED
-        return comparison_prompts(source, self.calibration.samples, self.images, _UNSEEN_CAPTIONS)
+        return comparison_prompts(self.prompts_from, self.calibration.samples, self.images, _UNSEEN_CAPTIONS)
 
     @cached_property
     def call(self) -> Any:
@@ -110,19 +112,6 @@ class Sweep:
         made = self._images(with_denoiser(self.pipeline, slim), f"{name}: images")
         return image_fidelity(self.dense_images, made)
 
-    def budget(self, text: str) -> Budget:
-        """A point as a budget.
-
-        Raises:
-            InputError: if it is none of this sweep's unit.
-        """
-        if self.by != "speedup":
-            return Budget(**{self.by: text})
-        try:
-            return Budget(speedup=float(text))
-        except ValueError:
-            raise InputError(f"--points {text}: a speedup is a number such as 1.2") from None
-
 
 def write_sweep(work: Sweep) -> dict[str, Any]:
     """Measure every point that is not there yet, and write `sweep.json` and `sweep.html`.
@@ -140,42 +129,51 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
     if not work.points:
         raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for text in work.points:  # refuse before the long work, not after
-        budget = work.budget(text)
-        if budget.kind != "speedup":
-            budget.removed(10**15)
+        point_budget(work.by, text)
     with locked(work.folder):
-        stages = _stages(work)
-        for _ in run_stages(work.folder, stages):
+        first = Stage(
+            "calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), _inputs(work), "statistics"
+        )
+        points = point_stages(work)
+        for _ in run_stages(work.folder, [first, *points]):
             pass
-        points = [
-            json.loads((work.folder / s.name / "point.json").read_text(encoding="utf-8"))
-            for s in stages
-            if s.name != "calibrate"
-        ]
-        points.sort(key=lambda point: -point["parameters"])
-        value = {
-            "model": public_name(work.model),
-            "by": work.by,
-            "runtime": points[0]["runtime"],
-            "machine": points[0]["machine"],
-            "dense": points[0]["dense"],
-            "points": [{k: v for k, v in p.items() if k not in ("runtime", "machine", "dense")} for p in points],
-        }
-        artifacts.write_json(work.folder / JSON, layout.strict(value))
+        value = frontier(work, points)
+        artifacts.write_json(work.folder / JSON, value)
         write_page(value, work.folder / PAGE)
-    made_from = {"model": stages[0].inputs["model"], "prompts": stages[0].inputs["prompts"], "points": work.points}
+    made_from = {"model": first.inputs["model"], "prompts": first.inputs["prompts"], "points": work.points}
     artifacts.write_manifest(work.folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value
 
 
-def _stages(work: Sweep) -> list[Stage]:
-    code = {
+def frontier(work: Sweep, points: Sequence[Stage]) -> dict[str, Any]:
+    """What the finished `points` measured, as `write_sweep` says it."""
+    found = [json.loads((work.folder / p.name / "point.json").read_text(encoding="utf-8")) for p in points]
+    found.sort(key=lambda point: -point["parameters"])
+    return layout.strict(
+        {
+            "model": public_name(work.model),
+            "by": work.by,
+            "runtime": found[0]["runtime"],
+            "machine": found[0]["machine"],
+            "dense": found[0]["dense"],
+            "points": [{k: v for k, v in p.items() if k not in ("runtime", "machine", "dense")} for p in found],
+        }
+    )
+
+
+def _inputs(work: Sweep) -> dict[str, str]:
+    return {
         "slimdiff": source_hash(Path(slimdiff.__file__).parent),
         "exporters": source_hash(Path(exporters.__file__).parent),
         "sweep": artifacts.sha256_of(Path(deploy.__file__).parent / "sweep.py"),
         "versions": artifacts.fingerprint(artifacts.versions()),
+        "model": model_hash(work.model),
+        "prompts": artifacts.fingerprint([work.prompts, work.captions]),
     }
-    made_from = {"model": model_hash(work.model), "prompts": artifacts.fingerprint(work.prompts)}
+
+
+def point_stages(work: Sweep) -> list[Stage]:
+    """One stage for each point; they need a stage `calibrate` that leaves statistics."""
     shared = {
         "by": work.by,
         "plan": work.planning.model_dump(),
@@ -184,26 +182,24 @@ def _stages(work: Sweep) -> list[Stage]:
         "images": work.images,
         "machine": machine_name(),
     }
-    first = Stage(
-        "calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), {**code, **made_from}, "statistics"
-    )
     names = {text: f"point-{re.sub('[^0-9A-Za-z.]', '', text.replace('%', 'pct'))}-{work.by}" for text in work.points}
+    inputs = _inputs(work)
     return [
-        first,
-        *(
-            Stage(name, partial(_point, work, text), ("calibrate",), {**shared, "point": text}, code, "sweep-point")
-            for text, name in names.items()
-        ),
+        Stage(name, partial(_point, work, text), ("calibrate",), {**shared, "point": text}, inputs, "sweep-point")
+        for text, name in names.items()
     ]
 
 
 def _calibrate(work: Sweep, folder: Path) -> None:
     used = work.prompts[: work.calibration.samples]
+    log.info(
+        "sweep: %d prompts %s, %d steps each", len(used), described(work.prompts_from), work.calibration.sampling.steps
+    )
     calibrate(work.pipeline, used, work.calibration).save(folder / Path(layout.STATISTICS).name)
 
 
 def _point(work: Sweep, text: str, folder: Path) -> None:
-    plan = work.planner.plan(work.budget(text))
+    plan = work.planner.plan(point_budget(work.by, text))
     dense = denoiser_of(work.pipeline)
     slim = slim_denoiser(dense, work.planner.statistics, plan, work.planner.factors, progress=None)
     log.info("sweep: %s is planned, measuring it", text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import layout
-from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts
+from deploy.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
 from deploy.recipe import Recipe
 from slimdiff import Plan, Statistics, artifacts, embedded
 from slimdiff.errors import InputError
@@ -39,29 +39,29 @@ class Workshop:
     @cached_property
     def prompts(self) -> list[str]:
         """What calibration sees."""
-        return calibration_prompts(self._prompt_source, self.recipe.calibration.samples)
+        return calibration_prompts(self.prompts_from, self.recipe.calibration.samples)
 
     @cached_property
     def prompts_and_more(self) -> list[str]:
         """The same, and after them a batch that calibration does not see, as far as there are so many."""
         calibration = self.recipe.calibration
-        return calibration_prompts(self._prompt_source, calibration.samples + calibration.sampling.batch)
+        return calibration_prompts(self.prompts_from, calibration.samples + calibration.sampling.batch)
 
     @cached_property
     def captions(self) -> list[str]:
         """What dense and slim are compared on."""
         compare = self.recipe.compare
         count = max(compare.images, compare.trajectories)
-        return comparison_prompts(self._prompt_source, self.recipe.calibration.samples, count, compare.captions_seed)
+        return comparison_prompts(self.prompts_from, self.recipe.calibration.samples, count, compare.captions_seed)
 
     @property
-    def _prompt_source(self) -> str | list[str]:
-        return self.recipe.prompts or EMBEDDED
+    def prompts_from(self) -> str | list[str]:
+        return self.recipe.prompts or default_source(self.recipe.model)
 
     @property
     def judged(self) -> bool:
         """Whether there is an evaluator for the images: there is one for the embedded model's world."""
-        return self.recipe.model == "demo" and self._prompt_source == EMBEDDED
+        return self.recipe.model == "demo" and self.prompts_from == EMBEDDED
 
     @cached_property
     def trajectory(self) -> list[Call]:

@@ -163,10 +163,19 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int | None = None) -
         left[gone] = False
         alive, weight = alive[left], weight[left]
     order = torch.cat(removed).flip(0)
-    factor = torch.linalg.cholesky(ridged[order[:, None], order])
-    kept_out = (factor.to(precision).T @ down.T[order].to(precision)).double().square().sum(1)
-    curve = torch.cat([kept_out.flip(0).cumsum(0).flip(0), kept_out.new_zeros(1)])
-    return order, curve / curve[0].clamp(min=torch.finfo(curve.dtype).tiny)
+    return order, _nested_error(ridged, down, order, moment)
+
+
+def _nested_error(ridged: Tensor, down: Tensor, order: Tensor, moment: Tensor) -> Tensor:
+    """Relative error with the first r channels of an order kept, `[n + 1]`.
+
+    With C in that order `L L^T`, channels are made orthogonal one by one: row i of `L^T W` is what channel i adds.
+    """
+    if not moment.any():  # where nothing arrives, nothing can be lost: what follows would be the errors of the ridge
+        return torch.zeros(len(order) + 1, dtype=torch.float64)
+    precision = torch.float64 if len(order) <= EXACT_CHANNELS else torch.float32
+    factor = torch.linalg.cholesky(ridged[order[:, None], order]).to(precision)
+    return _tail((factor.T @ down.T[order].to(precision)).double().square().sum(1)[None])
 
 
 def _remove(inverse: Tensor, weight: Tensor, count: int, step: int) -> Tensor:
@@ -197,7 +206,7 @@ def _definite(moment: Tensor) -> tuple[Tensor, Tensor]:
     ridged, ridge = _ridged(moment), RIDGE
     factor, failed = torch.linalg.cholesky_ex(ridged)
     while failed:
-        ridged.diagonal().add_(9 * ridge * moment.diagonal().mean())
+        ridged.diagonal().add_(9 * ridge * _scale(moment))
         ridge *= 10
         factor, failed = torch.linalg.cholesky_ex(ridged)
     return ridged, factor
@@ -209,13 +218,10 @@ def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         as `feed_forward_order`.
     """
-    ridge = LEVERAGE_RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    eye = torch.eye(len(moment), dtype=moment.dtype)
-    order = torch.linalg.solve(moment + ridge * eye, moment).diagonal().argsort(descending=True)
-    # With C = L L^T in that order, channels are made orthogonal one by one: row i of L^T W is what channel i adds.
-    factor = torch.linalg.cholesky(_ridged(moment)[order][:, order])
-    added = (factor.T @ down.T[order]).square().sum(1)
-    return order, _tail(added[None])
+    ridged = moment.clone()
+    ridged.diagonal().add_(LEVERAGE_RIDGE * _scale(moment))
+    order = torch.linalg.solve(ridged, moment).diagonal().argsort(descending=True)
+    return order, _nested_error(_definite(moment)[0], down, order, moment)
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
@@ -225,8 +231,14 @@ def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
 
 
 def _ridged(moment: Tensor) -> Tensor:
-    ridge = RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype)
+    ridged = moment.clone()
+    ridged.diagonal().add_(RIDGE * _scale(moment))
+    return ridged
+
+
+def _scale(moment: Tensor) -> float:
+    """The mean diagonal; 1 for a group that is silent, whose moment is zero."""
+    return float(moment.diagonal().mean()) or 1.0
 
 
 def _tail(energies: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,16 +17,22 @@ from slimdiff.errors import InputError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, *, without: Sequence[str] = ()
+) -> DiffusionPipeline:
     """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only.
 
     A directory with a manifest is checked against it first.
 
+    Args:
+        without: components that are not needed, and are neither fetched nor loaded: they become None.
+
     Raises:
         InputError: if it is not a diffusers pipeline, or its weights are pickles.
     """
+    left_out = dict.fromkeys(without)
     if str(model) == "demo":
-        return DiffusionPipeline.from_pretrained(embedded.path(), torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(embedded.path(), torch_dtype=dtype, use_safetensors=True, **left_out)
     path = Path(model)
     if path.exists():
         _check_directory(path)
@@ -33,7 +40,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         raise InputError(f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory or a hub id")
     try:
         return DiffusionPipeline.from_pretrained(
-            str(model), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
+            str(model), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **left_out
         )
     except InputError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -454,10 +455,16 @@ def measure_sensitivities(
 
     Returns:
         by site name: relative mean squared change of the noise prediction over the relative local error.
+
+    Raises:
+        InputError: if the dense model predicts nothing, or something that is not finite.
     """
     modules = dict(denoiser.named_modules())
     reference = [predict(denoiser, call) for call in calls]
     energy = sum(float(r.double().square().sum()) for r in reference)
+    if not 0 < energy < math.inf:
+        what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
+        raise InputError(f"the dense model's noise prediction is {what}")
     result = {}
     for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
         rank = max(1, site.dense_rank // 2)

@@ -11,10 +11,12 @@ EXAMPLE = """example:
 
 recipe.yaml, at least:
   model: path/to/diffusers-directory
-  prompts: prompts.txt
   budget: {reduce: 25%}
 
-stages: calibrate, plan, slim, export, engine, validate, compare, bench, report"""
+calibrated with the built-in general prompts unless it says  prompts: prompts.txt
+
+stages: calibrate, plan, slim, export, engine, validate, compare, bench, report;
+and sweep, before the report, if the recipe has  sweep: {points: [5%, 10%, 20%]}"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -46,7 +48,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     from slimdiff.errors import InputError
 
     for name in args.force:
-        if name not in layout.STAGES:
+        if name not in (*layout.STAGES, layout.SWEEP):
             raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(layout.STAGES)}")
     if not source.is_file():
         raise InputError(f"{source}: no such recipe")

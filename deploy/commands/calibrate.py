@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from deploy.arguments import settings
-    from deploy.prompts import EMBEDDED, calibration_prompts
+    from deploy.prompts import calibration_prompts, default_source, described
     from slimdiff import CalibrationSettings, Sampling, Statistics, distributed
     from slimdiff.errors import InputError
     from slimdiff.statistics import read_metadata
@@ -82,15 +82,14 @@ def run(args: argparse.Namespace) -> int:
         sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
         names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")
         calibration = settings(CalibrationSettings, args, *names, sampling=sampling)
-        if args.prompts is None and args.model != "demo":
-            raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
-        prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples)
+        source = args.prompts or default_source(args.model)
+        prompts = calibration_prompts(source, calibration.samples)
         calm_libraries()
         from slimdiff import calibrate
         from slimdiff.pipelines import load_pipeline
 
         pipeline = load_pipeline(args.model)
-        log.info("calibrate: %d prompts, %d steps each", len(prompts), sampling.steps)
+        log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
         progress = None if args.quiet else "calibrate"
         statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
         rank, _ = distributed.world()

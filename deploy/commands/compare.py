@@ -7,7 +7,8 @@ from typing import Any
 
 EXAMPLE = """examples:
   slimdiff compare demo demo-slim
-  slimdiff compare my-checkpoint slim --prompts prompts.txt --images 8 --json"""
+  slimdiff compare my-checkpoint slim --images 8
+  slimdiff compare my-checkpoint slim --prompts prompts.txt --json"""
 
 CAPTIONS_SEED = 1
 """Which of the embedded model's held-out captions."""
@@ -24,7 +25,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("dense", metavar="DENSE", help="a model")
     parser.add_argument("slim", metavar="SLIM", help="a model")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="one prompt a line (default for demo: captions held out of training)"
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line (default: 'general', the built-in ones from the back; for demo, captions held out of "
+        "its training)",
     )
     parser.add_argument("--images", type=int, default=16, metavar="N", help="images of each (default: 16)")
     parser.add_argument(
@@ -42,16 +46,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.arguments import settings
     from deploy.console import calm_libraries, result
-    from deploy.prompts import EMBEDDED, comparison_prompts
+    from deploy.prompts import EMBEDDED, comparison_prompts, default_source
     from slimdiff.errors import InputError
     from slimdiff.trajectory import Sampling, sample_images
 
     if args.images < 1 or args.trajectories < 1:
         raise InputError("--images and --trajectories must be at least 1")
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed")
-    if args.prompts is None and args.dense != "demo":
-        raise InputError("--prompts is missing: name a text file of prompts, one a line")
-    prompts = comparison_prompts(args.prompts or EMBEDDED, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
+    source = args.prompts or default_source(args.dense)
+    prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
     from deploy.steps import fidelity_of_noise, quality
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     value = {
         "noise_error": noise,
         "images": image_fidelity(seen, made),
-        "quality": quality(seen, made, CAPTIONS_SEED) if args.prompts is None else {},
+        "quality": quality(seen, made, CAPTIONS_SEED) if source == EMBEDDED else {},
         "sampling": sampling.model_dump(),
     }
     result(value, _text(value), args.json)

@@ -10,11 +10,11 @@ from deploy.flags import add_calibration
 
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
-  slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --samples 64
-  slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt
-  slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime --prompts prompts.txt
-  slimdiff compress my-checkpoint --out slim --max-error 1e-3 --prompts prompts.txt
-  slimdiff compress my-checkpoint --out slim --plan edited-plan.json --prompts prompts.txt"""
+  slimdiff compress my-checkpoint --out slim --reduce 100M
+  slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
+  slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
+  slimdiff compress my-checkpoint --out slim --max-error 1e-3
+  slimdiff compress my-checkpoint --out slim --plan edited-plan.json"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.arguments import plan_settings, settings
     from deploy.outputs import artifact_folder, check_folder
-    from deploy.prompts import EMBEDDED, calibration_prompts
+    from deploy.prompts import calibration_prompts, default_source, described
     from slimdiff import Budget, CalibrationSettings, Plan, Sampling, Statistics, artifacts
     from slimdiff.errors import InputError
 
@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.speedup is None and (args.runtime or args.threads):
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    if args.prompts is None and args.model != "demo":
-        raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
-    prompts = calibration_prompts(args.prompts or EMBEDDED, calibration.samples + sampling.batch)
+    source = args.prompts or default_source(args.model)
+    prompts = calibration_prompts(source, calibration.samples + sampling.batch)
 
     from deploy.console import calm_libraries, log, result
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     call = example_call(pipeline, height=sampling.height, width=sampling.width)
     dense_costs = costs(denoiser_of(pipeline), call)
     used = prompts[: calibration.samples]  # what is left over is for measuring an error on
-    log.info("compress: %d prompts, %d steps each", len(used), sampling.steps)
+    log.info("compress: %d prompts %s, %d steps each", len(used), described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,

@@ -11,7 +11,7 @@ from deploy.flags import add_calibration
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 EXAMPLE = """examples:
   slimdiff sweep demo --out demo-sweep
-  slimdiff sweep my-checkpoint --out sweep --points 50M,100M,150M --prompts prompts.txt
+  slimdiff sweep my-checkpoint --out sweep --points 50M,100M,150M
   slimdiff sweep my-checkpoint --out sweep --by macs --points 10%,20%,30% --prompts prompts.txt
 
 DIR gets sweep.json, sweep.html (open it in a browser) and a folder for each point with its plan. Points that are there
@@ -43,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.arguments import plan_settings, settings
     from deploy.outputs import check_folder
+    from deploy.prompts import default_source
     from deploy.stages import LOCK
     from exporters.latency import LatencySettings
     from exporters.latency_table import TableSettings
@@ -58,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
     bench = settings(LatencySettings, args, "rounds")
     if args.images < 0:
         raise InputError(f"--images: at least 0, got {args.images}")
-    if args.prompts is None and args.model != "demo":
-        raise InputError("--prompts is missing: name a text file of calibration prompts, one a line")
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
 
     from deploy.console import calm_libraries, result
@@ -67,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.sweep import Sweep, write_sweep
 
-    work = Sweep(args.model, args.prompts, args.by, points, calibration, planning, runtime, bench, args.images, out)
+    source = args.prompts or default_source(args.model)
+    work = Sweep(args.model, source, args.by, points, calibration, planning, runtime, bench, args.images, out)
     value = {"out": str(out), **write_sweep(work)}
     result(value, _text(value), args.json)
     return 0

@@ -170,7 +170,8 @@ def test_compress_to_a_budget_of_macs(built, workspace, tmp_path, capsys):
     value = call(argv, capsys)
     dense, slim = value["macs"]["dense"], value["macs"]["slim"]
     assert 0.06 <= (dense - slim) / dense < 0.07
-    assert value["predicted"]["macs"]["slim"] == slim and value["parameters"]["budget"] is None
+    assert value["predicted"]["macs"]["slim"] == slim
+    assert value["parameters"]["budget"] == value["parameters"]["slim"]
     assert value["budget"] == {"macs": "6%"}
 
 
@@ -179,3 +180,25 @@ def test_a_build_without_a_speedup_gate(built, workspace, tmp_path):
     (workspace / "ungated.yaml").write_text(text)
     shutil.copytree(built, tmp_path / "build")
     assert main(["build", str(workspace / "ungated.yaml"), "--out", str(tmp_path / "build"), "--json"]) == 0
+
+
+def test_a_recipe_may_ask_for_the_frontier(built, workspace, tmp_path, capsys):
+    sweep = "sweep: {points: [4%, 7%], runtime: torch, images: 1}\n"
+    (workspace / "swept.yaml").write_text((workspace / "recipe.yaml").read_text() + sweep)
+    shutil.copytree(built, tmp_path / "build")
+    argv = ["build", workspace / "swept.yaml", "--out", tmp_path / "build"]
+    whole = call(argv, capsys)
+    made = [s["name"] for s in whole["stages"] if not s["reused"]]
+    assert made == ["point-4pct-parameters", "point-7pct-parameters", "sweep", "report"]
+    value = layout.read(tmp_path / "build", "sweep")
+    sizes = [value["dense"]["parameters"], *(p["parameters"] for p in value["points"])]
+    assert [p["budget"] for p in value["points"]] == ["4%", "7%"] and sizes == sorted(sizes, reverse=True)
+    page = (tmp_path / "build" / layout.REPORT).read_text()
+    assert all(page.count(f"{p['budget']}: ") >= 3 for p in value["points"]) and 'href="#frontier"' in page
+
+    again = call([*argv, "--force", "sweep"], capsys)
+    assert [s["name"] for s in again["stages"] if not s["reused"]] == made
+    call(["build", workspace / "recipe.yaml", "--out", tmp_path / "build"], capsys)
+    assert "#frontier" not in (tmp_path / "build" / layout.REPORT).read_text()
+    assert main(["build", str(workspace / "recipe.yaml"), "--out", str(tmp_path / "build"), "--force", "sweep"]) == 2
+    assert "no stage 'sweep'" in capsys.readouterr().err

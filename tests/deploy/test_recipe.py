@@ -29,6 +29,23 @@ def test_defaults_and_overrides(tmp_path):
     assert found.prompts == "embedded"
 
 
+@pytest.mark.parametrize("text", ["model: elsewhere", "model: elsewhere\nprompts: general"])
+def test_the_general_prompts_are_the_default(tmp_path, text):
+    assert load_recipe(recipe(tmp_path, text)).prompts == "general"
+
+
+@pytest.mark.parametrize(
+    ("text", "budgets"),
+    [
+        ("sweep: {points: [5%, 100M]}", ["5%", "100M"]),
+        ("sweep: {by: speedup, points: [1.1, 1.2]}", ["1.1", "1.2"]),
+        ("sweep: {by: macs}", ["5%", "10%", "15%", "20%", "25%"]),
+    ],
+)
+def test_points_of_a_sweep(tmp_path, text, budgets):
+    assert load_recipe(recipe(tmp_path, f"model: demo\n{text}")).sweep.budgets() == budgets
+
+
 def test_relative_paths_are_the_recipes(tmp_path):
     (tmp_path / "model").mkdir()
     found = load_recipe(recipe(tmp_path, "model: model\nprompts: prompts.txt"))
@@ -55,8 +72,10 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\nbudget: {max_error: 0}", ["budget.max_error", "greater than 0"]),
         ("model: demo\nbudget: {max_error: .inf}", ["budget.max_error", "finite"]),
         ("model: demo\nengine: {targets: [h100]}", ["engine.targets", "sm89"]),
+        ("model: demo\nsweep: {pionts: [5%]}", ["in sweep", "did you mean 'points'"]),
+        ("model: demo\nsweep: {points: [lots]}", ["sweep", "100M"]),
+        ("model: demo\nsweep: {by: speedup, points: [5%]}", ["sweep", "a number such as 1.2"]),
         ("budget: {reduce: 12%}", ["'model' is missing"]),
-        ("model: elsewhere", ["'prompts' is missing"]),
         ("model: demo\nmodel: demo", ["'model' is there twice"]),
         ("model: [", ["not YAML"]),
         ("- model", ["not a recipe"]),

@@ -72,7 +72,7 @@ def test_a_page_without_any_error_says_so(out, tmp_path):
     [
         (["--points", "some"], "write a count"),
         (["--points", ","], "empty"),
-        (["--by", "speedup", "--points", "5%"], "a speedup is a number"),
+        (["--by", "speedup", "--points", "5%"], "a number such as 1.2"),
         (["--images", "-1"], "--images"),
     ],
 )
