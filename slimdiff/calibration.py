@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
-from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, predict, sample_images, usable_inputs
 
 
@@ -43,7 +43,8 @@ class Statistics:
 
     `moments` maps a name to a matrix: for a site `S` of `H` heads of `d` dimensions,
     `S.query` and `S.key` of shape `[H, d, d]` for `query_key`; `S` of shape `[H d, H d]` for what `to_out` receives
-    (`value_output`), and `[n, n]` for what the down projection of `n` channels receives (`feed_forward`).
+    (`value_output`), and `[n, n]` for what the down projection of `n` channels receives (`feed_forward`), or the second
+    convolution at each pixel (`resnet`).
     `tokens` counts the rows in each sum.
     """
 
@@ -187,6 +188,8 @@ def observing(
             handles.append(key.register_forward_hook(_per_head(statistics, f"{site.name}.key", site, centre_keys)))
         elif site.group == "value_output":
             handles.append(attention_linears(module)[3].register_forward_pre_hook(_inputs(statistics, site.name)))
+        elif site.group == "resnet":
+            handles.append(resnet_layers(module).second.register_forward_pre_hook(_pixels(statistics, site.name)))
         else:
             handles.append(feed_forward_linears(module)[1].register_forward_pre_hook(_inputs(statistics, site.name)))
     try:
@@ -211,5 +214,13 @@ def _inputs(statistics: Statistics, name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float().flatten(0, -2)
         statistics.add(name, x.T @ x, x.shape[0])
+
+    return hook
+
+
+def _pixels(statistics: Statistics, name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float().transpose(0, 1).flatten(1)
+        statistics.add(name, x @ x.T, x.shape[1])
 
     return hook

@@ -91,7 +91,7 @@ def solve_output(moment: Tensor, output: Tensor, basis: Tensor) -> Tensor:
     return (inverse @ (inverse.T @ (mixed.T @ (moment @ output.T)))).T
 
 
-def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
+def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Backward elimination on the output error: the optimal-brain-surgeon form.
 
     Removing channel i and solving the down projection again costs `|W_i|^2 / [C^-1]_ii`, with W and C^-1 updated after
@@ -99,6 +99,8 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Te
 
     Args:
         moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step (1 is exact; more is faster).
+        groups: with more than one, of which each has n / groups neighbouring channels, no group is ever more than one
+            channel ahead of another; a step takes at most one channel of each.
 
     Returns:
         channels from the most to the least worth keeping `[n]`, and the relative error with the first r kept `[n + 1]`.
@@ -112,8 +114,7 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Te
     errors = [0.0]
     while len(removed) < n:
         cost = weight.square().sum(1) / inverse.diagonal().clamp(min=torch.finfo(moment.dtype).tiny)
-        left = alive.nonzero().flatten()
-        gone = left[torch.topk(cost[left], min(block, len(left)), largest=False).indices]
+        gone = _cheapest(cost, alive, block, groups)
         part = torch.linalg.solve(inverse[gone][:, gone], torch.cat([inverse[gone], weight[gone]], 1))
         paid = (weight[gone] * part[:, n:]).sum()
         weight -= inverse[:, gone] @ part[:, n:]
@@ -131,6 +132,18 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1) -> tuple[Te
     order = torch.tensor(removed[::-1])
     curve = torch.tensor(errors[::-1], dtype=torch.float64) / energy
     return order, curve.clamp(min=0)
+
+
+def _cheapest(cost: Tensor, alive: Tensor, block: int, groups: int) -> Tensor:
+    """Channels to remove next: the cheapest, or the cheapest of those groups that hold most."""
+    if groups == 1:
+        left = alive.nonzero().flatten()
+        return left[torch.topk(cost[left], min(block, len(left)), largest=False).indices]
+    held = alive.reshape(groups, -1).sum(1)
+    fullest = (held == held.max()).nonzero().flatten()
+    best = torch.where(alive, cost, torch.inf).reshape(groups, -1)[fullest].min(1)
+    picked = torch.topk(best.values, min(block, len(fullest)), largest=False).indices
+    return fullest[picked] * (len(cost) // groups) + best.indices[picked]
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,9 +22,10 @@ from slimdiff.calibration import Statistics
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan, site_plan
+from slimdiff.resnets import ResnetSettings, exchanged_resnet
 from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
-from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise
+from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise, fit_resnets, slim_denoiser
 from slimdiff.trajectory import Call, predict
 
 # A plan may remove this much more than the budget says, never less.
@@ -42,11 +44,13 @@ class PlanSettings(BaseModel):
     allocation: Literal["global", "uniform"] = "global"
     """`global`: the knapsack on measured sensitivities; `uniform`: the same share of every site."""
     align: int = Field(8, ge=1)
-    """Ranks are multiples of this: per head for attention, channels for feed_forward."""
+    """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
     groups: tuple[Group, ...] = GROUPS
-    """Which groups may be slimmed; query_key and value_output go together."""
+    """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1)
     """Recorded denoiser calls on which sensitivities are measured."""
+    resnets: ResnetSettings = ResnetSettings()
+    """How slim resnets are fitted."""
 
 
 @dataclass
@@ -73,6 +77,7 @@ def make_plan(
     *,
     calls: Sequence[Call] = (),
     held: Sequence[Call] = (),
+    resnet_calls: Sequence[Call] = (),
     latency: CostTable | None = None,
     factors: Factors | None = None,
     progress: str | None = "plan",
@@ -85,6 +90,7 @@ def make_plan(
     Args:
         calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs.
         held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
+        resnet_calls: recorded calls that slim resnets are fitted on, to see what they do and for `max_error`.
         latency: measured milliseconds by layer and rank, needed by a speedup.
         factors: from `factorise` on all sites, if they are there already.
 
@@ -92,7 +98,15 @@ def make_plan(
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
     planner = Planner(
-        denoiser, statistics, settings, calls=calls, held=held, latency=latency, factors=factors, progress=progress
+        denoiser,
+        statistics,
+        settings,
+        calls=calls,
+        held=held,
+        resnet_calls=resnet_calls,
+        latency=latency,
+        factors=factors,
+        progress=progress,
     )
     return planner.plan(budget)
 
@@ -111,6 +125,7 @@ class Planner:
         *,
         calls: Sequence[Call] = (),
         held: Sequence[Call] = (),
+        resnet_calls: Sequence[Call] = (),
         latency: CostTable | None = None,
         factors: Factors | None = None,
         progress: str | None = "plan",
@@ -120,6 +135,7 @@ class Planner:
         self.settings = settings or PlanSettings()
         self.calls = calls
         self.held = held
+        self.resnet_calls = resnet_calls
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
@@ -142,7 +158,14 @@ class Planner:
         if self.settings.allocation == "uniform":
             return {}
         return measure_sensitivities(
-            self.denoiser, self.statistics, self.chosen, self.factors, self.calls, self.told("sensitivity")
+            self.denoiser,
+            self.statistics,
+            self.chosen,
+            self.factors,
+            self.calls,
+            self.told("sensitivity"),
+            resnet_calls=self.resnet_calls,
+            resnet_settings=self.settings.resnets,
         )
 
     @cached_property
@@ -249,6 +272,18 @@ class Planner:
             calibration=self.statistics.made_from,
         )
 
+    def slim(self, plan: Plan) -> nn.Module:
+        """The slim model of one of these plans."""
+        return slim_denoiser(
+            self.denoiser,
+            self.statistics,
+            plan,
+            self.factors,
+            progress=None,
+            resnet_calls=self.resnet_calls,
+            resnet_settings=self.settings.resnets,
+        )
+
     def told(self, what: str) -> str | None:
         """A progress bar's name, or None for no bar."""
         return self.progress and f"{self.progress}: {what}"
@@ -258,22 +293,27 @@ def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
     Raises:
-        InputError: if the groups name only one of query_key and value_output.
+        InputError: if the groups name only one of query_key and value_output, or the model has nothing in them.
     """
     if ("query_key" in settings.groups) != ("value_output" in settings.groups):
         raise InputError("groups: query_key and value_output share one rank per layer: name both or neither")
-    return [s for s in sites if s.group in settings.groups]
+    chosen = [s for s in sites if s.group in settings.groups]
+    if not chosen:
+        others = ", ".join(sorted({s.group for s in sites})) or "no group"
+        raise InputError(f"there is nothing to slim in {', '.join(settings.groups)}: this model has sites in {others}")
+    return chosen
 
 
 def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
-    """Sites by module, with the multiples of `align` as candidate ranks, thinned to `MOST_CANDIDATES`."""
+    """Sites by module; candidate ranks are multiples of `align` and a norm's groups, thinned to `MOST_CANDIDATES`."""
     by_path: dict[str, list[Site]] = {}
     for site in sites:
         by_path.setdefault(site.path, []).append(site)
     layers = []
     for members in by_path.values():
         dense = members[0].dense_rank
-        ranks = list(range(align, dense, align))
+        step = math.lcm(align, members[0].multiple)
+        ranks = list(range(step, dense, step))
         if len(ranks) > MOST_CANDIDATES:
             picks = np.unique(np.linspace(0, len(ranks) - 1, MOST_CANDIDATES).round().astype(int))
             ranks = [ranks[i] for i in picks]
@@ -365,6 +405,9 @@ def measure_sensitivities(
     factors: Factors,
     calls: Sequence[Call],
     progress: str | None = None,
+    *,
+    resnet_calls: Sequence[Call] = (),
+    resnet_settings: ResnetSettings | None = None,
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
@@ -374,11 +417,16 @@ def measure_sensitivities(
     modules = dict(denoiser.named_modules())
     reference = [predict(denoiser, call) for call in calls]
     energy = sum(float(r.double().square().sum()) for r in reference)
+    halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
+    fitted = fit_resnets(denoiser, factors, halves, resnet_calls, resnet_settings, progress)
     result = {}
-    for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
-        rank = max(1, site.dense_rank // 2)
-        name, weight, bias = emulated_weight(modules[site.path], site, rank, factors[site.name], statistics)
-        with exchanged(modules[site.path].get_submodule(name), weight, bias):
+    for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
+        with ExitStack() as stack:
+            if site.name in fitted:
+                stack.enter_context(exchanged_resnet(modules[site.path], fitted[site.name]))
+            else:
+                name, weight, bias = emulated_weight(modules[site.path], site, rank, factors[site.name], statistics)
+                stack.enter_context(exchanged(modules[site.path].get_submodule(name), weight, bias))
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())
                 for call, r in zip(calls, reference, strict=True)

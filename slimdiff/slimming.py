@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimdiff import closed_forms
+from slimdiff import closed_forms, resnets
 from slimdiff.calibration import Statistics, weights_hash
 from slimdiff.closed_forms import HeadBases
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
+from slimdiff.resnets import ResnetSettings
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
+from slimdiff.trajectory import Call
 
 
 @dataclass
 class ChannelOrder:
-    """Feed-forward channels, best first, and the relative error with the first r of them kept (`[n + 1]`)."""
+    """Feed-forward or resnet channels, best first, and the relative error with the first r of them kept (`[n + 1]`)."""
 
     order: Tensor
     tail: Tensor
@@ -45,6 +47,9 @@ def factorise(
         elif site.group == "value_output":
             output = attention_linears(module)[3].weight.detach().double().cpu()
             factors[site.name] = closed_forms.value_output(statistics.mean(site.name), output, site.heads)
+        elif site.group == "resnet":
+            second = resnet_layers(module).second.weight.detach().double().cpu()
+            factors[site.name] = ChannelOrder(*resnets.channel_order(statistics.mean(site.name), second, site.multiple))
         else:
             down = feed_forward_linears(module)[1].weight.detach().double().cpu()
             # Exact elimination is cubic with a large constant; beyond 1024 steps a site would take minutes.
@@ -68,23 +73,53 @@ def slim_denoiser(
     plan: Plan,
     factors: Factors | None = None,
     progress: str | None = "slim",
+    *,
+    resnet_calls: Sequence[Call] = (),
+    resnet_settings: ResnetSettings | None = None,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
     A site at its dense rank keeps its weights untouched.
 
+    Args:
+        factors: from `factorise`, if they are there already.
+        resnet_calls: recorded denoiser calls that slim resnets are fitted on, needed if the plan has any.
+
     Raises:
-        InputError: if statistics or plan are another model's.
+        InputError: if statistics or plan are another model's, or there is no call to fit resnets on.
     """
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
-    known = factors or factorise(denoiser, statistics, _changed(denoiser, plan), progress)
+    changed = _changed(denoiser, plan)
+    known = factors or factorise(denoiser, statistics, changed, progress)
+    fitted = fit_resnets(
+        denoiser, known, {s: plan.sites[s.name].rank for s in changed}, resnet_calls, resnet_settings, progress
+    )
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.name in fitted:
+            return fitted[site.name]
         return slim_weights(module, site, rank, known[site.name], statistics)
 
     return assemble(denoiser, plan, weights)
+
+
+def fit_resnets(
+    denoiser: nn.Module,
+    factors: Factors,
+    ranks: Mapping[Site, int],
+    calls: Sequence[Call],
+    settings: ResnetSettings | None = None,
+    progress: str | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Weights of those sites that are resnets, at these ranks (see `resnets.refit`), by site name."""
+    kept = {}
+    for site, rank in ranks.items():
+        factor = factors[site.name]
+        if site.group == "resnet" and isinstance(factor, ChannelOrder):
+            kept[site] = factor.order[:rank]
+    return resnets.refit(denoiser, kept, calls, settings, progress) if kept else {}
 
 
 def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
