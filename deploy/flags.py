@@ -9,7 +9,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
     parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
-    parser.add_argument("--groups", metavar="LIST", help="of query_key,value_output,feed_forward (default: all)")
+    parser.add_argument(
+        "--groups", metavar="LIST", help="of query_key,value_output,feed_forward,resnet (default: all but resnet)"
+    )
     parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
     parser.add_argument("--allocation", choices=("global", "uniform"), help="how ranks are chosen (default: global)")
     for name, kind, text in (
