@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
-from slimdiff.sites import Site, attention_linears, feed_forward_linears
+from slimdiff.resnets import sliced
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, resnet_layers
 from slimdiff.slimming import assemble
 
 
@@ -17,6 +18,8 @@ def magnitude_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
         if site.group == "feed_forward":
             return _largest_channels(module, site, rank)
+        if site.group == "resnet":
+            return _largest_inner_channels(module, site, rank)
         query, key, value, output = attention_linears(module)
         if site.group == "query_key":
             kept = _top(query.weight.norm(dim=1) * key.weight.norm(dim=1), site, rank)
@@ -45,11 +48,13 @@ def random_channels(denoiser: nn.Module, plan: Plan) -> nn.Module:
 
 
 def plain_svd(denoiser: nn.Module, plan: Plan) -> nn.Module:
-    """Truncated SVD of `W_q W_k^T` and `W_v W_o` per head, unwhitened; feed-forward channels by magnitude."""
+    """Truncated SVD of `W_q W_k^T` and `W_v W_o` per head, unwhitened; channels by magnitude."""
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
         if site.group == "feed_forward":
             return _largest_channels(module, site, rank)
+        if site.group == "resnet":
+            return _largest_inner_channels(module, site, rank)
         query, key, value, output = attention_linears(module)
         if any(linear.bias is not None for linear in (query, key, value)):
             raise InputError(f"{site.path} has biases, which the plain SVD of a product leaves out")
@@ -106,3 +111,12 @@ def _channels(up: nn.Linear, down: nn.Linear, gated: bool, kept: Tensor) -> dict
     both = torch.cat([kept, kept + down.in_features]) if gated else kept
     result = {f"net.0.proj.{n}": p[both] for n, p in up.named_parameters()}
     return {**result, "net.2.weight": down.weight[:, kept]}
+
+
+def _largest_inner_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+    """Equally many out of every group of the norm, as it needs them."""
+    layers = resnet_layers(module)
+    score = layers.first.weight.flatten(1).norm(dim=1) * layers.second.weight.transpose(0, 1).flatten(1).norm(dim=1)
+    size = site.dense_rank // site.multiple
+    best = score.reshape(site.multiple, size).topk(rank // site.multiple, dim=1).indices.sort(dim=1).values
+    return sliced(module, (best + torch.arange(site.multiple)[:, None] * size).flatten())

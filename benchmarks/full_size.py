@@ -27,7 +27,7 @@ from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
 from slimdiff.costs import count_bytes, count_parameters
 from slimdiff.observers import Observer
-from slimdiff.planning import Planner, measure_sensitivities
+from slimdiff.planning import Planner, chosen_sites, measure_sensitivities
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise
 from slimdiff.trajectory import Call, predict
@@ -184,7 +184,7 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     statistics.sensitivities = {site.name: 1.0 for site in sites}
     clocks: dict[str, Clock] = {}
     with clocks.setdefault("factorise", Clock()):
-        factors = factorise(denoiser, statistics, sites, f"{name}: factorise")
+        factors = factorise(denoiser, statistics, chosen_sites(sites, PlanSettings()), f"{name}: factorise")
     if sensitivities:
         one = [next(site for site in sites if site.group == "feed_forward")]
         with clocks.setdefault("sensitivity", Clock()) as clock:

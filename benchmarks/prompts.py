@@ -69,7 +69,7 @@ class Bench:
     def calibrated(self, prompts: Sequence[str], first: int, name: str) -> Statistics:
         """Statistics of prompts whose noise is that of places `first`, `first + 1`, ... of a longer list."""
         sampling = self.sampling.model_copy(update={"seed": self.sampling.seed + first})
-        settings = CalibrationSettings(samples=len(prompts), sampling=sampling)
+        settings = CalibrationSettings(samples=len(prompts), sampling=sampling, tokens_per_dimension=None)
         return calibrate(self.pipeline, prompts, settings, progress=name)
 
     def error(self, statistics: Statistics) -> float:
@@ -80,11 +80,7 @@ class Bench:
         whole: Statistics | None = None
         for start, stop in zip([0, *counts[:-1]], counts, strict=True):
             part = self.calibrated([self.pool[i] for i in order[start:stop]], start, f"{name}, {stop}")
-            if whole is None:
-                whole = part
-            else:
-                for site, moment in part.moments.items():
-                    whole.add(site, moment, part.tokens[site])
+            whole = part if whole is None else whole.merge(part)
             yield stop, self.error(whole)
 
 
@@ -123,7 +119,7 @@ def main() -> None:
         rows[name] = error
         artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": rows})
 
-    picks = {SELECTED: select(bench.embeddings, counts[-1])}
+    picks: dict[str, list[int]] = {SELECTED: select(bench.embeddings, counts[-1])}
     for seed in range(arguments.seeds):
         order = torch.randperm(len(bench.pool), generator=torch.Generator().manual_seed(seed))
         picks[f"{RANDOM} {seed}"] = order.tolist()

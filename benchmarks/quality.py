@@ -2,8 +2,8 @@
 
 `make bench`, or `python -m benchmarks.quality [--cuts 25,10,50] [--captions 500] [--methods ...]`: ours against pruning
 that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers' recipe to ours, one part at a
-time. What was measured before, with the same model, settings and code, is read from `runs/bench`; an interrupted run
-goes on where it stopped.
+time, at shares of the transformer blocks' parameters; and with resnets, at shares of the whole UNet's. What was
+measured before, with the same model, settings and code, is read from `runs/bench`; an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from deploy.workshop import source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.onnx_export import ExportSettings, export_unet
 from exporters.onnx_runtime import OnnxUNet
-from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, artifacts, embedded, slim_denoiser
+from slimdiff import Budget, CalibrationSettings, PlanSettings, artifacts, embedded
 from slimdiff.calibration import calibrate
 from slimdiff.closed_forms import PAPERS, Forms
-from slimdiff.compensation import compensate
-from slimdiff.compression import sensitivity_calls, with_denoiser
+from slimdiff.compression import fitting_calls, sensitivity_calls, with_denoiser
 from slimdiff.costs import count_macs, count_parameters
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.pipelines import load_pipeline
 from slimdiff.planning import Allocation, Planner
-from slimdiff.sites import find_sites
+from slimdiff.sites import GROUPS, Group, find_sites
 from slimdiff.slimming import Factors, factorise
 from slimdiff.trajectory import Call, Sampling, predict, record_calls, sample_images
 
@@ -53,16 +52,29 @@ class Method:
 
     Attributes:
         label: in the tables.
-        forms, allocation: of our own; baselines take the ranks of the uniform allocation.
+        forms, allocation, groups: of our own; baselines take the ranks of the uniform allocation.
         baseline: what is done instead of ours.
-        compensated: whether the last linears are solved again, one after the other, on the slim model's inputs.
     """
 
     label: str
     forms: Forms = Forms()
     allocation: Allocation = "global"
     baseline: Literal["svd", "magnitude", "random"] | None = None
-    compensated: bool = False
+    groups: tuple[Group, ...] = GROUPS
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How much goes: percent of the transformer blocks' parameters, or of the whole UNet's."""
+
+    percent: float
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return f"-{self.percent:g} %" + (" of the UNet" if self.whole else "")
+
+    def budget(self, unet: nn.Module) -> Budget:
+        return Budget(round(self.percent / 100 * (count_parameters if self.whole else transformer_parameters)(unet)))
 
 
 ATTENDED = PAPERS.model_copy(update={"value_moments": "attended"})
@@ -84,11 +96,17 @@ METHODS = {
     "local": Method("+ knapsack on local errors", Forms(), "local"),
     "sensitivity": Method("+ measured sensitivities (the default)"),
     "constant": Method("+ constant column", Forms(constant=True)),
-    "compensated": Method("default + sequential compensation", compensated=True),
+    "compensated": Method("default + sequential compensation", Forms(compensate=True)),
+    "joint-resnet": Method("default + resnets, one knapsack", groups=(*GROUPS, "resnet")),
+    "resnet": Method("resnets alone", groups=("resnet",)),
+    "magnitude-resnet": Method(
+        "magnitude pruning, resnets too", allocation="uniform", baseline="magnitude", groups=(*GROUPS, "resnet")
+    ),
 }
 BASELINES = {"svd": plain_svd, "magnitude": magnitude_pruning, "random": random_channels}
 README = ("global", "svd", "magnitude", "uniform")
-ABLATION = tuple(name for name in METHODS if name not in ("global", "uniform"))
+WHOLE = ("global", "joint-resnet", "resnet", "magnitude-resnet")
+ABLATION = tuple(name for name in METHODS if name not in ("uniform", *WHOLE))
 
 
 class Bench:
@@ -113,29 +131,31 @@ class Bench:
     def factors(self, forms: Forms) -> Factors:
         return factorise(self.unet, self.statistics, find_sites(self.unet)[0], "factorise", forms)
 
-    @cache  # noqa: B019
-    def planner(self, forms: Forms, allocation: Allocation) -> Planner:
-        settings, factors = PlanSettings(forms=forms, allocation=allocation), self.factors(forms)
-        return Planner(self.unet, self.statistics, settings, calls=self.sensitive, factors=factors)
-
     @cached_property
-    def mending_calls(self) -> list[Call]:
-        """What sequential compensation solves on: as many images as calibration saw, every other step of theirs."""
-        return record_calls(self.pipeline, self.prompts, CALIBRATION.sampling, every=2, progress="record")
+    def fitted_on(self) -> list[Call]:
+        return fitting_calls(self.pipeline, self.prompts, CALIBRATION, PlanSettings())
 
-    def plan(self, method: Method, cut: float) -> Plan:
-        budget = Budget(round(cut / 100 * transformer_parameters(self.unet)))
-        return self.planner(method.forms, method.allocation).plan(budget)
+    @cache  # noqa: B019
+    def planner(self, forms: Forms, allocation: Allocation, groups: tuple[Group, ...]) -> Planner:
+        """One planner per way to plan; sensitivities of the usual forms are measured once."""
+        settings = PlanSettings(forms=forms, allocation=allocation, groups=groups)
+        planner = Planner(
+            self.unet,
+            self.statistics,
+            settings,
+            calls=self.sensitive,
+            fitting_calls=self.fitted_on if "resnet" in groups or forms.compensate else (),
+            factors=self.factors(forms.local()),
+        )
+        if allocation == "global":
+            planner.remember(self.statistics)
+        return planner
 
-    def make(self, method: Method, cut: float) -> nn.Module:
+    def make(self, method: Method, cut: Cut) -> nn.Module:
         """The slim model, or the baseline's of the same size."""
-        plan = self.plan(method, cut)
-        if method.baseline is not None:
-            return BASELINES[method.baseline](self.unet, plan)
-        slim = slim_denoiser(self.unet, self.statistics, plan, self.factors(method.forms), progress=None)
-        if method.compensated:
-            compensate(self.unet, slim, plan, self.mending_calls)
-        return slim
+        planner = self.planner(method.forms, method.allocation, method.groups)
+        plan = planner.plan(cut.budget(self.unet))
+        return planner.slim(plan) if method.baseline is None else BASELINES[method.baseline](self.unet, plan)
 
     def images(self, unet: nn.Module, name: str) -> list[Any]:
         pipeline = with_denoiser(self.pipeline, unet)
@@ -157,11 +177,11 @@ def points_lost(dense: np.ndarray, slim: np.ndarray, seed: int = 0) -> dict[str,
     return {"points": total, "low": float(np.quantile(lost, 0.025)), "high": float(np.quantile(lost, 0.975))}
 
 
-def measure_quality(bench: Bench, dense: dict[str, Any], method: Method, cut: float) -> dict[str, Any]:
+def measure_quality(bench: Bench, dense: dict[str, Any], method: Method, cut: Cut) -> dict[str, Any]:
     start = time.perf_counter()
     unet = bench.make(method, cut)
     seconds = time.perf_counter() - start
-    images = bench.images(unet, f"{method.label} {cut:g} %")
+    images = bench.images(unet, f"{method.label} {cut}")
     hits = bench.hits(images)
     return {
         "parameters": count_parameters(unet),
@@ -186,11 +206,11 @@ def dense_images(bench: Bench, file: Path) -> list[Any]:
     return list(np.load(file))
 
 
-def onnx_speedup(bench: Bench, method: Method, cut: float, folder: Path) -> dict[str, float]:
+def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[str, float]:
     """Dense over slim, median of pairs in ONNX Runtime on the CPU, one guided call for one image."""
     call = bench.one_call
     runners = []
-    for name in ("dense", f"{method.label.rpartition(' ')[2]}-{cut:g}"):
+    for name in ("dense", f"{method.label.rpartition(' ')[2]}-{cut.percent:g}"):
         if not (folder / name / "model.onnx").is_file():
             module = bench.unet if name == "dense" else bench.make(method, cut)
             with artifacts.replacing(folder / name) as temporary:
@@ -200,7 +220,7 @@ def onnx_speedup(bench: Bench, method: Method, cut: float, folder: Path) -> dict
         lambda: runners[0].predict(call),
         lambda: runners[1].predict(call),
         LatencySettings(rounds=1000),
-        progress=f"bench {method.label} {cut:g} %",
+        progress=f"bench {method.label} {cut}",
     )
     return result["speedup"]
 
@@ -217,7 +237,7 @@ def readme_table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lost, speed = row["points_lost"], row.get("speedup")
         lines.append(
-            f"| {METHODS[row['method']].label} | -{row['cut']:g} % | {row['parameters'] / 1e6:.2f} M "
+            f"| {METHODS[row['method']].label} | {row['cut']} | {row['parameters'] / 1e6:.2f} M "
             f"| {row['macs'] / 1e6:.0f} M "
             f"| {row['noise_error']:.1e} | {row['psnr_db']:.1f} dB | {row['caption_accuracy']:.1%} "
             f"| {lost['points']:+.1f} ({lost['low']:+.1f} to {lost['high']:+.1f}) | {row['frechet_distance']:.3f} "
@@ -237,13 +257,13 @@ CELLS = {
 
 def ablation_tables(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """One table per figure: methods down, cuts across."""
-    cuts = sorted({row["cut"] for row in rows})
+    cuts = list(dict.fromkeys(row["cut"] for row in rows))
     cells = {(row["method"], row["cut"]): row for row in rows}
     methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
     tables = []
     for title, show in CELLS.items():
         lines = [
-            f"| {title.format(**dense)} | " + " | ".join(f"-{cut:g} %" for cut in cuts) + " |",
+            f"| {title.format(**dense)} | " + " | ".join(cuts) + " |",
             "| --- " * (len(cuts) + 1) + "|",
         ]
         for name in methods:
@@ -256,11 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", action="store_true", help="the ablation instead of the README's table")
     parser.add_argument("--cuts", help="percent of the transformer-block parameters")
+    parser.add_argument("--unet-cuts", default="12,20,30", help="of the ablation, percent of the UNet's parameters")
     parser.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
     parser.add_argument("--captions", type=int, help="how many images per row")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     arguments = parser.parse_args()
-    cuts = [float(c) for c in (arguments.cuts or ("10,20,30,40,50" if arguments.ablation else "25,10,50")).split(",")]
+    percents = arguments.cuts or ("10,20,30,40,50" if arguments.ablation else "25,10,50")
+    cuts = [Cut(float(percent)) for percent in percents.split(",")]
     methods = arguments.methods.split(",") if arguments.methods else list(ABLATION if arguments.ablation else README)
     captions = arguments.captions or (100 if arguments.ablation else 500)
     if unknown := set(methods) - set(METHODS):
@@ -279,17 +301,20 @@ def main() -> None:
     known = {(r["method"], r["cut"]): r for r in json.loads(file.read_text())["rows"]} if file.is_file() else {}
     folder.mkdir(parents=True, exist_ok=True)
 
-    def keep(key: tuple[str, float], found: dict[str, Any]) -> None:
+    def keep(key: tuple[str, str], found: dict[str, Any]) -> None:
         known[key] = {"method": key[0], "cut": key[1], **known.get(key, {}), **found}
         artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
 
     wanted = [(name, cut) for cut in cuts for name in methods]
+    if arguments.ablation:
+        unet_cuts = [Cut(float(percent), whole=True) for percent in arguments.unet_cuts.split(",")]
+        wanted += [(name, cut) for cut in unet_cuts for name in WHOLE]
     # Timings first and together: whoever measures can leave the machine alone for these minutes.
     for name, cut in wanted:
         method = METHODS[name]
         timed = method.baseline is None and not arguments.ablation
-        if timed and "speedup" not in known.get((name, cut), {}):
-            keep((name, cut), {"speedup": onnx_speedup(bench, method, cut, folder)})
+        if timed and "speedup" not in known.get((name, str(cut)), {}):
+            keep((name, str(cut)), {"speedup": onnx_speedup(bench, method, cut, folder)})
     images = dense_images(bench, folder / "dense.npy")
     hits = bench.hits(images)
     dense = {
@@ -301,11 +326,14 @@ def main() -> None:
         "frechet_distance": evaluator.frechet_distance(bench.judge, evaluator.to_tensor(images), bench.rendered),
     }
     for name, cut in wanted:
-        if "caption_accuracy" not in known.get((name, cut), {}):
-            keep((name, cut), measure_quality(bench, dense, METHODS[name], cut))
-    rows = [known[key] for key in sorted(wanted, key=lambda key: key[1])]
-    print(ablation_tables(dense, rows) if arguments.ablation else readme_table(dense, rows))
-    print(f"\n{captions} captions; {machine_name()}; torch {torch.__version__}")
+        if "caption_accuracy" not in known.get((name, str(cut)), {}):
+            keep((name, str(cut)), measure_quality(bench, dense, METHODS[name], cut))
+    for whole in (False, True):
+        keys = sorted((key for key in wanted if key[1].whole == whole), key=lambda key: key[1].percent)
+        rows = [known[name, str(cut)] for name, cut in keys]
+        if rows:
+            print(ablation_tables(dense, rows) if arguments.ablation else readme_table(dense, rows), end="\n\n")
+    print(f"{captions} captions; {machine_name()}; torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         joint_output=False if args.heads_apart else None,
         channels=args.channels,
         constant=args.constant or None,
+        compensate=args.compensate or None,
     )
     groups = tuple(part.strip() for part in args.groups.split(",")) if args.groups else None
     return settings(PlanSettings, args, "align", "allocation", forms=forms, **given(groups=groups))

@@ -8,7 +8,9 @@ import argparse
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
     add_sampling(parser)
-    parser.add_argument("--groups", metavar="LIST", help="of query_key,value_output,feed_forward (default: all)")
+    parser.add_argument(
+        "--groups", metavar="LIST", help="of query_key,value_output,feed_forward,resnet (default: all but resnet)"
+    )
     parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
     parser.add_argument(
         "--allocation",
@@ -49,3 +51,6 @@ def add_forms(parser: argparse.ArgumentParser) -> None:
         "--channels", choices=("elimination", "ridge_leverage"), help="how feed-forward channels are chosen"
     )
     forms.add_argument("--constant", action="store_true", help="carry a constant column into the biases")
+    forms.add_argument(
+        "--compensate", action="store_true", help="solve the last linears again on the slim model's own inputs"
+    )

@@ -140,7 +140,8 @@ def sites_of(found: Plan) -> list[dict[str, Any]]:
 
 def site_row(site: str, group: str, heads: int, dense_rank: int, rank: int) -> dict[str, Any]:
     """One site: `dims` is for people, e.g. `4 heads x 24 of 32`."""
-    dims = f"{rank} of {dense_rank}" if group == "feed_forward" else f"{heads} heads x {rank} of {dense_rank}"
+    per_head = group in ("query_key", "value_output")
+    dims = f"{heads} heads x {rank} of {dense_rank}" if per_head else f"{rank} of {dense_rank}"
     return {"site": site, "group": group, "heads": heads, "dense_rank": dense_rank, "rank": rank, "dims": dims}
 
 

@@ -16,9 +16,9 @@ from deploy.report_frontier import frontier_charts
 from deploy.report_plots import Scale, Tick, line, linear_scale, log_scale, place
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
+from slimdiff.sites import GROUPS
 
 TEMPLATES = Path(__file__).parent / "templates"
-GROUPS = ("query_key", "value_output", "feed_forward")
 INLINE_BYTES = 200_000
 """Larger images are embedded as WebP, so that 24 images of 1024 pixels do not make a report of 50 MB."""
 _SMOOTH_FROM = 200  # pixels: smaller images are scaled up with their pixels shown

@@ -15,7 +15,7 @@ from deploy.pipeline_files import save_pipeline
 from deploy.prompts import described
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
-from slimdiff.compression import planning_calls, with_denoiser
+from slimdiff.compression import fitting_calls, planning_calls, with_denoiser
 from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
@@ -89,8 +89,17 @@ def plan_step(shop: Workshop, folder: Path) -> None:
 def slim_step(shop: Workshop, folder: Path) -> None:
     """The slim model, a diffusers pipeline directory."""
     plan, dense = shop.plan, denoiser_of(shop.dense)
+    recipe = shop.recipe
+    calls = fitting_calls(shop.dense, shop.prompts, recipe.calibration, recipe.plan) if plan.is_fitted() else []
     start = time.perf_counter()
-    slim = slim_denoiser(dense, shop.statistics, plan, shop.factors)
+    slim = slim_denoiser(
+        dense,
+        shop.statistics,
+        plan,
+        shop.factors,
+        fitting_calls=calls,
+        resnet_settings=recipe.plan.resnets,
+    )
     seconds = round(time.perf_counter() - start, 3)
     save_pipeline(with_denoiser(shop.dense, slim), folder)
     call = shop.trajectory[0]

@@ -31,8 +31,8 @@ from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.latency_table import TableSettings, measure_latency, whole_run
 from exporters.pipeline_export import example_call
-from slimdiff import CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate, slim_denoiser
-from slimdiff.compression import held_calls, sensitivity_calls, with_denoiser
+from slimdiff import CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate
+from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.pipelines import load_pipeline
@@ -85,11 +85,16 @@ class Sweep:
     def planner(self) -> Planner:
         statistics = Statistics.load(self.folder / layout.STATISTICS)
         calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
+        fitted_on = []
+        if "resnet" in self.planning.groups or self.planning.forms.compensate:
+            fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
         latency = None
         if self.by == "speedup":
             denoiser = denoiser_of(self.pipeline)
             latency = measure_latency(denoiser, self.call, self.planning, self.runtime, progress="latency")
-        return Planner(denoiser_of(self.pipeline), statistics, self.planning, calls=calls, latency=latency)
+        return Planner(
+            denoiser_of(self.pipeline), statistics, self.planning, calls=calls, fitting_calls=fitted_on, latency=latency
+        )
 
     @cached_property
     def judge(self) -> Judge:
@@ -201,7 +206,7 @@ def _calibrate(work: Sweep, folder: Path) -> None:
 def _point(work: Sweep, text: str, folder: Path) -> None:
     plan = work.planner.plan(point_budget(work.by, text))
     dense = denoiser_of(work.pipeline)
-    slim = slim_denoiser(dense, work.planner.statistics, plan, work.planner.factors, progress=None)
+    slim = work.planner.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
         runs: list[Callable[[], Any]] = [

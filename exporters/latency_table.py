@@ -1,11 +1,11 @@
 """What a denoiser's layers cost in time by the ranks they keep, measured in a runtime: the table for a speedup.
 
 A layer (an attention or feed-forward module with the norm before it and the residual around it, so that a runtime
-fuses what it fuses in the model) is run alone, at a few ranks. All layers take turns in changing order, one run each,
-and the whole dense model among them: a layer then finds the caches as cold as in the model, and whatever slows the
-machine down for a while slows all of them. One more model, cut to half its ranks, tells how much of the difference that
-layers show alone the whole model shows (the anchor). Layers of the same shape are measured once; what was measured is
-kept in a file per machine, runtime, versions and thread count.
+fuses what it fuses in the model; or a resnet, which has them inside) is run alone, at a few ranks. All layers take
+turns in changing order, one run each, and the whole dense model among them: a layer then finds the caches as cold as in
+the model, and whatever slows the machine down for a while slows all of them. One more model, cut to half its ranks,
+tells how much of the difference that layers show alone the whole model shows (the anchor). Layers of the same shape are
+measured once; what was measured is kept in a file per machine, runtime, versions and thread count.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from exporters.onnx_export import ExportSettings, export_module, export_unet, un
 from exporters.onnx_runtime import OnnxUNet, open_session, usable_cores
 from slimdiff import artifacts
 from slimdiff.costs import CostTable
-from slimdiff.errors import InputError, require
+from slimdiff.errors import require
 from slimdiff.planning import Layer, PlanSettings, chosen_sites, find_layers
 from slimdiff.sites import find_sites
 from slimdiff.skeleton import skeleton
@@ -88,8 +89,6 @@ def measure_latency(
     settings, planning = settings or TableSettings(), planning or PlanSettings()
     where = _conditions(settings)
     layers = find_layers(chosen_sites(find_sites(denoiser)[0], planning), planning.align)
-    if not layers:
-        raise InputError(f"{type(denoiser).__name__} has no layer to slim in {', '.join(planning.groups)}")
     inputs = _layer_inputs(denoiser, layers, call)
     shapes = {layer.path: _shape_of(denoiser, layer, inputs[layer.path]) for layer in layers}
     thinned = {layer.path: _thinned(layer.candidates, settings.ranks) for layer in layers}
@@ -172,15 +171,16 @@ def _shapes(call: Call) -> dict[str, list[int]]:
 
 
 def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, dict[str, Tensor]]:
-    """What each layer is called with, by module path: `hidden_states` and, in cross-attention, what it looks at."""
+    """What each layer is called with, by module path: `hidden_states` and, where it has one, a second input."""
     seen: dict[str, dict[str, Tensor]] = {}
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             given = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
-            context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-            if isinstance(context, Tensor):
-                given["encoder_hidden_states"] = context
+            name = "temb" if isinstance(module, ResnetBlock2D) else "encoder_hidden_states"
+            second = args[1] if len(args) > 1 else kwargs.get(name)
+            if isinstance(second, Tensor):
+                given[name] = second
             seen[path] = {name: tensor.detach().float().cpu() for name, tensor in given.items()}
 
         return hook
@@ -278,7 +278,9 @@ def whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSetting
 def _layer_run(module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, settings: TableSettings) -> _Run:
     x = inputs["hidden_states"]
     sequence = x.ndim == 3  # tokens; an attention over an image [B, C, H, W] has its norm and residual inside
-    wrapped = _Residual(copy.deepcopy(module).float().cpu().eval(), x.shape[-1], len(inputs) > 1, sequence)
+    wrapped = copy.deepcopy(module).float().cpu().eval()
+    if not isinstance(module, ResnetBlock2D):  # which has both inside
+        wrapped = _Residual(wrapped, x.shape[-1], len(inputs) > 1, sequence)
     if settings.runtime == "torch":
         return _in_threads(lambda: wrapped(*inputs.values()), settings)
     file = export_module(wrapped, dict(inputs), ["output"], folder, ExportSettings())

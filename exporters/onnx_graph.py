@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 WEIGHTED = ("MatMul", "Gemm", "Conv")
 """Operators that a linear or a convolution is exported as, the weight being their second input."""
 
-LINEARS = {
+INNER = {
     "query_key": {"to_q": 0, "to_k": 0},
     "value_output": {"to_v": 0, "to_out.0": 1},
     "feed_forward": {"net.0.proj": 0, "net.2": 1},
+    "resnet": {"conv1": 0, "conv2": 1},
 }
-"""Per group of sites, its linears and the axis of each `[out, in]` weight that the plan reduces."""
+"""Per group of sites, its layers and the axis of each `[out, in, ...]` weight that the plan reduces."""
 
 
 def name_by_module(model: ModelProto, prefix: str) -> None:
@@ -98,18 +99,18 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
     """Hold weight dims, wherever they were read, against the plan.
 
     Args:
-        dims: module path -> `(out, in)`.
+        dims: module path -> `(out, in)`, perhaps more.
         plan: whose sites are checked.
 
     Returns:
-        one dict per site: `site`, `path`, `expected` and `found` (linear -> inner dim; `found` has None for a linear
+        one dict per site: `site`, `path`, `expected` and `found` (layer -> inner dim; `found` has None for a layer
         that is not there) and `ok`. A feed-forward's first linear has twice the inner dim when its activation is gated.
     """
     rows = []
     for name, site in plan.sites.items():
-        linears = LINEARS[site.group]
-        found = {linear: _inner(dims.get(f"{site.path}.{linear}"), axis) for linear, axis in linears.items()}
-        expected = dict.fromkeys(linears, site.heads * site.rank)
+        layers = INNER[site.group]
+        found = {layer: _inner(dims.get(f"{site.path}.{layer}"), axis) for layer, axis in layers.items()}
+        expected = dict.fromkeys(layers, site.heads * site.rank)
         if site.group == "feed_forward":
             # Nothing but the graph tells whether the activation is gated: its output is half its input, or all of it.
             gated = (found["net.0.proj"] or 0) == 2 * (found["net.2"] or 0)

@@ -26,13 +26,17 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
 
     Returns:
         `inputs` and `outputs` (`name`, `shape`, `dtype`), `layers` (count), `dims` (module path -> `(out, in)` of its
-        linear) and `attention` (see `attention_of`).
+        linear or convolution) and `attention` (see `attention_of`).
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
     dims: dict[str, tuple[int, ...]] = {}
     products: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
+        if layer.type == trt.LayerType.CONVOLUTION:
+            layer.__class__ = trt.IConvolutionLayer
+            channels = layer.get_input(0).shape[1] // layer.num_groups
+            dims[layer.name.rpartition("/")[0]] = (layer.num_output_maps, channels)
         if layer.type != trt.LayerType.MATRIX_MULTIPLY:
             continue
         layer.__class__ = trt.IMatrixMultiplyLayer  # the network hands out the base class, which lacks op1

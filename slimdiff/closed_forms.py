@@ -39,6 +39,12 @@ class Forms(BaseModel):
     """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
     constant: bool = False
     """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
+    compensate: bool = False
+    """Afterwards, solve the last linears again on what they receive in the slim model (`slimdiff.compensation`)."""
+
+    def local(self) -> Forms:
+        """Without what is done afterwards: what bases, orders and sensitivities depend on."""
+        return self.model_copy(update={"compensate": False})
 
 
 PAPERS = Forms(centre_keys=False, value_moments="values", joint_output=False, channels="ridge_leverage")
@@ -130,7 +136,9 @@ def solve_output(moment: Tensor, output: Tensor, basis: Tensor) -> Tensor:
     return (inverse @ (inverse.T @ (mixed.T @ (joint @ output.T)))).T
 
 
-def feed_forward_order(moment: Tensor, down: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
+def feed_forward_order(
+    moment: Tensor, down: Tensor, block: int | None = None, groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """Backward elimination on the output error: the optimal-brain-surgeon form.
 
     Removing channel i and solving the down projection again costs `|W_i|^2 / [C^-1]_ii`, with W and C^-1 updated after
@@ -142,6 +150,8 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int | None = None) -
 
     Args:
         moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step, if not as above.
+        groups: with more than one, of which each has n / groups neighbouring channels, no group is ever more than one
+            channel ahead of another; a step takes at most one channel of each.
 
     Returns:
         channels from the most to the least worth keeping `[n]`, and the relative error with the first r kept `[n + 1]`.
@@ -157,7 +167,7 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int | None = None) -
             factor = torch.linalg.cholesky(ridged[alive[:, None], alive])
         inverse = torch.cholesky_inverse(factor.to(precision))
         step = block or (1 if n <= EXACT_CHANNELS else max(1, len(alive) // STEPS))
-        gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step)
+        gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step, alive * groups // n)
         removed.append(alive[gone])
         left = torch.ones(len(alive), dtype=torch.bool)
         left[gone] = False
@@ -178,7 +188,7 @@ def _nested_error(ridged: Tensor, down: Tensor, order: Tensor, moment: Tensor) -
     return _tail((factor.T @ down.T[order].to(precision)).double().square().sum(1)[None])
 
 
-def _remove(inverse: Tensor, weight: Tensor, count: int, step: int) -> Tensor:
+def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tensor) -> Tensor:
     """The `count` channels that cost least, first to go first, `step` at a time; updates both matrices in place."""
     tiny = torch.finfo(inverse.dtype).tiny
     left = torch.ones(len(inverse), dtype=torch.bool)
@@ -186,7 +196,7 @@ def _remove(inverse: Tensor, weight: Tensor, count: int, step: int) -> Tensor:
     while count:
         cost = weight.square().sum(1) / inverse.diagonal().clamp(min=tiny)
         cost[~left] = torch.inf
-        least = torch.topk(cost, min(step, count), largest=False).indices
+        least = _cheapest(cost, left, owner, min(step, count))
         rows = inverse[least]  # and, as the inverse is symmetric, its columns
         part = torch.linalg.solve(rows[:, least], torch.cat([rows, weight[least]], 1))
         weight.addmm_(rows.T, part[:, len(inverse) :], alpha=-1)
@@ -222,6 +232,21 @@ def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     ridged.diagonal().add_(LEVERAGE_RIDGE * _scale(moment))
     order = torch.linalg.solve(ridged, moment).diagonal().argsort(descending=True)
     return order, _nested_error(_definite(moment)[0], down, order, moment)
+
+
+def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
+    """Channels to remove next: of those groups that hold most, the cheapest; the cheapest at all if there is one group.
+
+    Args:
+        cost: infinite where `left` is false; owner: each channel's group.
+    """
+    held = torch.bincount(owner[left], minlength=int(owner.max()) + 1)
+    if len(held) == 1:
+        return torch.topk(cost, step, largest=False).indices
+    best = torch.full((len(held),), torch.inf, dtype=cost.dtype).scatter_reduce(0, owner, cost, "amin")
+    best[held < held.max()] = torch.inf
+    groups = torch.topk(best, min(step, int((held == held.max()).sum())), largest=False).indices
+    return torch.where(owner == groups[:, None], cost, torch.inf).argmin(1)
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.sites import attention_linears, feed_forward_linears
 from slimdiff.trajectory import Call, predict
@@ -48,7 +49,12 @@ def compensate(
     Args:
         slim: made from `dense` by `plan`; its last linears' weights are replaced.
         calls: recorded denoiser calls, with many more tokens in them than a layer has inner dimensions.
+
+    Raises:
+        InputError: if there is no call.
     """
+    if not calls:
+        raise InputError("errors are compensated on recorded denoiser calls: give some (slimdiff.trajectory)")
     cut = {site.path for site in plan.sites.values() if site.group != "resnet" and site.rank < site.dense_rank}
     blocks = [list(paths) for _, paths in groupby(_order(slim, cut, calls[0]), lambda path: path.rpartition(".")[0])]
     with tqdm(total=len(blocks) * len(calls), desc=progress, disable=progress is None, unit="call") as bar:

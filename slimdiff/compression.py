@@ -16,7 +16,7 @@ from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import MEASURED, Planner, PlanSettings, is_measured
+from slimdiff.planning import MEASURED, Planner, PlanSettings, chosen_sites, is_measured
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
 from slimdiff.statistics import Statistics
@@ -75,6 +75,7 @@ def compress(
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     slim_class_of(denoiser)  # refuse before the long work, not after
+    wanted = chosen_sites(find_sites(denoiser)[0], planning) if plan is None else []
     started = time.perf_counter()
     seconds = {}
 
@@ -86,15 +87,16 @@ def compress(
         statistics = calibrate(pipeline, prompts, calibration, progress="calibrate" if progress else None)
     lap("calibrate")
     factors = None
+    recorded: PlanningCalls = {}
     if plan is None:
         assert budget is not None
-        wanted = [s for s in find_sites(denoiser)[0] if s.group in planning.groups]
         factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None, planning.forms)
+        recorded = planning_calls(pipeline, prompts, budget, calibration, planning, statistics)
         planner = Planner(
             denoiser,
             statistics,
             planning,
-            **planning_calls(pipeline, prompts, budget, calibration, planning, statistics),
+            **recorded,
             latency=latency,
             factors=factors,
             progress="plan" if progress else None,
@@ -102,7 +104,19 @@ def compress(
         plan = planner.plan(budget)
         planner.remember(statistics)
     lap("plan")
-    slim = slim_denoiser(denoiser, statistics, plan, factors, "slim" if progress else None, release_dense=release_dense)
+    fitted_on = recorded.get("fitting_calls", [])
+    if plan.is_fitted() and not fitted_on:
+        fitted_on = fitting_calls(pipeline, prompts, calibration, planning)
+    slim = slim_denoiser(
+        denoiser,
+        statistics,
+        plan,
+        factors,
+        "slim" if progress else None,
+        fitting_calls=fitted_on,
+        resnet_settings=planning.resnets,
+        release_dense=release_dense,
+    )
     lap("slim")
     return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
 
@@ -112,6 +126,7 @@ class PlanningCalls(TypedDict, total=False):
 
     calls: list[Call]
     held: list[Call]
+    fitting_calls: list[Call]
 
 
 def planning_calls(
@@ -131,6 +146,8 @@ def planning_calls(
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
+    if "resnet" in planning.groups or planning.forms.compensate:
+        recorded["fitting_calls"] = fitting_calls(pipeline, prompts, calibration, planning)
     return recorded
 
 
@@ -141,6 +158,15 @@ def sensitivity_calls(
     calls = record_calls(pipeline, usable_inputs(prompts)[: sampling.batch], sampling)
     count = min(planning.sensitivity_calls, len(calls))
     return [calls[i * len(calls) // count] for i in range(count)]
+
+
+def fitting_calls(
+    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], calibration: CalibrationSettings, planning: PlanSettings
+) -> list[Call]:
+    """Denoiser calls to fit a slim model on, as many as the settings say, spread over the calibration's images."""
+    chosen, sampling = usable_inputs(prompts)[: calibration.samples], calibration.sampling
+    total = -(-len(chosen) // sampling.batch) * sampling.steps
+    return record_calls(pipeline, chosen, sampling, every=-(-total // planning.fitting_calls))
 
 
 def held_calls(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimdiff.sites import Site, attention_linears, feed_forward_linears
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, resnet_layers
 from slimdiff.trajectory import Call, predict
 
 CostName = Literal["parameters", "macs", "latency_ms"]
@@ -43,8 +43,9 @@ class CostTable:
         return costs[-1] - np.interp(ranks, known, costs)
 
     def of(self, ranks: Mapping[str, int]) -> float:
-        """What the whole model costs with these ranks (by module path; layers not named are dense)."""
-        return self.dense - sum(float(self.savings(path, [rank])[0]) for path, rank in ranks.items())
+        """What the whole model costs with these ranks (by module path); layers not named or not known are dense."""
+        known = {path: rank for path, rank in ranks.items() if path in self.layers}
+        return self.dense - sum(float(self.savings(path, [rank])[0]) for path, rank in known.items())
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -87,7 +88,7 @@ def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
 def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
     """Multiply-accumulates by rank, of one call at batch 1 with the shapes of `call`.
 
-    Exactly what `count_macs` counts of the slim model: projections, and for attention the two products as well.
+    Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
     """
     per_rank: dict[str, int] = {site.path: 0 for site in sites}
     with _counting(denoiser, sites, per_rank):
@@ -112,6 +113,14 @@ def _counting(denoiser: nn.Module, sites: Sequence[Site], per_rank: dict[str, in
 
         handles.append(layer.register_forward_hook(hook))
 
+    def convolution(path: str, layer: nn.Conv2d, stays: int) -> None:
+        """For every output pixel and tap, the channels of the side that stays."""
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            per_rank[path] += output.numel() // output.shape[1] * layer.weight[0, 0].numel() * stays
+
+        handles.append(layer.register_forward_hook(hook))
+
     def scores(path: str, heads: int, query: nn.Module, key: nn.Module) -> None:
         """Q K^T and A V: for each head, every query with every key, once each."""
         queries: list[int] = []
@@ -132,6 +141,13 @@ def _counting(denoiser: nn.Module, sites: Sequence[Site], per_rank: dict[str, in
             up, down, gated = feed_forward_linears(module)
             linear(site.path, up, 2 if gated else 1, shrinks="output")
             linear(site.path, down, 1, shrinks="input")
+            continue
+        if site.group == "resnet":
+            layers = resnet_layers(module)
+            convolution(site.path, layers.first, layers.first.in_channels)
+            convolution(site.path, layers.second, layers.second.out_channels)
+            if layers.time is not None:
+                linear(site.path, layers.time, layers.parts, shrinks="output")
             continue
         query, key, value, output = attention_linears(module)
         if site.group == "query_key":

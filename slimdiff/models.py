@@ -1,4 +1,4 @@
-"""Slim model classes: a stock diffusers model whose inner linear layers are as small as its plan says.
+"""Slim model classes: a stock diffusers model whose inner layers are as small as its plan says.
 
 `DiffusionPipeline.from_pretrained` imports this module by name from `model_index.json`: its path belongs to the format.
 """
@@ -28,7 +28,7 @@ from torch import nn
 from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
-from slimdiff.sites import attention_linears, feed_forward_linears, find_sites
+from slimdiff.sites import attention_linears, feed_forward_linears, find_sites, resnet_layers
 
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
 __all__ = [
@@ -45,12 +45,13 @@ __all__ = [
     "SlimUNetSpatioTemporalConditionModel",
     "plan_of",
     "resize",
+    "resize_resnet",
     "slim_class_of",
 ]
 
 
 def resize(denoiser: nn.Module, plan: Plan) -> None:
-    """Replace the inner linear layers by uninitialised ones of the plan's ranks, in place (on `meta`, too).
+    """Replace the inner layers by uninitialised ones of the plan's ranks, in place (on `meta`, too).
 
     Attention keeps its stock processors: they divide by the root of the *new* head dimension, for which the weights
     are scaled when they are made (`slimming.py`).
@@ -71,12 +72,19 @@ def resize(denoiser: nn.Module, plan: Plan) -> None:
                 f"the plan says {name} has {planned.heads} x {planned.dense_rank} dense dimensions, "
                 f"the model has {site.heads} x {site.dense_rank}: it is another model's plan"
             )
+        if planned.rank % site.multiple:
+            raise InputError(
+                f"the plan keeps {planned.rank} channels at {name}, whose group norm has {site.multiple} groups: "
+                f"make it a multiple of {site.multiple}"
+            )
     for path, rank in plan.ranks().items():
         module = modules[path]
         if f"{path}.feed_forward" in sites:
             up, down, gated = feed_forward_linears(module)
             module.net[0].proj = _linear_like(up, up.in_features, rank * (2 if gated else 1))  # type: ignore[union-attr,index]
             module.net[2] = _linear_like(down, rank, down.out_features)  # type: ignore[operator]
+        elif f"{path}.resnet" in sites:
+            resize_resnet(module, rank)
         else:
             query, key, value, output = attention_linears(module)
             inner = rank * sites[f"{path}.query_key"].heads
@@ -93,6 +101,19 @@ def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Line
     return nn.utils.skip_init(
         nn.Linear, in_features, out_features, old.bias is not None, device=weight.device, dtype=weight.dtype
     )
+
+
+def resize_resnet(block: nn.Module, channels: int) -> None:
+    """Replace a `ResnetBlock2D`'s inner layers by uninitialised ones of so many inner channels, in place."""
+    layers = resnet_layers(block)
+    first, norm, second = layers.first, layers.norm, layers.second
+    weight = first.weight
+    kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    block.conv1 = nn.utils.skip_init(nn.Conv2d, first.in_channels, channels, 3, padding=1, **kind)
+    if layers.time is not None:
+        block.time_emb_proj = _linear_like(layers.time, layers.time.in_features, layers.parts * channels)
+    block.norm2 = nn.GroupNorm(norm.num_groups, channels, norm.eps, **kind)
+    block.conv2 = nn.utils.skip_init(nn.Conv2d, channels, second.out_channels, 3, padding=1, **kind)
 
 
 def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:

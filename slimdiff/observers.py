@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.sites import Site, attention_linears, feed_forward_linears
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, resnet_layers
 from slimdiff.statistics import Statistics
 from slimdiff.trajectory import watch_calls
 
@@ -56,6 +56,9 @@ class Observer:
             if site.group == "feed_forward":
                 handles.append(feed_forward_linears(module)[1].register_forward_pre_hook(self._inputs(site)))
                 continue
+            if site.group == "resnet":
+                handles.append(resnet_layers(module).second.register_forward_pre_hook(self._inputs(site)))
+                continue
             query, key, value, output = attention_linears(module)
             handles.append(module.register_forward_pre_hook(self._mask(site), with_kwargs=True))
             if site.group == "query_key":
@@ -82,7 +85,8 @@ class Observer:
     def _inputs(self, site: Site) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
-            x = x.reshape(-1, *x.shape[-2:])
+            # A convolution receives [B, n, H, W], whose tokens are its pixels.
+            x = x.flatten(2).mT if site.group == "resnet" else x.reshape(-1, *x.shape[-2:])
             taken = self._taken(x, site)
             x = x if taken is None else x[:, taken]
             self.statistics.add_rows(site.name, x.float().flatten(0, 1), self.weight)

@@ -24,11 +24,13 @@ class SitePlan(BaseModel):
     """The module's path in the denoiser."""
     heads: int = Field(ge=1)
     dense_rank: int = Field(ge=1)
-    """The dense model's inner dimension: per head for attention, channels for feed_forward."""
+    """The dense model's inner dimension: per head for attention, channels for feed_forward and resnet."""
     rank: int = Field(ge=1)
     """The inner dimension kept, in the same unit."""
     cost: int = Field(ge=1)
     """Parameters per unit of rank."""
+    multiple: int = Field(1, ge=1)
+    """Ranks are multiples of this: the groups of a resnet's inner norm."""
     local_error: float | None = None
     """Predicted relative error of the module's own output (of the scores, for query_key)."""
     sensitivity: float | None = None
@@ -72,6 +74,10 @@ class Plan(BaseModel):
                 raise ValueError(f"site {name!r} must be named {site.path}.{site.group}")
             if site.rank > site.dense_rank:
                 raise ValueError(f"{name} keeps rank {site.rank}, but the dense model has {site.dense_rank}")
+            if site.rank % site.multiple:
+                raise ValueError(
+                    f"{name} keeps {site.rank} channels: make it a multiple of {site.multiple}, its norm's groups"
+                )
             if ranks.setdefault(site.path, site.rank) != site.rank:
                 raise ValueError(
                     f"{site.path}: query_key and value_output must keep the same rank "
@@ -113,6 +119,14 @@ class Plan(BaseModel):
         """Rank by module path."""
         return {site.path: site.rank for site in self.sites.values()}
 
+    def slims_resnets(self) -> bool:
+        """Whether any resnet loses channels."""
+        return any(site.group == "resnet" and site.rank < site.dense_rank for site in self.sites.values())
+
+    def is_fitted(self) -> bool:
+        """Whether the slim model needs recorded calls to be fitted on."""
+        return self.slims_resnets() or self.forms.compensate
+
     def recount(self) -> Plan:
         """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand.
 
@@ -132,5 +146,6 @@ def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:
         dense_rank=site.dense_rank,
         rank=rank,
         cost=site.cost,
+        multiple=site.multiple,
         **errors,
     )

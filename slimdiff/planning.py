@@ -24,9 +24,10 @@ from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
 from slimdiff.influence import block_influences
 from slimdiff.plan import Plan, site_plan
+from slimdiff.resnets import ResnetSettings, exchanged_resnet
 from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
-from slimdiff.slimming import Factors, check_statistics, emulated_weights, factorise
+from slimdiff.slimming import Factors, check_statistics, emulated_weights, factorise, fit_resnets, slim_denoiser
 from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, predict
 
@@ -60,11 +61,15 @@ class PlanSettings(BaseModel):
     softmax_temperature: float = Field(0.1, gt=0)
     """Of the softmax allocation: the lower, the more the least influential blocks lose."""
     align: int = Field(8, ge=1)
-    """Ranks are multiples of this: per head for attention, channels for feed_forward."""
+    """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
     groups: tuple[Group, ...] = GROUPS
-    """Which groups may be slimmed; query_key and value_output go together."""
+    """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1)
     """Recorded denoiser calls on which sensitivities are measured."""
+    resnets: ResnetSettings = ResnetSettings()
+    """How slim resnets are fitted."""
+    fitting_calls: int = Field(64, ge=1)
+    """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
 
 
 @dataclass
@@ -91,6 +96,7 @@ def make_plan(
     *,
     calls: Sequence[Call] = (),
     held: Sequence[Call] = (),
+    fitting_calls: Sequence[Call] = (),
     latency: CostTable | None = None,
     factors: Factors | None = None,
     progress: str | None = "plan",
@@ -104,6 +110,7 @@ def make_plan(
         calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs where
             the statistics do not hold what was measured on them (`Planner.remember`).
         held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
+        fitting_calls: recorded calls that slim resnets are fitted on and errors compensated, needed where any are.
         latency: measured milliseconds by layer and rank, needed by a speedup.
         factors: from `factorise` on all sites, if they are there already.
 
@@ -111,7 +118,15 @@ def make_plan(
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
     planner = Planner(
-        denoiser, statistics, settings, calls=calls, held=held, latency=latency, factors=factors, progress=progress
+        denoiser,
+        statistics,
+        settings,
+        calls=calls,
+        held=held,
+        fitting_calls=fitting_calls,
+        latency=latency,
+        factors=factors,
+        progress=progress,
     )
     return planner.plan(budget)
 
@@ -130,6 +145,7 @@ class Planner:
         *,
         calls: Sequence[Call] = (),
         held: Sequence[Call] = (),
+        fitting_calls: Sequence[Call] = (),
         latency: CostTable | None = None,
         factors: Factors | None = None,
         progress: str | None = "plan",
@@ -139,6 +155,7 @@ class Planner:
         self.settings = settings or PlanSettings()
         self.calls = calls
         self.held = held
+        self.fitting_calls = fitting_calls
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
@@ -166,8 +183,17 @@ class Planner:
             return {}
         if is_measured(self.statistics, self.chosen, self.settings):
             return {site.name: self.statistics.sensitivities[site.name] for site in self.chosen}
-        told, forms = self.told("sensitivity"), self.settings.forms
-        return measure_sensitivities(self.denoiser, self.statistics, self.chosen, self.factors, self.calls, told, forms)
+        return measure_sensitivities(
+            self.denoiser,
+            self.statistics,
+            self.chosen,
+            self.factors,
+            self.calls,
+            self.told("sensitivity"),
+            self.settings.forms,
+            fitting_calls=self.fitting_calls,
+            resnet_settings=self.settings.resnets,
+        )
 
     @cached_property
     def weights(self) -> list[float]:
@@ -192,7 +218,7 @@ class Planner:
 
     def remember(self, statistics: Statistics) -> None:
         """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls."""
-        if self.settings.forms == Forms():  # others' local errors are others: their slopes are not kept
+        if self.settings.forms.local() == Forms():  # others' local errors are others: their slopes are not kept
             statistics.sensitivities = statistics.sensitivities | self.sensitivities
         if self.macs is not None:
             layers = {path: costs[max(costs)] for path, costs in self.macs.layers.items()}
@@ -295,6 +321,18 @@ class Planner:
             calibration=self.statistics.made_from,
         )
 
+    def slim(self, plan: Plan) -> nn.Module:
+        """The slim model of one of these plans."""
+        return slim_denoiser(
+            self.denoiser,
+            self.statistics,
+            plan,
+            self.factors,
+            progress=None,
+            fitting_calls=self.fitting_calls,
+            resnet_settings=self.settings.resnets,
+        )
+
     def told(self, what: str) -> str | None:
         """A progress bar's name, or None for no bar."""
         return self.progress and f"{self.progress}: {what}"
@@ -303,29 +341,34 @@ class Planner:
 def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:
     """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
     measured = all(site.name in statistics.sensitivities for site in sites)
-    return settings.allocation == "global" and settings.forms == Forms() and measured
+    return settings.allocation == "global" and settings.forms.local() == Forms() and measured
 
 
 def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
     Raises:
-        InputError: if the groups name only one of query_key and value_output.
+        InputError: if the groups name only one of query_key and value_output, or the model has nothing in them.
     """
     if ("query_key" in settings.groups) != ("value_output" in settings.groups):
         raise InputError("groups: query_key and value_output share one rank per layer: name both or neither")
-    return [s for s in sites if s.group in settings.groups]
+    chosen = [s for s in sites if s.group in settings.groups]
+    if not chosen:
+        others = ", ".join(sorted({s.group for s in sites})) or "no group"
+        raise InputError(f"there is nothing to slim in {', '.join(settings.groups)}: this model has sites in {others}")
+    return chosen
 
 
 def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
-    """Sites by module, with the multiples of `align` as candidate ranks, thinned to `MOST_CANDIDATES`."""
+    """Sites by module; candidate ranks are multiples of `align` and a norm's groups, thinned to `MOST_CANDIDATES`."""
     by_path: dict[str, list[Site]] = {}
     for site in sites:
         by_path.setdefault(site.path, []).append(site)
     layers = []
     for members in by_path.values():
         dense = members[0].dense_rank
-        ranks = list(range(align, dense, align))
+        step = math.lcm(align, members[0].multiple)
+        ranks = list(range(step, dense, step))
         if len(ranks) > MOST_CANDIDATES:
             picks = np.unique(np.linspace(0, len(ranks) - 1, MOST_CANDIDATES).round().astype(int))
             ranks = [ranks[i] for i in picks]
@@ -450,6 +493,9 @@ def measure_sensitivities(
     calls: Sequence[Call],
     progress: str | None = None,
     forms: Forms | None = None,
+    *,
+    fitting_calls: Sequence[Call] = (),
+    resnet_settings: ResnetSettings | None = None,
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
@@ -465,12 +511,16 @@ def measure_sensitivities(
     if not 0 < energy < math.inf:
         what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
         raise InputError(f"the dense model's noise prediction is {what}")
+    halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
+    fitted = fit_resnets(denoiser, factors, halves, fitting_calls, resnet_settings, progress)
     result = {}
-    for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
-        rank = max(1, site.dense_rank // 2)
+    for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
         module = modules[site.path]
-        weights = emulated_weights(module, site, rank, factors[site.name], statistics, forms)
-        with exchanged(module, weights):
+        if site.name in fitted:
+            slim = exchanged_resnet(module, fitted[site.name])
+        else:
+            slim = exchanged(module, emulated_weights(module, site, rank, factors[site.name], statistics, forms))
+        with slim:
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())
                 for call, r in zip(calls, reference, strict=True)

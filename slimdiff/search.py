@@ -11,7 +11,6 @@ from tqdm import tqdm
 from slimdiff.errors import InputError
 from slimdiff.fidelity import noise_error
 from slimdiff.plan import Plan
-from slimdiff.slimming import slim_denoiser
 from slimdiff.trajectory import Call, predict
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def smallest_within(planner: Planner, budget: Budget, held: Sequence[Call]) -> P
         while breaks - holds > 1:
             step = (holds + breaks) // 2
             plans[step] = planner.written(planner.ranks(table, most * step / STEPS), budget, {})
-            slim = slim_denoiser(planner.denoiser, planner.statistics, plans[step], planner.factors, progress=None)
+            slim = planner.slim(plans[step])
             errors[step] = judge.error(slim)
             holds, breaks = (step, breaks) if errors[step] <= bound else (holds, step)
             bar.update()

@@ -9,10 +9,12 @@ from typing import Literal
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import nn
 
-Group = Literal["query_key", "value_output", "feed_forward"]
+Group = Literal["query_key", "value_output", "feed_forward", "resnet"]
 GROUPS: tuple[Group, ...] = ("query_key", "value_output", "feed_forward")
+"""The groups of a transformer block, which are slimmed unless something else is said."""
 
 _GATED = ("GEGLU", "SwiGLU")
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
@@ -32,10 +34,11 @@ class Site:
     """One group at one module path.
 
     Attributes:
-        path: the `Attention` or `FeedForward` module's path in the denoiser.
-        heads: number of heads; 1 for `feed_forward`.
-        dense_rank: the inner dimension of the dense model: per head for attention, channels for `feed_forward`.
+        path: the `Attention`, `FeedForward` or `ResnetBlock2D` module's path in the denoiser.
+        heads: number of heads; 1 but for attention.
+        dense_rank: the inner dimension of the dense model: per head for attention, channels for the others.
         cost: parameters that one unit of rank costs (per head dimension: all heads' rows, columns and biases).
+        multiple: ranks are multiples of this: the groups of a resnet's inner norm, which must stay equal.
     """
 
     path: str
@@ -43,6 +46,7 @@ class Site:
     heads: int
     dense_rank: int
     cost: int
+    multiple: int = 1
 
     @property
     def name(self) -> str:
@@ -60,13 +64,35 @@ def feed_forward_linears(feed_forward: nn.Module) -> tuple[nn.Linear, nn.Linear,
     return net[0].proj, net[2], type(net[0]).__name__ in _GATED  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class ResnetLayers:
+    """The layers of a slimmable `ResnetBlock2D` that share its inner channels.
+
+    Attributes:
+        time: the projection of the time embedding, whose outputs are added to the inner channels, or None.
+        parts: 2 if `time` gives a scale and then a shift per channel, applied after `norm`; else 1.
+    """
+
+    first: nn.Conv2d
+    time: nn.Linear | None
+    norm: nn.GroupNorm
+    second: nn.Conv2d
+    parts: int
+
+
+def resnet_layers(block: nn.Module) -> ResnetLayers:
+    """The inner layers of a slimmable `ResnetBlock2D`."""
+    parts = 2 if block.time_embedding_norm == "scale_shift" else 1
+    return ResnetLayers(block.conv1, block.time_emb_proj, block.norm2, block.conv2, parts)  # type: ignore[arg-type]
+
+
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:
     """Every site of a denoiser in the order of its modules, and those that must stay dense.
 
     query_key and value_output keep the same rank in a layer, so what hinders one leaves the layer's attention dense.
 
     Returns:
-        the sites, and `{"site": path, "reason": text}` for attention and feed-forward modules that cannot be slimmed.
+        the sites, and `{"site": path, "reason": text}` for modules of these kinds that cannot be slimmed.
     """
     sites: list[Site] = []
     left_dense: list[dict[str, str]] = []
@@ -79,6 +105,12 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:
             reason = _feed_forward_obstacle(module)
             if reason is None:
                 sites.append(_feed_forward_site(path, module))
+        elif isinstance(module, ResnetBlock2D):
+            reason = _resnet_obstacle(module)
+            if reason is None:
+                sites.append(_resnet_site(path, module))
+        elif isinstance(module, ResnetBlockCondNorm2D | TemporalResnetBlock):
+            reason = f"{type(module).__name__} is a resnet class of its own"
         elif isinstance(module, AttentionModuleMixin):
             reason = "; ".join([f"{type(module).__name__} is an attention class of its own", *_oddities(module)])
         else:
@@ -152,3 +184,33 @@ def _feed_forward_site(path: str, feed_forward: FeedForward) -> Site:
     rows = 2 if gated else 1
     cost = rows * (up.in_features + (up.bias is not None)) + down.out_features
     return Site(path, "feed_forward", 1, down.in_features, cost)
+
+
+def _resnet_obstacle(block: ResnetBlock2D) -> str | None:
+    if type(block) is not ResnetBlock2D:
+        return f"{type(block).__name__} is a resnet class of its own"
+    convolutions = (block.conv1, block.conv2)
+    if any(type(c) is not nn.Conv2d or not _plain_3x3(c) for c in convolutions):
+        return "a convolution is not a plain one of 3 x 3 with a bias"
+    if type(block.time_emb_proj) not in (nn.Linear, type(None)):
+        return "the projection of the time embedding is not a plain linear layer"
+    if type(block.norm2) is not nn.GroupNorm or not block.norm2.affine:
+        return "the inner norm is not a plain group norm"
+    if block.norm2.num_groups == block.norm2.num_channels:
+        return "the inner norm has one channel per group: none can go"
+    return None
+
+
+def _plain_3x3(convolution: nn.Conv2d) -> bool:
+    c = convolution
+    plain = (c.stride, c.padding, c.dilation) == ((1, 1), (1, 1), (1, 1)) and c.groups == 1
+    return plain and c.kernel_size == (3, 3) and c.padding_mode == "zeros" and c.bias is not None
+
+
+def _resnet_site(path: str, block: ResnetBlock2D) -> Site:
+    layers = resnet_layers(block)
+    taps = layers.first.weight[0, 0].numel()
+    cost = taps * (layers.first.in_channels + layers.second.out_channels) + 3  # biases of conv1 and norm, norm's weight
+    if layers.time is not None:
+        cost += layers.parts * (layers.time.in_features + (layers.time.bias is not None))
+    return Site(path, "resnet", 1, layers.norm.num_channels, cost, layers.norm.num_groups)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.plan import Plan, site_plan
+from slimdiff.resnets import sliced
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
 from slimdiff.slimming import assemble
 
 
 @torch.no_grad()
 def skeleton(denoiser: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """The dense model cut to these ranks (by module path), the first dimensions of each head kept as they come.
+    """The dense model cut to these ranks (by module path), the first dimensions of each head or group kept.
 
     Weights that no rank changes are shared with the dense model.
 
@@ -36,6 +37,9 @@ def skeleton(denoiser: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def _first(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+    if site.group == "resnet":
+        channels = torch.arange(site.dense_rank).unflatten(0, (site.multiple, -1))
+        return sliced(module, channels[:, : rank // site.multiple].flatten())
     outputs: dict[str, nn.Linear] = {}
     if site.group == "feed_forward":
         up, down, gated = feed_forward_linears(module)

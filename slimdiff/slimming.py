@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimdiff import closed_forms
+from slimdiff import closed_forms, resnets
 from slimdiff.calibration import weights_hash
 from slimdiff.closed_forms import Forms, HeadBases
+from slimdiff.compensation import compensate
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites
+from slimdiff.resnets import ResnetSettings
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 from slimdiff.statistics import Statistics
+from slimdiff.trajectory import Call
 
 
 @dataclass
 class ChannelOrder:
-    """Feed-forward channels, best first, and the relative error with the first r of them kept (`[n + 1]`)."""
+    """Feed-forward or resnet channels, best first, and the relative error with the first r of them kept (`[n + 1]`)."""
 
     order: Tensor
     tail: Tensor
@@ -59,6 +62,9 @@ def factorise(
             moment, _ = _received(statistics, site, output, forms)
             blocks = moment if moment.ndim == 3 else closed_forms.head_blocks(moment, site.heads)
             factors[site.name] = closed_forms.value_output(blocks, _wide(output.weight))
+        elif site.group == "resnet":
+            second = _wide(resnet_layers(module).second.weight)
+            factors[site.name] = ChannelOrder(*resnets.channel_order(statistics.mean(site.name), second, site.multiple))
         else:
             down = feed_forward_linears(module)[1]
             moment, _ = _received(statistics, site, down, forms)
@@ -101,6 +107,8 @@ def slim_denoiser(
     factors: Factors | None = None,
     progress: str | None = "slim",
     *,
+    fitting_calls: Sequence[Call] = (),
+    resnet_settings: ResnetSettings | None = None,
     release_dense: bool = False,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
@@ -109,11 +117,15 @@ def slim_denoiser(
 
     Args:
         factors: from `factorise`, if they are there already.
+        fitting_calls: recorded denoiser calls that slim resnets are fitted on and errors compensated, needed if the
+            plan has any.
         release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
-            together. The dense model cannot be used afterwards, nor if this fails halfway.
+            together. The dense model cannot be used afterwards, nor if this fails halfway. Compensation needs both, and
+            keeps them.
 
     Raises:
-        InputError: if statistics or plan are another model's, or the plan slims a site that never ran in calibration.
+        InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
+            there is no call to fit on.
     """
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
@@ -124,11 +136,37 @@ def slim_denoiser(
     for site in changed:
         if site.name not in known:
             raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
+    fitted = fit_resnets(
+        denoiser, known, {s: plan.sites[s.name].rank for s in changed}, fitting_calls, resnet_settings, progress
+    )
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.name in fitted:
+            return fitted[site.name]
         return slim_weights(module, site, rank, known[site.name], statistics, plan.forms)
 
-    return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
+    if not plan.forms.compensate:
+        return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
+    slim = assemble(denoiser, plan, weights, progress)
+    compensate(denoiser, slim, plan, fitting_calls, progress and f"{progress}: compensate")
+    return slim
+
+
+def fit_resnets(
+    denoiser: nn.Module,
+    factors: Factors,
+    ranks: Mapping[Site, int],
+    calls: Sequence[Call],
+    settings: ResnetSettings | None = None,
+    progress: str | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Weights of those sites that are resnets, at these ranks (see `resnets.refit`), by site name."""
+    kept = {}
+    for site, rank in ranks.items():
+        factor = factors[site.name]
+        if site.group == "resnet" and isinstance(factor, ChannelOrder):
+            kept[site] = factor.order[:rank]
+    return resnets.refit(denoiser, kept, calls, settings, progress) if kept else {}
 
 
 def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:

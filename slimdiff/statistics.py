@@ -64,6 +64,7 @@ class Statistics:
     | `S` | `value_output`: what `to_out` receives | triangle of `[H d, H d]` | `[H d]` |
     | `S.value` | `value_output`: the value projection's output | `[H, d, d]` per head | |
     | `S` | `feed_forward`: what the down projection of `n` channels receives | triangle of `[n, n]` | `[n]` |
+    | `S` | `resnet`: what the second convolution of `n` channels receives at a pixel | triangle of `[n, n]` | `[n]` |
 
     Moments are float32 where they are collected on the denoiser's device, first moments float64. Read from a file, both
     are read by name when asked for, so that a model's statistics need not fit into memory.

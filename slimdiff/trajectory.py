@@ -218,8 +218,18 @@ def record_calls(
         # Time only falls along one trajectory; some schedulers call more than once a step, so counting calls won't do.
         step, last = (0 if t > last else step + 1), t
         if step % every == 0:
-            copied = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), arguments)
-            calls.append(Call(step, t, copied))
+            before[:], copies[:] = copies, []
+            calls.append(Call(step, t, map_tensors(copied, arguments)))
+
+    before: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def copied(tensor: Tensor) -> Tensor:
+        """On the CPU; what was the same at the call before (text embeddings are large) is held once."""
+        found = tensor.detach().to("cpu", copy=True)
+        same = (t for t in before if t.dtype == found.dtype and torch.equal(t, found))
+        copies.append(next(same, found))
+        return copies[-1]
 
     with watch_calls(denoiser, keep):
         sample_images(pipeline, prompts, sampling, output_type="latent", progress=progress)

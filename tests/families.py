@@ -76,10 +76,11 @@ class Family:
     calls: Callable[[], list[Call]] | None = None
 
 
-def attention_and(feed_forward: int, attention: int | None = None) -> dict[str, int]:
-    """Counts of sites for so many feed-forwards and attention layers (two a feed-forward, if not given)."""
+def attention_and(feed_forward: int, attention: int | None = None, resnet: int = 0) -> dict[str, int]:
+    """Counts of sites for so many feed-forwards, attention layers (two a feed-forward, if not given) and resnets."""
     attention = 2 * feed_forward if attention is None else attention
-    return {"query_key": attention, "value_output": attention, "feed_forward": feed_forward}
+    counts = {"query_key": attention, "value_output": attention, "feed_forward": feed_forward, "resnet": resnet}
+    return {group: count for group, count in counts.items() if count}
 
 
 def picture(seed: int, size: int = 16) -> Image.Image:
@@ -382,16 +383,16 @@ TEXT = PROMPTS[:2]
 VIDEO = SAMPLING.model_copy(update={"arguments": {"num_frames": 3}, "height": 16, "width": 16})
 
 FAMILIES: dict[str, Family] = {
-    "sd1": Family(tiny_pipeline, TEXT, attention_and(7)),
+    "sd1": Family(tiny_pipeline, TEXT, attention_and(7, resnet=11)),
     "sd2": Family(
         lambda: tiny_pipeline(use_linear_projection=True, attention_head_dim=(1, 2, 4), upcast_attention=True),
         TEXT,
-        attention_and(7),
+        attention_and(7, resnet=11),
     ),
     # Twice the steps: its smallest level has four tokens, and fewer than a layer's dimensions would leave the least
     # squares without a solution of its own.
     "sdxl": Family(
-        xl, TEXT, attention_and(2 + 3 + 3 + 2 * 3 + 2 * 2), sampling=SAMPLING.model_copy(update={"steps": 4})
+        xl, TEXT, attention_and(2 + 3 + 3 + 2 * 3 + 2 * 2, resnet=11), sampling=SAMPLING.model_copy(update={"steps": 4})
     ),
     "cut-down": Family(
         lambda: tiny_pipeline(
@@ -401,24 +402,30 @@ FAMILIES: dict[str, Family] = {
             reverse_transformer_layers_per_block=[1, [1, 3]],
         ),
         TEXT,
-        attention_and(2 + 1 + 3),
+        attention_and(2 + 1 + 3, resnet=6),
     ),
     "inpainting": Family(
         inpainting,
         [{"prompt": p, "image": i, "mask_image": i.convert("L")} for p, i in zip(TEXT, PICTURES, strict=True)],
-        attention_and(4),
+        attention_and(4, resnet=8),
         sampling=SAMPLING.model_copy(update={"arguments": {"strength": 1.0}, "height": 16, "width": 16}),
     ),
     "instruct-pix2pix": Family(
-        instruct_pix2pix, [{"prompt": p, "image": i} for p, i in zip(TEXT, PICTURES, strict=True)], attention_and(4)
+        instruct_pix2pix,
+        [{"prompt": p, "image": i} for p, i in zip(TEXT, PICTURES, strict=True)],
+        attention_and(4, resnet=8),
     ),
-    "unconditional": Family(unconditional, [{}, {}], {"query_key": 4, "value_output": 4}),
-    "motion": Family(animate, TEXT, attention_and(4 + 7), sampling=VIDEO),
-    "text-to-video": Family(text_to_video, TEXT, attention_and(9), sampling=VIDEO),
+    "unconditional": Family(unconditional, [{}, {}], {"query_key": 4, "value_output": 4, "resnet": 8}),
+    "motion": Family(animate, TEXT, attention_and(4 + 7, resnet=8), sampling=VIDEO),
+    "text-to-video": Family(text_to_video, TEXT, attention_and(9, resnet=8), sampling=VIDEO),
     "image-to-video": Family(
         image_to_video,
         [{"image": i} for i in PICTURES],
-        attention_and(3 * 4, 4 * 4),
+        attention_and(3 * 4, 4 * 4, resnet=5),
+        {
+            "TemporalResnetBlock is a resnet class of its own": 8,
+            "the inner norm has one channel per group: none can go": 3,
+        },
         sampling=VIDEO.model_copy(update={"arguments": {"num_frames": 3, "max_guidance_scale": 2.0}}),
     ),
     "dit": Family(dit, [{"class_labels": 3}, {"class_labels": 5}], attention_and(2, 2)),

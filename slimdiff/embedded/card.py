@@ -18,7 +18,7 @@ from slimdiff.costs import count_parameters
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.fidelity import noise_error
 from slimdiff.plan import Plan, site_plan
-from slimdiff.sites import find_sites
+from slimdiff.sites import GROUPS, find_sites
 from slimdiff.slimming import factorise, slim_denoiser
 from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
 
@@ -57,7 +57,8 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
     sampling = Sampling(steps=20, batch=16, seed=5)
     statistics = calibrate(pipeline, prompts, CalibrationSettings(samples=32, sampling=sampling))
     calls = record_calls(pipeline, prompts[:16], sampling, every=3)
-    sites, left_dense = find_sites(pipeline.unet)
+    found, left_dense = find_sites(pipeline.unet)
+    sites = [s for s in found if s.group in GROUPS]
     factors = factorise(pipeline.unet, statistics, sites)
     total = count_parameters(pipeline.unet)
     effects = {}
@@ -73,8 +74,8 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
             left_dense=left_dense,
         )
         slim = slim_denoiser(pipeline.unet, statistics, plan, factors, progress=None)
-        found = noise_error(partial(predict, pipeline.unet), partial(predict, slim), calls)
-        effects[block] = found["relative_mse"]
+        error = noise_error(partial(predict, pipeline.unet), partial(predict, slim), calls)
+        effects[block] = error["relative_mse"]
     return effects
 
 

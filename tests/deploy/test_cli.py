@@ -133,7 +133,7 @@ def test_bad_settings_name_the_flag(tmp_path, workspace, capsys):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
     argv += ["--prompts", workspace / "prompts.txt"]
     assert "--samples" in fails([*argv, "--samples", "0"], capsys)
-    assert "--groups" in fails([*argv, "--groups", "resnet"], capsys)
+    assert "--groups" in fails([*argv, "--groups", "convolutions"], capsys)
 
 
 @pytest.mark.parametrize("command", ["build", "compress", "export"])

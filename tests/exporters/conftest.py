@@ -19,9 +19,12 @@ from diffusers import (
 )
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from slimdiff.models import resize_resnet
+from slimdiff.resnets import sliced
 from slimdiff.trajectory import Call
 
 TIMESTEPS = (981, 501, 21)
@@ -77,7 +80,7 @@ def make_calls(batch: int = 2, length: int = 7) -> list[Call]:
 
 
 def narrow(unet: nn.Module, head_dim: int = 16, channels: int = 40) -> Plan:
-    """Cut a UNet's attention to `head_dim` per head and its feed-forwards to `channels`, by hand; the plan of that."""
+    """Cut a UNet's attention to `head_dim` per head, feed-forwards to `channels`, resnets to 16; gives the plan."""
     plan = Plan()
     for path, module in unet.named_modules():
         if isinstance(module, Attention):
@@ -92,6 +95,11 @@ def narrow(unet: nn.Module, head_dim: int = 16, channels: int = 40) -> Plan:
             module.net[0].proj = _linear(module.net[0].proj, rows=2 * channels)
             module.net[2] = _linear(module.net[2], columns=channels)
             plan.sites[f"{path}.feed_forward"] = SitePlan("feed_forward", path, 1, channels)
+        elif isinstance(module, ResnetBlock2D):
+            weights = {name: t.clone() for name, t in sliced(module, torch.arange(16)).items()}
+            resize_resnet(module, 16)
+            module.load_state_dict(weights, strict=False)
+            plan.sites[f"{path}.resnet"] = SitePlan("resnet", path, 1, 16)
     return plan
 
 

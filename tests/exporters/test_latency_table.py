@@ -44,6 +44,13 @@ def test_the_same_shape_is_measured_once(table):
     assert 0 < table.made_from["measured"] < len(table.layers)
 
 
+def test_resnets_are_measured_where_they_may_be_slimmed(pipeline, call, tmp_path):
+    planning = PlanSettings(groups=("resnet",))
+    table = measure_latency(pipeline.unet, call, planning, IN_TORCH, cache=tmp_path)
+    assert set(table.layers) == {s.path for s in find_sites(pipeline.unet)[0] if s.group == "resnet"}
+    assert all(0 < ms < table.dense for curve in table.layers.values() for ms in curve.values())
+
+
 def test_what_is_known_is_not_measured_again(pipeline, call, tmp_path, monkeypatch):
     first = measure_latency(pipeline.unet, call, PLANNING, IN_TORCH, cache=tmp_path)
     files = list(tmp_path.iterdir())

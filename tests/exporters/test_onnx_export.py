@@ -77,11 +77,11 @@ def test_reduced_dims_are_the_plans(exported, slim_and_plan):
     for name in ("slim", "slim-fp16"):
         rows = check_reduced_dims(exported[name], slim_and_plan[1])
         assert len(rows) == len(slim_and_plan[1].sites) and all(row["ok"] for row in rows)
-    linears = {linear for row in rows for linear in row["found"]}
-    assert linears == {"to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"}
+    layers = {layer for row in rows for layer in row["found"]}
+    assert layers == {"to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2"}
 
 
-@pytest.mark.parametrize("group", ["query_key", "value_output", "feed_forward"])
+@pytest.mark.parametrize("group", ["query_key", "value_output", "feed_forward", "resnet"])
 def test_a_plan_that_lies_is_caught_at_its_site(exported, slim_and_plan, group):
     plan = copy.deepcopy(slim_and_plan[1])
     name = next(n for n, s in plan.sites.items() if s.group == group)

@@ -18,7 +18,7 @@ from slimdiff.closed_forms import PAPERS, Forms
 from slimdiff.costs import count_macs, count_parameters
 from slimdiff.fidelity import noise_error
 from slimdiff.planning import exchanged, measure_sensitivities
-from slimdiff.sites import find_sites
+from slimdiff.sites import GROUPS, find_sites
 from slimdiff.slimming import emulated_weights, factorise
 from slimdiff.trajectory import predict, record_calls
 
@@ -38,10 +38,11 @@ def error(dense, slim, calls) -> float:
 
 
 def with_rank(plan: Plan, share: float) -> Plan:
-    """Every site at a share of its dense rank."""
+    """Every site of a transformer block at a share of its dense rank."""
     plan = plan.model_copy(deep=True)
     for site in plan.sites.values():
-        site.rank = max(1, round(site.dense_rank * share))
+        if site.group in GROUPS:
+            site.rank = max(1, round(site.dense_rank * share))
     return plan
 
 
@@ -250,6 +251,9 @@ def test_no_prompts(pipeline, calibration):
 def test_nothing_to_slim(fresh_pipeline, calibration):
     plain = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "mid_block_type": None}
     fresh_pipeline.unet = tiny_unet(**plain)
+    with pytest.raises(InputError, match="nothing to slim in query_key.*: this model has sites in resnet"):
+        compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, progress=False)
+    fresh_pipeline.unet = tiny_unet(**plain, block_out_channels=(32, 32, 32), norm_num_groups=32)
     with pytest.raises(InputError, match="nothing to slim"):
         calibrate(fresh_pipeline, PROMPTS, calibration, progress=None)
 

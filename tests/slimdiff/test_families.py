@@ -40,7 +40,7 @@ from slimdiff.calibration import calibrate_on_calls, weights_hash
 from slimdiff.compression import with_denoiser
 from slimdiff.costs import count_macs, count_parameters
 from slimdiff.fidelity import noise_error
-from slimdiff.sites import find_sites
+from slimdiff.sites import GROUPS, find_sites
 from slimdiff.slimming import factorise
 from slimdiff.trajectory import Call, denoiser_name, predict, record_calls, sample_images
 
@@ -61,7 +61,7 @@ class Case:
 def with_rank(plan: Plan, share: float) -> Plan:
     plan = plan.model_copy(deep=True)
     for site in plan.sites.values():
-        site.rank = max(1, round(site.dense_rank * share))
+        site.rank = max(1, round(site.dense_rank * share / site.multiple)) * site.multiple
     return plan.recount()
 
 
@@ -86,7 +86,7 @@ def make_case(name: str) -> Case:
     factors = factorise(dense, statistics, find_sites(dense)[0])
     uniform = PlanSettings(allocation="uniform", align=4)
     plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform, factors=factors, progress=None), 0.5)
-    slim = slim_denoiser(dense, statistics, plan, factors, progress=None)
+    slim = slim_denoiser(dense, statistics, plan, factors, progress=None, fitting_calls=calls)
     return Case(family, pipeline, dense, calls, statistics, plan, slim)
 
 
@@ -125,7 +125,8 @@ def test_half_rank_runs_and_costs_what_the_plan_says(case):
     assert case.plan.parameters["slim"] == count_parameters(case.slim) < count_parameters(case.dense)
     assert count_macs(case.slim, case.calls[0]) < count_macs(case.dense, case.calls[0])
     error = noise_error(lambda c: predict(case.dense, c), lambda c: predict(case.slim, c), case.calls)
-    assert 0 < error["relative_mse"] < 0.1
+    # Random resnets have no channels to spare, and a few calls do not show how to do without: the bound is loose there.
+    assert 0 < error["relative_mse"] < (0.4 if case.plan.slims_resnets() else 0.1)
     assert [t for t, _ in error["by_timestep"]] == sorted({c.timestep for c in case.calls}, reverse=True)
     assert weights_hash(case.slim) != weights_hash(case.dense) == case.plan.model_hash
 
@@ -223,7 +224,7 @@ def test_compress_measures_sensitivities_for_every_kind_of_pipeline(name):
     pipeline = family.make()
     dense = getattr(pipeline, denoiser_name(pipeline))
     settings = CalibrationSettings(samples=2, sampling=family.sampling)
-    planning = PlanSettings(align=4, sensitivity_calls=1)
+    planning = PlanSettings(align=4, sensitivity_calls=1, groups=(*GROUPS, "resnet"))
     made = compress(pipeline, family.inputs, Budget("3%"), calibration=settings, planning=planning, progress=False)
     wanted = Budget("3%").removed(count_parameters(dense))
     assert made.plan.parameters["dense"] - made.plan.parameters["slim"] >= wanted

@@ -115,8 +115,10 @@ def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, 
         # The selection is rounded up to a whole token per sample and call: 4 images, 4 steps, 2 branches.
         assert min(2 * width, seen) <= selected.tokens[site.name] <= min(2 * width + 4 * 4 * 2, seen)
         full, part = whole.mean(site.name), selected.mean(site.name)
-        assert float((full - part).norm() / full.norm()) < 0.6
-        assert float((full.trace() - part.trace()).abs() / full.trace()) < 0.1
+        # Neighbouring pixels tell the same, so that as many of them tell less.
+        looser = 2 if site.group == "resnet" else 1
+        assert float((full - part).norm() / full.norm()) < 0.6 * looser**0.5
+        assert float((full.trace() - part.trace()).abs() / full.trace()) < 0.1 * looser
 
 
 def test_sites_take_turns_within_the_memory_limit_and_every_call_runs_once(pipeline, calls):
@@ -185,7 +187,7 @@ def test_masked_keys_are_not_counted(pipeline, calls):
 
 def test_too_few_tokens_are_warned_of(pipeline, calls, caplog):
     calibrate_on_calls(pipeline.unet, calls[:1])
-    assert "6 sites saw fewer tokens than they have dimensions (down_blocks.1.attentions.0" in caplog.text
+    assert "11 sites saw fewer tokens than they have dimensions (down_blocks.1.attentions.0" in caplog.text
     caplog.clear()
     larger = copy.deepcopy(calls[0])
     larger.arguments["sample"] = larger.arguments["sample"].repeat(1, 1, 4, 4)
