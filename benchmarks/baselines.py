@@ -23,16 +23,26 @@ def magnitude_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
         query, key, value, output = attention_linears(module)
         if site.group == "query_key":
             kept = _top(query.weight.norm(dim=1) * key.weight.norm(dim=1), site, rank)
-            scale = (rank / site.dense_rank) ** 0.5
-            return {
-                **{f"to_q.{n}": p[kept] * scale for n, p in query.named_parameters()},
-                **{f"to_k.{n}": p[kept] for n, p in key.named_parameters()},
-            }
+            return _queries_keys(query, key, kept, site, rank)
         kept = _top(value.weight.norm(dim=1) * output.weight.norm(dim=0), site, rank)
-        return {
-            **{f"to_v.{n}": p[kept] for n, p in value.named_parameters()},
-            "to_out.0.weight": output.weight[:, kept],
-        }
+        return _values_output(value, output, kept)
+
+    return assemble(denoiser, plan, weights)
+
+
+def random_channels(denoiser: nn.Module, plan: Plan) -> nn.Module:
+    """Keep head dimensions and channels by lot (a fixed seed), nothing solved again: the least that can be done."""
+    lot = torch.Generator().manual_seed(0)
+
+    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.group == "feed_forward":
+            up, down, gated = feed_forward_linears(module)
+            return _channels(up, down, gated, _top(torch.rand(site.dense_rank, generator=lot), site, rank))
+        query, key, value, output = attention_linears(module)
+        kept = _top(torch.rand(site.heads * site.dense_rank, generator=lot), site, rank)
+        if site.group == "query_key":
+            return _queries_keys(query, key, kept, site, rank)
+        return _values_output(value, output, kept)
 
     return assemble(denoiser, plan, weights)
 
@@ -79,8 +89,26 @@ def _largest_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Ten
     rows = up.weight.norm(dim=1)
     value = rows[: site.dense_rank]
     score = value * rows[site.dense_rank :] * down.weight.norm(dim=0) if gated else value * down.weight.norm(dim=0)
-    kept = _top(score, site, rank)
-    both = torch.cat([kept, kept + site.dense_rank]) if gated else kept
+    return _channels(up, down, gated, _top(score, site, rank))
+
+
+def _queries_keys(query: nn.Linear, key: nn.Linear, kept: Tensor, site: Site, rank: int) -> dict[str, Tensor]:
+    scale = (rank / site.dense_rank) ** 0.5  # the stock processor will divide by sqrt(rank)
+    return {
+        **{f"to_q.{n}": p[kept] * scale for n, p in query.named_parameters()},
+        **{f"to_k.{n}": p[kept] for n, p in key.named_parameters()},
+    }
+
+
+def _values_output(value: nn.Linear, output: nn.Linear, kept: Tensor) -> dict[str, Tensor]:
+    return {
+        **{f"to_v.{n}": p[kept] for n, p in value.named_parameters()},
+        "to_out.0.weight": output.weight[:, kept],
+    }
+
+
+def _channels(up: nn.Linear, down: nn.Linear, gated: bool, kept: Tensor) -> dict[str, Tensor]:
+    both = torch.cat([kept, kept + down.in_features]) if gated else kept
     result = {f"net.0.proj.{n}": p[both] for n, p in up.named_parameters()}
     return {**result, "net.2.weight": down.weight[:, kept]}
 

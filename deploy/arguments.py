@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from slimdiff.errors import InputError
+from slimdiff.planning import PlanSettings
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -33,3 +34,16 @@ def settings(kind: type[S], args: argparse.Namespace, *names: str, **more: Any) 
         raise InputError(
             f"--{flag.replace('_', '-')}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
         ) from error
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """How ranks are chosen, and by which forms: what `deploy.flags.add_calibration` asks for."""
+    forms = given(
+        centre_keys=False if args.raw_keys else None,
+        value_moments=args.value_moments,
+        joint_output=False if args.heads_apart else None,
+        channels=args.channels,
+        constant=args.constant or None,
+    )
+    groups = tuple(part.strip() for part in args.groups.split(",")) if args.groups else None
+    return settings(PlanSettings, args, "align", "allocation", forms=forms, **given(groups=groups))

@@ -206,9 +206,12 @@ def _public(recipe: Recipe) -> dict[str, Any]:
 
 def _sentence(recipe: Recipe, results: dict[str, dict[str, Any]]) -> str:
     dense, slim = (results["slim"]["parameters"][side] for side in ("dense", "slim"))
-    allocation = (
-        "one knapsack over measured sensitivities" if recipe.plan.allocation == "global" else "the same share of all"
-    )
+    allocation = {
+        "global": "one knapsack over measured sensitivities",
+        "local": "one knapsack over local errors",
+        "uniform": "the same share of all",
+        "softmax": "shares by block influence",
+    }[recipe.plan.allocation]
     text = (
         f"slimdiff took {100 * (dense - slim) / dense:.1f} % of the parameters out of the denoiser of "
         f"{public_name(recipe.model)} ({amount(dense)} to {amount(slim)}) at {results['slim']['sites']} sites, "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 COMMANDS = (
     "demo",
     "build",
+    "calibrate",
     "compress",
     "sweep",
     "inspect",

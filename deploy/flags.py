@@ -7,13 +7,23 @@ import argparse
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
-    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
-    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
+    add_sampling(parser)
     parser.add_argument(
         "--groups", metavar="LIST", help="of query_key,value_output,feed_forward,resnet (default: all but resnet)"
     )
     parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
-    parser.add_argument("--allocation", choices=("global", "uniform"), help="how ranks are chosen (default: global)")
+    parser.add_argument(
+        "--allocation",
+        choices=("global", "local", "uniform", "softmax"),
+        help="how ranks are chosen: least error with measured sensitivities or without, or baselines (default: global)",
+    )
+    add_forms(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What the denoiser is watched doing."""
+    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line (default for demo: its own)")
+    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
     for name, kind, text in (
         ("steps", int, "scheduler steps per image (default: 20)"),
         ("guidance", float, "guidance scale (default: 5)"),
@@ -25,6 +35,15 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
 
-def groups(text: str | None) -> tuple[str, ...] | None:
-    """`query_key,value_output` as a tuple."""
-    return tuple(part.strip() for part in text.split(",")) if text else None
+def add_forms(parser: argparse.ArgumentParser) -> None:
+    """Which closed forms slim each group: `Forms`, whose defaults measured best."""
+    forms = parser.add_argument_group("closed forms", "the defaults measured best; others are for comparison")
+    forms.add_argument("--raw-keys", action="store_true", help="key moments about zero, not about each image's mean")
+    forms.add_argument(
+        "--value-moments", choices=("attended", "values"), help="whiten value_output after attention, or before"
+    )
+    forms.add_argument("--heads-apart", action="store_true", help="solve the output projection head by head")
+    forms.add_argument(
+        "--channels", choices=("elimination", "ridge_leverage"), help="how feed-forward channels are chosen"
+    )
+    forms.add_argument("--constant", action="store_true", help="carry a constant column into the biases")

@@ -59,7 +59,9 @@ def plan_step(shop: Workshop, folder: Path) -> None:
     budget = recipe.budget.budget()
     denoiser = denoiser_of(shop.dense)
     log.info("plan: recording the trajectories that ranks are chosen on")
-    recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan)
+    recorded = planning_calls(
+        shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, shop.statistics
+    )
     latency = None
     if budget.kind == "speedup":
         from exporters.latency_table import TableSettings, measure_latency

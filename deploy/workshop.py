@@ -82,7 +82,7 @@ class Workshop:
         """Every site's basis or order, for planning and for slimming."""
         denoiser = denoiser_of(self.dense)
         wanted = [s for s in find_sites(denoiser)[0] if s.group in self.recipe.plan.groups]
-        return factorise(denoiser, self.statistics, wanted, "plan: factorise")
+        return factorise(denoiser, self.statistics, wanted, "plan: factorise", self.recipe.plan.forms)
 
 
 def denoiser_of(pipeline: Any) -> Any:

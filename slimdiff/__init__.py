@@ -1,12 +1,13 @@
 """Slim diffusion models in closed form, guided by their activations, without a gradient step."""
 
 from slimdiff.budget import Budget
-from slimdiff.calibration import CalibrationSettings, Statistics, calibrate
+from slimdiff.calibration import CalibrationSettings, calibrate
 from slimdiff.compression import Compression, compress
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.plan import Plan
 from slimdiff.planning import PlanSettings, make_plan
 from slimdiff.slimming import slim_denoiser
+from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Sampling
 
 __all__ = [

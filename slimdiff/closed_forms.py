@@ -7,14 +7,42 @@ Sources: SlimDiff (arXiv 2509.21498), MoDeGPT (arXiv 2408.09632); the forms in h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 # Text moments are singular (77 padded tokens): directions below this share of the largest eigenvalue carry nothing.
 CUTOFF = 1e-10
 # Ridge on feed-forward moments, as a share of their mean diagonal: dead channels make them singular.
 RIDGE = 1e-6
+# Feed-forwards of up to so many channels lose one at a time; larger ones this share of the channels left (`1 / STEPS`).
+EXACT_CHANNELS = 1024
+STEPS = 32
+# Ridge of the leverage scores, as a share of the mean diagonal: far smaller, and all channels score alike.
+LEVERAGE_RIDGE = 1e-1
+
+
+class Forms(BaseModel):
+    """Which form slims each group. The defaults measured best (`python -m benchmarks.quality --ablation`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    centre_keys: bool = True
+    """query_key: take key moments about each image's mean key, which softmax does not see."""
+    value_moments: Literal["attended", "values"] = "attended"
+    """value_output: whiten by what the output projection receives, or (the papers) by the values before attention."""
+    joint_output: bool = True
+    """value_output: solve the output projection again over all heads at once; else each head keeps its own part."""
+    channels: Literal["elimination", "ridge_leverage"] = "elimination"
+    """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
+    constant: bool = False
+    """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
+
+
+PAPERS = Forms(centre_keys=False, value_moments="values", joint_output=False, channels="ridge_leverage")
+"""SlimDiff's and MoDeGPT's local forms, as we read them."""
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,47 +86,64 @@ def query_key(query: Tensor, key: Tensor) -> HeadBases:
     return HeadBases(inverse_q @ u * half, inverse_k @ vt.mT * half, _tail(s.square()))
 
 
-def value_output(moment: Tensor, output: Tensor, heads: int) -> HeadBases:
-    """Per head, `G_z^1/2 W_o = U S V^T` and `v' = v G_z^-1/2 U_r`, from what `to_out` really receives.
+def value_output(blocks: Tensor, output: Tensor) -> HeadBases:
+    """Per head, `G^1/2 W_o = U S V^T` and `v' = v Q`, where Q spans the columns of `G^-1/2 U_r`.
+
+    Q is orthonormal (the output is solved again on whatever basis it is): weights keep their size, so fp16 does too.
 
     Args:
-        moment: E[z z^T] `[H d, H d]` over all heads.
+        blocks: per head, `[H, d, d]`: E[z z^T] of what `to_out` receives, or E[v v^T] of the values (the papers' form,
+            equal to whitening `W_v W_o` by the covariance of the value input).
         output: weight of the output projection, `[out, H d]`.
     """
-    d = moment.shape[0] // heads
-    blocks = torch.stack([moment[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
+    heads, d, _ = blocks.shape
     weight = output.T.reshape(heads, d, -1)
     root, inverse = roots(blocks)
     u, s, _ = torch.linalg.svd(root @ weight, full_matrices=False)
     if s.shape[-1] < d:  # an output narrower than a head: the remaining directions reach nothing
         u = torch.linalg.qr(torch.cat([u, torch.eye(d, dtype=u.dtype).expand(heads, d, d)], -1))[0][..., :d]
         s = torch.nn.functional.pad(s, (0, d - s.shape[-1]))
-    return HeadBases(inverse @ u, inverse @ u, _tail(s.square()))
+    basis = torch.linalg.qr(inverse @ u).Q
+    return HeadBases(basis, basis, _tail(s.square()))
+
+
+def head_blocks(moment: Tensor, heads: int) -> Tensor:
+    """The diagonal blocks `[H, d, d]` of a moment over all heads `[H d, H d]`."""
+    d = moment.shape[0] // heads
+    return torch.stack([moment[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
 
 
 def solve_output(moment: Tensor, output: Tensor, basis: Tensor) -> Tensor:
-    """Least squares for the output projection on all heads' kept coordinates at once: `(B^T G B)^+ B^T G W_o`.
+    """Least squares for the output projection on the kept coordinates: `(B^T G B)^+ B^T G W_o`.
 
     Args:
-        moment: `[H d, H d]`; output: `[out, H d]`; basis: `[H, d, r]`.
+        moment: `[H d, H d]`, over all heads at once; or `[H, d, d]`, to solve each head on its own.
+        output: `[out, H d]`; basis: `[H, d, r]`.
 
     Returns:
         `[out, H r]`.
     """
+    joint = moment if moment.ndim == 2 else torch.block_diag(*moment)
     mixed = torch.block_diag(*basis)
-    gram = mixed.T @ moment @ mixed
+    gram = mixed.T @ joint @ mixed
     _, inverse = roots(gram)
-    return (inverse @ (inverse.T @ (mixed.T @ (moment @ output.T)))).T
+    return (inverse @ (inverse.T @ (mixed.T @ (joint @ output.T)))).T
 
 
-def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1, groups: int = 1) -> tuple[Tensor, Tensor]:
+def feed_forward_order(
+    moment: Tensor, down: Tensor, block: int | None = None, groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """Backward elimination on the output error: the optimal-brain-surgeon form.
 
     Removing channel i and solving the down projection again costs `|W_i|^2 / [C^-1]_ii`, with W and C^-1 updated after
-    each removal. The order is nested, and one pass gives the whole error curve.
+    each removal. The order is nested, and the error curve of all its ranks follows from one factor: with C in that
+    order `L L^T`, rank r leaves out the rows from r on of `L^T W`.
+
+    Up to `EXACT_CHANNELS` channels one goes per step, in float64. Beyond, `1 / STEPS` of those that are left go at once
+    and the updates are float32; C^-1 is computed anew from float64 whenever half of them are gone.
 
     Args:
-        moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step (1 is exact; more is faster).
+        moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step, if not as above.
         groups: with more than one, of which each has n / groups neighbouring channels, no group is ever more than one
             channel ahead of another; a step takes at most one channel of each.
 
@@ -106,44 +151,90 @@ def feed_forward_order(moment: Tensor, down: Tensor, block: int = 1, groups: int
         channels from the most to the least worth keeping `[n]`, and the relative error with the first r kept `[n + 1]`.
     """
     n = moment.shape[0]
-    inverse = torch.linalg.inv(_ridged(moment))
-    weight = down.T.clone()  # [n, out]
-    energy = torch.einsum("io,ij,jo->", weight, moment, weight).clamp(min=torch.finfo(moment.dtype).tiny)
-    alive = torch.ones(n, dtype=torch.bool)
-    removed: list[int] = []
-    errors = [0.0]
-    while len(removed) < n:
-        cost = weight.square().sum(1) / inverse.diagonal().clamp(min=torch.finfo(moment.dtype).tiny)
-        gone = _cheapest(cost, alive, block, groups)
-        part = torch.linalg.solve(inverse[gone][:, gone], torch.cat([inverse[gone], weight[gone]], 1))
-        paid = (weight[gone] * part[:, n:]).sum()
-        weight -= inverse[:, gone] @ part[:, n:]
-        inverse -= inverse[:, gone] @ part[:, :n]
-        alive[gone] = False
-        weight[gone] = 0.0
-        # The update leaves rounding residue in the removed rows; the diagonal must stay a divisor.
-        inverse[gone, :] = 0.0
-        inverse[:, gone] = 0.0
-        inverse[gone, gone] = 1.0
-        # Within a block the total is shared out evenly: only the block's end is exact.
-        removed += gone.tolist()
-        start = errors[-1]
-        errors += [start + float(paid) * (i + 1) / len(gone) for i in range(len(gone))]
-    order = torch.tensor(removed[::-1])
-    curve = torch.tensor(errors[::-1], dtype=torch.float64) / energy
-    return order, curve.clamp(min=0)
+    precision = torch.float64 if n <= EXACT_CHANNELS else torch.float32
+    ridged, factor = _definite(moment)
+    weight = down.T.to(precision, copy=True)  # [n, out]
+    alive = torch.arange(n)
+    removed: list[Tensor] = []
+    while len(alive):
+        if len(alive) < n:
+            factor = torch.linalg.cholesky(ridged[alive[:, None], alive])
+        inverse = torch.cholesky_inverse(factor.to(precision))
+        step = block or (1 if n <= EXACT_CHANNELS else max(1, len(alive) // STEPS))
+        gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step, alive * groups // n)
+        removed.append(alive[gone])
+        left = torch.ones(len(alive), dtype=torch.bool)
+        left[gone] = False
+        alive, weight = alive[left], weight[left]
+    order = torch.cat(removed).flip(0)
+    factor = torch.linalg.cholesky(ridged[order[:, None], order])
+    kept_out = (factor.to(precision).T @ down.T[order].to(precision)).double().square().sum(1)
+    curve = torch.cat([kept_out.flip(0).cumsum(0).flip(0), kept_out.new_zeros(1)])
+    return order, curve / curve[0].clamp(min=torch.finfo(curve.dtype).tiny)
 
 
-def _cheapest(cost: Tensor, alive: Tensor, block: int, groups: int) -> Tensor:
-    """Channels to remove next: the cheapest, or the cheapest of those groups that hold most."""
-    if groups == 1:
-        left = alive.nonzero().flatten()
-        return left[torch.topk(cost[left], min(block, len(left)), largest=False).indices]
-    held = alive.reshape(groups, -1).sum(1)
-    fullest = (held == held.max()).nonzero().flatten()
-    best = torch.where(alive, cost, torch.inf).reshape(groups, -1)[fullest].min(1)
-    picked = torch.topk(best.values, min(block, len(fullest)), largest=False).indices
-    return fullest[picked] * (len(cost) // groups) + best.indices[picked]
+def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tensor) -> Tensor:
+    """The `count` channels that cost least, first to go first, `step` at a time; updates both matrices in place."""
+    tiny = torch.finfo(inverse.dtype).tiny
+    left = torch.ones(len(inverse), dtype=torch.bool)
+    gone: list[Tensor] = []
+    while count:
+        cost = weight.square().sum(1) / inverse.diagonal().clamp(min=tiny)
+        cost[~left] = torch.inf
+        least = _cheapest(cost, left, owner, min(step, count))
+        rows = inverse[least]  # and, as the inverse is symmetric, its columns
+        part = torch.linalg.solve(rows[:, least], torch.cat([rows, weight[least]], 1))
+        weight.addmm_(rows.T, part[:, len(inverse) :], alpha=-1)
+        inverse.addmm_(rows.T, part[:, : len(inverse)], alpha=-1)
+        left[least] = False
+        gone.append(least)
+        count -= len(least)
+    return torch.cat(gone)
+
+
+def _definite(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The ridged moment and its Cholesky factor.
+
+    Sums in float32 can be indefinite by more than the usual ridge, above all with fewer tokens than channels: then the
+    ridge is raised tenfold until they are not.
+    """
+    ridged, ridge = _ridged(moment), RIDGE
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    while failed:
+        ridged.diagonal().add_(9 * ridge * moment.diagonal().mean())
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+    return ridged, factor
+
+
+def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels by ridge leverage `[C (C + lambda I)^-1]_ii`, the papers' choice (MoDeGPT).
+
+    Returns:
+        as `feed_forward_order`.
+    """
+    ridge = LEVERAGE_RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    eye = torch.eye(len(moment), dtype=moment.dtype)
+    order = torch.linalg.solve(moment + ridge * eye, moment).diagonal().argsort(descending=True)
+    # With C = L L^T in that order, channels are made orthogonal one by one: row i of L^T W is what channel i adds.
+    factor = torch.linalg.cholesky(_ridged(moment)[order][:, order])
+    added = (factor.T @ down.T[order]).square().sum(1)
+    return order, _tail(added[None])
+
+
+def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
+    """Channels to remove next: of those groups that hold most, the cheapest; the cheapest at all if there is one group.
+
+    Args:
+        cost: infinite where `left` is false; owner: each channel's group.
+    """
+    held = torch.bincount(owner[left], minlength=int(owner.max()) + 1)
+    if len(held) == 1:
+        return torch.topk(cost, step, largest=False).indices
+    best = torch.full((len(held),), torch.inf, dtype=cost.dtype).scatter_reduce(0, owner, cost, "amin")
+    best[held < held.max()] = torch.inf
+    groups = torch.topk(best, min(step, int((held == held.max()).sum())), largest=False).indices
+    return torch.where(owner == groups[:, None], cost, torch.inf).argmin(1)
 
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:

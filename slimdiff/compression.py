@@ -11,14 +11,15 @@ from typing import TypedDict
 from diffusers import DiffusionPipeline
 
 from slimdiff.budget import Budget
-from slimdiff.calibration import CalibrationSettings, Statistics, calibrate
+from slimdiff.calibration import CalibrationSettings, calibrate
 from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import PlanSettings, chosen_sites, make_plan
+from slimdiff.planning import MEASURED, Planner, PlanSettings, chosen_sites, is_measured
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
+from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 
 
@@ -29,7 +30,7 @@ class Compression:
     Attributes:
         pipeline: a pipeline like the one that came in, with a slim denoiser; its other components are shared.
         plan: site -> rank, costs, predicted errors.
-        statistics: reusable for another budget.
+        statistics: reusable for another budget, with what planning measured.
         seconds: time taken by `calibrate`, `plan` and `slim`.
     """
 
@@ -49,6 +50,7 @@ def compress(
     calibration: CalibrationSettings | None = None,
     planning: PlanSettings | None = None,
     statistics: Statistics | None = None,
+    release_dense: bool = False,
     progress: bool = True,
 ) -> Compression:
     """Slim a pipeline's denoiser without a gradient step.
@@ -61,6 +63,8 @@ def compress(
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency_table`).
         statistics: from an earlier calibration of the same weights, to save the time.
+        release_dense: let go of the dense weights as the slim ones are made: less memory, but the pipeline that came in
+            cannot be used afterwards.
 
     Raises:
         InputError: for an impossible budget, a plan or statistics of another model, or nothing to slim.
@@ -86,18 +90,19 @@ def compress(
     recorded: PlanningCalls = {}
     if plan is None:
         assert budget is not None
-        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None)
-        recorded = planning_calls(pipeline, prompts, budget, calibration, planning)
-        plan = make_plan(
+        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None, planning.forms)
+        recorded = planning_calls(pipeline, prompts, budget, calibration, planning, statistics)
+        planner = Planner(
             denoiser,
             statistics,
-            budget,
             planning,
             **recorded,
             latency=latency,
             factors=factors,
             progress="plan" if progress else None,
         )
+        plan = planner.plan(budget)
+        planner.remember(statistics)
     lap("plan")
     fitted_on = recorded.get("resnet_calls", [])
     if plan.slims_resnets() and not fitted_on:
@@ -110,6 +115,7 @@ def compress(
         "slim" if progress else None,
         resnet_calls=fitted_on,
         resnet_settings=planning.resnets,
+        release_dense=release_dense,
     )
     lap("slim")
     return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
@@ -129,10 +135,14 @@ def planning_calls(
     budget: Budget,
     calibration: CalibrationSettings,
     planning: PlanSettings,
+    statistics: Statistics,
 ) -> PlanningCalls:
-    """Record what planning under this budget needs, and no more."""
+    """Record what planning under this budget needs and the statistics do not hold, and no more."""
     recorded: PlanningCalls = {}
-    if planning.allocation == "global" or budget.kind != "parameters":
+    wanted = [s for s in find_sites(getattr(pipeline, denoiser_name(pipeline)))[0] if s.group in planning.groups]
+    covered = [s for s in wanted if statistics.covers(s.name, s.group)]
+    unmeasured = planning.allocation in MEASURED and not is_measured(statistics, covered, planning)
+    if unmeasured or (budget.kind != "parameters" and not statistics.macs):
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)

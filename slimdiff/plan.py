@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimdiff.artifacts import replacing
+from slimdiff.closed_forms import Forms
 from slimdiff.errors import InputError
 from slimdiff.sites import Group, Site
 
@@ -49,6 +50,8 @@ class Plan(BaseModel):
     model_hash: str
     """Fingerprint of the dense denoiser's weights."""
     allocation: str
+    forms: Forms = Forms()
+    """The closed forms that its ranks were chosen for, and by which it is carried out."""
     align: int
     parameters: dict[str, int]
     """`dense`, `slim`: the denoiser's parameter counts; `budget`: what slim was to be, if parameters were budgeted."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,28 +13,39 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, brentq, milp
 from scipy.sparse import lil_array
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.budget import Budget
-from slimdiff.calibration import Statistics
+from slimdiff.closed_forms import Forms
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
+from slimdiff.influence import block_influences
 from slimdiff.plan import Plan, site_plan
 from slimdiff.resnets import ResnetSettings, exchanged_resnet
 from slimdiff.search import smallest_within
 from slimdiff.sites import GROUPS, Group, Site, find_sites
-from slimdiff.slimming import Factors, check_statistics, emulated_weight, factorise, fit_resnets, slim_denoiser
+from slimdiff.slimming import Factors, check_statistics, emulated_weights, factorise, fit_resnets, slim_denoiser
+from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, predict
+
+log = logging.getLogger("slimdiff")
 
 # A plan may remove this much more than the budget says, never less.
 TOLERANCE = 0.004
 # Candidate ranks per site are thinned to this many: the knapsack stays small, and neighbours differ by under 2 %.
 MOST_CANDIDATES = 64
+# What allocations measure by forward passes, and therefore need recorded calls for.
+MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
+# Seconds that the solver may take for one choice; what it has by then is within a gap that is told.
+SOLVE_SECONDS = 60.0
 # Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
 SLACK = 0.005
+
+
+Allocation = Literal["global", "local", "uniform", "softmax"]
 
 
 class PlanSettings(BaseModel):
@@ -41,8 +53,13 @@ class PlanSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    allocation: Literal["global", "uniform"] = "global"
-    """`global`: the knapsack on measured sensitivities; `uniform`: the same share of every site."""
+    allocation: Allocation = "global"
+    """`global`: the knapsack on local errors times measured sensitivities; `local`: on local errors alone; `uniform`:
+    the same share of every site; `softmax`: shares by block influence (the papers)."""
+    forms: Forms = Forms()
+    """The closed forms that slim each group."""
+    softmax_temperature: float = Field(0.1, gt=0)
+    """Of the softmax allocation: the lower, the more the least influential blocks lose."""
     align: int = Field(8, ge=1)
     """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
     groups: tuple[Group, ...] = GROUPS
@@ -88,7 +105,8 @@ def make_plan(
     multiple-choice knapsack, solved exactly (scipy's `milp`).
 
     Args:
-        calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs.
+        calls: recorded denoiser calls (`record_calls`), needed by the global allocation and by a budget of MACs where
+            the statistics do not hold what was measured on them (`Planner.remember`).
         held: recorded calls that neither calibration nor `calls` saw, on which `max_error` is measured.
         resnet_calls: recorded calls that slim resnets are fitted on, to see what they do and for `max_error`.
         latency: measured milliseconds by layer and rank, needed by a speedup.
@@ -139,10 +157,13 @@ class Planner:
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
-        if self.settings.allocation == "global" and not calls:
-            raise InputError("the global allocation measures sensitivities: give it recorded denoiser calls")
-        self.sites, self.left_dense = find_sites(denoiser)
-        self.chosen = chosen_sites(self.sites, self.settings)
+        self.sites, left_dense = find_sites(denoiser)
+        silent = {s.path: None for s in self.sites if not statistics.covers(s.name, s.group)}
+        self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
+        self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
+        name = self.settings.allocation
+        if not calls and name in MEASURED and not is_measured(statistics, self.chosen, self.settings):
+            raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
         if factors is not None:
             self.factors = factors
@@ -150,13 +171,16 @@ class Planner:
     @cached_property
     def factors(self) -> Factors:
         """Every chosen site's basis or order."""
-        return factorise(self.denoiser, self.statistics, self.chosen, self.told("factorise"))
+        told = self.told("factorise")
+        return factorise(self.denoiser, self.statistics, self.chosen, told, self.settings.forms)
 
     @cached_property
     def sensitivities(self) -> dict[str, float]:
-        """By site name; empty for the uniform allocation, which does not ask."""
-        if self.settings.allocation == "uniform":
+        """By site name; empty for the allocations that do not ask."""
+        if self.settings.allocation != "global":
             return {}
+        if is_measured(self.statistics, self.chosen, self.settings):
+            return {site.name: self.statistics.sensitivities[site.name] for site in self.chosen}
         return measure_sensitivities(
             self.denoiser,
             self.statistics,
@@ -164,9 +188,18 @@ class Planner:
             self.factors,
             self.calls,
             self.told("sensitivity"),
+            self.settings.forms,
             resnet_calls=self.resnet_calls,
             resnet_settings=self.settings.resnets,
         )
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """By layer, the share of it that goes in relation to other layers', where shares are not chosen by error."""
+        if self.settings.allocation == "uniform":
+            return [1.0] * len(self.layers)
+        influences = block_influences(self.denoiser, [layer.path for layer in self.layers], self.calls)
+        return softmax_weights(influences, self.settings.softmax_temperature)
 
     @cached_property
     def parameters(self) -> CostTable:
@@ -175,7 +208,19 @@ class Planner:
     @cached_property
     def macs(self) -> CostTable | None:
         """None without recorded calls: how many tokens there are shows in a call alone."""
+        known = self.statistics.macs
+        if "" in known and all(layer.path in known for layer in self.layers):
+            ranks = {layer.path: {0: 0.0, layer.dense_rank: known[layer.path]} for layer in self.layers}
+            return CostTable("macs", known[""], ranks)
         return mac_costs(self.denoiser, self.chosen, self.calls[0]) if self.calls else None
+
+    def remember(self, statistics: Statistics) -> None:
+        """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls."""
+        if self.settings.forms == Forms():  # others' local errors are others: their slopes are not kept
+            statistics.sensitivities = statistics.sensitivities | self.sensitivities
+        if self.macs is not None:
+            layers = {path: costs[max(costs)] for path, costs in self.macs.layers.items()}
+            statistics.macs = statistics.macs | {"": self.macs.dense, **layers}
 
     def table(self, budget: Budget) -> CostTable:
         """What the budget is counted in.
@@ -218,8 +263,8 @@ class Planner:
     def ranks(self, table: CostTable, removed: float) -> dict[str, int]:
         """Rank by module path, so that `removed` goes, in the table's unit, with the least predicted error."""
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
-        if self.settings.allocation == "uniform":
-            picks = choose(savings, _distances(self.layers, savings, removed), removed)
+        if self.settings.allocation in ("uniform", "softmax"):
+            picks = choose(savings, _distances(self.layers, savings, self.weights, removed), removed)
         else:
             also = None
             if table.name == "parameters" and self.macs is not None:
@@ -228,8 +273,9 @@ class Planner:
         return {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
 
     def _errors(self, layer: Layer) -> np.ndarray:
-        curves = [self.sensitivities[s.name] * self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
-        return np.sum(curves, axis=0)
+        slopes = [self.sensitivities.get(s.name, 1.0) for s in layer.sites]
+        curves = [self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
+        return np.sum([slope * curve for slope, curve in zip(slopes, curves, strict=True)], axis=0)
 
     def written(self, ranks: dict[str, int], budget: Budget, bounds: Mapping[str, float]) -> Plan:
         """The plan of these ranks (by module path); layers not named are dense.
@@ -263,6 +309,7 @@ class Planner:
             model_class=type(self.denoiser).__name__,
             model_hash=self.statistics.model_hash,
             allocation=self.settings.allocation,
+            forms=self.settings.forms,
             align=self.settings.align,
             parameters=parameters,
             budget={budget.kind: getattr(budget, budget.kind)},
@@ -287,6 +334,12 @@ class Planner:
     def told(self, what: str) -> str | None:
         """A progress bar's name, or None for no bar."""
         return self.progress and f"{self.progress}: {what}"
+
+
+def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:
+    """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
+    measured = all(site.name in statistics.sensitivities for site in sites)
+    return settings.allocation == "global" and settings.forms == Forms() and measured
 
 
 def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
@@ -321,13 +374,37 @@ def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
     return layers
 
 
-def _distances(layers: Sequence[Layer], savings: Sequence[np.ndarray], removed: float) -> list[np.ndarray]:
-    """For the uniform allocation: how far each candidate is from the one share of every layer that meets the budget."""
+def softmax_weights(scores: Sequence[float], temperature: float) -> list[float]:
+    """The papers' allocation: shares that go in proportion to `softmax(-score / temperature)`, of mean 1.
+
+    Args:
+        scores: per layer, how much it changes its input.
+    """
+    raised = np.exp(-(np.array(scores) - min(scores)) / temperature)
+    return [float(w) for w in raised / raised.mean()]
+
+
+def _distances(
+    layers: Sequence[Layer], savings: Sequence[np.ndarray], weights: Sequence[float], removed: float
+) -> list[np.ndarray]:
+    """How far each candidate is from the share that should go from its layer, in proportion to the layer's weight.
+
+    No layer loses more than its smallest candidate; what it cannot, the others do.
+    """
     shares = [1 - np.array(layer.candidates) / layer.dense_rank for layer in layers]
+    most = np.array([share[0] for share in shares])
     # What a layer would save if it went wholly, from what its smallest candidate saves.
-    whole = [s[0] / share[0] if share[0] > 0 else 0.0 for s, share in zip(savings, shares, strict=True)]
-    wanted = removed / sum(whole)
-    return [(share - wanted) ** 2 * weight for share, weight in zip(shares, whole, strict=True)]
+    whole = np.array([s[0] / share[0] if share[0] > 0 else 0.0 for s, share in zip(savings, shares, strict=True)])
+
+    def missing(scale: float) -> float:
+        return float((np.minimum(scale * np.array(weights), most) * whole).sum()) - removed
+
+    high = 1.0
+    while missing(high) < 0 and high < 1e12:
+        high *= 2
+    scale = brentq(missing, 0, high) if missing(high) > 0 else high
+    wanted = np.minimum(scale * np.array(weights), most)
+    return [(share - want) ** 2 * weight for share, want, weight in zip(shares, wanted, whole, strict=True)]
 
 
 def choose(
@@ -358,7 +435,15 @@ def choose(
 
     def solve(objective: np.ndarray, allowed: np.ndarray, *more: LinearConstraint) -> np.ndarray | None:
         whole, most = np.ones(len(owner)), allowed.astype(float)
-        found = milp(objective, constraints=[*constraints, *more], integrality=whole, bounds=Bounds(0, most))
+        found = milp(
+            objective,
+            constraints=[*constraints, *more],
+            integrality=whole,
+            bounds=Bounds(0, most),
+            options={"time_limit": SOLVE_SECONDS},
+        )
+        if found.status == 1 and found.x is not None:
+            log.warning("the choice of ranks was stopped after %g s, %.2g from the best", SOLVE_SECONDS, found.mip_gap)
         return None if found.x is None else np.flatnonzero(found.x > 0.5)
 
     window = LinearConstraint(saving[None, :], 1, 1 + TOLERANCE)
@@ -405,6 +490,7 @@ def measure_sensitivities(
     factors: Factors,
     calls: Sequence[Call],
     progress: str | None = None,
+    forms: Forms | None = None,
     *,
     resnet_calls: Sequence[Call] = (),
     resnet_settings: ResnetSettings | None = None,
@@ -421,12 +507,12 @@ def measure_sensitivities(
     fitted = fit_resnets(denoiser, factors, halves, resnet_calls, resnet_settings, progress)
     result = {}
     for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
-        with ExitStack() as stack:
-            if site.name in fitted:
-                stack.enter_context(exchanged_resnet(modules[site.path], fitted[site.name]))
-            else:
-                name, weight, bias = emulated_weight(modules[site.path], site, rank, factors[site.name], statistics)
-                stack.enter_context(exchanged(modules[site.path].get_submodule(name), weight, bias))
+        module = modules[site.path]
+        if site.name in fitted:
+            slim = exchanged_resnet(module, fitted[site.name])
+        else:
+            slim = exchanged(module, emulated_weights(module, site, rank, factors[site.name], statistics, forms))
+        with slim:
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())
                 for call, r in zip(calls, reference, strict=True)
@@ -437,14 +523,13 @@ def measure_sensitivities(
 
 
 @contextmanager
-def exchanged(linear: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Iterator[None]:
-    """A linear layer with another weight (and bias) of the same shape, for the length of a block."""
-    before = {name: p.data for name, p in linear.named_parameters()}
+def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with other weights of the same shapes (by parameter name), for the length of a block."""
+    before = {name: module.get_parameter(name).data for name in weights}
     try:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                linear.get_parameter(name).data = tensor.to(before[name])
+        for name, tensor in weights.items():
+            module.get_parameter(name).data = tensor.to(before[name])
         yield
     finally:
         for name, data in before.items():
-            linear.get_parameter(name).data = data
+            module.get_parameter(name).data = data

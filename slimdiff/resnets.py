@@ -27,8 +27,6 @@ from slimdiff.models import resize_resnet
 from slimdiff.sites import ResnetLayers, Site, resnet_layers
 from slimdiff.trajectory import Call, predict
 
-# Elimination is cubic: beyond this many steps for a site, several channels go at once, each out of another group.
-_MOST_STEPS = 256
 # Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
 _MOST_PIXELS = 8192
 
@@ -68,8 +66,7 @@ def channel_order(moment: Tensor, second: Tensor, groups: int) -> tuple[Tensor, 
     """
     weight = second.transpose(0, 1).flatten(1)
     root, _ = closed_forms.roots(weight @ weight.T)  # elimination sees the weight by its products alone
-    block = -(-len(moment) // _MOST_STEPS)
-    return closed_forms.feed_forward_order(moment, root, block, groups)
+    return closed_forms.feed_forward_order(moment, root, groups=groups)
 
 
 def sliced(block: nn.Module, kept: Tensor) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff import closed_forms, resnets
-from slimdiff.calibration import Statistics, weights_hash
-from slimdiff.closed_forms import HeadBases
+from slimdiff.calibration import weights_hash
+from slimdiff.closed_forms import Forms, HeadBases
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.resnets import ResnetSettings
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
+from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call
 
 
@@ -33,29 +34,60 @@ Factors = dict[str, "HeadBases | ChannelOrder"]
 
 
 def factorise(
-    denoiser: nn.Module, statistics: Statistics, sites: Sequence[Site], progress: str | None = None
+    denoiser: nn.Module,
+    statistics: Statistics,
+    sites: Sequence[Site],
+    progress: str | None = None,
+    forms: Forms | None = None,
 ) -> Factors:
-    """Each site's basis or order: everything that does not depend on the rank, by site name."""
+    """Each site's basis or order: everything that does not depend on the rank, by site name.
+
+    Sites that never ran in calibration have none.
+    """
+    forms = forms or Forms()
     modules = dict(denoiser.named_modules())
     factors: Factors = {}
     for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
+        if not statistics.covers(site.name, site.group):
+            continue
         module = modules[site.path]
         if site.group == "query_key":
-            factors[site.name] = closed_forms.query_key(
-                statistics.mean(f"{site.name}.query"), statistics.mean(f"{site.name}.key")
-            )
+            key = statistics.mean(f"{site.name}.key")
+            if not forms.centre_keys:
+                key = key + statistics.mean(f"{site.name}.key_mean")
+            factors[site.name] = closed_forms.query_key(statistics.mean(f"{site.name}.query"), key)
         elif site.group == "value_output":
-            output = attention_linears(module)[3].weight.detach().double().cpu()
-            factors[site.name] = closed_forms.value_output(statistics.mean(site.name), output, site.heads)
+            output = attention_linears(module)[3]
+            moment, _ = _received(statistics, site, output, forms)
+            blocks = moment if moment.ndim == 3 else closed_forms.head_blocks(moment, site.heads)
+            factors[site.name] = closed_forms.value_output(blocks, _wide(output.weight))
         elif site.group == "resnet":
-            second = resnet_layers(module).second.weight.detach().double().cpu()
+            second = _wide(resnet_layers(module).second.weight)
             factors[site.name] = ChannelOrder(*resnets.channel_order(statistics.mean(site.name), second, site.multiple))
         else:
-            down = feed_forward_linears(module)[1].weight.detach().double().cpu()
-            # Exact elimination is cubic with a large constant; beyond 1024 steps a site would take minutes.
-            block = max(1, site.dense_rank // 1024)
-            factors[site.name] = ChannelOrder(*closed_forms.feed_forward_order(statistics.mean(site.name), down, block))
+            down = feed_forward_linears(module)[1]
+            moment, _ = _received(statistics, site, down, forms)
+            leverage = forms.channels == "ridge_leverage"
+            choose = closed_forms.ridge_leverage_order if leverage else closed_forms.feed_forward_order
+            factors[site.name] = ChannelOrder(*choose(moment, _wide(down.weight)))
     return factors
+
+
+def _received(statistics: Statistics, site: Site, last: nn.Linear, forms: Forms) -> tuple[Tensor, Tensor | None]:
+    """Second moments of what a site's last linear receives; with its mean, they are about it.
+
+    Returns:
+        `[n, n]`, or `[H, d, d]` where heads are solved one by one; and `[n]`, or None where no constant is carried.
+    """
+    if site.group == "value_output" and forms.value_moments == "values":
+        return statistics.mean(f"{site.name}.value"), None
+    moment, first = statistics.mean(site.name), None
+    if forms.constant and last.bias is not None:
+        first = statistics.first(site.name)
+        moment = moment - torch.outer(first, first)
+    if site.group == "value_output" and not forms.joint_output:
+        moment = closed_forms.head_blocks(moment, site.heads)
+    return moment, first
 
 
 def check_statistics(denoiser: nn.Module, statistics: Statistics) -> None:
@@ -76,6 +108,7 @@ def slim_denoiser(
     *,
     resnet_calls: Sequence[Call] = (),
     resnet_settings: ResnetSettings | None = None,
+    release_dense: bool = False,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
@@ -84,15 +117,22 @@ def slim_denoiser(
     Args:
         factors: from `factorise`, if they are there already.
         resnet_calls: recorded denoiser calls that slim resnets are fitted on, needed if the plan has any.
+        release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
+            together. The dense model cannot be used afterwards, nor if this fails halfway.
 
     Raises:
-        InputError: if statistics or plan are another model's, or there is no call to fit resnets on.
+        InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
+            there is no call to fit resnets on.
     """
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
     changed = _changed(denoiser, plan)
-    known = factors or factorise(denoiser, statistics, changed, progress)
+    told = None if progress is None else f"{progress}: factorise"
+    known = factors or factorise(denoiser, statistics, changed, told, plan.forms)
+    for site in changed:
+        if site.name not in known:
+            raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
     fitted = fit_resnets(
         denoiser, known, {s: plan.sites[s.name].rank for s in changed}, resnet_calls, resnet_settings, progress
     )
@@ -100,9 +140,9 @@ def slim_denoiser(
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
         if site.name in fitted:
             return fitted[site.name]
-        return slim_weights(module, site, rank, known[site.name], statistics)
+        return slim_weights(module, site, rank, known[site.name], statistics, plan.forms)
 
-    return assemble(denoiser, plan, weights)
+    return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
 
 
 def fit_resnets(
@@ -128,9 +168,17 @@ def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
 
 
 def assemble(
-    denoiser: nn.Module, plan: Plan, weights: Callable[[nn.Module, Site, int], dict[str, Tensor]]
+    denoiser: nn.Module,
+    plan: Plan,
+    weights: Callable[[nn.Module, Site, int], dict[str, Tensor]],
+    progress: str | None = None,
+    *,
+    release_dense: bool = False,
 ) -> nn.Module:
-    """The slim model of a plan, with the smaller weights that `weights(module, site, rank)` gives by parameter name."""
+    """The slim model of a plan, with the smaller weights that `weights(module, site, rank)` gives by parameter name.
+
+    `release_dense` is `slim_denoiser`'s.
+    """
     slim_class = slim_class_of(denoiser)
     plan = plan.recount()
     # A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
@@ -140,10 +188,13 @@ def assemble(
         slim = slim_class(slim_plan=plan.model_dump(mode="json"), **config)  # refuses a plan of another architecture
     state = dict(denoiser.state_dict())
     modules = dict(denoiser.named_modules())
-    for site in _changed(denoiser, plan):
+    for site in tqdm(_changed(denoiser, plan), desc=progress, disable=progress is None, unit="site"):
         for name, tensor in weights(modules[site.path], site, plan.sites[site.name].rank).items():
             key = f"{site.path}.{name}"
             state[key] = tensor.to(state[key])
+            if release_dense:
+                dense = denoiser.get_parameter(key)
+                dense.data = dense.data.new_empty(0)
     slim.load_state_dict(state, strict=True, assign=True)
     persistent = set(state)
     for name, buffer in denoiser.named_buffers():
@@ -154,51 +205,80 @@ def assemble(
 
 
 def slim_weights(
-    module: nn.Module, site: Site, rank: int, factor: HeadBases | ChannelOrder, statistics: Statistics
+    module: nn.Module,
+    site: Site,
+    rank: int,
+    factor: HeadBases | ChannelOrder,
+    statistics: Statistics,
+    forms: Forms | None = None,
 ) -> dict[str, Tensor]:
     """The site's smaller weights and biases by parameter name, float64."""
+    forms = forms or Forms()
     if isinstance(factor, ChannelOrder):
-        up, down, gated = feed_forward_linears(module)
+        up, _, gated = feed_forward_linears(module)
         kept = factor.order[:rank].sort().values
         rows = torch.cat([kept, kept + site.dense_rank]) if gated else kept
-        weights = {
-            "net.0.proj.weight": _wide(up.weight)[rows],
-            "net.2.weight": closed_forms.solve_down(statistics.mean(site.name), _wide(down.weight), kept),
-        }
+        weights = {"net.0.proj.weight": _wide(up.weight)[rows]}
         if up.bias is not None:
             weights["net.0.proj.bias"] = _wide(up.bias)[rows]
-        return weights
-    query, key, value, output = attention_linears(module)
+        return {**weights, **_down(module, site, kept, statistics, forms)}
+    query, key, value, _ = attention_linears(module)
     left, right = factor.left[..., :rank], factor.right[..., :rank]
     if site.group == "query_key":
         # The stock processor will divide by sqrt(rank): fold in what makes that the dense scale.
         scale = (rank / site.dense_rank) ** 0.5
         return {**_project("to_q", query, left * scale), **_project("to_k", key, right)}
-    solved = closed_forms.solve_output(statistics.mean(site.name), _wide(output.weight), left)
-    return {**_project("to_v", value, left), "to_out.0.weight": solved}
+    return {**_project("to_v", value, left), **_out(module, site, left, statistics, forms)}
 
 
 @torch.no_grad()
-def emulated_weight(
-    module: nn.Module, site: Site, rank: int, factor: HeadBases | ChannelOrder, statistics: Statistics
-) -> tuple[str, Tensor, Tensor | None]:
-    """One site slimmed alone, in the dense shapes: the layer to change, its weight, and its bias if that changes.
+def emulated_weights(
+    module: nn.Module,
+    site: Site,
+    rank: int,
+    factor: HeadBases | ChannelOrder,
+    statistics: Statistics,
+    forms: Forms | None = None,
+) -> dict[str, Tensor]:
+    """One site slimmed alone, in the dense shapes: the weights and biases that change, by parameter name.
 
     Computes what the slim weights would, so that one site's effect can be measured without touching its neighbours.
     """
+    forms = forms or Forms()
     if isinstance(factor, ChannelOrder):
-        _, down, _ = feed_forward_linears(module)
         kept = factor.order[:rank]
-        weight = torch.zeros_like(_wide(down.weight))
-        weight[:, kept] = closed_forms.solve_down(statistics.mean(site.name), _wide(down.weight), kept)
-        return "net.2", weight, None
-    query, _, _, output = attention_linears(module)
+        solved = _down(module, site, kept, statistics, forms)
+        weight = torch.zeros(feed_forward_linears(module)[1].weight.shape, dtype=torch.float64)
+        weight[:, kept] = solved["net.2.weight"]
+        return {**solved, "net.2.weight": weight}
     left, right = factor.left[..., :rank], factor.right[..., :rank]
     if site.group == "query_key":  # q L (k R)^T = (q L R^T) k^T
-        projected = _project("to_q", query, left @ right.mT)
-        return "to_q", projected["to_q.weight"], projected.get("to_q.bias")
-    solved = closed_forms.solve_output(statistics.mean(site.name), _wide(output.weight), left)
-    return "to_out.0", solved @ torch.block_diag(*left).T, None
+        return _project("to_q", attention_linears(module)[0], left @ right.mT)
+    solved = _out(module, site, left, statistics, forms)
+    return {**solved, "to_out.0.weight": solved["to_out.0.weight"] @ torch.block_diag(*left).T}
+
+
+def _down(module: nn.Module, site: Site, kept: Tensor, statistics: Statistics, forms: Forms) -> dict[str, Tensor]:
+    """The down projection solved on the kept channels, and its bias if that changes."""
+    down = feed_forward_linears(module)[1]
+    moment, first = _received(statistics, site, down, forms)
+    dense = _wide(down.weight)
+    weight = closed_forms.solve_down(moment, dense, kept)
+    if first is None:
+        return {"net.2.weight": weight}
+    return {"net.2.weight": weight, "net.2.bias": _wide(down.bias) + dense @ first - weight @ first[kept]}
+
+
+def _out(module: nn.Module, site: Site, basis: Tensor, statistics: Statistics, forms: Forms) -> dict[str, Tensor]:
+    """The output projection solved on a basis `[H, d, r]` of each head, and its bias if that changes."""
+    output = attention_linears(module)[3]
+    moment, first = _received(statistics, site, output, forms)
+    dense = _wide(output.weight)
+    weight = closed_forms.solve_output(moment, dense, basis)
+    if first is None:
+        return {"to_out.0.weight": weight}
+    left_behind = dense @ first - weight @ (torch.block_diag(*basis).T @ first)
+    return {"to_out.0.weight": weight, "to_out.0.bias": _wide(output.bias) + left_behind}
 
 
 def _project(name: str, linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:

@@ -108,6 +108,7 @@ def sample_images(
     prompts: Sequence[Inputs],
     sampling: Sampling,
     *,
+    numbers: Sequence[int] | None = None,
     output_type: str = "pil",
     progress: str | None = None,
 ) -> list[Any]:
@@ -116,6 +117,7 @@ def sample_images(
     Args:
         prompts: per image, a prompt or a mapping (see the table above). In a batch, tensors are stacked (so give them
             without a batch dimension) and anything else is handed over as a list.
+        numbers: the prompts' numbers, where they are a part of a longer list; 0, 1, ... if not given.
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
 
     Returns:
@@ -129,7 +131,8 @@ def sample_images(
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="image") as bar:
         for start in range(0, len(prompts), sampling.batch):
             batch = list(prompts[start : start + sampling.batch])
-            noise = [torch.Generator().manual_seed(sampling.seed + start + i) for i in range(len(batch))]
+            own = range(start, start + len(batch)) if numbers is None else numbers[start : start + len(batch)]
+            noise = [torch.Generator().manual_seed(sampling.seed + number) for number in own]
             result = pipeline(generator=noise, **_arguments(pipeline, batch, sampling, output_type))
             images += list(result[0])
             bar.update(len(batch))

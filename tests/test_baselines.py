@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import PROMPTS, SAMPLING
 
-from benchmarks.baselines import _truncate, magnitude_pruning, plain_svd
+from benchmarks.baselines import _truncate, magnitude_pruning, plain_svd, random_channels
 from slimdiff import Budget, PlanSettings, make_plan, slim_denoiser
 from slimdiff.costs import count_parameters
 from slimdiff.fidelity import noise_error
@@ -19,7 +19,7 @@ def calls(pipeline):
     return record_calls(pipeline, PROMPTS, SAMPLING)
 
 
-@pytest.mark.parametrize("method", [magnitude_pruning, plain_svd])
+@pytest.mark.parametrize("method", [magnitude_pruning, plain_svd, random_channels])
 def test_a_baseline_has_the_plans_size_and_is_worse(pipeline, compression, calls, method):
     statistics = compression.statistics
     settings = PlanSettings(allocation="uniform", align=4)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.flags import add_calibration, groups
+from deploy.flags import add_calibration
 
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
@@ -54,17 +54,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.arguments import given, settings
+    from deploy.arguments import plan_settings, settings
     from deploy.outputs import artifact_folder, check_folder
     from deploy.prompts import EMBEDDED, calibration_prompts
-    from slimdiff import Budget, CalibrationSettings, Plan, PlanSettings, Sampling, Statistics, artifacts
+    from slimdiff import Budget, CalibrationSettings, Plan, Sampling, Statistics, artifacts
     from slimdiff.errors import InputError
 
     out = Path(args.out)
     check_folder(out, artifacts.MANIFEST)
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = settings(PlanSettings, args, "align", "allocation", **given(groups=groups(args.groups)))
+    planning = plan_settings(args)
     plan = Plan.load(Path(args.plan)) if args.plan else None
     budget = None if plan else Budget(args.reduce, macs=args.macs, speedup=args.speedup, max_error=args.max_error)
     if args.speedup is None and (args.runtime or args.threads):
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.steps import compression_result
     from deploy.workshop import denoiser_of
     from exporters.pipeline_export import example_call
-    from slimdiff import compress
+    from slimdiff import compress, distributed
     from slimdiff.costs import count_parameters
     from slimdiff.pipelines import load_pipeline
 
@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         one = example_call(pipeline, height=sampling.height, width=sampling.width)
         progress = None if args.quiet else "latency"
         latency = measure_latency(denoiser_of(pipeline), one, planning, chosen, progress=progress)
+    call = example_call(pipeline, height=sampling.height, width=sampling.width)
+    dense_costs = costs(denoiser_of(pipeline), call)
     used = prompts[: calibration.samples]  # what is left over is for measuring an error on
     log.info("compress: %d prompts, %d steps each", len(used), sampling.steps)
     slim = compress(
@@ -108,10 +110,12 @@ def run(args: argparse.Namespace) -> int:
         calibration=calibration,
         planning=planning,
         statistics=statistics,
+        release_dense=True,  # its costs are known
         progress=not args.quiet,
     )
-    call = example_call(pipeline, height=sampling.height, width=sampling.width)
-    dense_costs, slim_costs = (costs(denoiser_of(p), call) for p in (pipeline, slim.pipeline))
+    if distributed.world()[0] > 0:  # every process has made the same model
+        return 0
+    slim_costs = costs(denoiser_of(slim.pipeline), call)
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     with artifact_folder(out) as temporary:
         save_pipeline(slim.pipeline, temporary)

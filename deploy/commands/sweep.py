@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.flags import add_calibration, groups
+from deploy.flags import add_calibration
 
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 EXAMPLE = """examples:
@@ -41,19 +41,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.arguments import given, settings
+    from deploy.arguments import plan_settings, settings
     from deploy.outputs import check_folder
     from deploy.stages import LOCK
     from exporters.latency import LatencySettings
     from exporters.latency_table import TableSettings
-    from slimdiff import CalibrationSettings, PlanSettings, Sampling
+    from slimdiff import CalibrationSettings, Sampling
     from slimdiff.errors import InputError
 
     out = Path(args.out)
     check_folder(out, LOCK, "sweep.json")
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = settings(PlanSettings, args, "align", "allocation", **given(groups=groups(args.groups)))
+    planning = plan_settings(args)
     runtime = settings(TableSettings, args, "runtime", "threads")
     bench = settings(LatencySettings, args, "rounds")
     if args.images < 0:

@@ -44,7 +44,7 @@ def test_value_output_is_the_best_of_its_rank_for_one_head():
     z = activations(500, 16, 3)
     output = torch.randn(24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     moment = z.T @ z / 500
-    bases = closed_forms.value_output(moment, output, heads=1)
+    bases = closed_forms.value_output(moment[None], output)
     target = z @ output.T
     singular = torch.linalg.svdvals(target)
     for rank in (1, 4, 9, 16):
@@ -60,7 +60,7 @@ def test_joint_solve_over_heads_is_no_worse_than_head_by_head():
     z = activations(800, 32, 5)
     output = torch.randn(20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     moment = z.T @ z / 800
-    basis = closed_forms.value_output(moment, output, heads=4).left[..., :3]
+    basis = closed_forms.value_output(closed_forms.head_blocks(moment, 4), output).left[..., :3]
     mixed = torch.block_diag(*basis)
     alone = []
     for h in range(4):
@@ -78,7 +78,7 @@ def test_an_output_narrower_than_a_head():
     z = activations(200, 16, 7)
     output = torch.randn(4, 16, dtype=torch.float64)
     moment = z.T @ z / 200
-    bases = closed_forms.value_output(moment, output, heads=1)
+    bases = closed_forms.value_output(moment[None], output)
     assert float(bases.tail[4]) < 1e-12
     solved = closed_forms.solve_output(moment, output, bases.left[..., :4])
     torch.testing.assert_close(z @ bases.left[0, :, :4] @ solved.T, z @ output.T, atol=1e-6, rtol=1e-6)
@@ -97,6 +97,27 @@ def test_feed_forward_curve_is_the_error_that_the_solved_projection_makes(block)
         kept = order[:rank]
         solved = closed_forms.solve_down(moment, down, kept)
         error = float(((h[:, kept] @ solved.T - target) ** 2).sum() / (target**2).sum())
+        assert error == pytest.approx(float(tail[rank]), rel=0.02, abs=1e-4)
+
+
+def test_a_value_basis_is_orthonormal_whatever_the_moment():
+    """Weights keep their size: whitening by a nearly singular moment would blow them up beyond fp16."""
+    z = activations(500, 16, 14) * torch.logspace(0, -4, 16, dtype=torch.float64)
+    output = torch.randn(24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(15))
+    basis = closed_forms.value_output(closed_forms.head_blocks(z.T @ z / 500, 2), output).left
+    eye = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
+    torch.testing.assert_close(basis.mT @ basis, eye, atol=1e-9, rtol=1e-9)
+
+
+def test_leverage_curve_is_the_error_that_the_solved_projection_makes():
+    h = activations(600, 24, 8)
+    down = torch.randn(10, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    order, tail = closed_forms.ridge_leverage_order(h.T @ h / 600, down)
+    assert sorted(order.tolist()) == list(range(24))
+    for rank in (0, 4, 8, 16, 20, 24):
+        kept = order[:rank]
+        solved = closed_forms.solve_down(h.T @ h / 600, down, kept)
+        error = float(((h[:, kept] @ solved.T - h @ down.T) ** 2).sum() / ((h @ down.T) ** 2).sum())
         assert error == pytest.approx(float(tail[rank]), rel=0.02, abs=1e-4)
 
 
@@ -123,3 +144,16 @@ def test_a_dead_and_a_constant_channel_are_survived():
     order, tail = closed_forms.feed_forward_order(h.T @ h / 100, down)
     assert order[-1] == 3 and float(tail[11]) < 1e-6
     assert bool(torch.isfinite(tail).all())
+
+
+def test_larger_blocks_choose_about_as_well_as_one_channel_at_a_time():
+    """On correlated channels behind a nonlinearity: what a large feed-forward loses by its blocks."""
+    generator = torch.Generator().manual_seed(0)
+    n = 1088
+    mixing = torch.randn(n, n, generator=generator) * torch.logspace(0, -2, n)[:, None]
+    h = torch.nn.functional.gelu(torch.randn(4 * n, n, generator=generator) @ mixing)
+    moment = (h.T @ h / len(h)).double()
+    down = torch.randn(n // 8, n, generator=generator).double()
+    exact, blocks = closed_forms.feed_forward_order(moment, down, 1), closed_forms.feed_forward_order(moment, down)
+    for rank in (n // 4, n // 2, 3 * n // 4):
+        assert float(blocks[1][rank]) <= 1.03 * float(exact[1][rank])

@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from slimdiff import Budget, InputError, Plan, PlanSettings, Statistics, compress, make_plan, slim_denoiser
 from slimdiff.calibration import calibrate
+from slimdiff.closed_forms import PAPERS, Forms
 from slimdiff.costs import count_macs, count_parameters
 from slimdiff.fidelity import noise_error
 from slimdiff.planning import exchanged, measure_sensitivities
 from slimdiff.sites import GROUPS, find_sites
-from slimdiff.slimming import emulated_weight, factorise
+from slimdiff.slimming import emulated_weights, factorise
 from slimdiff.trajectory import predict, record_calls
 
 
@@ -68,14 +69,15 @@ def test_error_falls_as_rank_rises(pipeline, compression, statistics, calls):
     assert errors[-1] < 0.2 * errors[0]
 
 
+@pytest.mark.parametrize("forms", [Forms(), PAPERS, Forms(constant=True)], ids=["ours", "papers", "constant"])
 @pytest.mark.parametrize("group", ["query_key", "value_output", "feed_forward"])
-def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression, statistics, calls, group):
+def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression, statistics, calls, group, forms):
     """One site alone in dense shapes, and the same site in a slim model whose other half is exact, must agree."""
     sites, _ = find_sites(pipeline.unet)
     site = next(s for s in sites if s.group == group and "attn2" not in s.path)
     rank = site.dense_rank // 2
-    factors = factorise(pipeline.unet, statistics, sites)
-    plan = with_rank(compression.plan, 1.0)
+    factors = factorise(pipeline.unet, statistics, sites, forms=forms)
+    plan = with_rank(compression.plan, 1.0).model_copy(update={"forms": forms})
     for other in plan.sites.values():
         if other.path == site.path:
             other.rank = rank
@@ -84,11 +86,10 @@ def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression,
     partners = [s for s in sites if s.path == site.path]
     emulated = copy.deepcopy(pipeline.unet)
     for partner in partners:
-        name, weight, bias = emulated_weight(module, partner, rank, factors[partner.name], statistics)
-        linear = emulated.get_submodule(f"{site.path}.{name}")
-        linear.weight.data = weight.to(linear.weight)
-        if bias is not None:
-            linear.bias.data = bias.to(linear.bias)
+        weights = emulated_weights(module, partner, rank, factors[partner.name], statistics, forms)
+        for name, tensor in weights.items():
+            parameter = emulated.get_parameter(f"{site.path}.{name}")
+            parameter.data = tensor.to(parameter)
     for call in calls[:2]:
         torch.testing.assert_close(predict(slim, call), predict(emulated, call), atol=2e-5, rtol=1e-4)
 
@@ -180,7 +181,7 @@ def test_sensitivity_sees_what_a_site_does(pipeline, statistics, calls):
     factors = factorise(pipeline.unet, statistics, [site])
     found = measure_sensitivities(pipeline.unet, statistics, [site], factors, calls[:2])
     assert found[site.name] > 0
-    with exchanged(pipeline.unet.get_submodule(site.path).net[2], torch.zeros_like(down.weight)):
+    with exchanged(pipeline.unet.get_submodule(site.path), {"net.2.weight": torch.zeros_like(down.weight)}):
         silent = measure_sensitivities(pipeline.unet, statistics, [site], factors, calls[:2])
     assert found[site.name] != silent[site.name]
 
@@ -266,6 +267,7 @@ def test_calibration_does_not_depend_on_the_batch_size(pipeline, calibration, st
 
 def test_moments_that_are_not_finite_are_named(statistics):
     name = next(iter(statistics.moments))
-    broken = Statistics("", {name: torch.full_like(statistics.moments[name], torch.nan)}, dict(statistics.tokens))
+    nothing = torch.full_like(statistics.moments[name], torch.nan)
+    broken = Statistics("", {name: nothing}, statistics.firsts, tokens=statistics.tokens, weights=statistics.weights)
     with pytest.raises(InputError, match="not finite"):
         broken.mean(name)

@@ -1,0 +1,80 @@
+"""More than one process, as `torchrun` and `accelerate launch` start them: who we are, and sums over all of us."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimdiff.errors import InputError
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many processes there are: `(0, 1)` unless a launcher started several.
+
+    Joins the others first if a launcher's environment variables are there and nobody has yet: by NCCL where each
+    process has a GPU, else by gloo.
+    """
+    if not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+            return 0, 1
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.is_available() and torch.cuda.device_count() > local:
+            torch.cuda.set_device(local)
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def agree(failure: str | None, told: Any) -> list[Any]:
+    """What every process has to tell, by rank; any process's failure is everyone's, so that none waits for the dead.
+
+    Raises:
+        InputError: if a process failed.
+    """
+    _, size = world()
+    everyone: list[tuple[str | None, Any]] = [(failure, told)]
+    if size > 1:
+        everyone = [(None, None)] * size
+        dist.all_gather_object(everyone, (failure, told))
+    for rank, (failed, _) in enumerate(everyone):
+        if failed is not None:
+            raise InputError(failed if size == 1 else f"process {rank} of {size}: {failed}")
+    return [told for _, told in everyone]
+
+
+class AllReduced(Mapping[str, Tensor]):
+    """Sums over all processes of each one's tensors by name, taken when asked for: all must ask in the same order.
+
+    Args:
+        own: this process's tensors; one that it lacks counts as zeros.
+        shapes: name -> shape, over all processes.
+    """
+
+    def __init__(self, own: Mapping[str, Tensor], shapes: Mapping[str, list[int]], dtype: torch.dtype) -> None:
+        self.own = own
+        self.shapes = shapes
+        self.dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        mine = self.own[name] if name in self.own else torch.zeros(self.shapes[name], dtype=self.dtype)
+        device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        total = mine.detach().to(device, copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.shapes))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
