@@ -116,9 +116,9 @@ def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, 
         assert min(2 * width, seen) <= selected.tokens[site.name] <= min(2 * width + 4 * 4 * 2, seen)
         full, part = whole.mean(site.name), selected.mean(site.name)
         # Neighbouring pixels tell the same, so that as many of them tell less.
-        looser = 2 if site.group == "resnet" else 1
-        assert float((full - part).norm() / full.norm()) < 0.6 * looser**0.5
-        assert float((full.trace() - part.trace()).abs() / full.trace()) < 0.1 * looser
+        most, most_energy = (0.8, 0.3) if site.group == "resnet" else (0.6, 0.1)
+        assert float((full - part).norm() / full.norm()) < most
+        assert float((full.trace() - part.trace()).abs() / full.trace()) < most_energy
 
 
 def test_sites_take_turns_within_the_memory_limit_and_every_call_runs_once(pipeline, calls):
