@@ -42,7 +42,7 @@ from slimdiff.sites import GROUPS, Group, find_sites
 from slimdiff.slimming import Factors, factorise
 from slimdiff.trajectory import Call, Sampling, predict, record_calls, sample_images
 
-CALIBRATION = CalibrationSettings(samples=64, sampling=Sampling(steps=20, batch=16, seed=0))
+CALIBRATION = CalibrationSettings(samples=64, sampling=Sampling(steps=20, batch=16, seed=0), tokens_per_dimension=None)
 ERROR_SAMPLING = Sampling(steps=20, batch=16, seed=50_000)
 
 

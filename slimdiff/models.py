@@ -28,7 +28,7 @@ from torch import nn
 from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
-from slimdiff.sites import attention_linears, feed_forward_linears, find_sites, resnet_layers
+from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "SlimUNet3DConditionModel",
     "SlimUNetMotionModel",
     "SlimUNetSpatioTemporalConditionModel",
+    "fitting_sites",
     "plan_of",
     "resize",
     "resize_resnet",
@@ -59,24 +60,8 @@ def resize(denoiser: nn.Module, plan: Plan) -> None:
     Raises:
         InputError: if the plan is for another architecture.
     """
+    sites = fitting_sites(denoiser, plan)
     modules = dict(denoiser.named_modules())
-    sites = {s.name: s for s in find_sites(denoiser)[0]}
-    for name, planned in plan.sites.items():
-        site = sites.get(name)
-        if site is None:
-            raise InputError(
-                f"the plan slims {name}, which {type(denoiser).__name__} does not have: it is another model's"
-            )
-        if (site.dense_rank, site.heads) != (planned.dense_rank, planned.heads):
-            raise InputError(
-                f"the plan says {name} has {planned.heads} x {planned.dense_rank} dense dimensions, "
-                f"the model has {site.heads} x {site.dense_rank}: it is another model's plan"
-            )
-        if planned.rank % site.multiple:
-            raise InputError(
-                f"the plan keeps {planned.rank} channels at {name}, whose group norm has {site.multiple} groups: "
-                f"make it a multiple of {site.multiple}"
-            )
     for path, rank in plan.ranks().items():
         module = modules[path]
         if f"{path}.feed_forward" in sites:
@@ -94,6 +79,32 @@ def resize(denoiser: nn.Module, plan: Plan) -> None:
             module.to_out[0] = _linear_like(output, inner, output.out_features)  # type: ignore[operator]
             module.inner_dim = module.inner_kv_dim = inner  # type: ignore[assignment]
             module.scale = rank**-0.5  # type: ignore[assignment]
+
+
+def fitting_sites(denoiser: nn.Module, plan: Plan) -> dict[str, Site]:
+    """The denoiser's sites by name, if the plan is for its architecture.
+
+    Raises:
+        InputError: if it is not.
+    """
+    sites = {s.name: s for s in find_sites(denoiser)[0]}
+    for name, planned in plan.sites.items():
+        site = sites.get(name)
+        if site is None:
+            raise InputError(
+                f"the plan slims {name}, which {type(denoiser).__name__} does not have: it is another model's"
+            )
+        if (site.dense_rank, site.heads) != (planned.dense_rank, planned.heads):
+            raise InputError(
+                f"the plan says {name} has {planned.heads} x {planned.dense_rank} dense dimensions, "
+                f"the model has {site.heads} x {site.dense_rank}: it is another model's plan"
+            )
+        if planned.rank % site.multiple:
+            raise InputError(
+                f"the plan keeps {planned.rank} channels at {name}, whose group norm has {site.multiple} groups: "
+                f"make it a multiple of {site.multiple}"
+            )
+    return sites
 
 
 def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:

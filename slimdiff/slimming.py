@@ -15,7 +15,7 @@ from slimdiff.calibration import weights_hash
 from slimdiff.closed_forms import Forms, HeadBases
 from slimdiff.compensation import compensate
 from slimdiff.errors import InputError
-from slimdiff.models import slim_class_of
+from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.resnets import ResnetSettings
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
@@ -130,6 +130,7 @@ def slim_denoiser(
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
+    fitting_sites(denoiser, plan)  # refuse before the long work, not after
     changed = _changed(denoiser, plan)
     told = None if progress is None else f"{progress}: factorise"
     known = factors or factorise(denoiser, statistics, changed, told, plan.forms)

@@ -63,7 +63,10 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\ngates: {xyz: 3}", ["in gates", "'xyz'", "known here: parity, min_speedup"]),
         ("model: demo\ncalibration: {samples: many}", ["calibration.samples", "valid integer", "'many'"]),
         ("model: demo\ncalibration: {samples: 0}", ["calibration.samples", "greater than or equal to 1"]),
-        ("model: demo\nplan: {allocation: best}", ["plan.allocation", "'global' or 'uniform'", "'best'"]),
+        (
+            "model: demo\nplan: {allocation: best}",
+            ["plan.allocation", "'global', 'local', 'uniform' or 'softmax'", "'best'"],
+        ),
         ("model: demo\nbudget: {reduce: lots}", ["budget.reduce", "100M", "12%", "'lots'"]),
         ("model: demo\nbudget: {macs: lots}", ["budget.macs", "50G", "12%", "'lots'"]),
         ("model: demo\nbudget: {reduce: 5%, macs: 5%}", ["budget", "exactly one of", "reduce and macs"]),

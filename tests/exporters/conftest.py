@@ -96,9 +96,9 @@ def narrow(unet: nn.Module, head_dim: int = 16, channels: int = 40) -> Plan:
             module.net[2] = _linear(module.net[2], columns=channels)
             plan.sites[f"{path}.feed_forward"] = SitePlan("feed_forward", path, 1, channels)
         elif isinstance(module, ResnetBlock2D):
-            weights = {name: t.clone() for name, t in sliced(module, torch.arange(16)).items()}
+            weights = {**module.state_dict(), **sliced(module, torch.arange(16))}
             resize_resnet(module, 16)
-            module.load_state_dict(weights, strict=False)
+            module.load_state_dict(weights)
             plan.sites[f"{path}.resnet"] = SitePlan("resnet", path, 1, 16)
     return plan
 
