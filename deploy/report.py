@@ -83,6 +83,8 @@ class Sites:
     error_name: str
     error_scale: Scale | None
     sensitivity_scale: Scale | None
+    shown: int
+    unasked: int
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,9 @@ def _data_uri(file: Path) -> tuple[str, tuple[int, int], bool]:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", size, again
 
 
-def _sites(sites: Mapping[str, Mapping[str, Any]]) -> Sites:
+def _sites(planned: Mapping[str, Mapping[str, Any]]) -> Sites:
+    # What was in no group that was asked for has nothing to tell but that it is dense.
+    sites = {name: s for name, s in planned.items() if s["rank"] < s["dense_rank"] or s.get("local_error") is not None}
     predicted = any(s.get("predicted_error") is not None for s in sites.values())
     key = "predicted_error" if predicted else "local_error"
     errors = log_scale(s.get(key) for s in sites.values())
@@ -356,7 +360,7 @@ def _sites(sites: Mapping[str, Mapping[str, Any]]) -> Sites:
             error = numbers.digits(sum(known), 2) if known else numbers.NONE
             totals.append(GroupTotal(group, len(members), numbers.percent(kept), error))
     error_name = "predicted error" if predicted else "local error"
-    return Sites(dict(blocks), totals, error_name, errors, sensitivities)
+    return Sites(dict(blocks), totals, error_name, errors, sensitivities, len(sites), len(planned) - len(sites))
 
 
 def _noise(noise: Mapping[str, Any], bound: float | None) -> NoiseChart | None:

@@ -333,6 +333,17 @@ def test_every_site_is_named(build):
         assert f">{name}</th>" in text
 
 
+def test_sites_that_were_not_asked_for_are_counted_and_not_drawn(build):
+    plan = layout.read(build, "plan")
+    assert "not asked for" not in text_of(report_of(build))
+    name, site = next((n, s) for n, s in plan["sites"].items() if s["group"] == "feed_forward")
+    nothing = {"local_error": None, "sensitivity": None, "predicted_error": None}
+    plan["sites"][name] = {**site, **nothing, "rank": site["dense_rank"]}
+    save(build, "plan", plan)
+    text = re.sub(r"</?span[^>]*>|<wbr>", "", report_of(build))
+    assert f">{name}</th>" not in text and "not asked for: 1." in text
+
+
 def test_report_needs_nothing_else(build):
     elements = Elements(report_of(build)).found
     images = [a["src"] for tag, a in elements if tag == "img"]
