@@ -252,7 +252,11 @@ def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     """The down projection on the kept channels: `(C_SS + eps I)^-1 C_S: W_down`, `[out, r]`."""
     ridged = _ridged(moment)
-    return torch.linalg.solve(ridged[kept][:, kept], ridged[kept] @ down.T).T
+    factor, failed = torch.linalg.cholesky_ex(ridged[kept[:, None], kept])
+    if failed:
+        ridged, _ = _definite(moment)
+        factor = torch.linalg.cholesky(ridged[kept[:, None], kept])
+    return torch.cholesky_solve(ridged[kept] @ down.T, factor).T
 
 
 def _ridged(moment: Tensor) -> Tensor:
