@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from slimdiff.errors import InputError
+from slimdiff.errors import InputError, require
 from slimdiff.plan import Plan
 from slimdiff.resnets import sliced
 from slimdiff.sites import Site, attention_linears, feed_forward_linears, resnet_layers
@@ -71,6 +73,53 @@ def plain_svd(denoiser: nn.Module, plan: Plan) -> nn.Module:
     return assemble(denoiser, plan, weights)
 
 
+def torch_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
+    """Torch-Pruning's choice: its dependency graph groups what must go together, its group magnitude (L2) ranks that.
+
+    In attention it ties all four projections, so queries, keys and values keep the same dimensions of a head.
+    """
+    scores: dict[str, Tensor] = {}
+
+    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        if site.path not in scores:
+            scores[site.path] = _group_magnitude(module, site)
+        score = scores[site.path]
+        if site.group == "resnet":
+            return sliced(module, _equally_many(score, site, rank))
+        kept = _top(score, site, rank)
+        if site.group == "feed_forward":
+            return _channels(*feed_forward_linears(module), kept)
+        query, key, value, output = attention_linears(module)
+        if site.group == "query_key":
+            return _queries_keys(query, key, kept, site, rank)
+        return _values_output(value, output, kept)
+
+    return assemble(denoiser, plan, weights)
+
+
+def _group_magnitude(module: nn.Module, site: Site) -> Tensor:
+    """Torch-Pruning's importance of every inner dimension of a module, `[H d]`."""
+    tp = require("torch_pruning", "dev")
+    if site.group == "resnet":
+        layers = resnet_layers(module)
+        time = None if layers.time is None else torch.randn(1, layers.time.in_features)
+        inputs: tuple = (torch.randn(1, module.in_channels, 8, 8), time)
+        last, prune = layers.second, tp.prune_conv_in_channels
+    elif site.group == "feed_forward":
+        up, last, _ = feed_forward_linears(module)
+        inputs, prune = (torch.randn(1, 4, up.in_features),), tp.prune_linear_in_channels
+    else:
+        query, key, _, last = attention_linears(module)
+        inputs = (torch.randn(1, 4, query.in_features), torch.randn(1, 4, key.in_features))
+        prune = tp.prune_linear_in_channels
+    with torch.enable_grad():  # the graph is read off autograd's
+        trainable = copy.deepcopy(module).requires_grad_(True)
+        last = trainable.get_submodule(next(name for name, m in module.named_modules() if m is last))
+        graph = tp.DependencyGraph().build_dependency(trainable, example_inputs=inputs)
+        group = graph.get_pruning_group(last, prune, idxs=list(range(site.heads * site.dense_rank)))
+        return tp.importance.GroupMagnitudeImportance(p=2)(group).detach()
+
+
 def _truncate(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r factors `[H, in, r]`, `[H, r, out]` of a product `[H, in, out]`."""
     u, s, vt = torch.linalg.svd(product.double(), full_matrices=False)
@@ -114,9 +163,13 @@ def _channels(up: nn.Linear, down: nn.Linear, gated: bool, kept: Tensor) -> dict
 
 
 def _largest_inner_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-    """Equally many out of every group of the norm, as it needs them."""
     layers = resnet_layers(module)
     score = layers.first.weight.flatten(1).norm(dim=1) * layers.second.weight.transpose(0, 1).flatten(1).norm(dim=1)
+    return sliced(module, _equally_many(score, site, rank))
+
+
+def _equally_many(score: Tensor, site: Site, rank: int) -> Tensor:
+    """Indices of the largest entries of a score `[C]`, equally many out of every group of the norm, in order."""
     size = site.dense_rank // site.multiple
     best = score.reshape(site.multiple, size).topk(rank // site.multiple, dim=1).indices.sort(dim=1).values
-    return sliced(module, (best + torch.arange(site.multiple)[:, None] * size).flatten())
+    return (best + torch.arange(site.multiple)[:, None] * size).flatten()

@@ -23,7 +23,7 @@ from torch import nn
 import benchmarks
 import exporters
 import slimdiff
-from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels
+from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
 from deploy.workshop import source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.onnx_export import ExportSettings, export_unet
@@ -59,7 +59,7 @@ class Method:
     label: str
     forms: Forms = Forms()
     allocation: Allocation = "global"
-    baseline: Literal["svd", "magnitude", "random"] | None = None
+    baseline: Literal["svd", "magnitude", "random", "torch-pruning"] | None = None
     groups: tuple[Group, ...] = GROUPS
 
 
@@ -86,6 +86,7 @@ METHODS = {
     "svd": Method("plain SVD", allocation="uniform", baseline="svd"),
     "magnitude": Method("magnitude pruning", allocation="uniform", baseline="magnitude"),
     "uniform": Method("slimdiff, uniform", allocation="uniform"),
+    "torch-pruning": Method("Torch-Pruning, group magnitude", allocation="uniform", baseline="torch-pruning"),
     "random": Method("random channels", allocation="uniform", baseline="random"),
     "papers-softmax": Method("papers' forms, softmax of block influence", PAPERS, "softmax"),
     "papers": Method("papers' forms, uniform", PAPERS, "uniform"),
@@ -102,10 +103,18 @@ METHODS = {
     "magnitude-resnet": Method(
         "magnitude pruning, resnets too", allocation="uniform", baseline="magnitude", groups=(*GROUPS, "resnet")
     ),
+    "torch-pruning-resnet": Method(
+        "Torch-Pruning, resnets too", allocation="uniform", baseline="torch-pruning", groups=(*GROUPS, "resnet")
+    ),
 }
-BASELINES = {"svd": plain_svd, "magnitude": magnitude_pruning, "random": random_channels}
+BASELINES = {
+    "svd": plain_svd,
+    "magnitude": magnitude_pruning,
+    "random": random_channels,
+    "torch-pruning": torch_pruning,
+}
 README = ("global", "svd", "magnitude", "uniform")
-WHOLE = ("global", "joint-resnet", "resnet", "magnitude-resnet")
+WHOLE = ("global", "joint-resnet", "resnet", "magnitude-resnet", "torch-pruning-resnet")
 ABLATION = tuple(name for name in METHODS if name not in ("uniform", *WHOLE))
 
 
