@@ -27,7 +27,8 @@ from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
 from slimdiff.costs import count_bytes, count_parameters
 from slimdiff.observers import Observer
-from slimdiff.planning import Planner, chosen_sites, measure_sensitivities
+from slimdiff.planning import Planner, chosen_sites
+from slimdiff.sensitivity import measure_sensitivities
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise
 from slimdiff.trajectory import Call, predict

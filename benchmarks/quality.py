@@ -153,7 +153,7 @@ class Bench:
             self.statistics,
             settings,
             calls=self.sensitive,
-            fitting_calls=self.fitted_on if "resnet" in groups or forms.compensate else (),
+            fitting_calls=self.fitted_on if settings.fits() else (),
             factors=self.factors(forms.local()),
         )
         if allocation == "global":

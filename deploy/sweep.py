@@ -86,7 +86,7 @@ class Sweep:
         statistics = Statistics.load(self.folder / layout.STATISTICS)
         calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
         fitted_on = []
-        if "resnet" in self.planning.groups or self.planning.forms.compensate:
+        if self.planning.fits():
             fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
         latency = None
         if self.by == "speedup":

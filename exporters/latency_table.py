@@ -31,9 +31,10 @@ from exporters.latency import machine_name
 from exporters.onnx_export import ExportSettings, export_module, export_unet, unet_inputs
 from exporters.onnx_runtime import OnnxUNet, open_session, usable_cores
 from slimdiff import artifacts
+from slimdiff.allocation import Layer, find_layers
 from slimdiff.costs import CostTable
 from slimdiff.errors import require
-from slimdiff.planning import Layer, PlanSettings, chosen_sites, find_layers
+from slimdiff.planning import PlanSettings, chosen_sites
 from slimdiff.sites import find_sites
 from slimdiff.skeleton import skeleton
 from slimdiff.trajectory import Call, predict

@@ -146,7 +146,7 @@ def planning_calls(
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
-    if "resnet" in planning.groups or planning.forms.compensate:
+    if planning.fits():
         recorded["fitting_calls"] = fitting_calls(pipeline, prompts, calibration, planning)
     return recorded
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimdiff.errors import InputError
+from slimdiff.statistics import Lazy
 
 
 def world() -> tuple[int, int]:
@@ -50,7 +51,7 @@ def agree(failure: str | None, told: Any) -> list[Any]:
     return [told for _, told in everyone]
 
 
-class AllReduced(Mapping[str, Tensor]):
+class AllReduced(Lazy):
     """Sums over all processes of each one's tensors by name, taken when asked for: all must ask in the same order.
 
     Args:
@@ -59,22 +60,14 @@ class AllReduced(Mapping[str, Tensor]):
     """
 
     def __init__(self, own: Mapping[str, Tensor], shapes: Mapping[str, list[int]], dtype: torch.dtype) -> None:
+        super().__init__(sorted(shapes))
         self.own = own
         self.shapes = shapes
         self.dtype = dtype
 
-    def __getitem__(self, name: str) -> Tensor:
+    def make(self, name: str) -> Tensor:
         mine = self.own[name] if name in self.own else torch.zeros(self.shapes[name], dtype=self.dtype)
         device = "cuda" if "nccl" in dist.get_backend() else "cpu"
         total = mine.detach().to(device, copy=True)
         dist.all_reduce(total)
         return total.cpu()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.shapes))
-
-    def __len__(self) -> int:
-        return len(self.shapes)

@@ -270,23 +270,26 @@ def _down(module: nn.Module, site: Site, kept: Tensor, statistics: Statistics, f
     """The down projection solved on the kept channels, and its bias if that changes."""
     down = feed_forward_linears(module)[1]
     moment, first = _received(statistics, site, down, forms)
-    dense = _wide(down.weight)
-    weight = closed_forms.solve_down(moment, dense, kept)
-    if first is None:
-        return {"net.2.weight": weight}
-    return {"net.2.weight": weight, "net.2.bias": _wide(down.bias) + dense @ first - weight @ first[kept]}
+    weight = closed_forms.solve_down(moment, _wide(down.weight), kept)
+    return {"net.2.weight": weight, **_bias("net.2", down, weight, first, lambda mean: mean[kept])}
 
 
 def _out(module: nn.Module, site: Site, basis: Tensor, statistics: Statistics, forms: Forms) -> dict[str, Tensor]:
     """The output projection solved on a basis `[H, d, r]` of each head, and its bias if that changes."""
     output = attention_linears(module)[3]
     moment, first = _received(statistics, site, output, forms)
-    dense = _wide(output.weight)
-    weight = closed_forms.solve_output(moment, dense, basis)
+    weight = closed_forms.solve_output(moment, _wide(output.weight), basis)
+    kept = torch.block_diag(*basis).T
+    return {"to_out.0.weight": weight, **_bias("to_out.0", output, weight, first, lambda mean: kept @ mean)}
+
+
+def _bias(
+    name: str, last: nn.Linear, weight: Tensor, first: Tensor | None, keep: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """A last linear's bias with the mean of what goes, where a constant is carried: `b + W E[x] - W' E[x']`."""
     if first is None:
-        return {"to_out.0.weight": weight}
-    left_behind = dense @ first - weight @ (torch.block_diag(*basis).T @ first)
-    return {"to_out.0.weight": weight, "to_out.0.bias": _wide(output.bias) + left_behind}
+        return {}
+    return {f"{name}.bias": _wide(last.bias) + _wide(last.weight) @ first - weight @ keep(first)}
 
 
 def _project(name: str, linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,32 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return meta
 
 
-class Stored(Mapping[str, Tensor]):
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, made when asked for."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = dict.fromkeys(names)
+
+    @abstractmethod
+    def make(self, name: str) -> Tensor:
+        """The tensor of one of the names."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Stored(Lazy):
     """Tensors of one kind in a safetensors file, read when asked for."""
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -237,11 +263,9 @@ class Stored(Mapping[str, Tensor]):
         """Whatever must live as long as the file."""
         with safe_open(path, framework="pt") as file:
             names = (key.partition("/") for key in file.keys())  # noqa: SIM118
-            self.names = {name: None for prefix, _, name in names if prefix == kind}
+            super().__init__(name for prefix, _, name in names if prefix == kind)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
+    def make(self, name: str) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(f"{self.kind}/{name}")
 
@@ -250,39 +274,19 @@ class Stored(Mapping[str, Tensor]):
         with safe_open(self.path, framework="pt") as file:
             return file.get_slice(f"{self.kind}/{name}").get_shape()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class Summed(Mapping[str, Tensor]):
+class Summed(Lazy):
     """Sums of several mappings' tensors by name, taken when asked for."""
 
     def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
         self.parts = parts
-        self.names = {name: None for part in parts for name in part}
+        super().__init__(name for part in parts for name in part)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
+    def make(self, name: str) -> Tensor:
         first, *others = (part[name] for part in self.parts if name in part)
         for other in others:
             first = first + other.to(first.device)
         return first
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _way(made_from: dict[str, Any]) -> dict[str, Any]:

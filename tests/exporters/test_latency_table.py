@@ -11,8 +11,9 @@ from conftest import PROMPTS, SAMPLING, tiny_unet
 from exporters import latency_table
 from exporters.latency_table import TableSettings, _monotone, measure_latency
 from slimdiff import PlanSettings
+from slimdiff.allocation import find_layers
 from slimdiff.errors import MissingPackageError
-from slimdiff.planning import chosen_sites, find_layers
+from slimdiff.planning import chosen_sites
 from slimdiff.sites import find_sites
 from slimdiff.trajectory import record_calls
 

@@ -10,9 +10,10 @@ import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from slimdiff import Budget, InputError, PlanSettings, slim_denoiser
+from slimdiff.allocation import TOLERANCE, choose, find_layers
 from slimdiff.compression import held_calls, sensitivity_calls
 from slimdiff.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
-from slimdiff.planning import TOLERANCE, Planner, choose, find_layers
+from slimdiff.planning import Planner
 from slimdiff.search import STEPS, Judge
 from slimdiff.sites import find_sites
 from slimdiff.skeleton import skeleton

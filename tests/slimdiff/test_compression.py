@@ -17,7 +17,7 @@ from slimdiff.calibration import calibrate
 from slimdiff.closed_forms import PAPERS, Forms
 from slimdiff.costs import count_macs, count_parameters
 from slimdiff.fidelity import noise_error
-from slimdiff.planning import exchanged, measure_sensitivities
+from slimdiff.sensitivity import exchanged, measure_sensitivities
 from slimdiff.sites import GROUPS, find_sites
 from slimdiff.slimming import emulated_weights, factorise
 from slimdiff.trajectory import predict, record_calls

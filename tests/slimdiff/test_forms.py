@@ -9,11 +9,11 @@ import torch
 from conftest import PROMPTS, SAMPLING
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
+from slimdiff.allocation import softmax_weights
 from slimdiff.closed_forms import PAPERS, Forms
 from slimdiff.compensation import compensate
 from slimdiff.fidelity import noise_error
 from slimdiff.influence import block_influences
-from slimdiff.planning import softmax_weights
 from slimdiff.sites import find_sites
 from slimdiff.slimming import slim_weights
 from slimdiff.trajectory import predict, record_calls
