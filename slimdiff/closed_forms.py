@@ -158,25 +158,26 @@ def feed_forward_order(
     """
     n = moment.shape[0]
     precision = torch.float64 if n <= EXACT_CHANNELS else torch.float32
-    ridged, factor = _definite(moment)
     weight = down.T.to(precision, copy=True)  # [n, out]
-    alive = torch.arange(n)
+    alive, ridge = torch.arange(n), RIDGE
     removed: list[Tensor] = []
     while len(alive):
-        if len(alive) < n:
-            factor = torch.linalg.cholesky(ridged[alive[:, None], alive])
-        inverse = torch.cholesky_inverse(factor.to(precision))
+        factor, ridge = _cholesky(moment, alive, ridge)
+        inverse = factor.to(precision)
+        del factor
+        torch.cholesky_inverse(inverse, out=inverse)
         step = block or (1 if n <= EXACT_CHANNELS else max(1, len(alive) // STEPS))
         gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step, alive * groups // n)
         removed.append(alive[gone])
         left = torch.ones(len(alive), dtype=torch.bool)
         left[gone] = False
         alive, weight = alive[left], weight[left]
+        del inverse
     order = torch.cat(removed).flip(0)
-    return order, _nested_error(ridged, down, order, moment)
+    return order, _nested_error(moment, down, order, ridge)
 
 
-def _nested_error(ridged: Tensor, down: Tensor, order: Tensor, moment: Tensor) -> Tensor:
+def _nested_error(moment: Tensor, down: Tensor, order: Tensor, ridge: float) -> Tensor:
     """Relative error with the first r channels of an order kept, `[n + 1]`.
 
     With C in that order `L L^T`, channels are made orthogonal one by one: row i of `L^T W` is what channel i adds.
@@ -184,7 +185,7 @@ def _nested_error(ridged: Tensor, down: Tensor, order: Tensor, moment: Tensor) -
     if not moment.any():  # where nothing arrives, nothing can be lost: what follows would be the errors of the ridge
         return torch.zeros(len(order) + 1, dtype=torch.float64)
     precision = torch.float64 if len(order) <= EXACT_CHANNELS else torch.float32
-    factor = torch.linalg.cholesky(ridged[order[:, None], order]).to(precision)
+    factor = _cholesky(moment, order, ridge)[0].to(precision)
     return _tail((factor.T @ down.T[order].to(precision)).double().square().sum(1)[None])
 
 
@@ -207,19 +208,21 @@ def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tenso
     return torch.cat(gone)
 
 
-def _definite(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The ridged moment and its Cholesky factor.
+def _cholesky(moment: Tensor, order: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of a moment's rows and columns in an order, and the ridge that it took.
 
     Sums in float32 can be indefinite by more than the usual ridge, above all with fewer tokens than channels: then the
-    ridge is raised tenfold until they are not.
+    ridge is raised tenfold until they are not. Beside the moment there is never more than one matrix of its size.
     """
-    ridged, ridge = _ridged(moment), RIDGE
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    while failed:
-        ridged.diagonal().add_(9 * ridge * _scale(moment))
+    while True:
+        # LAPACK works column by column: the transposed view of a symmetric matrix is factored where it lies.
+        factor = moment[order[:, None], order].mT
+        factor.diagonal().add_(ridge * _scale(moment))
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if not failed:
+            return factor, ridge
         ridge *= 10
-        factor, failed = torch.linalg.cholesky_ex(ridged)
-    return ridged, factor
 
 
 def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +234,7 @@ def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     ridged = moment.clone()
     ridged.diagonal().add_(LEVERAGE_RIDGE * _scale(moment))
     order = torch.linalg.solve(ridged, moment).diagonal().argsort(descending=True)
-    return order, _nested_error(_definite(moment)[0], down, order, moment)
+    return order, _nested_error(moment, down, order, _cholesky(moment, order)[1])
 
 
 def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
@@ -251,18 +254,9 @@ def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
 
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     """The down projection on the kept channels: `(C_SS + eps I)^-1 C_S: W_down`, `[out, r]`."""
-    ridged = _ridged(moment)
-    factor, failed = torch.linalg.cholesky_ex(ridged[kept[:, None], kept])
-    if failed:
-        ridged, _ = _definite(moment)
-        factor = torch.linalg.cholesky(ridged[kept[:, None], kept])
-    return torch.cholesky_solve(ridged[kept] @ down.T, factor).T
-
-
-def _ridged(moment: Tensor) -> Tensor:
-    ridged = moment.clone()
-    ridged.diagonal().add_(RIDGE * _scale(moment))
-    return ridged
+    factor, ridge = _cholesky(moment, kept)
+    cross = (moment @ down.T)[kept].add_(down.T[kept], alpha=ridge * _scale(moment))
+    return torch.cholesky_solve(cross, factor).T
 
 
 def _scale(moment: Tensor) -> float:

@@ -85,7 +85,7 @@ def _received(statistics: Statistics, site: Site, last: nn.Linear, forms: Forms)
     moment, first = statistics.mean(site.name), None
     if forms.constant and last.bias is not None:
         first = statistics.first(site.name)
-        moment = moment - torch.outer(first, first)
+        moment.addr_(first, first, alpha=-1)
     if site.group == "value_output" and not forms.joint_output:
         moment = closed_forms.head_blocks(moment, site.heads)
     return moment, first
