@@ -149,7 +149,8 @@ def feed_forward_order(
     and the updates are float32; C^-1 is computed anew from float64 whenever half of them are gone.
 
     Args:
-        moment: E[h h^T] `[n, n]`; down: `[out, n]`; block: channels removed per step, if not as above.
+        moment: E[h h^T] `[n, n]`, float32 or float64; down: `[out, n]`.
+        block: channels removed per step, if not as above.
         groups: with more than one, of which each has n / groups neighbouring channels, no group is ever more than one
             channel ahead of another; a step takes at most one channel of each.
 
@@ -177,7 +178,7 @@ def feed_forward_order(
     return order, _nested_error(moment, down, order, ridge)
 
 
-def _nested_error(moment: Tensor, down: Tensor, order: Tensor, ridge: float) -> Tensor:
+def _nested_error(moment: Tensor, down: Tensor, order: Tensor, ridge: float = RIDGE) -> Tensor:
     """Relative error with the first r channels of an order kept, `[n + 1]`.
 
     With C in that order `L L^T`, channels are made orthogonal one by one: row i of `L^T W` is what channel i adds.
@@ -186,7 +187,8 @@ def _nested_error(moment: Tensor, down: Tensor, order: Tensor, ridge: float) -> 
         return torch.zeros(len(order) + 1, dtype=torch.float64)
     precision = torch.float64 if len(order) <= EXACT_CHANNELS else torch.float32
     factor = _cholesky(moment, order, ridge)[0].to(precision)
-    return _tail((factor.T @ down.T[order].to(precision)).double().square().sum(1)[None])
+    added = factor.T @ down.to(precision).T[order]
+    return _tail(added.square_().sum(1, dtype=torch.float64)[None])
 
 
 def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tensor) -> Tensor:
@@ -216,12 +218,13 @@ def _cholesky(moment: Tensor, order: Tensor, ridge: float = RIDGE) -> tuple[Tens
     """
     while True:
         # LAPACK works column by column: the transposed view of a symmetric matrix is factored where it lies.
-        factor = moment[order[:, None], order].mT
+        factor = moment[order[:, None], order].double().mT
         factor.diagonal().add_(ridge * _scale(moment))
         failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             return factor, ridge
+        del factor
         ridge *= 10
 
 
@@ -234,7 +237,7 @@ def ridge_leverage_order(moment: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     ridged = moment.clone()
     ridged.diagonal().add_(LEVERAGE_RIDGE * _scale(moment))
     order = torch.linalg.solve(ridged, moment).diagonal().argsort(descending=True)
-    return order, _nested_error(moment, down, order, _cholesky(moment, order)[1])
+    return order, _nested_error(moment, down, order)
 
 
 def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:

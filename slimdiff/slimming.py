@@ -68,6 +68,8 @@ def factorise(
         else:
             down = feed_forward_linears(module)[1]
             moment, _ = _received(statistics, site, down, forms)
+            if site.dense_rank > closed_forms.EXACT_CHANNELS:
+                moment = moment.float()  # as it was summed: an order needs no more, and half the memory
             leverage = forms.channels == "ridge_leverage"
             choose = closed_forms.ridge_leverage_order if leverage else closed_forms.feed_forward_order
             factors[site.name] = ChannelOrder(*choose(moment, _wide(down.weight)))
