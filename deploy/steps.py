@@ -13,12 +13,13 @@ from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
 from deploy.prompts import described
+from deploy.recipe import point_budget
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import fitting_calls, planning_calls, with_denoiser
-from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
+from slimdiff.planning import check_budgets
 from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
 
 
@@ -30,12 +31,8 @@ def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
 def calibrate_step(shop: Workshop, folder: Path) -> None:
     """Statistics of the dense model's trajectories."""
     settings = shop.recipe.calibration
-    denoiser = denoiser_of(shop.dense)
-    # Refuse a model that cannot be slimmed, or an impossible budget, before the long work and not after.
-    slim_class_of(denoiser)
-    budget = shop.recipe.budget.budget()
-    if budget.kind == "parameters":
-        budget.removed(count_parameters(denoiser))
+    slim_class_of(denoiser_of(shop.dense))  # refuse before the long work, not after
+    refuse_impossible(shop)
     start = time.perf_counter()
     origin, steps = described(shop.prompts_from), settings.sampling.steps
     log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), origin, steps)
@@ -56,10 +53,27 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
     )
 
 
+def refuse_impossible(shop: Workshop) -> None:
+    """Refuse a budget that cannot be met, the build's or a point's of its sweep, before the work that it is for.
+
+    Raises:
+        InputError: saying how much can go.
+    """
+    from exporters.pipeline_export import example_call
+
+    recipe, sampling = shop.recipe, shop.recipe.calibration.sampling
+    budgets = [recipe.budget.budget()]
+    if recipe.sweep is not None:
+        budgets += [point_budget(recipe.sweep.by, text) for text in recipe.sweep.budgets()]
+    call = partial(example_call, shop.dense, height=sampling.height, width=sampling.width)
+    check_budgets(denoiser_of(shop.dense), budgets, recipe.plan, call=call)
+
+
 def plan_step(shop: Workshop, folder: Path) -> None:
     """Ranks under the budget."""
     recipe = shop.recipe
     budget = recipe.budget.budget()
+    refuse_impossible(shop)
     denoiser = denoiser_of(shop.dense)
     log.info("plan: recording the trajectories that ranks are chosen on")
     recorded = planning_calls(

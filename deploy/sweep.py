@@ -36,7 +36,7 @@ from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, w
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.pipelines import load_pipeline
-from slimdiff.planning import Planner
+from slimdiff.planning import Planner, check_budgets
 from slimdiff.search import Judge
 from slimdiff.trajectory import sample_images
 
@@ -80,6 +80,15 @@ class Sweep:
         """The call that MACs and latency are counted on: one image, both branches of guidance."""
         sampling = self.calibration.sampling
         return example_call(self.pipeline, height=sampling.height, width=sampling.width)
+
+    def refuse_impossible(self) -> None:
+        """Before the long work.
+
+        Raises:
+            InputError: if a point's budget cannot be met.
+        """
+        budgets = [point_budget(self.by, text) for text in self.points]
+        check_budgets(denoiser_of(self.pipeline), budgets, self.planning, call=lambda: self.call)
 
     @cached_property
     def planner(self) -> Planner:
@@ -127,7 +136,8 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
         `images`; `runtime` and `machine`.
 
     Raises:
-        InputError: if there is no point, or one cannot be a budget or be met; points before it are kept.
+        InputError: if there is no point, or one cannot be a budget or be met; a speedup that cannot be met shows when
+            its point is planned, and points before it are kept.
     """
     from deploy.sweep_page import write_page
 
@@ -196,6 +206,7 @@ def point_stages(work: Sweep) -> list[Stage]:
 
 
 def _calibrate(work: Sweep, folder: Path) -> None:
+    work.refuse_impossible()
     used = work.prompts[: work.calibration.samples]
     log.info(
         "sweep: %d prompts %s, %d steps each", len(used), described(work.prompts_from), work.calibration.sampling.steps
@@ -204,6 +215,7 @@ def _calibrate(work: Sweep, folder: Path) -> None:
 
 
 def _point(work: Sweep, text: str, folder: Path) -> None:
+    work.refuse_impossible()
     plan = work.planner.plan(point_budget(work.by, text))
     dense = denoiser_of(work.pipeline)
     slim = work.planner.slim(plan)

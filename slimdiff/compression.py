@@ -16,7 +16,7 @@ from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import MEASURED, Planner, PlanSettings, chosen_sites, is_measured
+from slimdiff.planning import MEASURED, Planner, PlanSettings, check_budgets, chosen_sites, is_measured
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise, slim_denoiser
 from slimdiff.statistics import Statistics
@@ -75,6 +75,8 @@ def compress(
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     slim_class_of(denoiser)  # refuse before the long work, not after
+    if budget is not None:
+        check_budgets(denoiser, [budget], planning, latency=latency)
     wanted = chosen_sites(find_sites(denoiser)[0], planning) if plan is None else []
     started = time.perf_counter()
     seconds = {}

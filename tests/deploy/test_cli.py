@@ -101,6 +101,28 @@ def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, workspace, capsys, monkeypatch):
+    """What is too much shows as soon as the model is open."""
+    asked = []
+    monkeypatch.setattr("slimdiff.calibration.sample_images", lambda *_, **__: asked.append(1))
+    prompts = ["--prompts", workspace / "prompts.txt"]
+    for budget in (["--reduce", "70%"], ["--macs", "90%"]):
+        argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget, *prompts]
+        assert "but at most" in fails(argv, capsys)
+    for by in ("parameters", "macs"):
+        argv = ["sweep", workspace / "tiny", "--out", tmp_path / by, "--by", by, "--points", "4%,90%", *prompts]
+        assert "but at most" in fails(argv, capsys)
+    text = (workspace / "recipe.yaml").read_text().replace("tiny", str(workspace / "tiny"))
+    text = text.replace("prompts.txt", str(workspace / "prompts.txt"))
+    for number, change in enumerate(
+        (("8%", "70%"), ("reduce: 8%", "macs: 90%"), ("8%}", "8%}\nsweep: {points: [70%]}"))
+    ):
+        (tmp_path / "recipe.yaml").write_text(text.replace(*change))
+        argv = ["build", tmp_path / "recipe.yaml", "--out", tmp_path / f"build-{number}"]
+        assert "but at most" in fails(argv, capsys)
+    assert not asked
+
+
 @pytest.mark.parametrize(
     ("budget", "says"),
     [
