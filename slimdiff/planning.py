@@ -191,7 +191,7 @@ class Planner:
 
     def remember(self, statistics: Statistics) -> None:
         """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls."""
-        if self.settings.forms.local() == Forms():  # others' local errors are others: their slopes are not kept
+        if keeps_measured(self.settings):
             statistics.sensitivities = statistics.sensitivities | self.sensitivities
         if self.macs is not None:
             layers = {path: costs[max(costs)] for path, costs in self.macs.layers.items()}
@@ -334,10 +334,15 @@ def check_budgets(
             removed_within(budget, table, layers)
 
 
+def keeps_measured(settings: PlanSettings) -> bool:
+    """Whether what the allocation measures is kept for other budgets: sensitivities are, with the usual forms."""
+    # Others' local errors are others, and so are their slopes.
+    return settings.allocation == "global" and settings.forms.local() == Forms()
+
+
 def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:
     """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
-    measured = all(site.name in statistics.sensitivities for site in sites)
-    return settings.allocation == "global" and settings.forms.local() == Forms() and measured
+    return keeps_measured(settings) and all(site.name in statistics.sensitivities for site in sites)
 
 
 def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:

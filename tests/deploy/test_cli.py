@@ -178,7 +178,7 @@ def test_a_wrong_recipe_names_the_nearest_key(tmp_path, capsys):
 
 def test_an_unknown_stage_to_force(tmp_path, workspace, capsys):
     argv = ["build", workspace / "recipe.yaml", "--out", tmp_path / "out", "--force", "calibrat"]
-    assert "calibrate, plan, slim" in fails(argv, capsys)
+    assert "calibrate, sensitivity, plan" in fails(argv, capsys)
 
 
 @pytest.mark.parametrize("argv", [["inspect", "none"], ["bench", "none", "none", "--gate", "speed>2"]])
