@@ -93,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
         log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
         progress = None if args.quiet else "calibrate"
         statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
+        if args.sensitivities:
+            measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
         rank, _ = distributed.world()
         distributed.agree(None, None)  # until every process has what it needs of the others
         if rank > 0:
             return 0
-        if args.sensitivities:
-            measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
         others = [statistics, *others]
     merged = others[0].merge(*others[1:]) if len(others) > 1 else others[0]
     merged.save(out)
