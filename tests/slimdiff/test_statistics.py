@@ -103,6 +103,27 @@ def test_parts_merge_to_the_whole(pipeline, calibration, whole, tmp_path):
         whole.merge(calibrate(pipeline, PROMPTS[:1], weighted))
 
 
+def test_a_selection_of_tokens_weighs_what_it_was_selected_from(pipeline, whole):
+    """One prompt and three take about as many tokens each, and yet count one to three."""
+
+    def part(start: int, stop: int, tokens_per_dimension: int | None = 2) -> Statistics:
+        sampling = SAMPLING.model_copy(update={"seed": SAMPLING.seed + start})
+        settings = CalibrationSettings(samples=4, sampling=sampling, tokens_per_dimension=tokens_per_dimension)
+        return calibrate(pipeline, PROMPTS[start:stop], settings, progress=None)
+
+    one, three = part(0, 1), part(1, 4)
+    merged = one.merge(three)
+    for name in merged.moments:
+        torch.testing.assert_close(merged.mean(name), 0.25 * one.mean(name) + 0.75 * three.mean(name))
+        assert merged.population[name] == whole.weights[name]
+    for name in merged.firsts:
+        torch.testing.assert_close(merged.first(name), 0.25 * one.first(name) + 0.75 * three.first(name))
+    selected = [name for name in one.tokens if one.tokens[name] > 0.4 * three.tokens[name]]
+    assert len(selected) > len(one.tokens) / 2
+    assert_same(merged.merge(one), one.merge(three, one))
+    assert_same(whole, part(0, 1, None).merge(part(1, 4, None)))
+
+
 def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, whole):
     selected = calibrate(pipeline, PROMPTS, SPREAD, progress=None)
     one = SPREAD.model_copy(update={"sampling": SAMPLING.model_copy(update={"batch": 1})})
