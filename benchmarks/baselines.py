@@ -100,10 +100,11 @@ def torch_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
 def _group_magnitude(module: nn.Module, site: Site) -> Tensor:
     """Torch-Pruning's importance of every inner dimension of a module, `[H d]`."""
     tp = require("torch_pruning", "dev")
+    last: nn.Module
     if site.group == "resnet":
         layers = resnet_layers(module)
         time = None if layers.time is None else torch.randn(1, layers.time.in_features)
-        inputs: tuple = (torch.randn(1, module.in_channels, 8, 8), time)
+        inputs: tuple = (torch.randn(1, layers.first.in_channels, 8, 8), time)
         last, prune = layers.second, tp.prune_conv_in_channels
     elif site.group == "feed_forward":
         up, last, _ = feed_forward_linears(module)

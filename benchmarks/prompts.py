@@ -121,8 +121,8 @@ def main() -> None:
 
     picks: dict[str, list[int]] = {SELECTED: select(bench.embeddings, counts[-1])}
     for seed in range(arguments.seeds):
-        order = torch.randperm(len(bench.pool), generator=torch.Generator().manual_seed(seed))
-        picks[f"{RANDOM} {seed}"] = order.tolist()
+        shuffled = torch.randperm(len(bench.pool), generator=torch.Generator().manual_seed(seed))
+        picks[f"{RANDOM} {seed}"] = shuffled.tolist()
     for name, order in picks.items():
         if any(f"{name} {count}" not in rows for count in counts):
             for count, error in bench.along(order, counts, name):

@@ -18,6 +18,7 @@ from deploy.console import amount, log
 from deploy.figures import machine
 from deploy.gates import EXIT_CODE, judge, overall
 from deploy.recipe import Recipe
+from deploy.sensitivity import deciding
 from deploy.stages import Done, Stage, locked, run_stages
 from deploy.workshop import Workshop, model_hash, public_name, source_hash
 from slimdiff import artifacts
@@ -81,6 +82,7 @@ def make_stages(shop: Workshop) -> list[Stage]:
     model = {"model": model_hash(recipe.model)}
     prompts = {"prompts": artifacts.fingerprint(shop.prompts)}
     captions = {"captions": artifacts.fingerprint(shop.captions)}
+    held = {"held": artifacts.fingerprint(shop.prompts_and_more)}
     compare = recipe.compare.model_dump()
     here = {"machine": artifacts.fingerprint(machine())}
     engine = {"skipped": str(steps.no_engine(shop)), **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy"))}
@@ -102,13 +104,19 @@ def make_stages(shop: Workshop) -> list[Stage]:
             "calibrate", steps.calibrate_step, (), recipe.calibration.model_dump(), core | model | prompts, "statistics"
         ),
         stage(
+            "sensitivity",
+            steps.sensitivity_step,
+            ("calibrate",),
+            deciding(recipe.plan),
+            core | held,
+            "sensitivity",
+        ),
+        stage(
             "plan",
             steps.plan_step,
-            ("calibrate",),
+            ("calibrate", "sensitivity"),
             {**recipe.budget.model_dump(), **recipe.plan.model_dump()},
-            core
-            | {"held": artifacts.fingerprint(shop.prompts_and_more)}
-            | (export | here | captions if recipe.budget.speedup is not None else {}),
+            core | held | (export | here | captions if recipe.budget.speedup is not None else {}),
             "plan",
         ),
         stage("slim", steps.slim_step, ("plan",), trajectory, core, "slim-model"),

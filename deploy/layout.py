@@ -3,6 +3,7 @@
     build.json      gates, verdict, figures, stages, versions, machine, recipe; written last of all but the report
     report.html     the report, a copy of report/report.html
     calibrate/      statistics, calibrate.json
+    sensitivity/    sensitivity.json: what planning measures by forward passes, whatever the budget
     plan/           plan.json (a `slimdiff.Plan`), summary.json
     slim/           the slim model, a diffusers pipeline directory, with slim.json (the result of `slimdiff compress`)
     export/         dense/ and slim/ (ONNX of the denoiser), export.json
@@ -26,7 +27,7 @@ from typing import Any
 
 from slimdiff.errors import InputError
 
-STAGES = ("calibrate", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
+STAGES = ("calibrate", "sensitivity", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
 """The stages of a build, in order; each has a folder of its name."""
 
 SWEEP = "sweep"

@@ -13,12 +13,14 @@ from deploy.console import log
 from deploy.figures import costs, side_by_side
 from deploy.pipeline_files import save_pipeline
 from deploy.prompts import described
+from deploy.recipe import point_budget
+from deploy.sensitivity import measured, write_sensitivity
 from deploy.workshop import Workshop, denoiser_of, public_name, spread
 from slimdiff import Plan, artifacts, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import fitting_calls, planning_calls, with_denoiser
-from slimdiff.costs import count_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
+from slimdiff.planning import check_budgets, keeps_measured
 from slimdiff.trajectory import Sampling, predict, record_calls, sample_images
 
 
@@ -30,12 +32,8 @@ def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
 def calibrate_step(shop: Workshop, folder: Path) -> None:
     """Statistics of the dense model's trajectories."""
     settings = shop.recipe.calibration
-    denoiser = denoiser_of(shop.dense)
-    # Refuse a model that cannot be slimmed, or an impossible budget, before the long work and not after.
-    slim_class_of(denoiser)
-    budget = shop.recipe.budget.budget()
-    if budget.kind == "parameters":
-        budget.removed(count_parameters(denoiser))
+    slim_class_of(denoiser_of(shop.dense))  # refuse before the long work, not after
+    refuse_impossible(shop)
     start = time.perf_counter()
     origin, steps = described(shop.prompts_from), settings.sampling.steps
     log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), origin, steps)
@@ -56,15 +54,39 @@ def calibrate_step(shop: Workshop, folder: Path) -> None:
     )
 
 
+def refuse_impossible(shop: Workshop) -> None:
+    """Refuse a budget that cannot be met, the build's or a point's of its sweep, before the work that it is for.
+
+    Raises:
+        InputError: saying how much can go.
+    """
+    from exporters.pipeline_export import example_call
+
+    recipe, sampling = shop.recipe, shop.recipe.calibration.sampling
+    budgets = [recipe.budget.budget()]
+    if recipe.sweep is not None:
+        budgets += [point_budget(recipe.sweep.by, text) for text in recipe.sweep.budgets()]
+    call = partial(example_call, shop.dense, height=sampling.height, width=sampling.width)
+    check_budgets(denoiser_of(shop.dense), budgets, recipe.plan, call=call)
+
+
+def sensitivity_step(shop: Workshop, folder: Path) -> None:
+    """What planning measures by forward passes, whatever the budget."""
+    refuse_impossible(shop)
+    recipe = shop.recipe
+    factors = shop.factors if keeps_measured(recipe.plan) else None
+    write_sensitivity(
+        shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan, shop.statistics, folder, factors
+    )
+
+
 def plan_step(shop: Workshop, folder: Path) -> None:
     """Ranks under the budget."""
     recipe = shop.recipe
     budget = recipe.budget.budget()
-    denoiser = denoiser_of(shop.dense)
-    log.info("plan: recording the trajectories that ranks are chosen on")
-    recorded = planning_calls(
-        shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, shop.statistics
-    )
+    refuse_impossible(shop)
+    denoiser, statistics = denoiser_of(shop.dense), measured(shop.folder)
+    recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, statistics)
     latency = None
     if budget.kind == "speedup":
         from exporters.latency_table import TableSettings, measure_latency
@@ -76,7 +98,7 @@ def plan_step(shop: Workshop, folder: Path) -> None:
         )
     plan = make_plan(
         denoiser,
-        shop.statistics,
+        statistics,
         budget,
         recipe.plan,
         latency=latency,
@@ -103,12 +125,12 @@ def slim_step(shop: Workshop, folder: Path) -> None:
     seconds = round(time.perf_counter() - start, 3)
     save_pipeline(with_denoiser(shop.dense, slim), folder)
     call = shop.trajectory[0]
-    earlier = {
-        stage: artifacts.read_manifest(shop.folder / stage)["made_from"]["seconds"] for stage in ("calibrate", "plan")
-    }
-    write_result(
-        folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), {**earlier, "slim": seconds})
+    calibrated, sensitivity, planned = (
+        artifacts.read_manifest(shop.folder / stage)["made_from"]["seconds"]
+        for stage in ("calibrate", "sensitivity", "plan")
     )
+    took = {"calibrate": calibrated, "plan": round(sensitivity + planned, 3), "slim": seconds}
+    write_result(folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), took))
 
 
 def compression_result(

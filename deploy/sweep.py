@@ -3,6 +3,7 @@
 sweep.json      the dense model's figures and every point's
 sweep.html      the same, drawn; one self-contained file
 calibrate/      statistics
+sensitivity/    what planning measures by forward passes, whatever the budget
 point-.../      one per budget: plan.json and point.json
 manifest.json   what it was made from
 """
@@ -26,6 +27,7 @@ from deploy.console import log
 from deploy.figures import costs
 from deploy.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe import point_budget
+from deploy.sensitivity import deciding, measured, write_sensitivity
 from deploy.stages import Stage, locked, run_stages
 from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
@@ -36,7 +38,7 @@ from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, w
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.pipelines import load_pipeline
-from slimdiff.planning import Planner
+from slimdiff.planning import Planner, check_budgets
 from slimdiff.search import Judge
 from slimdiff.trajectory import sample_images
 
@@ -81,11 +83,21 @@ class Sweep:
         sampling = self.calibration.sampling
         return example_call(self.pipeline, height=sampling.height, width=sampling.width)
 
+    def refuse_impossible(self) -> None:
+        """Before the long work.
+
+        Raises:
+            InputError: if a point's budget cannot be met.
+        """
+        budgets = [point_budget(self.by, text) for text in self.points]
+        check_budgets(denoiser_of(self.pipeline), budgets, self.planning, call=lambda: self.call)
+
     @cached_property
     def planner(self) -> Planner:
-        statistics = Statistics.load(self.folder / layout.STATISTICS)
-        calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
-        fitted_on = []
+        statistics = measured(self.folder)
+        calls, fitted_on = [], []
+        if not statistics.sensitivities:
+            calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
         if self.planning.fits():
             fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
         latency = None
@@ -127,7 +139,8 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
         `images`; `runtime` and `machine`.
 
     Raises:
-        InputError: if there is no point, or one cannot be a budget or be met; points before it are kept.
+        InputError: if there is no point, or one cannot be a budget or be met; a speedup that cannot be met shows when
+            its point is planned, and points before it are kept.
     """
     from deploy.sweep_page import write_page
 
@@ -136,16 +149,25 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
     for text in work.points:  # refuse before the long work, not after
         point_budget(work.by, text)
     with locked(work.folder):
-        first = Stage(
-            "calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), _inputs(work), "statistics"
-        )
+        inputs = _inputs(work)
+        first = [
+            Stage("calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), inputs, "statistics"),
+            Stage(
+                "sensitivity",
+                partial(_sensitivity, work),
+                ("calibrate",),
+                deciding(work.planning),
+                inputs,
+                "sensitivity",
+            ),
+        ]
         points = point_stages(work)
-        for _ in run_stages(work.folder, [first, *points]):
+        for _ in run_stages(work.folder, [*first, *points]):
             pass
         value = frontier(work, points)
         artifacts.write_json(work.folder / JSON, value)
         write_page(value, work.folder / PAGE)
-    made_from = {"model": first.inputs["model"], "prompts": first.inputs["prompts"], "points": work.points}
+    made_from = {"model": inputs["model"], "prompts": inputs["prompts"], "points": work.points}
     artifacts.write_manifest(work.folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value
 
@@ -178,7 +200,7 @@ def _inputs(work: Sweep) -> dict[str, str]:
 
 
 def point_stages(work: Sweep) -> list[Stage]:
-    """One stage for each point; they need a stage `calibrate` that leaves statistics."""
+    """One stage for each point; they need the stages `calibrate` and `sensitivity` of the same folder."""
     shared = {
         "by": work.by,
         "plan": work.planning.model_dump(),
@@ -188,14 +210,15 @@ def point_stages(work: Sweep) -> list[Stage]:
         "machine": machine_name(),
     }
     names = {text: f"point-{re.sub('[^0-9A-Za-z.]', '', text.replace('%', 'pct'))}-{work.by}" for text in work.points}
-    inputs = _inputs(work)
+    inputs, needs = _inputs(work), ("calibrate", "sensitivity")
     return [
-        Stage(name, partial(_point, work, text), ("calibrate",), {**shared, "point": text}, inputs, "sweep-point")
+        Stage(name, partial(_point, work, text), needs, {**shared, "point": text}, inputs, "sweep-point")
         for text, name in names.items()
     ]
 
 
 def _calibrate(work: Sweep, folder: Path) -> None:
+    work.refuse_impossible()
     used = work.prompts[: work.calibration.samples]
     log.info(
         "sweep: %d prompts %s, %d steps each", len(used), described(work.prompts_from), work.calibration.sampling.steps
@@ -203,7 +226,13 @@ def _calibrate(work: Sweep, folder: Path) -> None:
     calibrate(work.pipeline, used, work.calibration).save(folder / Path(layout.STATISTICS).name)
 
 
+def _sensitivity(work: Sweep, folder: Path) -> None:
+    statistics = Statistics.load(work.folder / layout.STATISTICS)
+    write_sensitivity(work.pipeline, work.prompts, work.calibration, work.planning, statistics, folder)
+
+
 def _point(work: Sweep, text: str, folder: Path) -> None:
+    work.refuse_impossible()
     plan = work.planner.plan(point_budget(work.by, text))
     dense = denoiser_of(work.pipeline)
     slim = work.planner.slim(plan)

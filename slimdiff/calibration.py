@@ -288,9 +288,9 @@ class _Collection:
 
     def _over_all(self, part: Statistics, turn: int) -> Statistics:
         """A turn's sums over all processes."""
+        counts = ("tokens", "weights", "population")
         own = {
-            "tokens": part.tokens,
-            "weights": part.weights,
+            **{kind: getattr(part, kind) for kind in counts},
             "moments": _shapes(part.moments),
             "firsts": _shapes(part.firsts),
         }
@@ -300,10 +300,10 @@ class _Collection:
             self.model_hash,
             distributed.AllReduced(part.moments, shapes["moments"], torch.float32),
             distributed.AllReduced(part.firsts, shapes["firsts"], torch.float64),
-            *(
-                {n: sum(told[kind].get(n, 0) for told in everyone) for told in everyone for n in told[kind]}
-                for kind in ("tokens", "weights")
-            ),
+            **{
+                kind: {n: sum(told[kind].get(n, 0) for told in everyone) for told in everyone for n in told[kind]}
+                for kind in counts
+            },
         )
         if len(self.turns) == 1 or self.folder is None:
             total.moments, total.firsts = dict(total.moments), dict(total.firsts)

@@ -16,9 +16,9 @@ from slimdiff.costs import CostTable
 from slimdiff.errors import InputError
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import MEASURED, Planner, PlanSettings, chosen_sites, is_measured
+from slimdiff.planning import MEASURED, Planner, PlanSettings, check_budgets, chosen_sites, is_measured
 from slimdiff.sites import find_sites
-from slimdiff.slimming import factorise, slim_denoiser
+from slimdiff.slimming import Factors, factorise, slim_denoiser
 from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 
@@ -75,6 +75,8 @@ def compress(
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     slim_class_of(denoiser)  # refuse before the long work, not after
+    if budget is not None:
+        check_budgets(denoiser, [budget], planning, latency=latency)
     wanted = chosen_sites(find_sites(denoiser)[0], planning) if plan is None else []
     started = time.perf_counter()
     seconds = {}
@@ -137,7 +139,10 @@ def planning_calls(
     planning: PlanSettings,
     statistics: Statistics,
 ) -> PlanningCalls:
-    """Record what planning under this budget needs and the statistics do not hold, and no more."""
+    """Record what planning under this budget needs and the statistics do not hold, and no more.
+
+    A plan that has to be fitted needs `fitting_calls` afterwards too.
+    """
     recorded: PlanningCalls = {}
     wanted = [s for s in find_sites(getattr(pipeline, denoiser_name(pipeline)))[0] if s.group in planning.groups]
     covered = [s for s in wanted if statistics.covers(s.name, s.group)]
@@ -146,9 +151,36 @@ def planning_calls(
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
-    if planning.fits():
+    if planning.fits() and (budget.kind == "max_error" or unmeasured):
         recorded["fitting_calls"] = fitting_calls(pipeline, prompts, calibration, planning)
     return recorded
+
+
+def measure(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    calibration: CalibrationSettings,
+    planning: PlanSettings,
+    statistics: Statistics,
+    factors: Factors | None = None,
+    *,
+    progress: str | None = "sensitivity",
+) -> None:
+    """Add to statistics what planning measures by forward passes: any budget then needs none.
+
+    Args:
+        factors: from `factorise` on all sites that may be slimmed, if they are there already.
+    """
+    planner = Planner(
+        getattr(pipeline, denoiser_name(pipeline)),
+        statistics,
+        planning,
+        calls=sensitivity_calls(pipeline, prompts, calibration.sampling, planning),
+        fitting_calls=fitting_calls(pipeline, prompts, calibration, planning) if "resnet" in planning.groups else [],
+        factors=factors,
+        progress=progress,
+    )
+    planner.remember(statistics)
 
 
 def sensitivity_calls(

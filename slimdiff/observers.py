@@ -87,9 +87,9 @@ class Observer:
             x = args[0].detach()
             # A convolution receives [B, n, H, W], whose tokens are its pixels.
             x = x.flatten(2).mT if site.group == "resnet" else x.reshape(-1, *x.shape[-2:])
-            taken = self._taken(x, site)
+            taken, of = self._taken(x, site), x.shape[0] * x.shape[1]
             x = x if taken is None else x[:, taken]
-            self.statistics.add_rows(site.name, x.float().flatten(0, 1), self.weight)
+            self.statistics.add_rows(site.name, x.float().flatten(0, 1), self.weight, of)
 
         return hook
 
@@ -104,13 +104,14 @@ class Observer:
                 mean = _mean(x, attended)
                 self.statistics.add_heads(f"{site.name}.key_mean", _heads(mean, site), self.weight)
             taken = self._taken(x, site)
+            of = x.shape[0] * x.shape[1] if attended is None else int(attended.sum())
             if taken is not None:
                 x = x[:, taken]
                 attended = None if attended is None else attended[:, taken]
             x = x.float() if mean is None else x.float() - mean
             x = x if attended is None else x * attended
             tokens = None if attended is None else int(attended.sum())
-            self.statistics.add_heads(f"{site.name}.{what}", _heads(x, site), self.weight, tokens)
+            self.statistics.add_heads(f"{site.name}.{what}", _heads(x, site), self.weight, tokens, of)
 
         return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -15,6 +15,7 @@ from slimdiff.budget import Budget
 from slimdiff.closed_forms import Forms
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
+from slimdiff.feasibility import most_removable, removed_within
 from slimdiff.influence import block_influences
 from slimdiff.plan import Plan, site_plan
 from slimdiff.resnets import ResnetSettings
@@ -190,7 +191,7 @@ class Planner:
 
     def remember(self, statistics: Statistics) -> None:
         """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls."""
-        if self.settings.forms.local() == Forms():  # others' local errors are others: their slopes are not kept
+        if keeps_measured(self.settings):
             statistics.sensitivities = statistics.sensitivities | self.sensitivities
         if self.macs is not None:
             layers = {path: costs[max(costs)] for path, costs in self.macs.layers.items()}
@@ -205,9 +206,6 @@ class Planner:
         if budget.kind == "speedup":
             if self.latency is None:
                 raise InputError("a speedup is planned on a measured table of latencies: give one")
-            missing = [layer.path for layer in self.layers if layer.path not in self.latency.layers]
-            if missing:
-                raise InputError(f"the table of latencies does not know {missing[0]}: measure it for this model")
             return self.latency
         if budget.kind == "macs":
             if self.macs is None:
@@ -217,21 +215,14 @@ class Planner:
 
     def most(self, table: CostTable) -> float:
         """The most that can go, in the table's unit."""
-        return sum(float(table.savings(layer.path, layer.candidates[:1])[0]) for layer in self.layers)
+        return most_removable(table, self.layers)
 
     def plan(self, budget: Budget) -> Plan:
         """See `make_plan`."""
         if budget.kind == "max_error":
             return smallest_within(self, budget, self.held)
         table = self.table(budget)
-        removed = budget.removed(table.dense)
-        most = self.most(table)
-        if removed > most:
-            raise InputError(
-                f"budget {_words(budget)} is {_amount(table, removed)}, but at most {_amount(table, most)} "
-                f"({most / table.dense:.1%}) can go from the {len(self.chosen)} sites in "
-                f"{', '.join(self.settings.groups)}"
-            )
+        removed = removed_within(budget, table, self.layers)
         return self.written(self.ranks(table, removed), budget, {table.name: table.dense - removed})
 
     def ranks(self, table: CostTable, removed: float) -> dict[str, int]:
@@ -310,10 +301,48 @@ class Planner:
         return self.progress and f"{self.progress}: {what}"
 
 
+def check_budgets(
+    denoiser: nn.Module,
+    budgets: Iterable[Budget],
+    settings: PlanSettings,
+    *,
+    call: Callable[[], Call] | None = None,
+    latency: CostTable | None = None,
+) -> None:
+    """Refuse a budget that no plan can meet, before the long work: no statistics are asked for.
+
+    What cannot be told yet passes: an error; MACs without `call`; a speedup without `latency`; and sites that never run
+    in calibration are taken for ones that do.
+
+    Args:
+        call: gives a denoiser call to count MACs of, if there is a budget of them.
+
+    Raises:
+        InputError: as `Planner.plan` does.
+    """
+    sites = chosen_sites(find_sites(denoiser)[0], settings)
+    layers = find_layers(sites, settings.align)
+    tables: dict[str, CostTable | None] = {"speedup": latency, "max_error": None}
+    for budget in budgets:
+        if budget.kind not in tables:
+            if budget.kind == "parameters":
+                tables[budget.kind] = parameter_costs(denoiser, sites)
+            else:
+                tables[budget.kind] = None if call is None else mac_costs(denoiser, sites, call())
+        table = tables[budget.kind]
+        if table is not None:
+            removed_within(budget, table, layers)
+
+
+def keeps_measured(settings: PlanSettings) -> bool:
+    """Whether what the allocation measures is kept for other budgets: sensitivities are, with the usual forms."""
+    # Others' local errors are others, and so are their slopes.
+    return settings.allocation == "global" and settings.forms.local() == Forms()
+
+
 def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:
     """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
-    measured = all(site.name in statistics.sensitivities for site in sites)
-    return settings.allocation == "global" and settings.forms.local() == Forms() and measured
+    return keeps_measured(settings) and all(site.name in statistics.sensitivities for site in sites)
 
 
 def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
@@ -329,13 +358,3 @@ def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
         others = ", ".join(sorted({s.group for s in sites})) or "no group"
         raise InputError(f"there is nothing to slim in {', '.join(settings.groups)}: this model has sites in {others}")
     return chosen
-
-
-def _words(budget: Budget) -> str:
-    value = getattr(budget, budget.kind)
-    return f"{value:g}x" if budget.kind == "speedup" else repr(value)
-
-
-def _amount(table: CostTable, value: float) -> str:
-    noun = {"parameters": "parameters", "macs": "MACs"}.get(table.name)
-    return f"{value:,.0f} {noun}" if noun else f"{value:.3g} ms"

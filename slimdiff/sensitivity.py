@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slimdiff import distributed
 from slimdiff.closed_forms import Forms
 from slimdiff.errors import InputError
 from slimdiff.resnets import ResnetSettings, exchanged_resnet
@@ -19,7 +20,6 @@ from slimdiff.statistics import Statistics
 from slimdiff.trajectory import Call, predict
 
 
-@torch.no_grad()
 def measure_sensitivities(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -34,12 +34,48 @@ def measure_sensitivities(
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
+    Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
+    arguments, and each returns all of them.
+
     Returns:
         by site name: relative mean squared change of the noise prediction over the relative local error.
 
     Raises:
         InputError: if the dense model predicts nothing, or something that is not finite.
     """
+    rank, size = distributed.world()
+    failure, own = None, {}
+    try:
+        own = _measured(
+            denoiser,
+            statistics,
+            sites[rank::size],
+            factors,
+            calls,
+            progress if rank == 0 else None,
+            forms,
+            fitting_calls,
+            resnet_settings,
+        )
+    except InputError as error:
+        failure = str(error)
+    everyone = {name: value for told in distributed.agree(failure, own) for name, value in told.items()}
+    return {site.name: everyone[site.name] for site in sites}
+
+
+@torch.no_grad()
+def _measured(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    sites: Sequence[Site],
+    factors: Factors,
+    calls: Sequence[Call],
+    progress: str | None,
+    forms: Forms | None,
+    fitting_calls: Sequence[Call],
+    resnet_settings: ResnetSettings | None,
+) -> dict[str, float]:
+    """What `measure_sensitivities` says, of these sites by this process."""
     modules = dict(denoiser.named_modules())
     reference = [predict(denoiser, call) for call in calls]
     energy = sum(float(r.double().square().sum()) for r in reference)

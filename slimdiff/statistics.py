@@ -73,6 +73,7 @@ class Statistics:
     Attributes:
         tokens: rows in each sum.
         weights: the sum of their weights; equal to `tokens` where all timesteps weigh the same.
+        population: the sum of the weights of all rows that they were selected from; `weights` where it is not told.
         sensitivities: by site name, if they were measured (`slimdiff.planning`): another budget needs no forward pass.
         macs: by module path, multiply-accumulates of one call at batch 1 that its dense layers cost, and under `""`
             the whole model's; if they were counted.
@@ -86,9 +87,10 @@ class Statistics:
     sensitivities: dict[str, float] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
+    population: dict[str, float] = field(default_factory=dict)
 
-    def add_rows(self, name: str, rows: Tensor, weight: float = 1.0) -> None:
-        """Add rows `[R, n]`, float32, to a triangle and a first moment."""
+    def add_rows(self, name: str, rows: Tensor, weight: float = 1.0, of: int | None = None) -> None:
+        """Add rows `[R, n]`, float32, to a triangle and a first moment; `of` is how many they were selected from."""
         width = rows.shape[1]
         if name not in self.moments:
             assert isinstance(self.moments, dict) and isinstance(self.firsts, dict)
@@ -97,24 +99,28 @@ class Statistics:
         for start, strip in strips(self.moments[name], width):
             strip.addmm_(rows[:, start : start + len(strip)].T, rows[:, start:], alpha=weight)
         self.firsts[name].add_(rows.sum(0), alpha=weight)
-        self._count(name, len(rows), weight)
+        self._count(name, len(rows), weight, of)
 
-    def add_heads(self, name: str, rows: Tensor, weight: float = 1.0, tokens: int | None = None) -> None:
+    def add_heads(
+        self, name: str, rows: Tensor, weight: float = 1.0, tokens: int | None = None, of: int | None = None
+    ) -> None:
         """Add rows `[H, R, d]`, float32, to one moment per head.
 
         Args:
             tokens: how many of the rows count, if some were zeroed because nothing attends to them.
+            of: how many such rows they were selected from.
         """
         if name not in self.moments:
             assert isinstance(self.moments, dict)
             heads, _, d = rows.shape
             self.moments[name] = rows.new_zeros(heads, d, d)
         self.moments[name].baddbmm_(rows.mT, rows, alpha=weight)
-        self._count(name, rows.shape[1] if tokens is None else tokens, weight)
+        self._count(name, rows.shape[1] if tokens is None else tokens, weight, of)
 
-    def _count(self, name: str, tokens: int, weight: float) -> None:
+    def _count(self, name: str, tokens: int, weight: float, of: int | None) -> None:
         self.tokens[name] = self.tokens.get(name, 0) + tokens
         self.weights[name] = self.weights.get(name, 0.0) + weight * tokens
+        self.population[name] = self.population.get(name, 0.0) + weight * (tokens if of is None else of)
 
     def mean(self, name: str) -> Tensor:
         """The second moment E[x x^T] by name, float64 on the CPU: `[n, n]`, or `[H, d, d]` per head.
@@ -162,7 +168,9 @@ class Statistics:
     def merge(self, *others: Statistics) -> Statistics:
         """These and other statistics of the same model together, as if all had been collected in one run.
 
-        Sums are taken by name when asked for; sensitivities and MACs are the first's that has them.
+        A selection of tokens weighs what it was selected from: each part counts by its prompts, however few or many of
+        their tokens it took. Where every token was taken, sums are simply added. Sums are taken by name when asked for;
+        sensitivities and MACs are the first's that has them.
 
         Raises:
             InputError: if the others are another model's, or were collected in another way.
@@ -180,15 +188,17 @@ class Statistics:
         for count in ("prompts", "calls"):
             if count in made_from:
                 made_from[count] = sum(part.made_from.get(count, 0) for part in parts)
+        factors = _factors(parts)
         return Statistics(
             self.model_hash,
-            Summed([part.moments for part in parts]),
-            Summed([part.firsts for part in parts]),
+            Summed([part.moments for part in parts], factors),
+            Summed([part.firsts for part in parts], factors),
             _added([part.tokens for part in parts]),
             _added([part.weights for part in parts]),
             next((part.sensitivities for part in parts if part.sensitivities), {}),
             next((part.macs for part in parts if part.macs), {}),
             made_from,
+            _added([{**part.weights, **part.population} for part in parts]),
         )
 
     def save(self, path: Path, **more: Any) -> None:
@@ -276,17 +286,38 @@ class Stored(Lazy):
 
 
 class Summed(Lazy):
-    """Sums of several mappings' tensors by name, taken when asked for."""
+    """Sums of several mappings' tensors by name, each times its own factor, taken when asked for."""
 
-    def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]], factors: Sequence[Mapping[str, float]]) -> None:
         self.parts = parts
+        self.factors = factors
         super().__init__(name for part in parts for name in part)
 
     def make(self, name: str) -> Tensor:
-        first, *others = (part[name] for part in self.parts if name in part)
-        for other in others:
-            first = first + other.to(first.device)
-        return first
+        total: Tensor | None = None
+        for part, factors in zip(self.parts, self.factors, strict=True):
+            if name not in part:
+                continue
+            factor, tensor = factors.get(name, 1.0), part[name]
+            tensor = tensor if factor == 1 else tensor * factor
+            total = tensor if total is None else total + tensor.to(total.device)
+        assert total is not None
+        return total
+
+
+def _factors(parts: Sequence[Statistics]) -> list[dict[str, float]]:
+    """By part and name, what its sums are multiplied with: then each part's share of the weights is its share of the
+    population, and their total is what it was."""
+    weights = _added([part.weights for part in parts])
+    population = _added([{**part.weights, **part.population} for part in parts])
+    return [
+        {
+            name: (part.population.get(name, weight) / weight) / (population[name] / weights[name])
+            for name, weight in part.weights.items()
+            if weight
+        }
+        for part in parts
+    ]
 
 
 def _way(made_from: dict[str, Any]) -> dict[str, Any]:

@@ -85,19 +85,20 @@ def run(args: argparse.Namespace) -> int:
         source = args.prompts or default_source(args.model)
         prompts = calibration_prompts(source, calibration.samples)
         calm_libraries()
-        from slimdiff import calibrate
+        from slimdiff import PlanSettings, calibrate
+        from slimdiff.compression import measure
         from slimdiff.pipelines import load_pipeline
 
         pipeline = load_pipeline(args.model)
         log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
         progress = None if args.quiet else "calibrate"
         statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
+        if args.sensitivities:
+            measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
         rank, _ = distributed.world()
         distributed.agree(None, None)  # until every process has what it needs of the others
         if rank > 0:
             return 0
-        if args.sensitivities:
-            measure(pipeline, prompts, sampling, statistics, progress)
         others = [statistics, *others]
     merged = others[0].merge(*others[1:]) if len(others) > 1 else others[0]
     merged.save(out)
@@ -114,18 +115,6 @@ def run(args: argparse.Namespace) -> int:
     }
     result(value, _text(value), args.json)
     return 0
-
-
-def measure(pipeline: Any, prompts: list[str], sampling: Any, statistics: Any, progress: str | None) -> None:
-    """Add the sensitivities of all sites, and what a budget of MACs needs."""
-    from deploy.workshop import denoiser_of
-    from slimdiff import PlanSettings
-    from slimdiff.compression import sensitivity_calls
-    from slimdiff.planning import Planner
-
-    planning = PlanSettings()
-    calls = sensitivity_calls(pipeline, prompts, sampling, planning)
-    Planner(denoiser_of(pipeline), statistics, planning, calls=calls, progress=progress).remember(statistics)
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,21 @@ def run(args: argparse.Namespace) -> int:
     from deploy.workshop import denoiser_of
     from exporters.pipeline_export import example_call
     from slimdiff import compress, distributed
-    from slimdiff.costs import count_parameters
     from slimdiff.pipelines import load_pipeline
+    from slimdiff.planning import check_budgets
 
     pipeline = load_pipeline(args.model)
-    if budget is not None and budget.kind == "parameters":
-        budget.removed(count_parameters(denoiser_of(pipeline)))  # refuse it before the long work, not after
+    one_call = partial(example_call, pipeline, height=sampling.height, width=sampling.width)
+    if budget is not None:
+        check_budgets(denoiser_of(pipeline), [budget], planning, call=one_call)
     latency = None
     if args.speedup is not None:
         from exporters.latency_table import TableSettings, measure_latency
 
         chosen = settings(TableSettings, args, "runtime", "threads")
-        one = example_call(pipeline, height=sampling.height, width=sampling.width)
         progress = None if args.quiet else "latency"
-        latency = measure_latency(denoiser_of(pipeline), one, planning, chosen, progress=progress)
-    call = example_call(pipeline, height=sampling.height, width=sampling.width)
+        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, chosen, progress=progress)
+    call = one_call()
     dense_costs = costs(denoiser_of(pipeline), call)
     used = prompts[: calibration.samples]  # what is left over is for measuring an error on
     log.info("compress: %d prompts %s, %d steps each", len(used), described(source), sampling.steps)

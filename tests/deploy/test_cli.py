@@ -101,6 +101,28 @@ def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, workspace, capsys, monkeypatch):
+    """What is too much shows as soon as the model is open."""
+    asked = []
+    monkeypatch.setattr("slimdiff.calibration.sample_images", lambda *_, **__: asked.append(1))
+    prompts = ["--prompts", workspace / "prompts.txt"]
+    for budget in (["--reduce", "70%"], ["--macs", "90%"]):
+        argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget, *prompts]
+        assert "but at most" in fails(argv, capsys)
+    for by in ("parameters", "macs"):
+        argv = ["sweep", workspace / "tiny", "--out", tmp_path / by, "--by", by, "--points", "4%,90%", *prompts]
+        assert "but at most" in fails(argv, capsys)
+    text = (workspace / "recipe.yaml").read_text().replace("tiny", str(workspace / "tiny"))
+    text = text.replace("prompts.txt", str(workspace / "prompts.txt"))
+    for number, change in enumerate(
+        (("8%", "70%"), ("reduce: 8%", "macs: 90%"), ("8%}", "8%}\nsweep: {points: [70%]}"))
+    ):
+        (tmp_path / "recipe.yaml").write_text(text.replace(*change))
+        argv = ["build", tmp_path / "recipe.yaml", "--out", tmp_path / f"build-{number}"]
+        assert "but at most" in fails(argv, capsys)
+    assert not asked
+
+
 @pytest.mark.parametrize(
     ("budget", "says"),
     [
@@ -156,7 +178,7 @@ def test_a_wrong_recipe_names_the_nearest_key(tmp_path, capsys):
 
 def test_an_unknown_stage_to_force(tmp_path, workspace, capsys):
     argv = ["build", workspace / "recipe.yaml", "--out", tmp_path / "out", "--force", "calibrat"]
-    assert "calibrate, plan, slim" in fails(argv, capsys)
+    assert "calibrate, sensitivity, plan" in fails(argv, capsys)
 
 
 @pytest.mark.parametrize("argv", [["inspect", "none"], ["bench", "none", "none", "--gate", "speed>2"]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
-from slimdiff import Budget, InputError, PlanSettings, slim_denoiser
+from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
 from slimdiff.allocation import TOLERANCE, choose, find_layers
 from slimdiff.compression import held_calls, sensitivity_calls
 from slimdiff.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
@@ -116,6 +116,18 @@ def test_more_than_can_go_is_refused_in_its_own_unit(planner):
         planner.plan(Budget(speedup=9.0))
     with pytest.raises(InputError, match="MACs, but at most"):
         planner.plan(Budget(macs="95%"))
+
+
+def test_more_than_can_go_is_refused_before_calibration(pipeline, planner):
+    """Which would have complained first that there is no prompt."""
+    table = table_of_milliseconds(planner)
+    for budget in (Budget("70%"), Budget(speedup=9.0)):
+        with pytest.raises(InputError, match="but at most") as early:
+            compress(pipeline, [], budget, planning=PlanSettings(align=4), latency=table, progress=False)
+        planner.latency = table
+        with pytest.raises(InputError) as late:
+            planner.plan(budget)
+        assert str(early.value) == str(late.value)
 
 
 def test_a_speedup_needs_the_models_own_table(pipeline, compression, calls):

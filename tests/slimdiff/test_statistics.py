@@ -17,8 +17,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Statistics, calibrate, slim_denoiser
 from slimdiff import calibration as calibration_module
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
+from slimdiff.compression import measure
 from slimdiff.planning import Planner
-from slimdiff.sites import find_sites
+from slimdiff.sites import GROUPS, find_sites
 from slimdiff.statistics import STRIP, triangle_size
 from slimdiff.trajectory import predict, record_calls
 
@@ -100,6 +101,27 @@ def test_parts_merge_to_the_whole(pipeline, calibration, whole, tmp_path):
     with pytest.raises(InputError, match="different ways"):
         weighted = CalibrationSettings(timestep_weights="min_snr", sampling=SAMPLING)
         whole.merge(calibrate(pipeline, PROMPTS[:1], weighted))
+
+
+def test_a_selection_of_tokens_weighs_what_it_was_selected_from(pipeline, whole):
+    """One prompt and three take about as many tokens each, and yet count one to three."""
+
+    def part(start: int, stop: int, tokens_per_dimension: int | None = 2) -> Statistics:
+        sampling = SAMPLING.model_copy(update={"seed": SAMPLING.seed + start})
+        settings = CalibrationSettings(samples=4, sampling=sampling, tokens_per_dimension=tokens_per_dimension)
+        return calibrate(pipeline, PROMPTS[start:stop], settings, progress=None)
+
+    one, three = part(0, 1), part(1, 4)
+    merged = one.merge(three)
+    for name in merged.moments:
+        torch.testing.assert_close(merged.mean(name), 0.25 * one.mean(name) + 0.75 * three.mean(name))
+        assert merged.population[name] == whole.weights[name]
+    for name in merged.firsts:
+        torch.testing.assert_close(merged.first(name), 0.25 * one.first(name) + 0.75 * three.first(name))
+    selected = [name for name in one.tokens if one.tokens[name] > 0.4 * three.tokens[name]]
+    assert len(selected) > len(one.tokens) / 2
+    assert_same(merged.merge(one), one.merge(three, one))
+    assert_same(whole, part(0, 1, None).merge(part(1, 4, None)))
 
 
 def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, whole):
@@ -269,22 +291,32 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from conftest import PROMPTS, SAMPLING, tiny_pipeline
-from slimdiff import CalibrationSettings, calibrate, distributed
+from slimdiff import CalibrationSettings, PlanSettings, calibrate, distributed
+from slimdiff.compression import measure
 pipeline = tiny_pipeline()
+ran = []
+pipeline.unet.register_forward_hook(lambda *_: ran.append(1))
 for name, limit in (("one", 2.0), ("turns", {limit!r})):
     settings = CalibrationSettings(samples=3, sampling=SAMPLING, memory_limit=limit)
     found = calibrate(pipeline, PROMPTS, settings)
+    if name == "one":
+        ran.clear()
+        measure(pipeline, PROMPTS, settings, PlanSettings(groups={groups!r}), found, progress=None)
+        found.made_from["forward_passes"] = len(ran)
     found.save(Path({folder!r}) / f"{{name}}-{{distributed.world()[0]}}.safetensors")
 """
 
 
-def test_two_processes_make_the_statistics_of_one(pipeline, tmp_path):
+def test_two_processes_make_the_statistics_and_sensitivities_of_one(pipeline, tmp_path, request):
     """As a launcher starts them. Three prompts: unequal shards, and batches are not what they are in one process."""
+    groups = (*GROUPS, "resnet")
     need = sum(moment_bytes(site) for site in find_sites(pipeline.unet)[0])
     limit = 0.6 * need / 2**30
     tests = Path(__file__).parent.parent
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(paths=[str(tests), str(tests.parent)], folder=str(tmp_path), limit=limit))
+    script.write_text(
+        WORKER.format(paths=[str(tests), str(tests.parent)], folder=str(tmp_path), limit=limit, groups=groups)
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -305,10 +337,23 @@ def test_two_processes_make_the_statistics_of_one(pipeline, tmp_path):
     finally:
         for worker in workers:
             worker.kill()
+    ran: list[int] = []
+    request.addfinalizer(pipeline.unet.register_forward_hook(lambda *_: ran.append(1)).remove)
     for name, memory in (("one", 2.0), ("turns", limit)):
         settings = CalibrationSettings(samples=3, sampling=SAMPLING, memory_limit=memory)
         expected = calibrate(pipeline, PROMPTS, settings, progress=None)
         found = [Statistics.load(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
         assert_same(found[0], found[1], 0.0)
         assert_same(expected, found[0], 1e-6)
+        if name == "one":
+            alone = Statistics.load(tmp_path / f"{name}-0.safetensors")
+            alone.sensitivities = {}
+            ran.clear()
+            measure(pipeline, PROMPTS, settings, PlanSettings(groups=groups), alone, progress=None)
+            assert len(alone.sensitivities) == len(find_sites(pipeline.unet)[0])
+            for part in found:
+                assert part.sensitivities == pytest.approx(alone.sensitivities, rel=1e-4)
+            assert found[0].sensitivities == found[1].sensitivities
+            # Each process records the calls; the sites are shared out.
+            assert all(part.made_from.pop("forward_passes") < 0.7 * len(ran) for part in found)
         assert found[0].made_from == expected.made_from
