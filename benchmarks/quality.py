@@ -80,6 +80,7 @@ class Cut:
 ATTENDED = PAPERS.model_copy(update={"value_moments": "attended"})
 JOINT = ATTENDED.model_copy(update={"joint_output": True})
 CENTRED = JOINT.model_copy(update={"centre_keys": True})
+ELIMINATION = Forms(constant=False, compensate="none")
 
 METHODS = {
     "global": Method("slimdiff, global"),
@@ -93,11 +94,12 @@ METHODS = {
     "attended": Method("+ value_output from what `to_out` receives", ATTENDED, "uniform"),
     "joint": Method("+ output solved over all heads", JOINT, "uniform"),
     "centred": Method("+ centred keys", CENTRED, "uniform"),
-    "elimination": Method("+ elimination on the output error", Forms(), "uniform"),
-    "local": Method("+ knapsack on local errors", Forms(), "local"),
-    "sensitivity": Method("+ measured sensitivities (the default)"),
-    "constant": Method("+ constant column", Forms(constant=True)),
-    "compensated": Method("default + sequential compensation", Forms(compensate=True)),
+    "elimination": Method("+ elimination on the output error", ELIMINATION, "uniform"),
+    "local": Method("+ knapsack on local errors", ELIMINATION, "local"),
+    "sensitivity": Method("+ measured sensitivities", ELIMINATION),
+    "constant": Method("+ constant column", Forms().local()),
+    "compensated": Method("+ projections solved again (the default)"),
+    "sequential": Method("default, last linears too, in order", Forms(compensate="sequential")),
     "joint-resnet": Method("default + resnets, one knapsack", groups=(*GROUPS, "resnet")),
     "resnet": Method("resnets alone", groups=("resnet",)),
     "magnitude-resnet": Method(

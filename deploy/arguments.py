@@ -43,8 +43,8 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         value_moments=args.value_moments,
         joint_output=False if args.heads_apart else None,
         channels=args.channels,
-        constant=args.constant or None,
-        compensate=args.compensate or None,
+        constant=False if args.no_constant else None,
+        compensate=args.compensate,
     )
     groups = tuple(part.strip() for part in args.groups.split(",")) if args.groups else None
     return settings(PlanSettings, args, "align", "allocation", forms=forms, **given(groups=groups))

@@ -50,7 +50,10 @@ def add_forms(parser: argparse.ArgumentParser) -> None:
     forms.add_argument(
         "--channels", choices=("elimination", "ridge_leverage"), help="how feed-forward channels are chosen"
     )
-    forms.add_argument("--constant", action="store_true", help="carry a constant column into the biases")
+    forms.add_argument("--no-constant", action="store_true", help="carry no constant column into the biases")
     forms.add_argument(
-        "--compensate", action="store_true", help="solve the last linears again on the slim model's own inputs"
+        "--compensate",
+        choices=("none", "projections", "sequential"),
+        help="what is solved again on the slim model's own inputs: the projections behind slimmed blocks (default), "
+        "also the last linears in blocks, one after the other, or nothing",
     )

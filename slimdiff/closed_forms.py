@@ -37,17 +37,25 @@ class Forms(BaseModel):
     """value_output: solve the output projection again over all heads at once; else each head keeps its own part."""
     channels: Literal["elimination", "ridge_leverage"] = "elimination"
     """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
-    constant: bool = False
+    constant: bool = True
     """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
-    compensate: bool = False
-    """Afterwards, solve the last linears again on what they receive in the slim model (`slimdiff.compensation`)."""
+    compensate: Literal["none", "projections", "sequential"] = "projections"
+    """Afterwards, solve again on what is received in the slim model (`slimdiff.compensation`): the projections behind
+    slimmed transformer blocks; or, in the order in which they run, those and each block's last linears; or nothing."""
 
     def local(self) -> Forms:
         """Without what is done afterwards: what bases, orders and sensitivities depend on."""
-        return self.model_copy(update={"compensate": False})
+        return self.model_copy(update={"compensate": "none"})
 
 
-PAPERS = Forms(centre_keys=False, value_moments="values", joint_output=False, channels="ridge_leverage")
+PAPERS = Forms(
+    centre_keys=False,
+    value_moments="values",
+    joint_output=False,
+    channels="ridge_leverage",
+    constant=False,
+    compensate="none",
+)
 """SlimDiff's and MoDeGPT's local forms, as we read them."""
 
 

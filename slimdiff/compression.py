@@ -198,7 +198,7 @@ def fitting_calls(
     """Denoiser calls to fit a slim model on, as many as the settings say, spread over the calibration's images."""
     chosen, sampling = usable_inputs(prompts)[: calibration.samples], calibration.sampling
     total = -(-len(chosen) // sampling.batch) * sampling.steps
-    return record_calls(pipeline, chosen, sampling, every=-(-total // planning.fitting_calls))
+    return record_calls(pipeline, chosen, sampling, every=-(-total // planning.fitting_calls), staggered=True)
 
 
 def held_calls(

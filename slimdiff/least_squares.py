@@ -39,6 +39,10 @@ class Sums:
         x, y, xx, xy = self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy
         return Sums(x, y, xx, xy, self.count + other.count)
 
+    def through_zero(self) -> Sums:
+        """The same with means of zero: what is fitted to that has no constant."""
+        return Sums(torch.zeros_like(self.x), torch.zeros_like(self.y), self.xx, self.xy, self.count)
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Means of x and y, and the centred E[x x^T] and E[x y^T], float64."""
         x, y, xx, xy = (t.double() / self.count for t in (self.x, self.y, self.xx, self.xy))
@@ -62,18 +66,21 @@ class Sums:
         return float(spread + (y - weight.T @ x - constant).square().sum())
 
 
-def solve(halves: Sequence[Sums], prior: Tensor, ridge: float | None) -> tuple[Tensor, Tensor]:
+def solve(
+    halves: Sequence[Sums], prior: Tensor, ridge: float | None, *, constant: bool = True
+) -> tuple[Tensor, Tensor]:
     """`W [n, m]` and `c [m]` of y = W^T x + c by least squares over two halves of the data, float64 on the CPU.
 
     Args:
         prior: what W is drawn towards, `[n, m]`.
         ridge: how much, as a share of the mean E[x^2]; if not given, the one of `RIDGES` whose solution on the first
             half errs least on the second. With little data that is a large one, and W stays close to the prior.
+        constant: whether there is a c; else it is zero.
     """
-    first, second = halves
+    first, second = halves if constant else [half.through_zero() for half in halves]
     if ridge is None:
         ridge = RIDGES[-1]
         if first.count and second.count:
             ridge = min(RIDGES, key=lambda r: second.error(*first.fit(r, prior)))
-    solved, constant = (first + second).fit(ridge, prior)
-    return solved.cpu(), constant.cpu()
+    solved, left = (first + second).fit(ridge, prior)
+    return solved.cpu(), left.cpu()

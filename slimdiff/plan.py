@@ -50,7 +50,7 @@ class Plan(BaseModel):
     model_hash: str
     """Fingerprint of the dense denoiser's weights."""
     allocation: str
-    forms: Forms = Forms()
+    forms: Forms = Forms().local()
     """The closed forms that its ranks were chosen for, and by which it is carried out."""
     align: int
     parameters: dict[str, int]
@@ -125,7 +125,7 @@ class Plan(BaseModel):
 
     def is_fitted(self) -> bool:
         """Whether the slim model needs recorded calls to be fitted on."""
-        return self.slims_resnets() or self.forms.compensate
+        return self.slims_resnets() or self.forms.compensate != "none"
 
     def recount(self) -> Plan:
         """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand.

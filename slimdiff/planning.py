@@ -13,6 +13,7 @@ from torch import nn
 from slimdiff.allocation import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.budget import Budget
 from slimdiff.closed_forms import Forms
+from slimdiff.compensation import DenseOutputs
 from slimdiff.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.errors import InputError
 from slimdiff.feasibility import most_removable, removed_within
@@ -58,7 +59,7 @@ class PlanSettings(BaseModel):
 
     def fits(self) -> bool:
         """Whether slim models are fitted on recorded calls."""
-        return "resnet" in self.groups or self.forms.compensate
+        return "resnet" in self.groups or self.forms.compensate != "none"
 
 
 def make_plan(
@@ -129,6 +130,7 @@ class Planner:
         self.calls = calls
         self.held = held
         self.fitting_calls = fitting_calls
+        self.dense_outputs = DenseOutputs(denoiser, fitting_calls)
         self.latency = latency
         self.progress = progress
         check_statistics(denoiser, statistics)
@@ -294,6 +296,7 @@ class Planner:
             progress=None,
             fitting_calls=self.fitting_calls,
             resnet_settings=self.settings.resnets,
+            dense_outputs=self.dense_outputs,
         )
 
     def told(self, what: str) -> str | None:
@@ -337,7 +340,7 @@ def check_budgets(
 def keeps_measured(settings: PlanSettings) -> bool:
     """Whether what the allocation measures is kept for other budgets: sensitivities are, with the usual forms."""
     # Others' local errors are others, and so are their slopes.
-    return settings.allocation == "global" and settings.forms.local() == Forms()
+    return settings.allocation == "global" and settings.forms.local() == Forms().local()
 
 
 def is_measured(statistics: Statistics, sites: Sequence[Site], settings: PlanSettings) -> bool:

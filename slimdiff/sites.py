@@ -64,6 +64,24 @@ def feed_forward_linears(feed_forward: nn.Module) -> tuple[nn.Linear, nn.Linear,
     return net[0].proj, net[2], type(net[0]).__name__ in _GATED  # type: ignore[return-value]
 
 
+def last_linear(denoiser: nn.Module, path: str) -> str:
+    """Path of the last linear of a slimmable `Attention` or `FeedForward`."""
+    return f"{path}.to_out.0" if isinstance(denoiser.get_submodule(path), Attention) else f"{path}.net.2"
+
+
+def output_projection(denoiser: nn.Module, path: str) -> str | None:
+    """Path of the projection (linear, or a convolution of 1 x 1) at the end of the transformer that a module is in.
+
+    None where there is none: a transformer's blocks then add to a stream that goes on.
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        last = getattr(denoiser.get_submodule(path), "proj_out", None)
+        if type(last) is nn.Linear or (type(last) is nn.Conv2d and last.kernel_size == (1, 1) and last.groups == 1):
+            return f"{path}.proj_out".lstrip(".")
+    return None
+
+
 @dataclass(frozen=True)
 class ResnetLayers:
     """The layers of a slimmable `ResnetBlock2D` that share its inner channels.

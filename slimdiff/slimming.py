@@ -13,7 +13,7 @@ from tqdm import tqdm
 from slimdiff import closed_forms, resnets
 from slimdiff.calibration import weights_hash
 from slimdiff.closed_forms import Forms, HeadBases
-from slimdiff.compensation import compensate
+from slimdiff.compensation import DenseOutputs, compensate, stages
 from slimdiff.errors import InputError
 from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
@@ -111,6 +111,7 @@ def slim_denoiser(
     *,
     fitting_calls: Sequence[Call] = (),
     resnet_settings: ResnetSettings | None = None,
+    dense_outputs: DenseOutputs | None = None,
     release_dense: bool = False,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
@@ -121,9 +122,9 @@ def slim_denoiser(
         factors: from `factorise`, if they are there already.
         fitting_calls: recorded denoiser calls that slim resnets are fitted on and errors compensated, needed if the
             plan has any.
+        dense_outputs: on the same calls, if there is more than one slim model to make.
         release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
-            together. The dense model cannot be used afterwards, nor if this fails halfway. Compensation needs both, and
-            keeps them.
+            together. The dense model cannot be used afterwards, nor if this fails halfway.
 
     Raises:
         InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
@@ -148,10 +149,17 @@ def slim_denoiser(
             return fitted[site.name]
         return slim_weights(module, site, rank, known[site.name], statistics, plan.forms)
 
-    if not plan.forms.compensate:
+    mended = stages(denoiser, plan, plan.forms.compensate, fitting_calls)
+    if not mended:
         return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
-    slim = assemble(denoiser, plan, weights, progress)
-    compensate(denoiser, slim, plan, fitting_calls, progress and f"{progress}: compensate")
+    told = progress and f"{progress}: compensate"
+    outputs = (dense_outputs or DenseOutputs(denoiser, fitting_calls)).rows(mended, told and f"{told}, dense")
+    slim = assemble(denoiser, plan, weights, progress, release_dense=release_dense)
+    compensate(slim, mended, outputs, fitting_calls, told)
+    if release_dense:
+        for name in {name for stage in mended for name in stage}:
+            for parameter in denoiser.get_submodule(name).parameters():
+                parameter.data = parameter.data.new_empty(0)
     return slim
 
 

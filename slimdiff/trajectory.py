@@ -198,15 +198,21 @@ def record_calls(
     sampling: Sampling,
     *,
     every: int = 1,
+    staggered: bool = False,
     progress: str | None = None,
 ) -> list[Call]:
-    """Record every `every`-th denoiser call of the trajectories of `prompts`, in order of time per batch."""
+    """Record every `every`-th denoiser call of the trajectories of `prompts`, in order of time per batch.
+
+    Args:
+        staggered: begin each batch's trajectory one step later than the one before (or at its first step again), so
+            that few calls of each are of all times together.
+    """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     calls: list[Call] = []
-    step, last = -1, -math.inf
+    batch, step, last = -1, -1, -math.inf
 
     def keep(arguments: dict[str, Any]) -> None:
-        nonlocal step, last
+        nonlocal batch, step, last
         time = torch.as_tensor(arguments["timestep"]).flatten()[0]
         # A text-to-image UNet's graph takes the time as a whole scalar, so that is what is recorded for it. Others keep
         # what they were called with: DiT wants one time per sample, a video UNet's may be the log of a noise level.
@@ -216,8 +222,8 @@ def record_calls(
         t = time.item()
         t = int(t) if t == int(t) else t
         # Time only falls along one trajectory; some schedulers call more than once a step, so counting calls won't do.
-        step, last = (0 if t > last else step + 1), t
-        if step % every == 0:
+        batch, step, last = (batch + 1, 0, t) if t > last else (batch, step + 1, t)
+        if step % every == (batch % every if staggered else 0):
             before[:], copies[:] = copies, []
             calls.append(Call(step, t, map_tensors(copied, arguments)))
 

@@ -27,7 +27,9 @@ def calls(pipeline):
 
 @pytest.fixture(scope="module")
 def planner(pipeline, compression, calls):
-    return Planner(pipeline.unet, compression.statistics, PlanSettings(align=4), calls=calls[:2], progress=None)
+    settings = PlanSettings(align=4)
+    given, fitted_on = calls[:2], calls[:2]
+    return Planner(pipeline.unet, compression.statistics, settings, calls=given, fitting_calls=fitted_on, progress=None)
 
 
 def table_of_milliseconds(planner: Planner) -> CostTable:
@@ -85,7 +87,9 @@ def test_a_budget_of_macs_is_met_and_counted(pipeline, compression, calls, plann
         pipeline.unet, compression.statistics, settings, calls=calls[:1], factors=planner.factors, progress=None
     )
     plan = own.plan(Budget(macs="10%"))
-    slim = slim_denoiser(pipeline.unet, compression.statistics, plan, planner.factors, progress=None)
+    slim = slim_denoiser(
+        pipeline.unet, compression.statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2]
+    )
     batch = batch_of(calls[0])
     dense, counted = count_macs(pipeline.unet, calls[0]) / batch, count_macs(slim, calls[0]) / batch
     assert plan.costs["macs"] == {"dense": dense, "slim": counted, "budget": dense - round(dense / 10)}
@@ -186,7 +190,7 @@ def held(pipeline):
     return record_calls(pipeline, PROMPTS[2:], SAMPLING.model_copy(update={"seed": 77}))
 
 
-def test_the_smallest_model_below_an_error(pipeline, compression, planner, held):
+def test_the_smallest_model_below_an_error(pipeline, compression, calls, planner, held):
     """It holds, and what is one step smaller does not."""
     planner.held = held[:2]
     statistics, judge = compression.statistics, Judge(pipeline.unet, held[:2])
@@ -194,11 +198,15 @@ def test_the_smallest_model_below_an_error(pipeline, compression, planner, held)
     for share in (20, 100):
         ranks = planner.ranks(planner.parameters, planner.most(planner.parameters) * share / STEPS)
         plan = planner.written(ranks, Budget("1%"), {})
-        limits.append(judge.error(slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None)))
+        limits.append(
+            judge.error(
+                slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2])
+            )
+        )
     assert limits[0] < limits[1]
     bound = (limits[0] * limits[1]) ** 0.5
     plan = planner.plan(Budget(max_error=bound))
-    slim = slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None)
+    slim = slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2])
     assert judge.error(slim) == pytest.approx(plan.noise_error) and plan.noise_error <= bound
     assert slim.config["slim_plan"]["noise_error"] == plan.noise_error
     removed = planner.parameters.dense - plan.parameters["slim"]
@@ -206,7 +214,12 @@ def test_the_smallest_model_below_an_error(pipeline, compression, planner, held)
     ranks = planner.ranks(planner.parameters, (round(removed / step) + 1) * step)
     smaller = planner.written(ranks, Budget("1%"), {})
     assert smaller.parameters["slim"] < plan.parameters["slim"]
-    assert judge.error(slim_denoiser(pipeline.unet, statistics, smaller, planner.factors, progress=None)) > bound
+    assert (
+        judge.error(
+            slim_denoiser(pipeline.unet, statistics, smaller, planner.factors, progress=None, fitting_calls=calls[:2])
+        )
+        > bound
+    )
     assert planner.plan(Budget(max_error=bound)) == plan
 
 

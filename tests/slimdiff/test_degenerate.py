@@ -121,7 +121,7 @@ def test_a_spoilt_model_is_planned_and_slimmed_like_any_other(unet, calls, spoil
     spoil(unet)
     statistics = calibrate_on_calls(unet, calls)
     plan = make_plan(unet, statistics, Budget("10%"), PlanSettings(align=4), calls=calls[:1], progress=None)
-    slim = slim_denoiser(unet, statistics, plan, progress=None)
+    slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
     assert all(torch.isfinite(p).all() for p in slim.parameters())
     assert error(unet, slim, calls) < 0.05
 
@@ -181,7 +181,7 @@ def test_a_head_dimension_that_the_alignment_does_not_divide(calls):
     statistics = calibrate_on_calls(unet, calls)
     plan = make_plan(unet, statistics, Budget("5%"), PlanSettings(align=8), calls=calls[:1], progress=None)
     assert all(s.rank % 8 == 0 or s.rank == s.dense_rank for s in plan.sites.values())
-    assert error(unet, slim_denoiser(unet, statistics, plan, progress=None), calls) < 0.05
+    assert error(unet, slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls), calls) < 0.05
 
 
 def test_a_plan_for_other_weights_is_refused(unet, compression):

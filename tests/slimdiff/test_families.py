@@ -239,7 +239,8 @@ def test_a_configuration_with_keys_that_the_class_does_not_know():
     dense.register_to_config(left_over=1)
     statistics = calibrate_on_calls(dense, calls)
     plan = make_plan(dense, statistics, Budget("1%"), PlanSettings(allocation="uniform"), progress=None)
-    assert count_parameters(slim_denoiser(dense, statistics, plan, progress=None)) == plan.parameters["slim"]
+    slim = slim_denoiser(dense, statistics, plan, progress=None, fitting_calls=calls)
+    assert count_parameters(slim) == plan.parameters["slim"]
 
 
 def test_a_class_that_has_no_slim_one_is_refused_with_those_that_have():

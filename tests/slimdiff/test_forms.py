@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import PROMPTS, SAMPLING
 
-from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
+from slimdiff import Budget, InputError, PlanSettings, compensation, make_plan, slim_denoiser
 from slimdiff.allocation import softmax_weights
 from slimdiff.closed_forms import PAPERS, Forms
-from slimdiff.compensation import compensate
 from slimdiff.fidelity import noise_error
 from slimdiff.influence import block_influences
 from slimdiff.sites import find_sites
@@ -31,7 +30,7 @@ def slimmed(pipeline, compression, calls):
     def make(**settings):
         planning = PlanSettings(align=4, **settings)
         plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4], progress=None)
-        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None)
+        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None, fitting_calls=calls[:4])
 
     return make
 
@@ -128,8 +127,26 @@ def test_the_softmax_allocation_needs_calls(pipeline, compression):
         )
 
 
-def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, calls):
-    plan, slim = slimmed(allocation="uniform")
-    before = error(pipeline.unet, slim, calls)
-    compensate(pipeline.unet, slim, plan, calls, progress=None)
-    assert error(pipeline.unet, slim, calls) < before
+@pytest.mark.parametrize("how", ["projections", "sequential"])
+def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, calls, how):
+    local, mended = (slimmed(allocation="uniform", forms=Forms(compensate=name))[1] for name in ("none", how))
+    assert error(pipeline.unet, mended, calls[:4]) < 0.98 * error(pipeline.unet, local, calls[:4])
+    changed = {name for name, value in mended.state_dict().items() if not torch.equal(value, local.state_dict()[name])}
+    projections = {name for name in changed if ".proj_out." in name}
+    assert projections and (changed == projections) == (how == "projections")
+
+
+def test_compensation_needs_calls(pipeline, compression):
+    with pytest.raises(InputError, match="recorded denoiser calls"):
+        slim_denoiser(pipeline.unet, compression.statistics, compression.plan, progress=None)
+
+
+def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):
+    names = [["down_blocks.1.attentions.0.proj_out"]]
+    whole = compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names)
+    width = whole[0][names[0][0]].shape[1]
+    monkeypatch.setattr(compensation, "OUTPUT_BYTES", 4 * width * 2 * 10)
+    for all_rows, few in zip(whole, compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names), strict=True):
+        (rows,), (picked,) = all_rows.values(), few.values()
+        assert len(picked) == 10 < len(rows)
+        assert all((row == rows).all(1).any() for row in picked)

@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Statistics, calibrate, slim_denoiser
 from slimdiff import calibration as calibration_module
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
-from slimdiff.compression import measure
+from slimdiff.compression import fitting_calls, measure
 from slimdiff.planning import Planner
 from slimdiff.sites import GROUPS, find_sites
 from slimdiff.statistics import STRIP, triangle_size
@@ -251,11 +251,14 @@ def test_another_budget_needs_no_forward_pass(pipeline, whole, calls):
     assert plans[0] == first and plans[1].costs["macs"]["dense"] == first.costs["macs"]["dense"]
 
 
-def test_releasing_the_dense_weights_makes_the_same_slim_model(fresh_pipeline, compression, calls):
+def test_releasing_the_dense_weights_makes_the_same_slim_model(fresh_pipeline, compression, calibration, calls):
     statistics, dense = compression.statistics, fresh_pipeline.unet
     expected = predict(compression.pipeline.unet, calls[0])
     before = sum(p.numel() for p in dense.parameters())
-    slim = slim_denoiser(dense, statistics, compression.plan, progress=None, release_dense=True)
+    fitted_on = fitting_calls(fresh_pipeline, PROMPTS, calibration, PlanSettings())
+    slim = slim_denoiser(
+        dense, statistics, compression.plan, progress=None, fitting_calls=fitted_on, release_dense=True
+    )
     torch.testing.assert_close(predict(slim, calls[0]), expected)
     held = {p.data_ptr(): p.numel() for m in (dense, slim) for p in m.parameters() if p.numel()}
     assert sum(held.values()) == compression.plan.parameters["slim"] < before
