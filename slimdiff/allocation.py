@@ -24,6 +24,8 @@ MOST_CANDIDATES = 64
 SOLVE_SECONDS = 60.0
 # Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
 SLACK = 0.005
+# Sums are marked one by one, to see whether any lies in the window, where that takes no more marks than this.
+MOST_MARKS = 2_000_000_000
 
 
 @dataclass
@@ -67,6 +69,8 @@ def choose(
 ) -> list[int]:
     """One candidate per layer, least total error, at least `removed` and at most 0.4 % more saved: exactly.
 
+    Where no choice saves that, the window begins at the least that one saves above it.
+
     Args:
         savings: per layer, what each candidate saves, in any unit.
         errors: per layer, each candidate's error.
@@ -98,7 +102,9 @@ def choose(
             log.warning("the choice of ranks was stopped after %g s, %.2g from the best", SOLVE_SECONDS, found.mip_gap)
         return None if found.x is None else np.flatnonzero(found.x > 0.5)
 
-    window = LinearConstraint(saving[None, :], 1, 1 + TOLERANCE)
+    nearest = _nearest(savings, removed) / removed
+    least = 1.0 if nearest <= 1 + TOLERANCE else nearest * (1 - 1e-9)
+    window = LinearConstraint(saving[None, :], least, least * (1 + TOLERANCE))
     # The solver stops within 1e-6 of the least, and errors span a dozen decades: so the unit is what the choice costs,
     # and what alone costs more than a known choice is left out, until the two are of one size.
     unit, allowed = max(float(error.max()), 1e-300), np.ones(len(owner), dtype=bool)
@@ -111,8 +117,8 @@ def choose(
         picked = better
     if picked is None:
         # Without a window that any combination of ranks fits, come as close to the budget as the ranks allow.
-        least = LinearConstraint(saving[None, :], 1, np.inf)
-        picked = solve(saving + 1e-3 * error / unit, allowed, least)
+        enough = LinearConstraint(saving[None, :], 1, np.inf)
+        picked = solve(saving + 1e-3 * error / unit, allowed, enough)
     elif also is not None and (best := float(error[picked].sum())) > 0:
         other = np.concatenate(list(also))
         allowed = error <= (1 + SLACK) * best
@@ -122,6 +128,30 @@ def choose(
     if picked is None:
         raise InputError(f"no choice of ranks removes {removed:,.6g}")
     return [int(index) for index in picked - starts]
+
+
+def _nearest(savings: Sequence[np.ndarray], removed: float) -> float:
+    """The least that any choice saves and is at least `removed`; `removed` itself where that cannot be told at once.
+
+    A few large blocks reach few sums, and the solver takes long to see that none fits a window. Sums of whole numbers
+    are marked as bits of one number, in units of their greatest common divisor, exactly.
+    """
+    whole = [np.rint(s) for s in savings]
+    if any(np.abs(w - s).max() > 1e-6 * max(w.max(), 1) for w, s in zip(whole, savings, strict=True)):
+        return removed  # milliseconds
+    values = [{int(v) for v in w} for w in whole]
+    unit = max(1, math.gcd(*(v for row in values for v in row)))
+    least = math.ceil(removed / unit)
+    if 2 * least * sum(len(row) for row in values) > MOST_MARKS:
+        return removed
+    sums, within = 1, (1 << (2 * least)) - 1
+    for row in values:
+        reached = 0
+        for value in row:
+            reached |= sums << (value // unit)
+        sums = reached & within
+    above = sums >> least
+    return max(removed, (least + (above & -above).bit_length() - 1) * unit) if above else removed
 
 
 def softmax_weights(scores: Sequence[float], temperature: float) -> list[float]:

@@ -77,6 +77,8 @@ def _text(value: dict[str, Any]) -> str:
     from deploy.console import amount
 
     lines = [f"{'budget':>10}{'parameters':>13}{'MACs':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
+    if value["by"] == "speedup":
+        lines[0] += f"{'predicted':>12}"
     for point in value["points"]:
         psnr = point["images"]["psnr_db"] if point["images"] else None
         lines.append(
@@ -84,4 +86,7 @@ def _text(value: dict[str, Any]) -> str:
             f"{point['speedup']['median']:>9.3f}x{point['noise_error']:>14.3g}"
             + (f"{psnr:>7.1f} dB" if psnr is not None else f"{'-':>10}")
         )
+        if value["by"] == "speedup":  # else there is no table of latencies
+            latency = point["predicted"]["latency_ms"]
+            lines[-1] += f"{latency['dense'] / latency['slim']:>11.3f}x"
     return "\n".join([*lines, f"{value['runtime']} on {value['machine']}", f"{value['out']}/sweep.html"])

@@ -52,6 +52,17 @@ def test_what_was_measured_is_kept_and_points_are_added(out, argv, capsys):
     assert "sweep.html" in capsys.readouterr().out
 
 
+def test_a_sweep_by_speedup_tells_the_predicted_one_too(workspace, argv, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [*argv, "--out", str(out), "--by", "speedup", "--points", "1.02", "--images", "0"]
+    assert main(argv) == 0
+    point = json.loads((out / "sweep.json").read_text())["points"][0]
+    costs = point["predicted"]["latency_ms"]
+    assert costs["dense"] / costs["slim"] >= 1.02 * (1 - 1e-9)
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.endswith(f"{costs['dense'] / costs['slim']:.3f}x") and f"{point['speedup']['median']:.3f}x" in row
+
+
 def test_the_page_needs_nothing_else_and_shows_every_point(out):
     page = (out / "sweep.html").read_text()
     points = json.loads((out / "sweep.json").read_text())["points"]

@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
-from slimdiff.allocation import TOLERANCE, choose, find_layers
+from slimdiff.allocation import TOLERANCE, _nearest, choose, find_layers
 from slimdiff.compression import held_calls, sensitivity_calls
 from slimdiff.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
 from slimdiff.planning import Planner
@@ -165,6 +165,26 @@ def test_the_knapsack_is_exact(decades):
         ]
         assert removed <= total(savings, picks)
         assert total(errors, picks) == pytest.approx(min(total(errors, c) for c in inside), rel=1e-3)
+
+
+def test_where_no_choice_fits_the_window_it_begins_at_the_nearest_that_does():
+    """Layers of a few sizes, as resnets are: against every choice there is."""
+    noise = np.random.default_rng(0)
+    fits = []
+    for removed in (500.0, 1400.0, 2701.0, 5000.0, 9001.0):
+        savings = [np.append(np.sort(noise.integers(1, 40, 3))[::-1] * 96.0, 0.0) for _ in range(5)]
+        errors = [np.append(np.sort(noise.uniform(0.1, 1, 3))[::-1], 0.0) for _ in range(5)]
+        totals = np.array([sum(choice) for choice in itertools.product(*savings)])
+        costs = np.array([sum(choice) for choice in itertools.product(*errors)])
+        nearest = totals[totals >= removed].min()
+        assert _nearest(savings, removed) == nearest
+        fits.append(nearest <= removed * (1 + TOLERANCE))
+        start = removed if fits[-1] else nearest
+        picks = choose(savings, errors, removed)
+        inside = (totals >= start) & (totals <= start * (1 + TOLERANCE))
+        assert sum(e[i] for e, i in zip(errors, picks, strict=True)) == pytest.approx(costs[inside].min())
+    assert any(fits) and not all(fits)
+    assert _nearest([np.array([0.5, 0.0])], 0.1) == 0.1  # not whole: left to the solver
 
 
 def test_among_ties_more_macs_go(planner):
