@@ -109,6 +109,8 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     ways += [(spec.replace(":", "-").replace(",", "_"), {"shapes": _shapes(spec)}) for spec in args.shapes]
     if args.batch and args.shapes or profiles and ways:
         raise InputError("shapes are said in one way: --batch, --shapes, or --min-, --opt- and --max-shapes")
+    if len({name for name, _ in ways}) < len(ways):
+        raise InputError("the same shape is asked for twice")
     if len(ways) < 2:
         ways = [("", dict(ways[0][1]) if ways else {"profiles": profiles})]
     return {name: settings(EngineSettings, args, "backend", "workspace_gib", **common, **way) for name, way in ways}
@@ -155,6 +157,9 @@ def _make(request: EngineRequest, out: Path, quiet: bool) -> dict[str, Any]:
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out) as temporary:
         report = request.build(temporary, None if quiet else "engine")
+    odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]
+    if odd:
+        log.warning("engine: its layers do not show the plan's dims at %d places, first %s", len(odd), odd[0]["site"])
     return {"out": str(out), "reused": False, "built_because": why, **report}
 
 

@@ -61,7 +61,9 @@ class EngineRequest:
             found = read_engine(folder)
         except InputError as error:
             return str(error)
-        return ", ".join(differences(found["parts"], self.parts)) or None
+        if found["key"] == self.key:
+            return None
+        return ", ".join(differences(found["parts"], self.parts)) or "its key has other parts"
 
     def reuse(self, source: Path | str, folder: Path | str) -> dict[str, Any]:
         """Take over an engine for which `why_build` has nothing to say: its files appear in `folder` too."""

@@ -38,8 +38,8 @@ def check_engine(folder: Path | str, *, gpu: AskGpu = gpu_here) -> dict[str, Any
     """
     folder = Path(folder)
     report = read_engine(folder)
-    backend, version = report["backend"], report["version"]
-    here = installed_version(backend)
+    backend = report["backend"]
+    version, here = _version(report), installed_version(backend)
     if here is None:
         raise MissingPackageError(
             f"{folder} is an engine for {backend} {version}, and {MODULES[backend]} is not installed: "
@@ -79,7 +79,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    whole = isinstance(report, dict) and {"key", "parts", "backend", "version", "inputs"} <= report.keys()
+    whole = isinstance(report, dict) and {"key", "parts", "backend"} <= report.keys()
     if not whole or key_of(report["parts"]) != report["key"]:
         raise InputError(
             f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
@@ -96,7 +96,7 @@ def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:
     parts = report["parts"]
     return {
         "runtime": report["backend"],
-        "version": report["version"],
+        "version": _version(report),
         **parts["runs_on"],
         "shapes": parts["shapes"],
         "precision": parts["precision"],
@@ -140,6 +140,11 @@ def _range(ends: Mapping[str, Sequence[int]]) -> str:
 
 def _x(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def _version(report: Mapping[str, Any]) -> str:
+    """The distribution's, as TensorRT leaves `.post1` and the like out of its own."""
+    return report["parts"]["versions"][report["backend"]]
 
 
 def _capabilities(report: Mapping[str, Any]) -> list[str]:

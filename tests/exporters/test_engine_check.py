@@ -63,7 +63,7 @@ def test_an_engine_for_another_gpu_is_refused(folder):
 
 
 def test_an_engine_of_another_version_is_refused(folder, slim_engine):
-    rewrite(folder, version="1.2.0.54")
+    rewrite(folder, parts={"versions": {"tensorrt-rtx": "1.2.0.54"}})
     here = slim_engine[1]["version"]
     with pytest.raises(
         InputError, match=f"built with tensorrt-rtx 1.2.0.54, and {here} is installed.*build the engine"
@@ -73,7 +73,7 @@ def test_an_engine_of_another_version_is_refused(folder, slim_engine):
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_a_missing_backend_is_named_with_its_extra(folder):
-    rewrite(folder, backend="tensorrt", version="10.13.3.9")
+    rewrite(folder, backend="tensorrt", parts={"versions": {"tensorrt": "10.13.3.9"}})
     with pytest.raises(
         MissingPackageError, match=r"tensorrt 10.13.3.9, and tensorrt is not installed.*slimdiff\[gpu\]"
     ):
