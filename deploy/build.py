@@ -45,7 +45,7 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
     """
     _preflight(recipe)
     with locked(folder):
-        shop = Workshop(recipe, folder)
+        shop = Workshop(recipe, folder, force)
         stages = [*make_stages(shop), *sweep_stages(shop)]
         again = {s.name for s in stages if layout.SWEEP in force and s.name.startswith("point-")} | set(force)
         done: list[Done] = []
@@ -85,7 +85,11 @@ def make_stages(shop: Workshop) -> list[Stage]:
     held = {"held": artifacts.fingerprint(shop.prompts_and_more)}
     compare = recipe.compare.model_dump()
     here = {"machine": artifacts.fingerprint(machine())}
-    engine = {"skipped": str(steps.no_engine(shop)), **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy"))}
+    engine = {
+        "skipped": str(steps.no_engine(shop)),
+        "gpu": steps.engine_gpu(shop),
+        **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy")),
+    }
     validate = {**recipe.validation.model_dump(), "trajectory": compare["sampling"]}
     trajectory = {"trajectory": compare["sampling"]}
 

@@ -188,7 +188,7 @@ def engine_step(shop: Workshop, folder: Path) -> None:
         log.info("engine: skipped, %s", reason)
         write_result(folder, "engine", {"skipped": reason})
         return
-    from exporters.engine import build_engine
+    from exporters.engine import EngineSettings, request_engine
     from exporters.onnx_export import ExportSettings, export_unet
 
     graph = shop.folder / "export" / "slim" / "model.onnx"
@@ -196,8 +196,24 @@ def engine_step(shop: Workshop, folder: Path) -> None:
         log.info("engine: exporting the slim denoiser in fp16")
         half = ExportSettings(precision="fp16", opset=shop.recipe.export.opset)
         graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
-    result = build_engine(graph, folder, shop.recipe.engine, plan=shop.plan, progress="engine")
-    write_result(folder, "engine", {**result, "precision": "fp16"})
+    settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
+    request = request_engine(graph, settings, plan=shop.plan)
+    before = shop.folder / "engine"
+    why = "it was asked for" if "engine" in shop.forced else request.why_build(before)
+    if why is None:
+        log.info("engine: the one from before is the same")
+        request.reuse(before, folder)
+    else:
+        log.info("engine: built, because %s", why)
+        request.build(folder, progress="engine")
+
+
+def engine_gpu(shop: Workshop) -> str:
+    """The GPU that the engine is built for; empty if its targets are named, or there is none."""
+    from exporters.engine import gpu_here
+
+    gpu = None if shop.recipe.engine.targets or not shop.recipe.engine.enabled else gpu_here()
+    return "" if gpu is None else f"{gpu.name} {gpu.capability} {gpu.driver}"
 
 
 def no_engine(shop: Workshop) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 class Workshop:
     """The recipe, the build folder, and what has been opened of the models and recorded of their trajectories."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, forced: Collection[str] = ()) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.forced = forced
+        """Stages that are done again whatever is there."""
 
     @cached_property
     def dense(self) -> DiffusionPipeline:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters.trt_layers import inspect_engine
 from exporters.trt_network import describe_network, fused_attention
 
 
@@ -25,13 +26,16 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     """Parse, describe, build and write one engine.
 
     Args:
-        job: `backend`, `onnx_file`, `engine_file`, `targets` (`[major, minor]` pairs), `batch`, `workspace_gib`.
+        job: `backend`, `onnx_file`, `engine_file`, `targets` (`[major, minor]` pairs), `shapes` (`fixed`, input ->
+            shape; or `profiles`, each input -> `min`, `opt`, `max`), `workspace_gib`, `tf32`, `strip_weights`,
+            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here).
 
     Returns:
-        `describe_network`'s keys with `version`, `bytes`, `seconds` and `fused_attention`.
+        `describe_network`'s keys with `version`, `bytes`, `seconds`, `peak_memory`, `fused_attention` and
+        `engine_layers` (`inspect_engine`'s; None without a GPU).
 
     Raises:
-        Refused: for targets or shapes that this backend does not take.
+        Refused: for targets that this backend does not have.
     """
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.logger import G_LOGGER
@@ -45,31 +49,45 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     # Precision is in the graph. TensorRT 10 has to be told so, TensorRT 11 knows nothing else and lost the flag.
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     builder, network, parser = NetworkFromOnnxPath(job["onnx_file"], strongly_typed=typed)()
-    _fix_batch(network, job["batch"])
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if "fixed" in job["shapes"] and -1 in tuple(tensor.shape):
+            tensor.shape = job["shapes"]["fixed"][tensor.name]
     described = describe_network(trt, network)
     print("stage: building", flush=True)
     start = time.perf_counter()
-    plan = bytes(EngineBytesFromNetwork((builder, network, parser), config)())
+    loader = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=job["timing_cache"])
+    plan = bytes(loader())
     seconds = time.perf_counter() - start
     print("stage: writing", flush=True)
     Path(job["engine_file"]).write_bytes(plan)
+    if job["inspect"]:
+        print("stage: inspecting", flush=True)
     return {
         "version": trt.__version__,
         "bytes": len(plan),
         "seconds": round(seconds, 3),
+        "peak_memory": _peak_memory(),
         "fused_attention": fused_attention(plan),
+        "engine_layers": inspect_engine(trt, plan) if job["inspect"] else None,
         **described,
     }
 
 
 def _config(trt: Any, job: dict[str, Any], rtx: bool) -> Any:
-    limits = {}
-    if job["workspace_gib"]:
-        limits["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: int(job["workspace_gib"] * 2**30)}
-    if not rtx:
-        from polygraphy.backend.trt import CreateConfig
+    from polygraphy.backend.trt import CreateConfig, Profile
 
-        return CreateConfig(**limits)
+    options: dict[str, Any] = {
+        # Else Polygraphy gives open dims a size of its own choosing.
+        "profiles": [_profile(Profile(), shapes) for shapes in job["shapes"].get("profiles", [{}])],
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # or the finished engine tells no dims
+        "strip_plan": job["strip_weights"],
+        "load_timing_cache": job["timing_cache"],
+    }
+    if job["workspace_gib"]:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: int(job["workspace_gib"] * 2**30)}
+    if not rtx:
+        return CreateConfig(**options, tf32=job["tf32"])
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     targets = [tuple(target) for target in job["targets"]]
@@ -77,23 +95,34 @@ def _config(trt: Any, job: dict[str, Any], rtx: bool) -> Any:
     unknown = [name for name in (f"sm{major}{minor}" for major, minor in targets) if name not in known]
     if unknown:
         raise Refused(f"TensorRT-RTX {trt.__version__} has no target {', '.join(unknown)}; it has {', '.join(known)}")
-    return CreateConfigRTX(compute_capabilities=targets or None, use_gpu=not targets, **limits)
+    create = CreateConfigRTX(compute_capabilities=targets or None, use_gpu=not targets, **options)
+
+    def with_tf32(builder: Any, network: Any) -> Any:
+        """Polygraphy turns TF32 off for TensorRT, and leaves it on for TensorRT-RTX."""
+        config = create(builder, network)
+        (config.set_flag if job["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
+        return config
+
+    return with_tf32
 
 
-def _fix_batch(network: Any, batch: int | None) -> None:
-    """Give every open batch dim its size; other open dims are refused, and so is a batch that the graph contradicts."""
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = list(tensor.shape)
-        if -1 in shape[1:] or (shape[:1] == [-1] and batch is None):
-            raise Refused(
-                f"input {tensor.name} has open dims {shape}, and engines are built for fixed shapes: "
-                "say a batch, or export with fixed shapes"
-            )
-        if shape[:1] == [-1]:
-            tensor.shape = [batch, *shape[1:]]
-        elif shape and batch is not None and shape[0] != batch:
-            raise Refused(f"the graph's {tensor.name} has batch {shape[0]}, the engine was asked for batch {batch}")
+def _profile(profile: Any, shapes: dict[str, dict[str, list[int]]]) -> Any:
+    for name, ends in shapes.items():
+        if ends["min"]:  # a scalar has no shape to give
+            profile.add(name, ends["min"], ends["opt"], ends["max"])
+    return profile
+
+
+def _peak_memory() -> int | None:
+    """Most bytes that this process has had; None where the system does not tell.
+
+    The kernel's own mark: `getrusage`'s starts from the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def main(argv: list[str]) -> int:

@@ -1,21 +1,34 @@
-"""`slimdiff engine`: an engine with fixed shapes from an ONNX folder."""
+"""`slimdiff engine`: an engine from an ONNX folder, or several, one per shape."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporters.engine import EngineRequest, EngineSettings
 
 EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16
-  slimdiff engine slim-onnx --out slim-engine --backend tensorrt-rtx --target sm89 --target sm120"""
+  slimdiff engine slim-onnx --out slim-engine --backend tensorrt-rtx --target sm89 --target sm120
+
+from a graph with an open batch, one engine per shape, in slim-engines/batch-2 and slim-engines/batch-4:
+  slimdiff export slim --out slim-open --precision fp16 --dynamic batch
+  slimdiff engine slim-open --out slim-engines --target sm89 --batch 2 --batch 4
+
+or one engine for a range of shapes (an optimisation profile), as trtexec writes them:
+  slimdiff engine slim-open --out slim-engine --target sm89 \\
+    --min-shapes sample:1x4x64x64 --opt-shapes sample:2x4x64x64 --max-shapes sample:8x4x64x64"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "engine",
         help="a TensorRT or TensorRT-RTX engine with fixed shapes, from an ONNX folder",
-        description="Build an engine of the UNet's graph. TensorRT-RTX builds for named targets without a GPU. A slim "
-        "graph's inner dimensions are checked against its plan, before and after parsing.",
+        description="Build an engine of the UNet's graph, unless the one in DIR is that very engine. TensorRT-RTX "
+        "builds for named targets without a GPU. A slim graph's inner dimensions are checked against its plan, before "
+        "and after parsing.",
         epilog=EXAMPLE,
     )
     parser.add_argument("onnx", metavar="DIR", help="what `slimdiff export` wrote, or a folder with model.onnx")
@@ -26,35 +39,146 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--target", action="append", default=[], metavar="SM", help="compute capability such as sm89; TensorRT-RTX only"
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="for a graph that leaves its batch open")
+    shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
+    shapes.add_argument("--batch", type=int, action="append", default=[], metavar="N", help="again for more engines")
+    shapes.add_argument(
+        "--shapes", action="append", default=[], metavar="SPEC", help="as in sample:2x4x64x64; again for more engines"
+    )
+    for end in ("min", "opt", "max"):
+        shapes.add_argument(
+            f"--{end}-shapes",
+            action="append",
+            default=[],
+            metavar="SPEC",
+            help="of an optimisation profile; again for more profiles of one engine",
+        )
     parser.add_argument("--workspace-gib", type=float, metavar="GIB", help="most memory that a layer may use")
+    parser.add_argument("--tf32", action="store_true", help="let fp32 products round to TF32")
+    parser.add_argument(
+        "--strip-weights", action="store_true", help="fill the weights in from the ONNX when it is opened; needs a GPU"
+    )
+    parser.add_argument(
+        "--timing-cache", metavar="FILE", help="quicker builds while developing; not for what is shipped; needs a GPU"
+    )
+    parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.arguments import settings
-    from deploy.console import in_bytes, log, result
+    from deploy.console import log, result
     from deploy.openers import graph_of, plan_beside
-    from deploy.outputs import artifact_folder, check_folder
-    from exporters.engine import EngineSettings, build_engine
-    from slimdiff import artifacts
+    from exporters.engine import request_engine
 
     out = Path(args.out)
-    check_folder(out, artifacts.MANIFEST)
-    chosen = settings(EngineSettings, args, "backend", "batch", "workspace_gib", targets=args.target)
+    wanted = _settings(args)
+    _check_out(out, list(wanted))
     graph = graph_of(args.onnx)
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
-    with artifact_folder(out) as temporary:
-        report = build_engine(graph, temporary, chosen, plan=plan, progress=None if args.quiet else "engine")
-        runs_on = {k: report.get(k) for k in ("backend", "version", "targets", "inputs", "outputs")}
-        made_from = {"onnx": artifacts.sha256_of(graph), "settings": chosen.model_dump()}
-        artifacts.write_manifest(temporary, "engine", made_from, runs_on)
-    fused = report["fused_attention"]
-    targets = ", ".join(report["targets"]) or "the GPU here"
-    text = (
-        f"{out}: {report['backend']} {report['version']} for {targets}, {in_bytes(report['bytes'])}, "
-        f"built in {report['seconds']:.1f} s, {fused['calls']} fused attention calls"
-    )
-    result({"out": str(out), **report}, text, args.json)
+    requests = {
+        name: request_engine(graph, chosen, plan=plan, timing_cache=args.timing_cache)
+        for name, chosen in wanted.items()
+    }
+    if list(requests) == [""]:
+        value = _make(requests[""], out, args.quiet)
+        result(value, _text(value), args.json)
+        return 0
+    made = [{"name": name, **_make(request, out / name, args.quiet)} for name, request in requests.items()]
+    _describe_set(out, made)
+    result({"out": str(out), "engines": made}, "\n".join(map(_text, made)), args.json)
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
+    """Per engine, by the name of its folder (empty if there is one engine), how it is built."""
+    from deploy.arguments import settings
+    from exporters.engine import EngineSettings
+    from slimdiff.errors import InputError
+
+    ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ("min", "opt", "max")}
+    if len({len(given) for given in ends.values()}) > 1:
+        raise InputError("a profile has --min-shapes, --opt-shapes and --max-shapes: give as many of each")
+    profiles = [dict(zip(ends, shapes, strict=True)) for shapes in zip(*ends.values(), strict=True)]
+    common: dict[str, Any] = {
+        "targets": args.target,
+        "tf32": args.tf32,
+        "strip_weights": args.strip_weights,
+        "check_memory": not args.ignore_memory,
+    }
+    ways: list[tuple[str, dict[str, Any]]] = [(f"batch-{n}", {"batch": n}) for n in args.batch]
+    ways += [(spec.replace(":", "-").replace(",", "_"), {"shapes": _shapes(spec)}) for spec in args.shapes]
+    if args.batch and args.shapes or profiles and ways:
+        raise InputError("shapes are said in one way: --batch, --shapes, or --min-, --opt- and --max-shapes")
+    if len({name for name, _ in ways}) < len(ways):
+        raise InputError("the same shape is asked for twice")
+    if len(ways) < 2:
+        ways = [("", dict(ways[0][1]) if ways else {"profiles": profiles})]
+    return {name: settings(EngineSettings, args, "backend", "workspace_gib", **common, **way) for name, way in ways}
+
+
+def _shapes(spec: str) -> dict[str, str]:
+    """`sample:2x4x64x64,text:2x77x768`, as trtexec takes it."""
+    from slimdiff.errors import InputError
+
+    found = {}
+    for part in spec.split(","):
+        name, colon, shape = part.strip().rpartition(":")
+        if not colon or not name:
+            raise InputError(f"shapes are written like sample:2x4x64x64, with commas between inputs, not {spec!r}")
+        found[name] = shape
+    return found
+
+
+def _check_out(out: Path, names: list[str]) -> None:
+    """Refuse a folder that holds other things, or a set of engines where one is to go, or the other way round."""
+    from deploy.outputs import check_folder
+    from exporters.engine.check import ENGINE
+    from slimdiff import artifacts
+    from slimdiff.errors import InputError
+
+    check_folder(out, artifacts.MANIFEST, *(f"{name}/{artifacts.MANIFEST}" for name in names if name))
+    if not out.is_dir():
+        return
+    if names == [""] and any(out.glob(f"*/{ENGINE}")):
+        raise InputError(f"--out {out} holds several engines, and one would take their place: name another folder")
+    if names != [""] and (out / ENGINE).exists():
+        raise InputError(f"--out {out} is an engine, and several cannot go into it: name another folder")
+
+
+def _make(request: EngineRequest, out: Path, quiet: bool) -> dict[str, Any]:
+    from deploy.console import log
+    from deploy.outputs import artifact_folder
+    from exporters.engine.check import read_engine
+
+    why = request.why_build(out)
+    if why is None:
+        log.info("engine: %s is unchanged, not built again", out)
+        return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
+    log.info("engine: %s is built, because %s", out, why)
+    with artifact_folder(out) as temporary:
+        report = request.build(temporary, None if quiet else "engine")
+    odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]
+    if odd:
+        log.warning("engine: its layers do not show the plan's dims at %d places, first %s", len(odd), odd[0]["site"])
+    return {"out": str(out), "reused": False, "built_because": why, **report}
+
+
+def _describe_set(out: Path, made: list[dict[str, Any]]) -> None:
+    from slimdiff import artifacts
+
+    engines = {engine["name"]: engine["key"] for engine in made}
+    if (out / artifacts.MANIFEST).is_file():  # engines from before, for other shapes, stay in the set
+        engines = {**artifacts.read_manifest(out)["made_from"].get("engines", {}), **engines}
+    artifacts.write_manifest(out, "engines", {"engines": engines}, {"backend": made[0]["backend"]})
+
+
+def _text(value: dict[str, Any]) -> str:
+    from deploy.console import in_bytes
+
+    fused, seconds = value["fused_attention"], value["seconds"]
+    targets = ", ".join(value["targets"]) or "the GPU here"
+    made = "unchanged, not built again" if value["reused"] else f"built in {seconds:.1f} s ({value['built_because']})"
+    return (
+        f"{value['out']}: {value['backend']} {value['version']} for {targets}, {in_bytes(value['bytes'])}, "
+        f"{fused['calls']} fused attention calls, {made}"
+    )

@@ -11,6 +11,7 @@ import pytest
 
 from deploy import layout
 from deploy.cli import main
+from exporters.engine import Gpu, check_engine
 from slimdiff import artifacts
 
 
@@ -60,6 +61,24 @@ def test_the_second_run_does_nothing(built, workspace, capsys):
     whole = call(["build", workspace / "recipe.yaml", "--out", built], capsys)
     assert all(stage["reused"] for stage in whole["stages"])
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_an_engine_that_would_be_the_same_is_not_built_again(built, workspace, capsys, tmp_path):
+    for module in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(module, reason="engines need the extra tensorrt-rtx")
+    folder = shutil.copytree(built, tmp_path / "build")
+    files = []
+    for more in ("", ", check_memory: false"):  # another setting of the stage, and none of the engine
+        engine = f"engine: {{backend: tensorrt-rtx, targets: [sm89]{more}}}"
+        text = (workspace / "recipe.yaml").read_text().replace("engine: {enabled: false}", engine)
+        (workspace / "engine.yaml").write_text(text)
+        whole = call(["build", workspace / "engine.yaml", "--out", folder], capsys)
+        assert "engine" in [s["name"] for s in whole["stages"] if not s["reused"]]
+        files.append((folder / "engine" / "model.engine").read_bytes())
+        report = check_engine(folder / "engine", gpu=lambda: Gpu("a GPU", "sm89", "580.65"))
+        assert report["precision"] == "fp16" and all(row["ok"] for row in report["sites"])
+        files.append(report["seconds"])
+    assert files[:2] == files[2:]
 
 
 def test_a_failed_gate_exits_1_and_redoes_nothing_but_the_report(built, workspace, capsys):

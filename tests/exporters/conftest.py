@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,23 @@ def exported(tmp_path_factory, dense, slim_and_plan, calls) -> dict[str, Path]:
         "slim-fp16": (slim_and_plan[0], ExportSettings(precision="fp16")),
     }
     return {name: export_unet(unet, folder / name, calls[0], settings) for name, (unet, settings) in wanted.items()}
+
+
+@pytest.fixture(scope="session")
+def rtx() -> None:
+    for module in ("tensorrt_rtx", "polygraphy"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: engines need the extra tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
+def slim_engine(rtx, tmp_path_factory, exported, slim_and_plan) -> tuple[Path, dict]:
+    """Folder and report of the slim UNet's engine in fp16, for sm89."""
+    from exporters.engine import EngineSettings, build_engine
+
+    folder = tmp_path_factory.mktemp("engine")
+    settings = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])
+    return folder, build_engine(exported["slim-fp16"], folder, settings, plan=slim_and_plan[1])
 
 
 @pytest.fixture(scope="session")

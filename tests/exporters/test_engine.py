@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from exporters import engine
-from exporters.engine import EngineSettings, available_backend, build_engine, explain
+from exporters.engine import (
+    EngineSettings,
+    ShapeRange,
+    available_backend,
+    backends,
+    build,
+    build_engine,
+    request_engine,
+)
+from exporters.engine.errors import explain, explain_open
+from exporters.engine.gpu import Gpu
+from exporters.engine.memory import available_memory, build_memory, demand_memory
+from exporters.engine.sites import compare_layers
 from exporters.onnx_export import ExportSettings, export_unet
+from exporters.trt_layers import dims_by_node
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 RTX = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])
+ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", "580.65.06")
 pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
-
-
-@pytest.fixture(scope="module")
-def rtx():
-    for module in ("tensorrt_rtx", "polygraphy"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: engines need the extra tensorrt-rtx")
-
-
-@pytest.fixture(scope="module")
-def slim_engine(rtx, tmp_path_factory, exported, slim_and_plan):
-    folder = tmp_path_factory.mktemp("engine")
-    return folder, build_engine(exported["slim-fp16"], folder, RTX, plan=slim_and_plan[1])
 
 
 def test_engine_and_report_are_written_and_nothing_else(slim_engine):
     folder, report = slim_engine
-    assert {p.name for p in folder.iterdir()} == {"model.engine", "engine.json"}
+    assert {p.name for p in folder.iterdir()} == {"model.engine", "engine.json", "manifest.json"}
     assert json.loads((folder / "engine.json").read_text()) == report
     assert (folder / "model.engine").stat().st_size == report["bytes"] > 0
     assert report["backend"] == "tensorrt-rtx" and report["targets"] == ["sm89"] and report["seconds"] > 0
-    assert str(folder.parent) not in (folder / "engine.json").read_text()
+    assert 2**28 < report["peak_memory"] < 2**33
+    for name in ("engine.json", "manifest.json"):
+        assert str(folder.parent) not in (folder / name).read_text()
 
 
 def test_shapes_and_dtypes_are_the_graphs(slim_engine):
@@ -86,7 +88,7 @@ def test_a_plan_that_lies_is_refused_and_leaves_no_engine(rtx, exported, slim_an
     with pytest.raises(InputError, match=name):
         build_engine(exported["slim-fp16"], tmp_path, RTX, plan=plan)
     # Had the graph been right and the parsed network not, that would be found too.
-    monkeypatch.setattr(engine, "check_reduced_dims", lambda *_: [])
+    monkeypatch.setattr(build, "check_reduced_dims", lambda *_: [])
     with pytest.raises(SlimdiffError, match="parsed network.*" + name):
         build_engine(exported["slim-fp16"], tmp_path, RTX, plan=plan)
     assert not list(tmp_path.iterdir())
@@ -101,12 +103,11 @@ def test_open_batch_is_given_its_size_or_refused(rtx, exported, tmp_path):
         build_engine(exported["dense"], tmp_path, RTX.model_copy(update={"batch": 4}))
 
 
-def test_targets_are_checked(rtx, exported, tmp_path, monkeypatch):
+def test_targets_are_checked(rtx, exported, tmp_path):
     with pytest.raises(InputError, match="no target sm90.*sm89"):
         build_engine(exported["dense"], tmp_path, EngineSettings(backend="tensorrt-rtx", targets=["sm90"]))
-    monkeypatch.setattr(engine, "has_gpu", lambda: False)
     with pytest.raises(InputError, match="name targets"):
-        build_engine(exported["dense"], tmp_path, EngineSettings(backend="tensorrt-rtx"))
+        request_engine(exported["dense"], EngineSettings(backend="tensorrt-rtx"), gpu=lambda: None)
     with pytest.raises(ValueError, match="named like sm89"):
         EngineSettings(targets=["8.9"])
 
@@ -122,7 +123,7 @@ def test_broken_graphs_are_told_in_one_line(rtx, exported, tmp_path):
 
 
 def test_without_a_backend_the_extras_are_named(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert available_backend() is None
     with pytest.raises(MissingPackageError, match=r"slimdiff\[tensorrt-rtx\].*slimdiff\[gpu\]"):
         build_engine(exported["dense"], tmp_path)
@@ -131,11 +132,9 @@ def test_without_a_backend_the_extras_are_named(exported, tmp_path, monkeypatch)
 
 
 def test_tensorrt_is_taken_only_where_it_can_build(monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(engine, "has_gpu", lambda: True)
-    assert available_backend() == "tensorrt"
-    monkeypatch.setattr(engine, "has_gpu", lambda: False)
-    assert available_backend() == "tensorrt-rtx"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    assert available_backend(lambda: ADA) == "tensorrt"
+    assert available_backend(lambda: None) == "tensorrt-rtx"
 
 
 def test_progress_goes_to_stderr(rtx, exported, tmp_path, capfd):
@@ -147,11 +146,108 @@ def test_progress_goes_to_stderr(rtx, exported, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("code", "log", "told"),
     [
-        (-9, "stage: building\n", "out of memory while building: 2.0 GB of weights take about 6.4 GB"),
+        (-9, "stage: building\n", "out of memory while building: 2.0 GB of weights take about"),
+        (1, "stage: building\n[E] [optimizer.cpp] cudaError 2: out of memory\n", "out of memory while building"),
+        (1, "stage: building\n[E] In CaskReader: CUDA initialization failure with error: 35\n", "CUDA found no GPU"),
         (1, "stage: building\n[E] Could not find any implementation for node {x}.", "no kernel was found for {x}"),
+        (
+            1,
+            "[E] Error Code 1: Myelin ([pass.cpp:337: check] Cannot compile operation 'up.1.to_v/MatMul' for Turing "
+            "(SM75): FP32 GEMM is not supported. In compileGraph)",
+            "no kernel for sm75 at up.1.to_v (FP32 GEMM is not supported): leave that target out, or export in fp16",
+        ),
         (-11, "stage: parsing\n[E] odd\n", "ended by signal 11 while parsing: odd"),
         (1, "", "failed while starting: exit status 1"),
     ],
 )
 def test_failures_are_explained(code, log, told):
     assert told in explain(code, log, 2_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ("[E] IRuntime: the engine plan file is not compatible with this version of TensorRT, expecting", "version"),
+        ("[E] The engine plan file is generated on an incompatible device, expecting compute 8.6", "another GPU"),
+        ("[F] Error reading CUDA GPU properties: (cudaError 35: CUDA driver version is insufficient)", "driver"),
+    ],
+)
+def test_errors_of_opening_are_explained(log, told):
+    assert told in explain_open(log)
+    assert explain_open("[E] something else") is None
+
+
+def test_an_operator_that_is_not_supported_is_named_with_its_module(rtx, exported, tmp_path):
+    import onnx
+
+    model = onnx.load(str(exported["slim-fp16"]), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "Softmax")
+    node.op_type = "Det"  # a standard operator which TensorRT-RTX's parser does not have
+    del node.attribute[:]
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "model.onnx.data").write_bytes((exported["slim-fp16"].parent / "model.onnx.data").read_bytes())
+    module = node.name.rpartition("/")[0]
+    assert module.endswith("attn1")
+    with pytest.raises(SlimdiffError, match=f"no operator Det as the graph's module {module} uses it") as failed:
+        build_engine(tmp_path / "model.onnx", tmp_path / "engine", RTX)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_profile_gives_one_engine_for_a_range_of_shapes(rtx, tiny, calls, tmp_path):
+    unet = tiny.unet(heads=1)
+    plan = tiny.narrow(unet)
+    file = export_unet(unet, tmp_path / "onnx", calls[0], ExportSettings(precision="fp16", dynamic_batch=True))
+    ends = {"min": {"sample": "1x4x8x8"}, "opt": {"sample": "2x4x8x8"}, "max": {"sample": "4x4x8x8"}}
+    report = build_engine(
+        file, tmp_path / "engine", RTX.model_copy(update={"profiles": [ShapeRange(**ends)]}), plan=plan
+    )
+    assert report["inputs"][0]["shape"] == [-1, 4, 8, 8]
+    profile = report["parts"]["shapes"]["profiles"][0]
+    assert profile["encoder_hidden_states"] == {"min": [1, 7, 32], "opt": [2, 7, 32], "max": [4, 7, 32]}
+    assert all(row["ok"] for row in report["sites"]) and report["fused_attention"]["calls"] == len(report["attention"])
+
+
+def test_memory_is_counted_before_a_build(rtx, exported, tmp_path, monkeypatch):
+    demand_memory(10**9, available=int(build_memory(10**9)))
+    with pytest.raises(InputError, match=r"1.0 GB of weights takes about .* GB of memory, and 2.0 GB are free"):
+        demand_memory(10**9, available=2 * 10**9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
+    with pytest.raises(InputError, match="0.1 GB are free"):
+        build_engine(exported["slim"], tmp_path, RTX)
+    assert not (tmp_path / "engine.json").exists()
+
+
+def test_a_containers_memory_counts(tmp_path):
+    everything = available_memory(tmp_path)
+    (tmp_path / "memory.current").write_text("800000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert available_memory(tmp_path) == 500_000  # what is cached can be dropped
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path) >= 0.5 * everything
+
+
+def test_what_needs_a_gpu_says_so_before_any_work(rtx, exported, tmp_path):
+    stripped = RTX.model_copy(update={"strip_weights": True})
+    with pytest.raises(MissingPackageError, match="without its weights is built on a GPU"):
+        request_engine(exported["slim"], stripped, gpu=lambda: None)
+    with pytest.raises(MissingPackageError, match="leave --timing-cache out"):
+        request_engine(exported["slim"], RTX, timing_cache=tmp_path / "cache", gpu=lambda: None)
+    assert request_engine(exported["slim"], stripped, gpu=lambda: ADA).parts["options"]["strip_weights"]
+
+
+def test_layers_of_an_engine_are_held_against_the_plan(slim_and_plan):
+    plan = copy.deepcopy(slim_and_plan[1])
+    name, site = next((n, s) for n, s in plan.sites.items() if s.group == "query_key" and "attn1" in n)
+    merged = {
+        "Name": "__myl_FcMul_myl0_7",
+        "Metadata": f"[ONNX Layer: {site.path}.to_q/MatMul]\x1f[ONNX Layer: {site.path}.to_k/MatMul]",
+        "Inputs": [{"Name": "x", "Dimensions": [128, 32]}],
+        "Outputs": [{"Name": "y", "Dimensions": [128, 2, site.rank]}],
+    }
+    layers = dims_by_node({"Layers": ["a name alone", merged, {"Name": "reshape", "Inputs": [], "Outputs": []}]})
+    rows = {(row["site"], row["layer"]): row["ok"] for row in compare_layers(layers, plan)}
+    assert rows[name, "to_q"] is True and rows[name, "to_k"] is True
+    assert {ok for (at, _), ok in rows.items() if at != name} == {None}
+    plan.sites[name].rank = 24
+    assert {row["ok"] for row in compare_layers(layers, plan) if row["site"] == name} == {False}

@@ -1,0 +1,231 @@
+"""Building an engine, unless the one that is there is that very engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from exporters.engine.backends import Backend, choose_backend
+from exporters.engine.check import ENGINE, REPORT, read_engine, runs_on
+from exporters.engine.errors import explain, stage_of
+from exporters.engine.gpu import AskGpu, gpu_here
+from exporters.engine.key import differences, engine_parts, key_of, weight_files
+from exporters.engine.memory import available_memory, demand_memory
+from exporters.engine.settings import EngineSettings
+from exporters.engine.shapes import engine_shapes, inputs_of
+from exporters.engine.sites import compare_layers, compare_network, demand_plan
+from exporters.onnx_graph import check_reduced_dims, read_graph
+from slimdiff import artifacts
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+
+if TYPE_CHECKING:
+    from slimdiff import Plan
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """An engine that can be built: what it is made from is here, fits together, and is hashed."""
+
+    onnx_file: Path
+    settings: EngineSettings
+    backend: Backend
+    plan: Plan | None
+    parts: dict[str, Any]
+    """What decides the engine: `engine_parts`."""
+    weights: int
+    """Bytes of the graph's weights."""
+    on_gpu: bool
+    """Whether there is a GPU, on which the finished engine can be opened."""
+    timing_cache: Path | None
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the parts."""
+        return key_of(self.parts)
+
+    def why_build(self, folder: Path | str) -> str | None:
+        """Why what is in a folder will not do: `weights changed`, say; None if it is this engine, whole."""
+        folder = Path(folder)
+        if not (folder / ENGINE).exists():
+            return "there is none yet"
+        try:
+            found = read_engine(folder)
+        except InputError as error:
+            return str(error)
+        if found["key"] == self.key:
+            return None
+        return ", ".join(differences(found["parts"], self.parts)) or "its key has other parts"
+
+    def reuse(self, source: Path | str, folder: Path | str) -> dict[str, Any]:
+        """Take over an engine for which `why_build` has nothing to say: its files appear in `folder` too."""
+        source, folder = Path(source), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (ENGINE, REPORT):
+            with artifacts.replacing(folder / name, is_file=True) as temporary:
+                shutil.copyfile(source / name, temporary)
+        return self._describe(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder)
+
+    def build(self, folder: Path | str, progress: str | None = None) -> dict[str, Any]:
+        """Build it; see `build_engine`."""
+        folder = Path(folder)
+        if self.settings.check_memory:
+            demand_memory(self.weights, available_memory())
+        folder.mkdir(parents=True, exist_ok=True)
+        with artifacts.replacing(folder / ENGINE, is_file=True) as temporary:
+            found = _in_process(self, temporary, progress)
+            dims, layers = found.pop("dims"), found.pop("engine_layers")
+            sites = in_engine = None
+            if self.plan is not None:
+                sites = compare_network(dims, found["attention"], self.plan)
+                demand_plan(sites, "the parsed network", SlimdiffError)
+                in_engine = compare_layers(layers, self.plan) if layers else None
+        report = {
+            "backend": self.backend,
+            "targets": self.settings.targets,
+            "precision": self.parts["precision"],
+            **found,
+            "sites": sites,
+            "engine_sites": in_engine,
+            "key": self.key,
+            "parts": self.parts,
+        }
+        artifacts.write_json(folder / REPORT, report)
+        return self._describe(report, folder)
+
+    def _describe(self, report: dict[str, Any], folder: Path) -> dict[str, Any]:
+        made_from = {"key": self.key, "parts": self.parts, "settings": self.settings.model_dump()}
+        artifacts.write_manifest(folder, "engine", made_from, runs_on(report))
+        return report
+
+
+def request_engine(
+    onnx_file: Path | str,
+    settings: EngineSettings | None = None,
+    *,
+    plan: Plan | None = None,
+    timing_cache: Path | str | None = None,
+    gpu: AskGpu = gpu_here,
+) -> EngineRequest:
+    """Find out whether an engine can be built, and what its key is; builds nothing.
+
+    Args:
+        onnx_file: `model.onnx`, its external data beside it.
+        settings: backend, targets, shapes, workspace.
+        plan: what the inner dims are held against.
+        timing_cache: file with timings of kernels, read and added to: quicker builds while developing, and engines
+            that are marked so. Not for engines that are shipped.
+        gpu: asks which GPU is here.
+
+    Raises:
+        InputError: for a graph, shapes or targets that the backend does not take, or a plan that the graph does not
+            follow.
+        MissingPackageError: if the backend, or the GPU that it builds on, is not here.
+    """
+    settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
+    backend, here = choose_backend(settings, gpu), gpu()
+    if timing_cache is not None and here is None:
+        raise MissingPackageError(
+            "a timing cache is read and written on a GPU, and there is none here: leave --timing-cache out"
+        )
+    graph = read_graph(onnx_file).graph
+    weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, graph))
+    shapes = engine_shapes(inputs_of(graph), settings)
+    if plan is not None:
+        demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
+    parts = engine_parts(onnx_file, graph, settings, shapes, backend, here, plan, timing_cache is not None)
+    cache = None if timing_cache is None else Path(timing_cache)
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None, cache)
+
+
+def build_engine(
+    onnx_file: Path | str,
+    folder: Path | str,
+    settings: EngineSettings | None = None,
+    *,
+    plan: Plan | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Build an engine from a graph that `export_unet` wrote, in a process of its own.
+
+    What needs a GPU could not be tried: TensorRT (10 and 11 alike), engines without weights, timing caches, and reading
+    the finished engine's layers. TensorRT-RTX builds are tested for named targets.
+
+    Args:
+        onnx_file: `model.onnx`, its external data beside it.
+        folder: gets `model.engine`, `engine.json` and `manifest.json`, or no engine if the build fails.
+        settings: backend, targets, shapes, workspace.
+        plan: what the inner dims are held against: before the build in the graph, after it in the parsed network.
+        progress: what to call the build on stderr, with the stage and the time that it has taken; None: say nothing.
+
+    Returns:
+        what `engine.json` has: `backend`, `version`, `targets`, `precision`, `bytes`, `seconds`, `peak_memory` (bytes),
+        `inputs` and `outputs` (`name`, `shape`, `dtype`; -1 where profiles leave a dim open), `layers`, `attention`
+        (per module: heads, head dims, tokens, product shapes), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
+        nor do head dims below 16), `sites` (`compare_network`'s rows on the parsed network; None without a plan),
+        `engine_sites` (`compare_layers`'s rows on the finished engine; None without a plan or a GPU), and `key` with
+        its `parts`.
+
+    Raises:
+        InputError: see `request_engine`; also if the build would not fit into memory.
+        MissingPackageError: if the backend, or the GPU that it builds on, is not here.
+        SlimdiffError: if the build fails, or the network is not the plan's.
+    """
+    return request_engine(onnx_file, settings, plan=plan).build(folder, progress)
+
+
+def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> dict[str, Any]:
+    settings = request.settings
+    with tempfile.TemporaryDirectory(prefix="slimdiff-engine-") as scratch:
+        result, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
+        job = {
+            "backend": request.backend,
+            "onnx_file": str(request.onnx_file.resolve()),
+            "engine_file": str(engine.resolve()),
+            "result_file": str(result),
+            "targets": [[int(t[2:-1]), int(t[-1])] for t in settings.targets],
+            "shapes": request.parts["shapes"],
+            "workspace_gib": settings.workspace_gib,
+            "tf32": settings.tf32,
+            "strip_weights": settings.strip_weights,
+            "timing_cache": request.timing_cache and str(request.timing_cache.resolve()),
+            "inspect": request.on_gpu,
+        }
+        (Path(scratch) / "job.json").write_text(json.dumps(job))
+        search = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx")),
+            "PYTHONPATH": os.pathsep.join(filter(None, search)),
+        }
+        command = [sys.executable, "-m", "exporters.engine_worker", str(Path(scratch) / "job.json")]
+        with log.open("wb") as out:
+            worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            try:
+                code = _wait(worker, log, progress)
+            finally:
+                if worker.poll() is None:
+                    worker.kill()
+                    worker.wait()
+        if code == 0:
+            return json.loads(result.read_text())
+        if result.is_file():
+            raise InputError(json.loads(result.read_text())["refused"])
+        raise SlimdiffError(explain(code, log.read_text(errors="replace"), request.weights))
+
+
+def _wait(worker: subprocess.Popen, log: Path, progress: str | None) -> int:
+    with tqdm(bar_format="{desc} {elapsed}", desc=progress, disable=progress is None) as bar:
+        while True:
+            bar.set_description_str(f"{progress}: {stage_of(log.read_text(errors='replace'))},", refresh=True)
+            try:
+                return worker.wait(timeout=0.25)
+            except subprocess.TimeoutExpired:
+                continue

@@ -1,0 +1,157 @@
+"""Can this engine run here? Asked before it is opened: TensorRT's own answers come late and say little.
+
+No TensorRT is imported. The checks find damage, mix-ups and changed machines; they are no signature, so somebody who
+rewrites the engine, its report and its manifest together is not found out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.engine.backends import EXTRAS, MODULES, installed_version
+from exporters.engine.gpu import AskGpu, gpu_here
+from exporters.engine.key import key_of
+from slimdiff import artifacts
+from slimdiff.errors import InputError, MissingPackageError
+
+ENGINE = "model.engine"
+REPORT = "engine.json"
+
+
+def check_engine(folder: Path | str, *, gpu: AskGpu = gpu_here) -> dict[str, Any]:
+    """Hold an engine against its manifest, and against what is installed here.
+
+    Args:
+        folder: what `build_engine` wrote.
+        gpu: asks which GPU is here.
+
+    Returns:
+        what `engine.json` has; see `build_engine`.
+
+    Raises:
+        InputError: in one line, what differs and what to do: a file that was changed, an engine of another version or
+            for another GPU.
+        MissingPackageError: if the backend or a GPU is missing.
+    """
+    folder = Path(folder)
+    report = read_engine(folder)
+    backend = report["backend"]
+    version, here = _version(report), installed_version(backend)
+    if here is None:
+        raise MissingPackageError(
+            f"{folder} is an engine for {backend} {version}, and {MODULES[backend]} is not installed: "
+            f"pip install 'slimdiff[{EXTRAS[backend]}]'"
+        )
+    if here != version:
+        raise InputError(
+            f"{folder} was built with {backend} {version}, and {here} is installed, which does not open it: build the "
+            f"engine again, or install {version}"
+        )
+    found = gpu()
+    if found is None:
+        raise MissingPackageError(
+            f"{folder} runs on {_wanted(report)}, and there is no GPU here (or no driver): use the ONNX that it was "
+            "built from"
+        )
+    if found.capability not in _capabilities(report):
+        raise InputError(
+            f"{folder} was built for {_wanted(report)}, and here is {found.name} ({found.capability}): build it "
+            + (f"with --target {found.capability}" if backend == "tensorrt-rtx" else "on this machine")
+        )
+    return report
+
+
+def read_engine(folder: Path) -> dict[str, Any]:
+    """What `engine.json` has, once every file is found to be what the manifest says.
+
+    Raises:
+        InputError: if it is no engine of ours, or was changed.
+    """
+    manifest = artifacts.verify_manifest(folder)
+    if manifest.get("kind") != "engine":
+        raise InputError(
+            f"{folder} is {manifest.get('kind')!r}, not an engine: name a folder that `slimdiff engine` wrote"
+        )
+    lacking = [name for name in (ENGINE, REPORT) if name not in manifest["files"]]
+    if lacking:
+        raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    whole = isinstance(report, dict) and {"key", "parts", "backend"} <= report.keys()
+    if not whole or key_of(report["parts"]) != report["key"]:
+        raise InputError(
+            f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
+        )
+    if manifest["runs_on"] and manifest["runs_on"] != runs_on(report):
+        raise InputError(
+            f"{folder / artifacts.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
+        )
+    return report
+
+
+def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of where an engine runs: runtime, version, GPUs, shapes, precision."""
+    parts = report["parts"]
+    return {
+        "runtime": report["backend"],
+        "version": _version(report),
+        **parts["runs_on"],
+        "shapes": parts["shapes"],
+        "precision": parts["precision"],
+    }
+
+
+def check_shapes(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse inputs that the engine was not built for.
+
+    Args:
+        report: from `check_engine`.
+        shapes: of the inputs that it is to be given.
+
+    Raises:
+        InputError: naming the input and the shapes that it takes.
+    """
+    built = report["parts"]["shapes"]
+    profiles = built.get("profiles") or [{n: {"min": s, "max": s} for n, s in built["fixed"].items()}]
+    odd = set(profiles[0]) ^ set(shapes)
+    if odd:
+        raise InputError(f"the engine has inputs {', '.join(profiles[0])}; it was given {', '.join(shapes)}")
+    # A profile holds for all inputs together: if none does, the nearest to tell is the first one's first miss.
+    misses = [[name for name, ends in profile.items() if not _within(shapes[name], ends)] for profile in profiles]
+    if all(misses):
+        name = misses[0][0]
+        taken = " or ".join(dict.fromkeys(_range(profile[name]) for profile in profiles))
+        raise InputError(
+            f"the engine was built for {name} {taken}, not {_x(shapes[name])}: build one for that (--batch, --shapes)"
+        )
+
+
+def _within(shape: Sequence[int], ends: Mapping[str, Sequence[int]]) -> bool:
+    low, high = ends["min"], ends["max"]
+    return len(shape) == len(low) and all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
+
+
+def _range(ends: Mapping[str, Sequence[int]]) -> str:
+    low, high = _x(ends["min"]), _x(ends["max"])
+    return low if low == high else f"{low} to {high}"
+
+
+def _x(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _version(report: Mapping[str, Any]) -> str:
+    """The distribution's, as TensorRT leaves `.post1` and the like out of its own."""
+    return report["parts"]["versions"][report["backend"]]
+
+
+def _capabilities(report: Mapping[str, Any]) -> list[str]:
+    place = report["parts"]["runs_on"]
+    return [place["gpu"]["capability"]] if "gpu" in place else place["targets"]
+
+
+def _wanted(report: Mapping[str, Any]) -> str:
+    place = report["parts"]["runs_on"]
+    return f"{place['gpu']['name']} ({place['gpu']['capability']})" if "gpu" in place else ", ".join(place["targets"])

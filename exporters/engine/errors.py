@@ -1,0 +1,82 @@
+"""What TensorRT's errors mean, and what to do about them."""
+
+from __future__ import annotations
+
+import re
+
+from exporters.engine.memory import build_memory
+
+
+def stage_of(log: str) -> str:
+    """What the worker was doing when its log ended."""
+    stages = [line.removeprefix("stage: ") for line in log.splitlines() if line.startswith("stage: ")]
+    return stages[-1] if stages else "starting"
+
+
+def explain(code: int, log: str, weights: int) -> str:
+    """Why a build failed and what to do, in one line.
+
+    Args:
+        code: exit status of the worker, negative for a signal.
+        log: what it wrote.
+        weights: bytes of the graph's weights.
+    """
+    stage = stage_of(log)
+    if code == -9 or re.search(r"out of memory|bad_alloc|OutOfMemory|MemoryError|cudaError 2:", log):
+        need = build_memory(weights) / 1e9
+        return f"out of memory while {stage}: {weights / 1e9:.1f} GB of weights take about {need:.1f} GB to build"
+    if unsupported := _unsupported(log):
+        return unsupported
+    if found := re.search(r"[Cc]ould not find any implementation for node ([^\n]*)", log):
+        return (
+            f"no kernel was found for {found[1].strip()}: give more workspace (workspace_gib), export in fp16, "
+            "or build for fewer targets"
+        )
+    if found := re.search(r"Cannot compile operation '([^']*)' for [^(]*\((SM\d+)\): ([^.\n]*)", log):
+        module = found[1].rpartition("/")[0] or found[1]
+        return f"no kernel for {found[2].lower()} at {module} ({found[3]}): leave that target out, or export in fp16"
+    if told := explain_open(log):
+        return f"the engine build failed while {stage}: {told}"
+    errors = [line.strip() for line in log.splitlines() if "[E]" in line or "[!]" in line or "Error" in line]
+    last = errors[0].removeprefix("[E]").strip() if errors else f"exit status {code}"
+    if code < 0:
+        return f"the builder was ended by signal {-code} while {stage}: {last}"
+    return f"the engine build failed while {stage}: {last}"
+
+
+def explain_open(log: str) -> str | None:
+    """What TensorRT's log of opening an engine, or of starting to build one, means; None if it is none of the usual.
+
+    The messages are those of TensorRT 10 and of TensorRT-RTX; of these only the driver's could be made to appear
+    without a GPU.
+    """
+    if re.search(
+        r"cudaError(?:_t)? (35|100|803|999)\b|CUDA initialization failure|driver version is insufficient", log
+    ):
+        return (
+            "CUDA found no GPU that it can use: install or update the NVIDIA driver, and show the GPU to this process"
+        )
+    if re.search(
+        r"not compatible with this version of TensorRT|[Vv]ersion tag does not match|serializationVersion", log
+    ):
+        return (
+            "the engine is of another TensorRT version: build it again with the one that is here, or install that one"
+        )
+    if re.search(r"different compute capability|incompatible device|SM \d+ is not supported", log):
+        return "the engine is for another GPU: build it on this one, or with this one's compute capability as a target"
+    return None
+
+
+def _unsupported(log: str) -> str | None:
+    """`In node 51 with name: a.b.attn1/Softmax and operator: Det (checkDet): UNSUPPORTED_NODE: ...`, the parser's."""
+    found = re.search(r"In node -?\d+ with name: (\S*) and operator: (\S+) \((.*?)\): (\w+): ([^\n]*)", log)
+    if found is None:
+        return None
+    name, operator, check, kind, why = found.groups()
+    module = name.rpartition("/")[0] or name
+    if kind in ("UNSUPPORTED_NODE", "UNSUPPORTED_GRAPH") or "Plugin not found" in why:
+        return (
+            f"TensorRT has no operator {operator} as the graph's module {module} uses it: export that with other "
+            "operators (another opset or attention processor), or build with a backend that has it"
+        )
+    return f"TensorRT does not take the {operator} of the graph's module {module} ({check}): {why.strip()}"

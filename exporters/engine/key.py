@@ -1,0 +1,124 @@
+"""What decides an engine, part by part: equal keys, the same engine; unequal ones, and the parts say what differs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import exporters
+from exporters.engine.backends import installed_version
+from slimdiff import artifacts
+from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from exporters.engine.gpu import Gpu
+    from exporters.engine.settings import EngineSettings
+    from slimdiff import Plan
+
+_BUILDER = ("engine_worker.py", "trt_network.py", "trt_layers.py")
+_PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}  # ONNX's TensorProto.DataType
+
+
+def engine_parts(
+    onnx_file: Path,
+    graph: Any,
+    settings: EngineSettings,
+    shapes: Mapping[str, Any],
+    backend: str,
+    gpu: Gpu | None,
+    plan: Plan | None = None,
+    timing_cache: bool = False,
+) -> dict[str, Any]:
+    """Everything that an engine follows from, as plain JSON.
+
+    Args:
+        onnx_file: hashed, and so are the files of external data beside it.
+        graph: its `GraphProto`.
+        settings: how it is built; of these, what changes the engine.
+        shapes: from `engine_shapes`.
+        backend: `tensorrt` or `tensorrt-rtx`.
+        gpu: the GPU that is here, which matters if the settings name no targets.
+        plan: whose ranks the engine is held against.
+        timing_cache: whether kernels may come from earlier timings.
+
+    Returns:
+        `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
+        `options`, `versions`, `builder` (SHA-256 of our own code that builds), `runs_on` (`targets`, or the `gpu`).
+    """
+    sites = None if plan is None else {n: [s.group, s.path, s.heads, s.rank] for n, s in plan.sites.items()}
+    here = Path(exporters.__file__).parent
+    return {
+        "graph": artifacts.sha256_of(onnx_file),
+        "weights": {name: artifacts.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, graph)},
+        "precision": _precision(graph),
+        "plan": None if sites is None else artifacts.fingerprint(sites),
+        "shapes": dict(shapes),
+        "options": {
+            "workspace_gib": settings.workspace_gib,
+            "tf32": settings.tf32,
+            "strip_weights": settings.strip_weights,
+            "timing_cache": timing_cache,
+        },
+        "versions": {
+            backend: installed_version(backend),
+            **{name: importlib.metadata.version(name) for name in ("polygraphy", "onnx")},
+        },
+        "builder": artifacts.fingerprint([artifacts.sha256_of(here / name) for name in _BUILDER]),
+        "runs_on": {"targets": sorted(settings.targets)} if settings.targets or gpu is None else {"gpu": vars(gpu)},
+    }
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of the parts."""
+    return artifacts.fingerprint(parts)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the parts of two engines, e.g. `weights changed`, `options.tf32 False -> True`."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    found = []
+    for name in {**before, **after}:  # in order
+        a, b = before.get(name), after.get(name)
+        if a != b:
+            hashes = name.partition(".")[0] in ("graph", "weights", "plan", "builder")
+            found.append(f"{name.partition('.')[0]} changed" if hashes else f"{name} {a} -> {b}")
+    return list(dict.fromkeys(found))
+
+
+def weight_files(onnx_file: Path, graph: Any) -> list[str]:
+    """Names of the files that keep the graph's weights.
+
+    Raises:
+        InputError: if one of them is not beside the graph, or not under its folder.
+    """
+    names = sorted({e.value for i in graph.initializer for e in i.external_data if e.key == "location"})
+    root = onnx_file.parent.resolve()
+    outside = [name for name in names if not (root / name).resolve().is_relative_to(root)]
+    if outside:
+        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(outside)}): refused")
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise InputError(f"{onnx_file} keeps its weights in {', '.join(missing)}, which is not beside it")
+    return names
+
+
+def _precision(graph: Any) -> str:
+    counted: Counter[int] = Counter()
+    for weight in graph.initializer:
+        if weight.data_type in _PRECISIONS:
+            size = 1
+            for dim in weight.dims:
+                size *= dim
+            counted[weight.data_type] += size
+    return _PRECISIONS[counted.most_common(1)[0][0]] if counted else "none"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else name)
+    else:
+        yield path, value

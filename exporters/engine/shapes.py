@@ -1,0 +1,84 @@
+"""The shapes that an engine gets, from those that its graph leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from exporters.engine.settings import EngineSettings
+
+Dims = Mapping[str, Sequence[int | str]]
+"""Per input, its dims; an open one by its name in the graph."""
+
+
+def inputs_of(graph: Any) -> dict[str, list[int | str]]:
+    """Dims of the inputs of an ONNX `GraphProto`; an open dim that has no name is named after its place."""
+    weights = {i.name for i in graph.initializer}
+    return {
+        i.name: [
+            d.dim_value if d.HasField("dim_value") else d.dim_param or f"{i.name}.{axis}"
+            for axis, d in enumerate(i.type.tensor_type.shape.dim)
+        ]
+        for i in graph.input
+        if i.name not in weights
+    }
+
+
+def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
+    """Every input's shape, as the settings fix it.
+
+    Returns:
+        `fixed` (input -> shape), or `profiles` (each: input -> `min`, `opt`, `max`).
+
+    Raises:
+        InputError: for an open dim that nothing fixes, and for shapes that the graph does not take.
+    """
+    if not settings.profiles:
+        return {"fixed": _fix(inputs, settings.shapes, settings.batch)}
+    profiles = []
+    for wanted in settings.profiles:
+        ends = {end: _fix(inputs, getattr(wanted, end), None) for end in ("min", "opt", "max")}
+        profiles.append({name: {end: shapes[name] for end, shapes in ends.items()} for name in inputs})
+    return {"profiles": profiles}
+
+
+def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -> dict[str, list[int]]:
+    sizes: dict[str, tuple[int, str]] = {}
+
+    def bind(name: str, dim: str, size: int) -> None:
+        said, by = sizes.setdefault(dim, (size, name))
+        if said != size:
+            raise InputError(f"{dim} is {said} in {by} and {size} in {name}: the graph has it the same in both")
+
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise InputError(f"the graph has no input {name!r}: it has {', '.join(inputs)}")
+        for dim, size in _pairs(name, inputs[name], shape):
+            bind(name, dim, size)
+    for name, dims in inputs.items():
+        if batch is not None and dims:
+            if isinstance(dims[0], str):
+                bind(name, dims[0], batch)
+            elif dims[0] != batch:
+                raise InputError(f"the graph's {name} has batch {dims[0]}, the engine was asked for batch {batch}")
+    for name, dims in inputs.items():
+        if any(isinstance(d, str) and d not in sizes for d in dims):
+            raise InputError(
+                f"input {name} has open dims {_text(dims)}, and engines are built for fixed shapes: say a batch, "
+                "shapes or profiles, or export with fixed shapes"
+            )
+    return {name: [sizes[d][0] if isinstance(d, str) else d for d in dims] for name, dims in inputs.items()}
+
+
+def _pairs(name: str, dims: Sequence[int | str], shape: Sequence[int]) -> list[tuple[str, int]]:
+    fits = len(dims) == len(shape) and all(isinstance(d, str) or d == s for d, s in zip(dims, shape, strict=True))
+    if not fits:
+        raise InputError(f"input {name} has dims {_text(dims)}, the engine was asked for {_text(shape)}")
+    return [(d, s) for d, s in zip(dims, shape, strict=True) if isinstance(d, str)]
+
+
+def _text(dims: Sequence[int | str]) -> str:
+    return "x".join(str(d) for d in dims) or "none (a scalar)"

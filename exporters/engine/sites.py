@@ -1,0 +1,73 @@
+"""An engine's dims held against the plan, at every place where they can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from exporters.onnx_graph import INNER, WEIGHTED, compare_dims, site_row
+from slimdiff.errors import SlimdiffError
+
+if TYPE_CHECKING:
+    from slimdiff import Plan
+
+
+def compare_network(
+    dims: Mapping[str, Sequence[int]], attention: list[dict[str, Any]], plan: Plan
+) -> list[dict[str, Any]]:
+    """Hold a parsed network against the plan: weight dims, and the head dims of the attention products.
+
+    Args:
+        dims: module path -> `(out, in)`.
+        attention: from `attention_of`.
+        plan: whose sites are checked.
+
+    Returns:
+        `compare_dims`'s rows.
+    """
+    by_module = {row["module"]: row for row in attention}
+    rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan)
+    for name, site in plan.sites.items():
+        if site.group in ("query_key", "value_output"):
+            row = by_module.get(site.path, {})
+            key = "query_key_dim" if site.group == "query_key" else "value_dim"
+            rows.append(site_row(name, site.path, {key: site.rank}, {key: row.get(key)}))
+    return rows
+
+
+def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) -> list[dict[str, Any]]:
+    """Hold what an engine's inspector tells against the plan.
+
+    Kernels merge and split what the graph has: `to_q`, `to_k` and `to_v` may be one product, heads a dim of their own.
+    So a layer agrees if one of the tensors of the kernels made from it has the inner dim, or the per-head rank.
+
+    Args:
+        layers: from `trt_layers.dims_by_node`.
+        plan: whose sites are checked.
+
+    Returns:
+        one dict per site and layer: `site`, `layer`, `expected` (the dims of which one must be there), `found` (dims of
+        the tensors around the kernels) and `ok`, which is None where no kernel is named after the layer.
+    """
+    rows = []
+    for name, site in plan.sites.items():
+        for layer in INNER[site.group]:
+            inner = site.heads * site.rank
+            expected = sorted({inner, site.rank, *([2 * inner] if layer == "net.0.proj" else [])})
+            nodes = [f"{site.path}.{layer}/{operator}" for operator in WEIGHTED]
+            found = [list(shape) for node in nodes for shape in layers.get(node, [])]
+            seen = {dim for shape in found for dim in shape}
+            ok = bool(seen.intersection(expected)) if found else None
+            rows.append({"site": name, "layer": layer, "expected": expected, "found": found, "ok": ok})
+    return rows
+
+
+def demand_plan(rows: Sequence[Mapping[str, Any]], where: str, error: type[SlimdiffError]) -> None:
+    """Raise `error`, naming the first site, unless all rows are `ok`."""
+    wrong = [row for row in rows if not row["ok"]]
+    if wrong:
+        first = wrong[0]
+        raise error(
+            f"{where} is not what the plan says at {len(wrong)} of {len(rows)} places, first at {first['site']}: "
+            f"the plan has {first['expected']}, found {first['found']}"
+        )
