@@ -2,7 +2,8 @@
 
 `python -m benchmarks.full_size [--model sd15,sd21,sdxl] [--dtype float32]` prints a Markdown table of time and memory.
 Random weights say nothing of quality. Sensitivities are set to 1, for measuring them takes a forward pass per site and
-call; `--sensitivities` times one site and tells what all would take.
+call; `--sensitivities` times one site and tells what all would take. Nor are projections solved again, which takes two
+forward passes per call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import nn
 from exporters.latency import machine_name
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
+from slimdiff.closed_forms import Forms
 from slimdiff.costs import count_bytes, count_parameters
 from slimdiff.observers import Observer
 from slimdiff.planning import Planner, chosen_sites
@@ -183,17 +185,18 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     row["peak_collecting"] = peak_bytes() / weights
     peak_bytes(reset=True)
     statistics.sensitivities = {site.name: 1.0 for site in sites}
+    planning = PlanSettings(forms=Forms().local())
     clocks: dict[str, Clock] = {}
     with clocks.setdefault("factorise", Clock()):
-        factors = factorise(denoiser, statistics, chosen_sites(sites, PlanSettings()), f"{name}: factorise")
+        factors = factorise(denoiser, statistics, chosen_sites(sites, planning), f"{name}: factorise", planning.forms)
     if sensitivities:
         one = [next(site for site in sites if site.group == "feed_forward")]
         with clocks.setdefault("sensitivity", Clock()) as clock:
-            measure_sensitivities(denoiser, statistics, one, factors, calls[:1])
+            measure_sensitivities(denoiser, statistics, one, factors, calls[:1], forms=planning.forms)
         clock.wall -= row["plain"]  # the reference, which all sites share
     budget = Budget(model.budget)
     with clocks.setdefault("knapsack", Clock()):
-        plan = Planner(denoiser, statistics, PlanSettings(), factors=factors, progress=None).plan(budget)
+        plan = Planner(denoiser, statistics, planning, factors=factors, progress=None).plan(budget)
     with clocks.setdefault("slim", Clock()):
         slim = slim_denoiser(denoiser, statistics, plan, factors, f"{name}: slim", release_dense=True)
     row |= {step: clock.wall for step, clock in clocks.items()}
@@ -224,11 +227,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         lines.append(
             f"{r['model']}: calls of batch {r['batch']} at {r['latents']}x{r['latents']} latents; {r['sites']} sites, "
-            f"in {r['turns']} turns; sensitivities set to 1."
+            f"in {r['turns']} turns; sensitivities set to 1, projections not solved again."
         )
         if "sensitivity" in r:
             hours = r["sensitivity"] * r["sites"] * PlanSettings().sensitivity_calls / 3600
-            lines.append(f"Measuring them takes {r['sensitivity']:.1f} s a site and call: {hours:.1f} h for all.")
+            fitting = 2 * r["plain"] * PlanSettings().fitting_calls / 60
+            lines.append(
+                f"Measuring them takes {r['sensitivity']:.1f} s a site and call: {hours:.1f} h for all. "
+                f"Solving projections again takes {fitting:.0f} min on {PlanSettings().fitting_calls} calls."
+            )
     return "\n".join([*lines, f"{machine_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}"])
 
 

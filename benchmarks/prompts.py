@@ -31,6 +31,7 @@ from slimdiff import (
     slim_denoiser,
 )
 from slimdiff.calibration import calibrate
+from slimdiff.closed_forms import Forms
 from slimdiff.compression import sensitivity_calls
 from slimdiff.embedded.card import transformer_parameters
 from slimdiff.pipelines import load_pipeline
@@ -61,6 +62,7 @@ class Bench:
             self.unet,
             self.calibrated(prompts, 0, "plan: calibrate"),
             Budget(round(CUT * transformer_parameters(self.unet))),
+            PlanSettings(forms=Forms().local()),  # what is fitted afterwards takes calls, not statistics
             calls=sensitivity_calls(
                 self.pipeline, prompts, self.sampling.model_copy(update={"batch": 2}), PlanSettings()
             ),
