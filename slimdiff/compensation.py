@@ -55,7 +55,7 @@ def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[C
         return []
     if not calls:
         raise InputError("errors are compensated on recorded denoiser calls: give some (slimdiff.trajectory)")
-    projections = {path: output_projection(denoiser, path) for path in cut}
+    projections = {path: output_projection(denoiser, path) for path in sorted(cut)}
     if how == "projections":
         found = dict.fromkeys(projection for projection in projections.values() if projection is not None)
         return [list(found)] if found else []
