@@ -1,7 +1,7 @@
 """Quality and speed of the slim embedded model: the README's table, and the ablation.
 
-`make bench`, or `python -m benchmarks.quality [--cuts 25,10,50] [--captions 500] [--methods ...]`: ours against pruning
-that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers' recipe to ours, one part at a
+`make bench`, or `python -m benchmarks.quality [--cuts 25,10,50] [--unet-cuts 30] [--captions 500] [--methods ...]`: ours
+against pruning that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers' recipe to ours, one part at a
 time, at shares of the transformer blocks' parameters; and with resnets, at shares of the whole UNet's. What was
 measured before, with the same model, settings and code, is read from `runs/bench`; an interrupted run goes on.
 """
@@ -115,7 +115,7 @@ BASELINES = {
     "random": random_channels,
     "torch-pruning": torch_pruning,
 }
-README = ("global", "svd", "magnitude", "uniform")
+README = ("global", "svd", "magnitude", "uniform", "joint-resnet")
 WHOLE = ("global", "joint-resnet", "resnet", "magnitude-resnet", "torch-pruning-resnet")
 ABLATION = tuple(name for name in METHODS if name not in ("uniform", *WHOLE))
 
@@ -287,14 +287,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", action="store_true", help="the ablation instead of the README's table")
     parser.add_argument("--cuts", help="percent of the transformer-block parameters")
-    parser.add_argument("--unet-cuts", default="12,20,30", help="of the ablation, percent of the UNet's parameters")
+    parser.add_argument("--unet-cuts", help=f"percent of the whole UNet's parameters, for {', '.join(WHOLE)}")
     parser.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
     parser.add_argument("--captions", type=int, help="how many images per row")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     arguments = parser.parse_args()
-    percents = arguments.cuts or ("10,20,30,40,50" if arguments.ablation else "25,10,50")
-    cuts = [Cut(float(percent)) for percent in percents.split(",")]
-    methods = arguments.methods.split(",") if arguments.methods else list(ABLATION if arguments.ablation else README)
+    percents = (
+        arguments.cuts if arguments.cuts is not None else ("10,20,30,40,50" if arguments.ablation else "25,10,50")
+    )
+    cuts = [Cut(float(percent)) for percent in percents.split(",") if percent]
+    percents = arguments.unet_cuts if arguments.unet_cuts is not None else "12,20,30" if arguments.ablation else "30"
+    unet_cuts = [Cut(float(percent), whole=True) for percent in percents.split(",") if percent]
+    usual = (*ABLATION, *WHOLE) if arguments.ablation else README
+    methods = arguments.methods.split(",") if arguments.methods else list(usual)
     captions = arguments.captions or (100 if arguments.ablation else 500)
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods knows {', '.join(METHODS)}, not {', '.join(sorted(unknown))}")
@@ -316,10 +321,10 @@ def main() -> None:
         known[key] = {"method": key[0], "cut": key[1], **known.get(key, {}), **found}
         artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
 
-    wanted = [(name, cut) for cut in cuts for name in methods]
-    if arguments.ablation:
-        unet_cuts = [Cut(float(percent), whole=True) for percent in arguments.unet_cuts.split(",")]
-        wanted += [(name, cut) for cut in unet_cuts for name in WHOLE]
+    # With resnets, shares are of the whole UNet; in the ablation, our default without them stands beside.
+    both = () if arguments.ablation else ("global",)
+    wanted = [(name, cut) for cut in cuts for name in methods if name in both or name not in WHOLE]
+    wanted += [(name, cut) for cut in unet_cuts for name in methods if name in WHOLE and name not in both]
     # Timings first and together: whoever measures can leave the machine alone for these minutes.
     for name, cut in wanted:
         method = METHODS[name]
