@@ -1,7 +1,7 @@
 """Quality and speed of the slim embedded model: the README's table, and the ablation.
 
 `make bench`, or `python -m benchmarks.quality [--cuts 25,10,50] [--unet-cuts 30] [--captions 500] [--methods ...]`:
-ours against pruning that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers' recipe to ours,
+ours against pruning that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers to ours,
 one part at a time, at shares of the transformer blocks' parameters; and with resnets, at shares of the whole UNet's.
 What was measured before, with the same model, settings and code, is read from `runs/bench`; an interrupted run goes on.
 """
