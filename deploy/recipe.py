@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deploy.commands.sweep import POINTS
+from deploy.flags import POINTS
 from deploy.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.flags import add_calibration
+from deploy.flags import POINTS, add_calibration
 
-POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 EXAMPLE = """examples:
   slimdiff sweep demo --out demo-sweep
   slimdiff sweep my-checkpoint --out sweep --points 50M,100M,150M
