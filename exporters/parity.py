@@ -154,6 +154,17 @@ def check_images(
     return [check(name, "psnr_db", value, minimum_db, value >= minimum_db) for name, value in values]
 
 
+def with_checks(result: dict[str, Any], checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`check_parity`'s result with more checks at its end; one that failed is the first only if none before it did."""
+    failed = next((c["tensor"] for c in checks if not c["passed"]), None)
+    return {
+        **result,
+        "passed": result["passed"] and failed is None,
+        "checks": [*result["checks"], *checks],
+        "first_diverging": result["first_diverging"] or failed,
+    }
+
+
 def check_trajectory(
     reference: DiffusionPipeline,
     candidate: DiffusionPipeline,

@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx"
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 pytest.importorskip("polygraphy", reason="parity is measured by Polygraphy")
 
-from exporters.divergence import find_divergence, own_errors  # noqa: E402
+from exporters.divergence import find_divergence, graph_inputs, own_errors  # noqa: E402
 from exporters.graph_parity import check_graph  # noqa: E402
 from exporters.onnx_fragments import OnnxFragments  # noqa: E402
 from exporters.onnx_runtime import OnnxUNet  # noqa: E402
@@ -206,8 +206,6 @@ def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
     """The graph cut at its middle block, run in two halves."""
     fragments = OnnxFragments(sharp_graphs["fp32"])
     whole = OnnxUNet(sharp_graphs["fp32"], threads=1)
-    from exporters.divergence import graph_inputs
-
     feed = graph_inputs(calls[0])
     cut = fragments.module_outputs(["mid_block"])["mid_block"]
     nodes, reads = fragments.between(set(fragments.inputs), [cut])

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx"
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 
-from exporters.divergence import own_errors  # noqa: E402
+from exporters.divergence import graph_inputs, own_errors  # noqa: E402
 from exporters.half_precision import fp32_islands, paths_to_keep  # noqa: E402
 from exporters.onnx_export import ExportSettings, export_unet  # noqa: E402
 from exporters.onnx_fragments import OnnxFragments  # noqa: E402
@@ -97,8 +97,6 @@ def test_running_it_whole_on_the_cpu_hides_the_scores(plain, calls, hot):
     assert not OnnxUNet(plain, threads=1).predict(calls[0]).isfinite().all()
     hidden = OnnxFragments(plain)
     cut = hidden.module_outputs([f"{LAYER}.attn1"])[f"{LAYER}.attn1"]
-    from exporters.divergence import graph_inputs
-
     nodes, _ = hidden.between(set(hidden.inputs), [cut])
     (after,) = hidden.run(nodes, graph_inputs(calls[0]), [cut])
     assert torch.from_numpy(after).isfinite().all()
