@@ -156,6 +156,7 @@ def compression_result(
 
 def export_step(shop: Workshop, folder: Path) -> None:
     """ONNX of the dense and the slim denoiser, with the shapes of one image's calls."""
+    from exporters.half_precision import fp32_islands
     from exporters.onnx_export import export_unet
 
     settings = shop.recipe.export
@@ -167,10 +168,12 @@ def export_step(shop: Workshop, folder: Path) -> None:
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         inputs = shapes(shop.trajectory[0])
-        runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset}
+        wide = fp32_islands(folder / name / "model.onnx")
+        runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
         artifacts.write_manifest(folder / name, "onnx", made_from, runs_on)
         size = sum(f.stat().st_size for f in (folder / name).glob("model.onnx*"))
-        result[name] = {"folder": f"export/{name}", "bytes": size, "inputs": inputs, "seconds": seconds}
+        written = {"folder": f"export/{name}", "bytes": size, "inputs": inputs, "seconds": seconds}
+        result[name] = {**written, "fp32_islands": wide}
     write_result(folder, "export", result)
 
 
@@ -189,12 +192,12 @@ def engine_step(shop: Workshop, folder: Path) -> None:
         write_result(folder, "engine", {"skipped": reason})
         return
     from exporters.engine import EngineSettings, request_engine
-    from exporters.onnx_export import ExportSettings, export_unet
+    from exporters.onnx_export import export_unet
 
     graph = shop.folder / "export" / "slim" / "model.onnx"
     if shop.recipe.export.precision != "fp16":  # fp32 never fuses attention, and nobody runs it on such a GPU
         log.info("engine: exporting the slim denoiser in fp16")
-        half = ExportSettings(precision="fp16", opset=shop.recipe.export.opset)
+        half = shop.recipe.export.model_copy(update={"precision": "fp16", "dynamic_batch": False})
         graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
     settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
     request = request_engine(graph, settings, plan=shop.plan)
@@ -232,18 +235,24 @@ def no_engine(shop: Workshop) -> str | None:
 
 def validate_step(shop: Workshop, folder: Path) -> None:
     """Parity with the fp32 torch model: the exported slim model, and its fp16 graph if there is one for the engine."""
+    from exporters.graph_parity import check_graph
     from exporters.onnx_runtime import OnnxUNet
-    from exporters.parity import check_parity
+    from exporters.parity import check_trajectory, with_checks
 
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
     graphs = [(shop.folder / "export" / "slim", shop.recipe.export.precision)]
     if (shop.folder / "engine" / "onnx-fp16").is_dir():
         graphs.append((shop.folder / "engine" / "onnx-fp16", "fp16"))
-    reference = partial(predict, denoiser_of(shop.slim))
+    one = shop.recipe.compare.sampling.model_copy(update={"batch": 1})
     parts = []
     for graph, precision in graphs:
         log.info("validate: %s in ONNX Runtime against fp32 in torch, %d calls", precision, len(calls))
-        found = check_parity(calls, reference, OnnxUNet(graph).predict, precision)
+        unet = OnnxUNet(graph)
+        file = graph / "model.onnx"
+        found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision, progress="validate")
+        exported = with_denoiser(shop.slim, unet)
+        images = check_trajectory(shop.slim, exported, shop.captions[:1], one, progress="validate: image")
+        found = with_checks(found, images)
         parts.append({"name": f"slim in ONNX Runtime ({precision}) against slim in torch (fp32)", **found})
     write_result(
         folder,
@@ -253,6 +262,7 @@ def validate_step(shop: Workshop, folder: Path) -> None:
             "precision": parts[0]["precision"],
             "checks": [check for part in parts for check in part["checks"]],
             "first_diverging": next((p["first_diverging"] for p in parts if p["first_diverging"]), None),
+            "divergence": next((p["divergence"] for p in parts if p["divergence"]), None),
             "calls": len(calls),
             "timesteps": [call.timestep for call in calls],
             "parts": parts,

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from exporters.half_precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.onnx_graph import check_reduced_dims, dims_in_graph, name_by_module
 from slimdiff.errors import InputError, require
 from slimdiff.trajectory import Call
@@ -34,6 +35,8 @@ class ExportSettings(BaseModel):
     """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
     opset: int = Field(default=22, ge=21, le=22)
     """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
+    keep_fp32: list[str] = Field(default_factory=list)
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
 
@@ -83,7 +86,8 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
     tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
     batched = {name: {0: "batch"} for name in inputs if name != "timestep"} if settings.dynamic_batch else {}
-    with in_precision(unet, dtype) as module:
+    keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
+    with in_precision(unet, dtype, keep) as module:
         file = export_module(
             _UNet(module),
             dict(zip(inputs, tensors, strict=True)),
@@ -167,6 +171,7 @@ def export_module(
         for part, training in modes.items():
             part.training = training
     model = onnx.load(str(file), load_external_data=False)
+    widen_softmax(model)
     name_by_module(model, prefix)
     file.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(file))  # by path: beyond 2 GB there is no other way
@@ -192,17 +197,28 @@ def _squeeze(self: Any, dim: int) -> Any:
 
 
 @contextmanager
-def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> Iterator[nn.Module]:
     """The module itself if it is in that dtype, else a copy that is; the copy alone is changed.
 
     The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
+
+    Args:
+        module: any.
+        dtype: of the copy's weights.
+        keep: paths of modules that compute in float32 all the same.
     """
-    cast = {
-        id(t): _cast(t, dtype)
-        for t in (*module.parameters(), *module.buffers())
-        if t.is_floating_point() and t.dtype != dtype
-    }
-    yield copy.deepcopy(module, memo=dict(cast)) if cast else module
+    kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
+    cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
+    if not keep and all(t.dtype == dtype for t in _floats(module)):
+        yield module
+        return
+    copied = copy.deepcopy(module, memo=dict(cast))
+    keep_in_float32(copied, keep)
+    yield copied
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ def name_by_module(model: ModelProto, prefix: str) -> None:
     taken = set(renamed.values())
     seen: Counter[str] = Counter()
     for node in graph.node:
-        module = _module_of(node, prefix)
+        module = _scope_of(node, prefix)
         if node.op_type in ("MatMul", "Gemm") and len(node.input) > 1 and node.input[1] in weights and module:
             name = node.input[1]
             wanted = f"{module}.weight" if _transposed_b(node) else f"{module}.weight_t"
@@ -82,7 +82,7 @@ def dims_in_graph(onnx_file: Path | str) -> dict[str, tuple[int, ...]]:
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in weights:
             dims = weights[node.input[1]]
             keep = node.op_type == "Conv" or _transposed_b(node)
-            found[node.name.rpartition("/")[0]] = dims if keep else dims[::-1]
+            found[module_of(node)] = dims if keep else dims[::-1]
     return found
 
 
@@ -147,6 +147,40 @@ def read_graph(onnx_file: Path | str) -> ModelProto:
         raise InputError(f"{path} is no ONNX model: {error}") from error
 
 
+def module_of(node: NodeProto) -> str:
+    """Path of the module that a node named by `name_by_module` comes from; empty for the exporter's own nodes."""
+    return node.name.rpartition("/")[0]
+
+
+def tensor_types(model: ModelProto) -> dict[str, int]:
+    """Name -> `onnx.TensorProto` dtype of every tensor of a graph, by the operators' own type constraints.
+
+    onnx's shape inference ends at the first GroupNormalization, and dtypes need no shapes.
+    """
+    onnx = require("onnx", "onnx")
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    graph = model.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.input}
+    types |= {w.name: w.data_type for w in graph.initializer}
+    for node in graph.node:
+        schema = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain)
+        bound: dict[str, int] = {}
+        for index, name in enumerate(node.input):
+            formal = schema.inputs[min(index, len(schema.inputs) - 1)]  # the last may take any number
+            if name:
+                bound.setdefault(formal.type_str, types[name])
+        attributes = {a.name: a for a in node.attribute}
+        said = [attributes[name].i for name in ("to", "dtype") if name in attributes]
+        said += [attributes["value"].t.data_type] if "value" in attributes else []
+        allowed = {c.type_param_str: c.allowed_type_strs[0] for c in schema.type_constraints}
+        for index, name in enumerate(node.output):
+            kind = schema.outputs[min(index, len(schema.outputs) - 1)].type_str
+            only = allowed.get(kind, kind).removeprefix("tensor(").removesuffix(")").upper()
+            default = said[0] if said else onnx.TensorProto.DataType.Value(only)
+            types[name] = bound.get(kind, default)
+    return types
+
+
 def _inner(dims: tuple[int, ...] | None, axis: int) -> int | None:
     return None if dims is None else int(dims[axis])
 
@@ -155,8 +189,8 @@ def _transposed_b(node: NodeProto) -> bool:
     return any(a.name == "transB" and a.i == 1 for a in node.attribute)
 
 
-def _module_of(node: NodeProto, prefix: str) -> str:
-    """Path of the module that the node comes from; empty for the exporter's own nodes."""
+def _scope_of(node: NodeProto, prefix: str) -> str:
+    """Path of the module in whose `forward` the exporter met the node; empty for its own nodes."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             scopes: list[str] = ast.literal_eval(entry.value)

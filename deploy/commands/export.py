@@ -23,6 +23,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the ONNX folder goes")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights, inputs and outputs")
+    parser.add_argument(
+        "--keep-fp32",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="UNet modules, or patterns such as '*.attn1', that an fp16 graph computes in fp32 because they overflow",
+    )
     parser.add_argument("--height", type=int, metavar="N", help="of the image, pixels (default: the model's)")
     parser.add_argument("--width", type=int, metavar="N", help="of the image, pixels (default: the model's)")
     parser.add_argument(
@@ -53,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.steps import shapes
     from deploy.workshop import model_hash
+    from exporters.half_precision import fp32_islands
     from exporters.onnx_export import ExportSettings
     from exporters.pipeline_export import example_call, export_pipeline
     from slimdiff.pipelines import load_pipeline
 
-    settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic == "batch")
+    settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic == "batch", keep_fp32=args.keep_fp32)
     pipeline = load_pipeline(args.model)
     call = example_call(pipeline, height=args.height, width=args.width, batch=args.batch)
     log.info("export: %s, %s", args.model, args.precision)
@@ -66,7 +74,14 @@ def run(args: argparse.Namespace) -> int:
         files = export_pipeline(pipeline, temporary, settings, call=call, progress=progress)
         names = [file.relative_to(temporary).as_posix() for file in files]
         inputs = shapes(call)
-        runs_on = {"runtime": "onnxruntime", "precision": args.precision, "unet": inputs, "dynamic": args.dynamic}
+        wide = fp32_islands(temporary / "unet" / "model.onnx")
+        runs_on = {
+            "runtime": "onnxruntime",
+            "precision": args.precision,
+            "unet": inputs,
+            "dynamic": args.dynamic,
+            "fp32_islands": wide,
+        }
         artifacts.write_manifest(temporary, "onnx", {"model": model_hash(args.model), **settings.model_dump()}, runs_on)
         size = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {
@@ -75,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         "graphs": names,
         "unet_inputs": inputs,
         "dynamic": args.dynamic,
+        "fp32_islands": wide,
         "bytes": size,
     }
     text = "\n".join(

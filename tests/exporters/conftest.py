@@ -172,6 +172,27 @@ def slim_engine(rtx, tmp_path_factory, exported, slim_and_plan) -> tuple[Path, d
 
 
 @pytest.fixture(scope="session")
+def sharp() -> UNet2DConditionModel:
+    """A UNet whose attention looks at something: untrained, it looks everywhere alike and its scale hardly matters."""
+    unet = make_unet()
+    for layer in ("attn1", "attn2"):
+        for name in ("to_q", "to_k"):
+            unet.get_submodule(f"mid_block.attentions.0.transformer_blocks.0.{layer}.{name}").weight.data *= 4
+    return unet
+
+
+@pytest.fixture(scope="session")
+def sharp_graphs(tmp_path_factory, sharp, calls) -> dict[str, Path]:
+    """`model.onnx` of it, by precision."""
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
+    from exporters.onnx_export import ExportSettings, export_unet
+
+    folder = tmp_path_factory.mktemp("sharp")
+    return {p: export_unet(sharp, folder / p, calls[0], ExportSettings(precision=p)) for p in ("fp32", "fp16")}
+
+
+@pytest.fixture(scope="session")
 def pipeline(dense, tmp_path_factory) -> StableDiffusionPipeline:
     """Stable Diffusion, every part tiny and untrained, with a tokenizer of single letters."""
     return StableDiffusionPipeline(

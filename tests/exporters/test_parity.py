@@ -58,16 +58,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def sharp(tiny):
-    """A UNet whose attention looks at something: untrained, it looks everywhere alike and its scale hardly matters."""
-    unet = tiny.unet()
-    for layer in ("attn1", "attn2"):
-        for name in ("to_q", "to_k"):
-            unet.get_submodule(f"{LAYER}.{layer}.{name}").weight.data *= 4
-    return unet
-
-
 def test_a_model_is_itself(sharp, calls):
     result = check_parity(calls, of(sharp), of(copy.deepcopy(sharp)), "fp32")
     assert result["passed"] and result["first_diverging"] is None and result["precision"] == "fp32"
