@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 EXAMPLE = """examples:
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
     with artifact_folder(out) as temporary:
         report = build_engine(graph, temporary, chosen, plan=plan, progress=None if args.quiet else "engine")
+        if (graph.parent / "config.json").is_file():  # what a pipeline reads of its unet
+            shutil.copy(graph.parent / "config.json", temporary)
         runs_on = {k: report.get(k) for k in ("backend", "version", "targets", "inputs", "outputs")}
         made_from = {"onnx": artifacts.sha256_of(graph), "settings": chosen.model_dump()}
         artifacts.write_manifest(temporary, "engine", made_from, runs_on)
