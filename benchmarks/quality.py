@@ -27,7 +27,7 @@ from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, 
 from deploy.workshop import source_hash
 from exporters.latency import LatencySettings, machine_name, paired_latency
 from exporters.onnx_export import ExportSettings, export_unet
-from exporters.onnx_runtime import OnnxUNet
+from exporters.runtimes.unet import UNet
 from slimdiff import Budget, CalibrationSettings, PlanSettings, artifacts, embedded
 from slimdiff.calibration import calibrate
 from slimdiff.closed_forms import PAPERS, Forms
@@ -226,7 +226,7 @@ def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[s
             module = bench.unet if name == "dense" else bench.make(method, cut)
             with artifacts.replacing(folder / name) as temporary:
                 export_unet(module, temporary, call, ExportSettings())
-        runners.append(OnnxUNet(folder / name))
+        runners.append(UNet.open(folder / name))
     result = paired_latency(
         lambda: runners[0].predict(call),
         lambda: runners[1].predict(call),

@@ -181,6 +181,9 @@ def _preflight(recipe: Recipe) -> None:
         MissingPackageError: naming the extra.
     """
     wanted = [("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("polygraphy", "onnx")]
+    timed_in = {recipe.budget.runtime, recipe.sweep.runtime if recipe.sweep else "torch"}
+    if any(runtime.startswith("openvino") for runtime in timed_in):
+        wanted.append(("openvino", "openvino"))
     if recipe.engine.enabled and recipe.engine.backend != "auto":
         from exporters.engine import EXTRAS, MODULES
 

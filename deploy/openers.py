@@ -84,21 +84,30 @@ class Opened:
     """An artifact whose denoiser can be called."""
 
     kind: str
-    """`model` (in torch) or `onnx` (in ONNX Runtime)."""
+    """`model` (in torch), `onnx` or `engine` (in a runtime of `exporters.runtimes`)."""
     denoiser: Any
     predict: Callable[[Call], Tensor]
+    runtime: str = "torch"
+    """Its name."""
     pipeline: Any = None
     """The whole pipeline, for a model."""
 
     @property
+    def title(self) -> str:
+        """The runtime with its version and device, for people."""
+        return "torch" if self.kind == "model" else self.denoiser.session.runtime
+
+    @property
     def precision(self) -> str:
         """`fp32`, `fp16` or `bf16`, as the denoiser computes."""
+        if self.kind != "model":
+            return self.denoiser.session.precision
         name = str(self.denoiser.dtype).removeprefix("torch.")
         return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
 
     def sampling(self, wanted: Sampling) -> Sampling:
         """`wanted`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
-        if self.kind != "onnx":
+        if self.kind == "model":
             return wanted
         batch = self.denoiser.inputs["sample"][0]
         if not isinstance(batch, int):
@@ -113,34 +122,52 @@ class Opened:
 
     def pixels(self, pipeline: Any) -> dict[str, int]:
         """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""
-        if self.kind != "onnx":
+        if self.kind == "model":
             return {}
         sides = self.denoiser.inputs["sample"][-2:]
         scale = pipeline.vae_scale_factor
         return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
 
 
-def open_denoiser(name: str) -> Opened:
-    """Open a model or an ONNX graph.
+def open_denoiser(name: str, runtime: str | None = None, threads: int | None = None) -> Opened:
+    """Open a model in torch, an ONNX graph in a runtime that takes graphs, or an engine in its own.
+
+    Args:
+        name: how the user named it.
+        runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, an engine has but one.
+        threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
-        InputError: if it is neither.
+        InputError: if it is none of them, or that runtime does not take it.
+        MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
     if kind == "model":
+        if runtime not in (None, "torch"):
+            raise InputError(f"{name} is a model in torch: export it first (slimdiff export) to run it in {runtime}")
         pipeline = load_pipeline(name)
         denoiser = getattr(pipeline, denoiser_name(pipeline))
-        return Opened(kind, denoiser, partial(predict, denoiser), pipeline)
-    if kind == "onnx":
-        from exporters.onnx_runtime import OnnxUNet
+        return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
+    if kind not in ("onnx", "engine"):
+        raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
+    from exporters.engine.check import read_engine
+    from exporters.runtimes import GRAPH_RUNTIMES
+    from exporters.runtimes.unet import UNet
 
-        unet = OnnxUNet(graph_of(name))
-        return Opened(kind, unet, unet.predict)
+    takes: tuple[str, ...] = GRAPH_RUNTIMES
     if kind == "engine":
-        raise InputError(
-            f"{name} is an engine, which runs on its GPU only: name the model or the ONNX that it was built from"
-        )
-    raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
+        takes = (read_engine(Path(name))["backend"],)
+    chosen = runtime or takes[0]
+    if chosen not in takes:
+        what, remedy = ("ONNX", "build an engine of it (slimdiff engine)") if kind == "onnx" else ("an engine", "")
+        if chosen == "torch":
+            remedy = "name the model that it was made from"
+        elif kind == "engine":
+            remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
+        raise InputError(f"{name} is {what}, which {chosen} does not run: {remedy}")
+    path = graph_of(name) if kind == "onnx" else Path(name)
+    unet = UNet.open(path, chosen, threads)
+    return Opened(kind, unet, unet.predict, chosen)
 
 
 def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
@@ -149,22 +176,21 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
     Args:
         opened: from `open_denoiser`.
         name: how the user named it.
-        rest: the model that gives the other components to a graph; without one, the folder's own graphs in optimum.
+        rest: the model, or the folder of a whole pipeline in ONNX, that gives the other components to a graph or an
+            engine; without one, the folder's own.
 
     Raises:
-        InputError: for a lone graph and no `rest`.
-        MissingPackageError: without optimum, where that is needed.
+        InputError: for a lone graph or engine and no `rest`.
     """
     if opened.pipeline is not None:
         return opened.pipeline
-    if rest is not None:
+    from exporters.runtimes.pipeline import load_pipeline as load_graphs
+
+    folder = Path(rest or name)
+    if rest is not None and not (folder / "unet" / "model.onnx").is_file():
         from slimdiff.compression import with_denoiser
 
         return with_denoiser(load_pipeline(rest), opened.denoiser)
-    folder = Path(name)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
-    from slimdiff.errors import require
-
-    ort = require("optimum.onnxruntime", "optimum")
-    return ort.ORTDiffusionPipeline.from_pretrained(folder)
+    return load_graphs(folder, opened.runtime if opened.kind == "onnx" else "onnxruntime", unet=opened.denoiser)

@@ -14,6 +14,7 @@ from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
 from exporters.onnx_export import ExportSettings
+from exporters.runtimes import TableRuntime
 from slimdiff.budget import Budget
 from slimdiff.calibration import CalibrationSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -39,7 +40,7 @@ class BudgetSettings(Settings):
     """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
     speedup: float | None = Field(None, gt=1, allow_inf_nan=False)
     """Latency of the dense denoiser over that of the slim one, by latencies measured layer by layer in `runtime`."""
-    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    runtime: TableRuntime = "onnxruntime"
     """Where `speedup` is measured."""
     max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
@@ -112,7 +113,7 @@ class SweepStage(Settings):
     """The unit of the points."""
     points: tuple[str, ...] = ()
     """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
-    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    runtime: TableRuntime = "onnxruntime"
     """Where their latency is measured, by the settings of `bench`."""
     images: int = Field(4, ge=0)
     """How many images of each point are held against the dense model's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,8 +235,8 @@ def no_engine(shop: Workshop) -> str | None:
 def validate_step(shop: Workshop, folder: Path) -> None:
     """Parity with the fp32 torch model: the exported slim model, and its fp16 graph if there is one for the engine."""
     from exporters.graph_parity import check_graph
-    from exporters.onnx_runtime import OnnxUNet
     from exporters.parity import check_trajectory, with_checks
+    from exporters.runtimes.unet import UNet
 
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
     graphs = [(shop.folder / "export" / "slim", shop.recipe.export.precision)]
@@ -247,7 +246,7 @@ def validate_step(shop: Workshop, folder: Path) -> None:
     parts = []
     for graph, precision in graphs:
         log.info("validate: %s in ONNX Runtime against fp32 in torch, %d calls", precision, len(calls))
-        unet = OnnxUNet(graph)
+        unet = UNet.open(graph)
         file = graph / "model.onnx"
         found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision, progress="validate")
         exported = with_denoiser(shop.slim, unet)
@@ -272,7 +271,7 @@ def validate_step(shop: Workshop, folder: Path) -> None:
 
 def compare_step(shop: Workshop, folder: Path) -> None:
     """Fidelity of slim against dense: noise prediction, images, and quality where there is an evaluator."""
-    from exporters.onnx_runtime import OnnxUNet
+    from exporters.runtimes.unet import UNet
 
     settings = shop.recipe.compare
     captions = shop.captions[: settings.images]
@@ -284,7 +283,7 @@ def compare_step(shop: Workshop, folder: Path) -> None:
     }
     if shown:  # the graph has the shapes of one image
         one = settings.sampling.model_copy(update={"batch": 1})
-        exported = with_denoiser(shop.slim, OnnxUNet(shop.folder / "export" / "slim"))
+        exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, progress="compare: slim in ONNX Runtime")
     (folder / "images").mkdir()
     pictures = []
@@ -343,17 +342,14 @@ def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
 
 def bench_step(shop: Workshop, folder: Path) -> None:
     """Paired latency of the dense and the slim graph in ONNX Runtime."""
-    import onnxruntime
-
     from exporters.latency import paired_latency
-    from exporters.onnx_runtime import OnnxUNet
+    from exporters.runtimes.unet import UNet
 
     call = shop.trajectory[len(shop.trajectory) // 2]
-    runs: list[Callable[[], Any]] = [
-        partial(OnnxUNet(shop.folder / "export" / name).predict, call) for name in ("dense", "slim")
-    ]
+    dense, slim = (UNet.open(shop.folder / "export" / name) for name in ("dense", "slim"))
     bound = shop.recipe.gates.min_speedup
     gate = None if bound is None else f"speedup>={bound:g}"
-    runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU, {shop.recipe.export.precision}"
-    result = paired_latency(runs[0], runs[1], shop.recipe.bench, gate=gate, runtime=runtime, progress="bench")
+    runtime = f"{slim.session.runtime}, {slim.session.precision}"
+    sides = partial(dense.predict, call), partial(slim.predict, call)
+    result = paired_latency(*sides, shop.recipe.bench, gate=gate, runtime=runtime, progress="bench")
     write_result(folder, "bench", result)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +29,18 @@ from tqdm import tqdm
 
 from exporters.latency import machine_name
 from exporters.onnx_export import ExportSettings, export_module, export_unet, unet_inputs
-from exporters.onnx_runtime import OnnxUNet, open_session, usable_cores
+from exporters.runtimes import TableRuntime
+from exporters.runtimes.opening import open_session, version_of
+from exporters.runtimes.session import usable_cores
+from exporters.runtimes.unet import UNet
 from slimdiff import artifacts
 from slimdiff.allocation import Layer, find_layers
 from slimdiff.costs import CostTable
-from slimdiff.errors import require
 from slimdiff.planning import PlanSettings, chosen_sites
 from slimdiff.sites import find_sites
 from slimdiff.skeleton import skeleton
 from slimdiff.trajectory import Call, predict
 
-Runtime = Literal["onnxruntime", "torch"]
 CACHE = "SLIMDIFF_CACHE"
 """The environment variable that names another folder for what was measured."""
 _Run = Callable[[], Any]
@@ -50,7 +51,7 @@ class TableSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    runtime: Runtime = "onnxruntime"
+    runtime: TableRuntime = "onnxruntime"
     """Where latency counts."""
     threads: int | None = Field(None, ge=1)
     """Threads of the runtime; its own choice if not given."""
@@ -127,7 +128,7 @@ def cache_folder() -> Path:
 
 def _conditions(settings: TableSettings) -> dict[str, Any]:
     """All that latency depends on beside the model; also checks that the runtime is here."""
-    version = torch.__version__ if settings.runtime == "torch" else require("onnxruntime", "onnx").__version__
+    version = torch.__version__ if settings.runtime == "torch" else version_of(settings.runtime)
     threads = _threads(settings)
     return {
         "schema": 1,
@@ -272,7 +273,7 @@ def whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSetting
     """One denoiser call in the runtime, as a function; a graph for it is exported into `folder`."""
     if settings.runtime == "torch":
         return _in_threads(lambda: predict(model, call), settings)
-    unet = OnnxUNet(export_unet(model, folder, call), threads=settings.threads)
+    unet = UNet.open(export_unet(model, folder, call), settings.runtime, settings.threads)
     return lambda: unet.predict(call)
 
 
@@ -285,9 +286,8 @@ def _layer_run(module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, se
     if settings.runtime == "torch":
         return _in_threads(lambda: wrapped(*inputs.values()), settings)
     file = export_module(wrapped, dict(inputs), ["output"], folder, ExportSettings())
-    session = open_session(file, "cpu", settings.threads)
-    feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-    return lambda: session.run(None, feed)
+    session = open_session(file, settings.runtime, settings.threads)
+    return lambda: session.run(inputs)
 
 
 def _in_threads(run: _Run, settings: TableSettings) -> _Run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.onnx_graph import module_of, read_graph, tensor_types
-from exporters.onnx_runtime import open_session
+from exporters.runtimes.ort_session import inference_session
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class OnnxFragments:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "fragment.onnx"
             file.write_bytes(model.SerializeToString())
-            session = open_session(file, "cpu")
+            session = inference_session(file)
         try:
             return session.run(list(wanted), arrays)
         except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from exporters.runtimes import GRAPH_RUNTIMES, RUNTIMES
+
+if TYPE_CHECKING:
+    from deploy.openers import Opened
 
 EXAMPLE = """examples:
   slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
-  slimdiff bench demo demo-slim --runtime torch --gate 'latency<=1.03' --json"""
+  slimdiff bench demo demo-slim --runtime torch --gate 'latency<=1.03' --json
+  slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino"""
 
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
@@ -23,11 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "median of the ratios with its 95 %% interval. Models are exported first where the runtime takes graphs.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("base", metavar="BASE", help="a model, or ONNX")
-    parser.add_argument("candidate", metavar="CANDIDATE", help="a model, or ONNX")
-    parser.add_argument(
-        "--runtime", choices=("onnxruntime", "torch"), default="onnxruntime", help="default: %(default)s"
-    )
+    parser.add_argument("base", metavar="BASE", help="a model, ONNX, or an engine")
+    parser.add_argument("candidate", metavar="CANDIDATE", help="a model, ONNX, or an engine")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
+    parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
     parser.add_argument(
         "--gate", metavar="BOUND", help="such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'"
     )
@@ -44,60 +49,60 @@ def run(args: argparse.Namespace) -> int:
     from deploy.arguments import settings
     from deploy.console import calm_libraries, result
     from exporters.latency import Gate, LatencySettings, paired_latency
-    from slimdiff.errors import InputError, require
+    from slimdiff.errors import InputError
 
     gate = Gate.parse(args.gate) if args.gate else None
     chosen = settings(LatencySettings, args, "rounds", "warmup")
     if args.batch < 1 or (args.threads is not None and args.threads < 1):
         raise InputError("--batch and --threads must be at least 1")
-    runtime = "torch"
-    if args.runtime == "onnxruntime":
-        ort = require("onnxruntime", "onnx")
-        runtime = f"ONNX Runtime {ort.__version__}, CPU"
     calm_libraries()
     from deploy.steps import shapes
 
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
-        base, base_call = _opened(args, args.base, Path(scratch) / "base")
-        candidate, call = _opened(args, args.candidate, Path(scratch) / "candidate")
+        base, base_call = _opened(args, args.base, args.base_runtime or args.runtime, Path(scratch) / "base")
+        candidate, call = _opened(args, args.candidate, args.runtime, Path(scratch) / "candidate")
         if shapes(base_call) != shapes(call):
             raise InputError(
                 f"the two take calls of different shapes, {shapes(base_call)} and {shapes(call)}: say --batch"
             )
         progress = None if args.quiet else "bench"
-        sides = partial(base, base_call), partial(candidate, call)
-        value = paired_latency(sides[0], sides[1], chosen, gate=gate, runtime=runtime, progress=progress)
+        sides = partial(base.predict, base_call), partial(candidate.predict, call)
+        titles = dict.fromkeys(f"{side.title}" for side in (base, candidate))
+        value = paired_latency(
+            sides[0], sides[1], chosen, gate=gate, runtime=" against ".join(titles), progress=progress
+        )
     result(value, _text(value), args.json)
     return EXIT_CODE[value["verdict"]]
 
 
-def _opened(args: argparse.Namespace, name: str, scratch: Path) -> tuple[Callable[[Any], Any], Any]:
-    """An artifact's denoiser in the runtime that was asked for, and a call for it."""
+def _opened(args: argparse.Namespace, name: str, runtime: str | None, scratch: Path) -> tuple[Opened, Any]:
+    """An artifact in the runtime that was asked for, exported if that takes graphs, and a call for it."""
     import torch
 
     from deploy.console import log
-    from deploy.openers import graph_of, open_denoiser
+    from deploy.openers import kind_of, open_denoiser
     from exporters.onnx_export import export_unet
-    from exporters.onnx_runtime import OnnxUNet
     from exporters.pipeline_export import example_call
-    from slimdiff.errors import InputError
+    from exporters.runtimes.opening import version_of
 
-    opened = open_denoiser(name)
-    if opened.kind == "onnx":
-        if args.runtime != "onnxruntime":
-            raise InputError(f"{name} is ONNX, which {args.runtime} does not run: leave out --runtime")
-        unet = OnnxUNet(graph_of(name), threads=args.threads) if args.threads else opened.denoiser
-        return unet.predict, synthetic_call(unet.inputs, args.batch)
+    if kind_of(name) != "model":
+        opened = open_denoiser(name, runtime, args.threads)
+        return opened, synthetic_call(opened.denoiser.inputs, args.batch)
+    runtime = runtime or "onnxruntime"
+    if runtime in GRAPH_RUNTIMES:
+        version_of(runtime)  # whether it is here shows before the export
+    opened = open_denoiser(name, None if runtime in GRAPH_RUNTIMES else runtime)
     call = example_call(opened.pipeline, batch=args.batch)
-    if args.runtime == "torch":
+    if runtime == "torch":
         if args.threads:
             torch.set_num_threads(args.threads)
-        return opened.predict, call
+        return opened, call
     log.info("bench: exporting %s", name)
-    return OnnxUNet(export_unet(opened.denoiser, scratch, call), threads=args.threads).predict, call
+    export_unet(opened.denoiser, scratch, call)
+    return open_denoiser(str(scratch), runtime, args.threads), call
 
 
-def synthetic_call(inputs: dict[str, list[int | str]], batch: int) -> Any:
+def synthetic_call(inputs: Mapping[str, Sequence[int | str]], batch: int) -> Any:
     """A call of a graph's shapes, of noise: latency does not depend on values."""
     import torch
 

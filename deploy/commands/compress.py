@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.flags import add_calibration
+from exporters.runtimes import TABLE_RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
@@ -45,9 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="dense latency over slim latency, such as 1.35, in --runtime",
     )
     what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
-    parser.add_argument(
-        "--runtime", choices=("onnxruntime", "torch"), help="where --speedup is measured (default: onnxruntime)"
-    )
+    parser.add_argument("--runtime", choices=TABLE_RUNTIMES, help="where --speedup is measured (default: onnxruntime)")
     parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: its own choice)")
     add_calibration(parser)
     parser.add_argument("--statistics", metavar="FILE", help="statistics of this model, instead of calibrating")

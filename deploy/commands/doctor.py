@@ -29,6 +29,9 @@ RUNTIMES = (
 """Name, module, the distributions that bring it, and what it needs where it is missing."""
 
 
+_TYPES = ("FP32", "FP16", "BF16", "INT8")
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return subparsers.add_parser(
         "doctor",
@@ -67,6 +70,16 @@ def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str)
         import onnxruntime
 
         runtime["providers"] = onnxruntime.get_available_providers()
+    if module == "openvino":
+        import openvino
+
+        core = openvino.Core()
+        runtime["devices"] = core.available_devices
+        if "CPU" in runtime["devices"]:
+            runtime["cpu_precisions"] = [
+                p for p in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") if p in _TYPES
+            ]
+            runtime["cpu_default"] = core.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if module in ("tensorrt", "tensorrt_rtx"):
         from exporters.engine import has_gpu
 
@@ -104,7 +117,10 @@ def _text(value: dict[str, Any]) -> str:
     ]
     for runtime in value["runtimes"]:
         state = f"{runtime['version'] or 'version unknown'}" if runtime["installed"] else "missing"
-        extra = f" ({', '.join(runtime['providers'])})" if "providers" in runtime else ""
+        told = [*runtime.get("providers", []), *runtime.get("devices", [])]
+        if "cpu_default" in runtime:
+            told.append(f"computes in {runtime['cpu_default']} by default")
+        extra = f" ({', '.join(told)})" if told else ""
         needs = f"; needs {runtime['needs']}" if runtime["installed"] and "needs" in runtime else ""
         remedy = f": {runtime['needs']}" if not runtime["installed"] else ""
         lines.append(f"{runtime['name']:20} {state}{extra}{needs}{remedy}")

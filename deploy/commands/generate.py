@@ -6,19 +6,22 @@ import argparse
 import time
 from pathlib import Path
 
+from exporters.runtimes import RUNTIMES
+
 EXAMPLE = """examples:
   slimdiff generate demo --prompt "a large red circle top left, on a gray background" --out circle.png
+  slimdiff generate demo-onnx --runtime openvino --prompt "..." --out openvino.png
   slimdiff generate demo-build/export/slim --pipeline demo --prompt "..." --out onnx.png --seed 3"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "generate",
-        help="an image from an artifact: dense, slim, ONNX",
+        help="an image from an artifact: dense, slim, ONNX, engine",
         description="Make one image. The same seed gives the same starting noise, whatever the artifact.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="a model (dense or slim), or an ONNX folder")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="a model (dense or slim), an ONNX folder, or an engine")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
     parser.add_argument("--out", required=True, metavar="PNG", help="the image file to write")
     parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: 0)")
@@ -26,6 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: 5)")
     parser.add_argument("--height", type=int, metavar="N", help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, metavar="N", help="pixels (default: the model's)")
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, help="what runs ONNX (default: onnxruntime); a model runs in torch"
+    )
     parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
     return parser
 
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.openers import open_denoiser, whole_pipeline
 
-    opened = open_denoiser(args.artifact)
+    opened = open_denoiser(args.artifact, args.runtime)
     pipeline = whole_pipeline(opened, args.artifact, args.pipeline)
     sampling = opened.sampling(sampling).model_copy(update=opened.pixels(pipeline))
     log.info("generate: %d steps", sampling.steps)
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         "out": str(out),
         "artifact": args.artifact,
         "kind": opened.kind,
+        "runtime": opened.runtime,
         "prompt": args.prompt,
         **{k: getattr(sampling, k) for k in ("seed", "steps", "guidance")},
         "width": image.width,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.flags import POINTS, add_calibration
+from exporters.runtimes import TABLE_RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff sweep demo --out demo-sweep
@@ -29,9 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--out", required=True, metavar="DIR", help="where the sweep goes")
     parser.add_argument("--by", choices=tuple(POINTS), default="parameters", help="unit of the points (%(default)s)")
     parser.add_argument("--points", metavar="LIST", help="budgets such as 5%%,10%%,20%% (default: a few of each unit)")
-    parser.add_argument(
-        "--runtime", choices=("onnxruntime", "torch"), default="onnxruntime", help="of the latency (%(default)s)"
-    )
+    parser.add_argument("--runtime", choices=TABLE_RUNTIMES, default="onnxruntime", help="of the latency (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: its own choice)")
     parser.add_argument("--rounds", type=int, metavar="N", help="pairs of runs per point (default: 30)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images per point (default: %(default)s)")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from exporters.runtimes import RUNTIMES
+
 EXAMPLE = """examples:
   slimdiff validate slim slim-onnx
+  slimdiff validate demo demo-onnx --runtime openvino-fp32
   slimdiff validate demo demo-onnx-fp16 --every-module --json"""
 
 
@@ -25,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), help="whose bounds hold (default: the candidate's)"
     )
+    parser.add_argument("--runtime", choices=RUNTIMES, help="what runs the candidate's ONNX (default: onnxruntime)")
     parser.add_argument("--pipeline", metavar="MODEL", help="the model whose trajectory is recorded, if neither is one")
     parser.add_argument(
         "--calls", type=int, default=5, metavar="N", help="calls, spread over the trajectory (default: 5)"
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.compression import with_denoiser
     from slimdiff.pipelines import load_pipeline
 
-    base, candidate = open_denoiser(args.base), open_denoiser(args.candidate)
+    base, candidate = open_denoiser(args.base), open_denoiser(args.candidate, args.runtime)
     if base.precision != "fp32":
         raise InputError(
             f"{args.base} computes in {base.precision}: BASE is the reference and has to be fp32; name the model itself"
@@ -123,6 +127,6 @@ def _text(value: dict[str, Any], precision: str) -> str:
 
 def _unguided(sampling: Any, *sides: Any) -> Any:
     """Without guidance where a graph takes one sample at a time, or an odd number."""
-    batches = [side.denoiser.inputs["sample"][0] for side in sides if side.kind == "onnx"]
+    batches = [side.denoiser.inputs["sample"][0] for side in sides if side.kind != "model"]
     odd = any(isinstance(batch, int) and batch % 2 for batch in batches)
     return sampling.model_copy(update={"guidance": 1.0}) if odd else sampling

@@ -103,6 +103,9 @@ class EngineRequest:
 
     def _describe(self, report: dict[str, Any], folder: Path) -> dict[str, Any]:
         made_from = {"key": self.key, "parts": self.parts, "settings": self.settings.model_dump()}
+        config = self.onnx_file.parent / "config.json"
+        if config.is_file():  # what a pipeline reads of its unet
+            shutil.copy(config, folder)
         artifacts.write_manifest(folder, "engine", made_from, runs_on(report))
         return report
 

@@ -207,7 +207,7 @@ def pipeline(dense, tmp_path_factory) -> StableDiffusionPipeline:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def xl_pipeline(tmp_path_factory) -> StableDiffusionXLPipeline:
     """Stable Diffusion XL, likewise: two text encoders of 16 dims each, so that the UNet gets 32."""
     unet = make_unet(
@@ -224,6 +224,27 @@ def xl_pipeline(tmp_path_factory) -> StableDiffusionXLPipeline:
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         add_watermarker=False,
     )
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory, pipeline) -> Path:
+    """The whole `pipeline` in optimum's layout, open in the batch."""
+    return _exported(pipeline, tmp_path_factory.mktemp("onnx-pipeline"))
+
+
+@pytest.fixture(scope="session")
+def onnx_xl_folder(tmp_path_factory, xl_pipeline) -> Path:
+    """The whole `xl_pipeline`, likewise."""
+    return _exported(xl_pipeline, tmp_path_factory.mktemp("onnx-xl-pipeline"))
+
+
+def _exported(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    from exporters.onnx_export import ExportSettings
+    from exporters.pipeline_export import export_pipeline
+
+    export_pipeline(pipeline, folder, ExportSettings(dynamic_batch=True))
+    return folder
 
 
 def _text_config(width: int = 32) -> CLIPTextConfig:

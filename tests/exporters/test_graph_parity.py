@@ -20,8 +20,8 @@ pytest.importorskip("polygraphy", reason="parity is measured by Polygraphy")
 from exporters.divergence import find_divergence, graph_inputs, own_errors  # noqa: E402
 from exporters.graph_parity import check_graph  # noqa: E402
 from exporters.onnx_fragments import OnnxFragments  # noqa: E402
-from exporters.onnx_runtime import OnnxUNet  # noqa: E402
 from exporters.parity import BOUNDS  # noqa: E402
+from exporters.runtimes.unet import UNet  # noqa: E402
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0"
 
@@ -121,7 +121,7 @@ def plant(sharp_graphs, tmp_path):
 
 
 def check(file, sharp, calls, precision, **more):
-    return check_graph(file, sharp, calls, OnnxUNet(file, threads=1).predict, precision, **more)
+    return check_graph(file, sharp, calls, UNet.open(file, threads=1).predict, precision, **more)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -205,7 +205,7 @@ def test_a_part_says_what_it_misses(sharp_graphs):
 def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
     """The graph cut at its middle block, run in two halves."""
     fragments = OnnxFragments(sharp_graphs["fp32"])
-    whole = OnnxUNet(sharp_graphs["fp32"], threads=1)
+    whole = UNet.open(sharp_graphs["fp32"], threads=1)
     feed = graph_inputs(calls[0])
     cut = fragments.module_outputs(["mid_block"])["mid_block"]
     nodes, reads = fragments.between(set(fragments.inputs), [cut])

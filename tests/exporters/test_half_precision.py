@@ -17,9 +17,9 @@ from exporters.divergence import graph_inputs, own_errors  # noqa: E402
 from exporters.half_precision import fp32_islands, paths_to_keep  # noqa: E402
 from exporters.onnx_export import ExportSettings, export_unet  # noqa: E402
 from exporters.onnx_fragments import OnnxFragments  # noqa: E402
-from exporters.onnx_runtime import OnnxUNet  # noqa: E402
 from exporters.overflow import explain_overflow, first_not_finite  # noqa: E402
 from exporters.parity import Bounds, check_parity  # noqa: E402
+from exporters.runtimes.unet import UNet  # noqa: E402
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0"
 ONE_LEVEL = {
@@ -86,7 +86,7 @@ def test_modules_kept_in_fp32_cure_the_overflow(cured, hot, calls):
     assert all(first_not_finite(fragments, call) is None for call in calls)
     # Scores so large make the softmax pick one key, and where two are nearly alike, fp16's last digit decides which.
     bounds = Bounds(cosine=0.999, relative_l2=0.03)
-    candidate = OnnxUNet(cured, threads=1).predict
+    candidate = UNet.open(cured, threads=1).predict
     result = check_parity(calls, lambda call: predict(hot, call), candidate, "fp16", bounds=bounds)
     assert result["passed"], result["checks"]
     assert max(e.relative_l2 for e in own_errors(fragments, hot, calls[0])) < 5e-3
@@ -94,7 +94,7 @@ def test_modules_kept_in_fp32_cure_the_overflow(cured, hot, calls):
 
 def test_running_it_whole_on_the_cpu_hides_the_scores(plain, calls, hot):
     """Why every tensor is checked node by node."""
-    assert not OnnxUNet(plain, threads=1).predict(calls[0]).isfinite().all()
+    assert not UNet.open(plain, threads=1).predict(calls[0]).isfinite().all()
     hidden = OnnxFragments(plain)
     cut = hidden.module_outputs([f"{LAYER}.attn1"])[f"{LAYER}.attn1"]
     nodes, _ = hidden.between(set(hidden.inputs), [cut])
@@ -136,7 +136,7 @@ def test_a_softmax_over_many_keys_sums_in_fp32(tiny, tmp_path):
     file = export_unet(unet, tmp_path, call, ExportSettings(precision="fp16"))
     wide = {r["module"] for r in fp32_islands(file) if r["operator"] == "Softmax"}
     assert wide == {p for p, m in unet.named_modules() if isinstance(m, Attention) and p.endswith("attn1")}
-    assert check_parity([call], lambda c: predict(unet, c), OnnxUNet(file, threads=1).predict, "fp16")["passed"]
+    assert check_parity([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
 
 
 def test_patterns_that_match_nothing_are_refused(hot, calls, tmp_path):

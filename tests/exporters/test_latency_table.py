@@ -85,16 +85,15 @@ def test_noise_does_not_make_a_larger_rank_faster():
     assert list(curve.values()) == [1.0, 2.5, 2.5, 4.0]
 
 
-def test_layers_run_in_onnx_runtime_as_in_the_model(call, tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_layers_run_in_another_runtime_as_in_the_model(call, tmp_path, runtime):
+    pytest.importorskip(runtime)
     pytest.importorskip("onnxscript")
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
     unet = tiny_unet(down_block_types=down, up_block_types=("UpBlock2D",) * 3, mid_block_type=None)
-    settings = TableSettings(threads=1, ranks=2, rounds=3)
+    settings = TableSettings(runtime=runtime, threads=1, ranks=2, rounds=3)
     table = measure_latency(unet, call, PLANNING, settings, cache=tmp_path)
-    assert (
-        table.made_from["runtime"].startswith("onnxruntime") and len(table.layers) == table.made_from["measured"] == 3
-    )
+    assert table.made_from["runtime"].startswith(runtime) and len(table.layers) == table.made_from["measured"] == 3
     assert all(0 < ms < table.dense for curve in table.layers.values() for ms in curve.values())
 
 

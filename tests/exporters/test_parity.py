@@ -69,11 +69,11 @@ def test_a_model_is_itself(sharp, calls):
 @pytest.mark.parametrize("name", ["dense", "slim"])
 def test_onnx_runtime_is_the_model(exported, dense, slim_and_plan, calls, name):
     pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
-    from exporters.onnx_runtime import OnnxUNet
+    from exporters.runtimes.unet import UNet
 
     reference = of({"dense": dense, "slim": slim_and_plan[0]}[name])
-    assert check_parity(calls, reference, OnnxUNet(exported[name]).predict, "fp32")["passed"]
-    half = OnnxUNet(exported[f"{name}-fp16"]).predict
+    assert check_parity(calls, reference, UNet.open(exported[name]).predict, "fp32")["passed"]
+    half = UNet.open(exported[f"{name}-fp16"]).predict
     assert check_parity(calls, reference, half, "fp16")["passed"]
     assert not check_parity(calls, reference, half, "fp32")["passed"]
 

@@ -1,24 +1,28 @@
-"""ONNX Runtime in a pipeline's unet's place."""
+"""A UNet of another runtime in the place of a pipeline's own."""
 
 from __future__ import annotations
-
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from slimdiff.errors import InputError, MissingPackageError
+from exporters.runtimes.unet import UNet
+from slimdiff.errors import InputError
 from slimdiff.trajectory import Call, Sampling, denoiser_name, predict, record_calls
 
-ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
+HERE = ["onnxruntime", "openvino-fp32"]
 
-from exporters.onnx_runtime import OnnxUNet  # noqa: E402
+
+@pytest.fixture(scope="module", params=HERE)
+def runtime(request):
+    module = request.param.partition("-")[0]
+    pytest.importorskip(module, reason=f"{module} is an extra")
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def unet(exported):
-    return OnnxUNet(exported["dense"], threads=1)
+def unet(exported, runtime):
+    return UNet.open(exported["dense"], runtime, threads=1)
 
 
 def changed(call: Call, **arguments) -> Call:
@@ -31,13 +35,13 @@ def test_it_answers_as_torch_does(unet, dense, calls):
         torch.testing.assert_close(predict(unet, call), unet.predict(call))
 
 
-def test_folder_and_file_are_the_same(exported, unet, calls):
-    assert torch.equal(OnnxUNet(exported["dense"].parent, threads=1).predict(calls[0]), unet.predict(calls[0]))
+def test_folder_and_file_are_the_same(exported, unet, runtime, calls):
+    assert torch.equal(UNet.open(exported["dense"].parent, runtime, 1).predict(calls[0]), unet.predict(calls[0]))
 
 
-def test_fp16_graph_takes_and_gives_the_callers_dtype(exported, calls, dense):
-    unet = OnnxUNet(exported["dense-fp16"])
-    assert unet.dtype == torch.float16
+def test_fp16_graph_takes_and_gives_the_callers_dtype(exported, runtime, calls, dense):
+    unet = UNet.open(exported["dense-fp16"], runtime)
+    assert unet.dtype == torch.float16 and unet.session.precision == "fp16"
     noise = unet(**calls[0].arguments, return_dict=True).sample
     assert noise.dtype == torch.float32
     torch.testing.assert_close(noise, predict(dense, calls[0]), rtol=0.05, atol=0.02)
@@ -47,7 +51,7 @@ def test_moving_and_casting_leave_the_session_as_it_is(unet):
     assert unet.to(torch.float16) is unet and unet.dtype == torch.float32 == next(unet.parameters()).dtype
 
 
-def test_a_pipeline_makes_the_same_images_with_it(pipeline, exported):
+def test_a_pipeline_makes_the_same_images_with_it(pipeline, exported, runtime):
     def images():
         torch.manual_seed(0)
         seeds = [torch.Generator().manual_seed(0)]
@@ -59,7 +63,7 @@ def test_a_pipeline_makes_the_same_images_with_it(pipeline, exported):
     own = pipeline.unet
     expected = images()
     try:
-        pipeline.unet = OnnxUNet(exported["dense-open"], threads=1)
+        pipeline.unet = UNet.open(exported["dense-open"], runtime, threads=1)
         assert denoiser_name(pipeline) == "unet"
         found = images()
         sampling = Sampling(steps=2, guidance=5.0, batch=1, height=16, width=16)
@@ -71,10 +75,11 @@ def test_a_pipeline_makes_the_same_images_with_it(pipeline, exported):
     assert [call.step for call in recorded] == [0, 1]
 
 
-def test_open_batch_takes_any_batch_that_is_one(exported, tiny):
-    unet = OnnxUNet(exported["dense-open"])
-    for batch in (1, 3):
-        assert unet.predict(tiny.calls(batch)[0]).shape == (batch, 4, 8, 8)
+def test_open_batch_takes_any_batch_that_is_one(exported, runtime, tiny, dense):
+    unet = UNet.open(exported["dense-open"], runtime)
+    for batch in (1, 3, 2, 1):
+        call = tiny.calls(batch)[0]
+        torch.testing.assert_close(unet.predict(call), predict(dense, call), rtol=1e-4, atol=1e-5)
     mixed = changed(tiny.calls(3)[0], encoder_hidden_states=torch.zeros(2, 7, 32))
     with pytest.raises(InputError, match=r"takes sample \(batch, 4, 8, 8\)"):
         unet.predict(mixed)
@@ -104,19 +109,14 @@ def test_whole_timesteps_of_any_kind_are_taken(unet, calls):
         assert torch.equal(unet.predict(changed(calls[0], timestep=timestep)), expected)
 
 
-def test_missing_files_and_wrong_graphs_are_refused(tmp_path, exported):
-    with pytest.raises(InputError, match="config.json beside it"):
-        OnnxUNet(tmp_path)
-    shutil.copy(exported["dense"].parent / "config.json", tmp_path)
-    (tmp_path / "model.onnx").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="does not load"):
-        OnnxUNet(tmp_path)
+def test_a_pipelines_default_size_is_the_graphs(exported, unet, dense):
+    """A model of another default size, exported for this one: whoever asks for no size gets what there is."""
+    assert UNet(unet.session, {"sample_size": 64}).config.sample_size == 8 == dense.config.sample_size
 
 
-def test_it_never_runs_on_another_provider(exported):
-    with pytest.raises(InputError, match="no provider 'tpu'"):
-        OnnxUNet(exported["dense"], provider="tpu")
-    if "CUDAExecutionProvider" in ort.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(MissingPackageError, match=r"slimdiff\[gpu\]"):
-        OnnxUNet(exported["dense"], provider="cuda")
+def test_a_graph_of_something_else_is_refused(unet):
+    class Other:
+        inputs, source = {"input_ids": (1, 7)}, "model.onnx"
+
+    with pytest.raises(InputError, match="model.onnx is no UNet: its inputs are input_ids"):
+        UNet(Other(), {})

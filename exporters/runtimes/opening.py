@@ -1,0 +1,78 @@
+"""One way to open a graph or an engine in a runtime, by the runtime's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from exporters.onnx_graph import read_graph
+from exporters.runtimes import RUNTIMES, EngineRuntime, GraphRuntime
+from exporters.runtimes.openvino_session import OpenVinoSession
+from exporters.runtimes.ort_session import OnnxRuntimeSession
+from exporters.runtimes.session import Session
+from slimdiff.errors import InputError, require
+
+GRAPH = "model.onnx"
+_PROVIDERS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "tensorrt"}
+_PRECISIONS: dict[str, Any] = {"openvino": None, "openvino-fp32": "fp32", "openvino-bf16": "bf16"}
+
+
+def open_session(path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> Session:
+    """Open a graph or an engine.
+
+    Args:
+        path: a folder with `model.onnx`, or the file itself; for TensorRT, a folder with `model.engine`.
+        runtime: one of `exporters.runtimes`.
+        threads: of a runtime on the CPU; its own choice if not given.
+
+    Raises:
+        InputError: for an unknown runtime, a graph that is not there, is no graph or lacks its weights, or an engine
+            for something else than is here.
+        MissingPackageError: if the runtime, its provider or its GPU is not here; it never takes another instead.
+    """
+    path = Path(path)
+    if runtime in get_args(EngineRuntime):
+        from exporters.runtimes.tensorrt_session import EngineSession
+
+        return EngineSession(path, runtime)  # type: ignore[arg-type]
+    if runtime not in get_args(GraphRuntime):
+        raise InputError(f"there is no runtime {runtime!r} for graphs; there is {', '.join(RUNTIMES[1:])}")
+    file = path / GRAPH if path.is_dir() else path
+    version_of(runtime)
+    check_weights(file)
+    if runtime in _PRECISIONS:
+        return OpenVinoSession(file, _PRECISIONS[runtime], threads)
+    return OnnxRuntimeSession(file, _PROVIDERS[runtime], threads)
+
+
+def version_of(runtime: str) -> str:
+    """The version of what runs graphs under this name.
+
+    Raises:
+        MissingPackageError: if it is not here.
+    """
+    module, _, provider = runtime.partition("-")
+    extra = module if module == "openvino" else "gpu" if provider else "onnx"
+    return str(require(module, extra).__version__).partition("-")[0]
+
+
+def check_weights(file: Path) -> None:
+    """See that the weights which a graph keeps beside it, as every graph over 2 GB does, are there and whole.
+
+    Raises:
+        InputError: naming what is missing or too short.
+    """
+    needed: dict[str, int] = {}
+    for tensor in read_graph(file).graph.initializer:
+        entry = {e.key: e.value for e in tensor.external_data}
+        if "location" in entry:
+            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+            needed[entry["location"]] = max(end, needed.get(entry["location"], 0))
+    for name, size in needed.items():
+        data = file.parent / name
+        if not data.is_file():
+            raise InputError(f"{file} keeps its weights in {name}, which is not beside it: copy the folder whole")
+        if data.stat().st_size < size:
+            raise InputError(
+                f"{data} has {data.stat().st_size} bytes, and {file.name} takes {size} from it: copy the folder again"
+            )

@@ -1,0 +1,79 @@
+"""TensorRT and TensorRT-RTX: an engine is checked against what was written when it was built, then opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporters.engine import EXTRAS, MODULES
+from exporters.engine.check import ENGINE, check_engine, read_engine
+from exporters.engine.refit import needs_weights
+from exporters.runtimes import EngineRuntime
+from exporters.runtimes.session import PRECISIONS, Shape, open_dim
+from slimdiff.errors import InputError, MissingPackageError, require
+
+_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+class EngineSession:
+    """An engine on the first GPU; a `Session`.
+
+    Args:
+        folder: with `model.engine` and `engine.json`.
+        runtime: that it was built with.
+
+    Raises:
+        InputError: if the folder is not what its manifest says, or the engine is for another runtime, version or GPU.
+        MissingPackageError: if the runtime, or a GPU that torch sees, is not here.
+    """
+
+    def __init__(self, folder: Path, runtime: EngineRuntime):
+        built_with = read_engine(folder)["backend"]
+        if built_with != runtime:
+            raise InputError(f"{folder} is an engine for {built_with}, which {runtime} does not run: say {built_with}")
+        if needs_weights(check_engine(folder)):
+            raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
+        trt = require(MODULES[runtime], EXTRAS[runtime])
+        if not torch.cuda.is_available():
+            raise MissingPackageError(f"engines take their data from torch, and torch {torch.__version__} has no CUDA")
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        if self._engine is None:  # it says why on stderr, and raises nothing
+            raise InputError(
+                f"{_TITLES[runtime]} {trt.__version__} does not open {folder / ENGINE}: build it again here"
+            )
+        self._context = self._engine.create_execution_context()
+        self._stream = torch.cuda.Stream()
+        self.runtime = f"{_TITLES[runtime]} {trt.__version__}, {torch.cuda.get_device_name()}"
+        self.source = str(folder / ENGINE)
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        shapes = {name: self._shape(name) for name in names}
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        self.inputs = {n: s for n, s in shapes.items() if modes[n] == trt.TensorIOMode.INPUT}
+        self.outputs = {n: s for n, s in shapes.items() if n not in self.inputs}
+        self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
+        self.precision = PRECISIONS[self.dtypes[next(iter(self.outputs))]]
+
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Session`."""
+        with torch.cuda.stream(self._stream):
+            tensors = {name: tensor.cuda() for name, tensor in feed.items()}
+            for name, tensor in tensors.items():
+                self._context.set_input_shape(name, tuple(tensor.shape))
+            for name in self.outputs:
+                shape = tuple(self._context.get_tensor_shape(name))
+                tensors[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")
+            for name, tensor in tensors.items():
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise InputError(f"{self.source} does not run for these shapes: its log on stderr says why")
+            return {name: tensors[name].cpu() for name in self.outputs}
+
+    def _shape(self, name: str) -> Shape:
+        dims = enumerate(self._engine.get_tensor_shape(name))
+        return tuple(size if size >= 0 else open_dim(name, axis) for axis, size in dims)

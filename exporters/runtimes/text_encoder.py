@@ -1,0 +1,94 @@
+"""A CLIP text encoder in another runtime, in the place of a pipeline's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import CLIPTextConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from exporters.runtimes.module import RuntimeModule, read_config
+from exporters.runtimes.opening import open_session
+from exporters.runtimes.session import Session, answer
+from slimdiff.errors import InputError
+
+_HIDDEN = "hidden_states."
+
+
+class TextEncoder(RuntimeModule):
+    """Drop-in for a pipeline's text_encoder or text_encoder_2, a CLIPTextModel with or without projection.
+
+    Args:
+        session: of a graph that `export_pipeline` wrote.
+        config: of the model that it was made from.
+
+    Raises:
+        InputError: if the session is no such text encoder.
+    """
+
+    def __init__(self, session: Session, config: dict[str, Any]):
+        if set(session.inputs) != {"input_ids"} or "last_hidden_state" not in session.outputs:
+            raise InputError(f"{session.source} is no CLIP text encoder: its inputs are {', '.join(session.inputs)}")
+        super().__init__(session.dtypes["last_hidden_state"])
+        self.session = session
+        self.config = CLIPTextConfig.from_dict(config)
+        self.projects = "text_embeds" in session.outputs
+
+    @classmethod
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> TextEncoder:
+        """Open a folder with `model.onnx` (or `model.engine`) and `config.json`.
+
+        Raises:
+            InputError: if it is no text encoder of ours.
+            MissingPackageError: if the runtime is not here; see `open_session`.
+        """
+        return cls(open_session(path, runtime, threads), read_config(path))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Encode tokens.
+
+        Args:
+            input_ids: `[B, L]`.
+            attention_mask: must be None; the graph has no input for it.
+            output_hidden_states: whether all layers' outputs are wanted. The last of them is `last_hidden_state`, after
+                the final norm, as in optimum; in transformers it comes before that.
+            return_dict: as in transformers.
+
+        Returns:
+            what transformers gives: `text_embeds` or `pooler_output`, `last_hidden_state`, `hidden_states`; tensors on
+            the device of `input_ids`, in the graph's dtype.
+
+        Raises:
+            InputError: for a length that the graph was not exported for, or what it has no input or output for.
+        """
+        if attention_mask is not None:
+            raise InputError(f"{self.session.source} has no input for attention_mask")
+        found = {n: t.to(input_ids.device) for n, t in answer(self.session, {"input_ids": input_ids}).items()}
+        last, hidden = found["last_hidden_state"], None
+        if output_hidden_states:
+            layers = [found[name] for name in sorted((n for n in found if n.startswith(_HIDDEN)), key=_layer)]
+            if len(layers) < self.config.num_hidden_layers:
+                raise InputError(
+                    f"{self.session.source} has {len(layers)} hidden states of {self.config.num_hidden_layers}: "
+                    "clip_skip needs them, and only pipelines with two text encoders are exported with them"
+                )
+            hidden = (*layers, last)
+        if self.projects:
+            output = CLIPTextModelOutput(text_embeds=found["text_embeds"], last_hidden_state=last, hidden_states=hidden)
+        else:
+            pooled = found["pooler_output"]
+            output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden)
+        return output.to_tuple() if return_dict is False else output
+
+
+def _layer(name: str) -> int:
+    return int(name.removeprefix(_HIDDEN))

@@ -1,0 +1,109 @@
+"""A UNet in another runtime, in the place of a pipeline's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from exporters.runtimes.module import RuntimeModule, read_config
+from exporters.runtimes.opening import open_session
+from exporters.runtimes.session import Session, Shape, answer
+from slimdiff.errors import InputError
+from slimdiff.trajectory import Call
+
+
+class UNet(RuntimeModule):
+    """Drop-in for a pipeline's unet: `pipeline.unet = UNet.open("onnx/unet", "openvino")`.
+
+    Takes what a diffusers pipeline gives a UNet2DConditionModel, in any floating-point dtype and on any device, and
+    answers in the same. Where the graph's size is fixed, `config.sample_size` is the graph's, so that a pipeline asked
+    for no size makes images that it can make.
+
+    Args:
+        session: of a graph that `export_unet` wrote, or an engine of it.
+        config: of the model that it was made from.
+
+    Raises:
+        InputError: if the session is no UNet.
+    """
+
+    def __init__(self, session: Session, config: dict[str, Any]):
+        if not {"sample", "timestep", "encoder_hidden_states"} <= set(session.inputs):
+            raise InputError(f"{session.source} is no UNet: its inputs are {', '.join(session.inputs)}")
+        super().__init__(session.dtypes["sample"])
+        self.session = session
+        height, width = session.inputs["sample"][-2:]
+        size = {"sample_size": height} if isinstance(height, int) and height == width else {}
+        self.config = FrozenDict(config | size)
+        if features := config.get("projection_class_embeddings_input_dim"):
+            # SDXL pipelines read the width of the added embedding off the layer itself.
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+
+    @classmethod
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> UNet:
+        """Open a folder with `model.onnx` (or `model.engine`) and `config.json`, or the `model.onnx` in it.
+
+        Raises:
+            InputError: if it is no UNet of ours.
+            MissingPackageError: if the runtime is not here; see `open_session`.
+        """
+        return cls(open_session(path, runtime, threads), read_config(path))
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """Shapes of the session's inputs."""
+        return self.session.inputs
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise.
+
+        Args:
+            sample: `[B, C, H, W]`.
+            timestep: one whole number for all samples.
+            encoder_hidden_states: `[B, L, D]`.
+            added_cond_kwargs: SDXL's `text_embeds [B, E]` and `time_ids [B, 6]`.
+            return_dict: as in diffusers.
+            others: must be None; the graph has no input for them.
+
+        Returns:
+            the noise `[B, C, H, W]`, in sample's dtype, on its device.
+
+        Raises:
+            InputError: for a shape that the graph was not exported for, a timestep not whole, or other arguments.
+        """
+        unknown = sorted(name for name, value in others.items() if value is not None)
+        if unknown:
+            raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
+        given: dict[str, Any] = {"sample": sample, "encoder_hidden_states": encoder_hidden_states}
+        given |= {"timestep": _whole(timestep), **(added_cond_kwargs or {})}
+        noise = answer(self.session, given)["out_sample"].to(sample.device, sample.dtype)
+        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    @torch.no_grad()
+    def predict(self, call: Call) -> Tensor:
+        """The output for a recorded call, `[B, C, H, W]`, float32 on the CPU."""
+        return self(**call.to("cpu"), return_dict=False)[0].float()
+
+
+def _whole(timestep: Tensor | float | int) -> Tensor:
+    values = torch.as_tensor(timestep).detach().cpu().flatten()
+    if len(values) == 0 or not bool((values == values[0]).all()) or float(values[0]) != int(values[0]):
+        raise InputError(
+            f"the graph takes one whole timestep, given was {values.tolist()}: set the scheduler's "
+            "timestep_spacing to 'leading' or 'trailing'"
+        )
+    return values[0].long()

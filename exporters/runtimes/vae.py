@@ -1,0 +1,83 @@
+"""An AutoencoderKL in another runtime, in the place of a pipeline's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor
+
+from exporters.runtimes.module import RuntimeModule, read_config
+from exporters.runtimes.opening import open_session
+from exporters.runtimes.session import Session, answer
+from slimdiff.errors import InputError
+
+
+class VAE(RuntimeModule):
+    """Drop-in for a pipeline's vae: `pipeline.vae = VAE.open("onnx")`.
+
+    Its answers have the graph's dtype, as a module's have that of its weights. The encoder is opened when it is first
+    asked: text to image never does.
+
+    Args:
+        decoder: `latent_sample [B, C, h, w]` -> `sample [B, 3, H, W]`.
+        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`.
+        config: of the AutoencoderKL.
+
+    Raises:
+        InputError: if the decoder is none.
+    """
+
+    def __init__(self, decoder: Session, open_encoder: Callable[[], Session], config: dict[str, Any]):
+        if set(decoder.inputs) != {"latent_sample"}:
+            raise InputError(f"{decoder.source} is no VAE's decoder: its inputs are {', '.join(decoder.inputs)}")
+        super().__init__(decoder.dtypes["latent_sample"])
+        self.decoder = decoder
+        self._open_encoder = open_encoder
+        self.config = FrozenDict(config)
+
+    @classmethod
+    def open(cls, folder: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
+        """Open `vae_decoder` and `vae_encoder` of a pipeline's folder.
+
+        Raises:
+            InputError: if there is no decoder of ours.
+            MissingPackageError: if the runtime is not here; see `open_session`.
+        """
+        decoder, encoder = Path(folder) / "vae_decoder", Path(folder) / "vae_encoder"
+        opened = open_session(decoder, runtime, threads)
+        return cls(opened, partial(open_session, encoder, runtime, threads), read_config(decoder))
+
+    @cached_property
+    def encoder(self) -> Session:
+        """The encoder's session."""
+        session = self._open_encoder()
+        if "latent_parameters" not in session.outputs:
+            raise InputError(
+                f"{session.source} gives {', '.join(session.outputs)}, and an AutoencoderKL's encoder latent_parameters"
+            )
+        return session
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """The distribution of latents of images `[B, 3, H, W]` in [-1, 1].
+
+        Raises:
+            InputError: for a shape that the encoder was not exported for.
+        """
+        parameters = answer(self.encoder, {"sample": x})["latent_parameters"].to(x.device)
+        found = DiagonalGaussianDistribution(parameters)
+        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
+        """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`; `generator` is not used, as in AutoencoderKL.
+
+        Raises:
+            InputError: for a shape that the decoder was not exported for.
+        """
+        image = answer(self.decoder, {"latent_sample": z})["sample"].to(z.device)
+        return DecoderOutput(sample=image) if return_dict else (image,)
