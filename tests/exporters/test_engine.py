@@ -32,7 +32,7 @@ pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
 
 def test_engine_and_report_are_written_and_nothing_else(slim_engine):
     folder, report = slim_engine
-    assert {p.name for p in folder.iterdir()} == {"model.engine", "engine.json", "manifest.json"}
+    assert {p.name for p in folder.iterdir()} == {"model.engine", "engine.json", "config.json", "manifest.json"}
     assert json.loads((folder / "engine.json").read_text()) == report
     assert (folder / "model.engine").stat().st_size == report["bytes"] > 0
     assert report["backend"] == "tensorrt-rtx" and report["targets"] == ["sm89"] and report["seconds"] > 0
