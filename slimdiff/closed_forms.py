@@ -176,11 +176,9 @@ def feed_forward_order(
         del factor
         torch.cholesky_inverse(inverse, out=inverse)
         step = block or (1 if n <= EXACT_CHANNELS else max(1, len(alive) // STEPS))
-        gone = _remove(inverse, weight, len(alive) - len(alive) // 2, step, alive * groups // n)
+        gone, left, weight = _remove(inverse, weight, len(alive) - len(alive) // 2, step, alive * groups // n)
         removed.append(alive[gone])
-        left = torch.ones(len(alive), dtype=torch.bool)
-        left[gone] = False
-        alive, weight = alive[left], weight[left]
+        alive = alive[left]
         del inverse
     order = torch.cat(removed).flip(0)
     return order, _nested_error(moment, down, order, ridge)
@@ -194,17 +192,30 @@ def _nested_error(moment: Tensor, down: Tensor, order: Tensor, ridge: float = RI
     if not moment.any():  # where nothing arrives, nothing can be lost: what follows would be the errors of the ridge
         return torch.zeros(len(order) + 1, dtype=torch.float64)
     precision = torch.float64 if len(order) <= EXACT_CHANNELS else torch.float32
-    factor = _cholesky(moment, order, ridge)[0].to(precision)
-    added = factor.T @ down.to(precision).T[order]
-    return _tail(added.square_().sum(1, dtype=torch.float64)[None])
+    factor, weight = _cholesky(moment, order, ridge)[0].to(precision), down.to(precision).T[order]
+    # L^T is upper triangular: its rows from `start` on read nothing before.
+    blocks = [(start, min(start + EXACT_CHANNELS, len(order))) for start in range(0, len(order), EXACT_CHANNELS)]
+    added = [
+        (factor[start:, start:end].T @ weight[start:]).square_().sum(1, dtype=torch.float64) for start, end in blocks
+    ]
+    return _tail(torch.cat(added)[None])
 
 
-def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tensor) -> Tensor:
-    """The `count` channels that cost least, first to go first, `step` at a time; updates both matrices in place."""
+def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the `count` channels that cost least, `step` at a time. Both matrices may be overwritten.
+
+    Returns:
+        the channels, first to go first; those that are left, in their order; and their rows of the weight.
+    """
     tiny = torch.finfo(inverse.dtype).tiny
+    names = torch.arange(len(inverse))
     left = torch.ones(len(inverse), dtype=torch.bool)
     gone: list[Tensor] = []
     while count:
+        if left.sum() <= 0.8 * len(left):  # updates cost the square of what they run over: leave out what is gone
+            kept = left.nonzero()[:, 0]
+            inverse, weight = inverse[kept[:, None], kept], weight[kept]
+            names, owner, left = names[kept], owner[kept], left[kept]
         cost = weight.square().sum(1) / inverse.diagonal().clamp(min=tiny)
         cost[~left] = torch.inf
         least = _cheapest(cost, left, owner, min(step, count))
@@ -213,9 +224,9 @@ def _remove(inverse: Tensor, weight: Tensor, count: int, step: int, owner: Tenso
         weight.addmm_(rows.T, part[:, len(inverse) :], alpha=-1)
         inverse.addmm_(rows.T, part[:, : len(inverse)], alpha=-1)
         left[least] = False
-        gone.append(least)
+        gone.append(names[least])
         count -= len(least)
-    return torch.cat(gone)
+    return torch.cat(gone), names[left], weight[left]
 
 
 def _cholesky(moment: Tensor, order: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
@@ -266,7 +277,9 @@ def _cheapest(cost: Tensor, left: Tensor, owner: Tensor, step: int) -> Tensor:
 def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     """The down projection on the kept channels: `(C_SS + eps I)^-1 C_S: W_down`, `[out, r]`."""
     factor, ridge = _cholesky(moment, kept)
-    cross = (moment @ down.T)[kept].add_(down.T[kept], alpha=ridge * _scale(moment))
+    # In parts: a copy of all kept rows would be as large as the moment.
+    cross = torch.cat([moment[rows] @ down.T for rows in kept.split(EXACT_CHANNELS)])
+    cross.add_(down.T[kept], alpha=ridge * _scale(moment))
     return torch.cholesky_solve(cross, factor).T
 
 
