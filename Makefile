@@ -19,8 +19,8 @@ $(READY): requirements/lock.txt pyproject.toml
 demo: $(READY)  ## the main job on the embedded model; the report is runs/demo/report.html
 	$(RUN)/slimdiff demo --out runs/demo
 
-test: $(READY)  ## the test suite
-	$(RUN)/python -m pytest
+test: $(READY)  ## the test suite, a file at a time on each core
+	$(RUN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## what takes over a minute a test
 	$(RUN)/python -m pytest -m slow

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
+
+# Each test process has a core of its own, or its threads wait for the others'. Before torch counts cores.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import pytest
 import torch
