@@ -95,7 +95,11 @@ class Opened:
     @property
     def title(self) -> str:
         """The runtime with its version and device, for people."""
-        return "torch" if self.kind == "model" else self.denoiser.session.runtime
+        if self.kind != "model":
+            return self.denoiser.session.runtime
+        import torch
+
+        return f"torch {torch.__version__}"
 
     @property
     def precision(self) -> str:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from exporters.half_precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.onnx_graph import check_reduced_dims, dims_in_graph, name_by_module
+from exporters.onnx_shapes import add_shapes, check_leftovers
 from slimdiff.errors import InputError, require
+from slimdiff.models import plan_of
 from slimdiff.trajectory import Call
 
 __all__ = ["ExportSettings", "check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
@@ -39,6 +41,8 @@ class ExportSettings(BaseModel):
     """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
+    dynamic_size: bool = False
+    """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
 
 
 class _UNet(nn.Module):
@@ -70,13 +74,14 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
         call: whose shapes the graph is for.
-        settings: precision, opset, dynamic batch.
+        settings: precision, opset, what stays open.
 
     Returns:
         the path of `model.onnx`.
 
     Raises:
         InputError: if the call has arguments that the graph would have no input for.
+        SlimdiffError: if the graph has other shapes than torch, or something dense is left in a slim model's.
         MissingPackageError: without onnx and onnxscript.
     """
     settings = settings or ExportSettings()
@@ -84,8 +89,14 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
     dtype = DTYPES[settings.precision]
     if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
+    opened: dict[str, dict[int, Any]] = {}
+    if settings.dynamic_batch:
+        opened = {name: {0: "batch"} for name in inputs if name != "timestep"}
+    if settings.dynamic_size:
+        step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
+        inputs["sample"] = in_steps(inputs["sample"], step)
+        opened["sample"] = opened.get("sample", {}) | open_size(step)
     tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
-    batched = {name: {0: "batch"} for name in inputs if name != "timestep"} if settings.dynamic_batch else {}
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
     with in_precision(unet, dtype, keep) as module:
         file = export_module(
@@ -94,11 +105,26 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
             ["out_sample"],
             Path(folder),
             settings,
-            batched,
+            opened,
             "unet.",
         )
     write_config(unet, Path(folder))
+    if plan := plan_of(unet):
+        check_leftovers(file, plan)
     return file
+
+
+def open_size(step: int) -> dict[int, Any]:
+    """Open height and width of a tensor `[B, C, H, W]`, as multiples of `step`."""
+    return {axis: step * torch.export.Dim(name, min=2) for axis, name in ((2, "height"), (3, "width"))}
+
+
+def in_steps(example: Tensor, step: int) -> Tensor:
+    """An example `[B, C, H, W]` for open sizes: two steps high and wide or more, for torch takes one for a constant."""
+    height, width = (max(2, -(-size // step)) * step for size in example.shape[-2:])
+    if (height, width) == tuple(example.shape[-2:]):
+        return example
+    return nn.functional.interpolate(example, (height, width))
 
 
 def unet_inputs(call: Call) -> dict[str, Tensor]:
@@ -173,6 +199,7 @@ def export_module(
     model = onnx.load(str(file), load_external_data=False)
     widen_softmax(model)
     name_by_module(model, prefix)
+    add_shapes(model)
     file.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(file))  # by path: beyond 2 GB there is no other way
     return file

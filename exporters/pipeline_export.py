@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exporters.onnx_export import DTYPES, ExportSettings, export_module, export_unet, in_precision, write_config
+from exporters.onnx_export import (
+    DTYPES,
+    ExportSettings,
+    export_module,
+    export_unet,
+    in_precision,
+    in_steps,
+    open_size,
+    write_config,
+)
 from slimdiff.errors import InputError
-from slimdiff.trajectory import Call, Sampling, record_calls
+from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
@@ -74,12 +85,12 @@ def export_pipeline(
 
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
-    call. A VAE whose config asks for it (`force_upcast`) stays in float32.
+    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32.
 
     Args:
         pipeline: with a unet, a vae and CLIP text encoders; not changed.
         folder: gets a subfolder per component and `model_index.json`.
-        settings: precision, opset, dynamic batch.
+        settings: precision, opset, what stays open.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         progress: name of the progress bar on stderr; None: no bar.
 
@@ -122,6 +133,8 @@ def example_call(
 ) -> Call:
     """A denoiser call of this pipeline for export: one scheduler step on empty prompts.
 
+    A UNet on images is not run for it: of an export, that would be a large part.
+
     Args:
         pipeline: any that `record_calls` takes.
         height: of the image in pixels; the pipeline's default if not given.
@@ -129,7 +142,28 @@ def example_call(
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
     sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
-    return record_calls(pipeline, [""] * batch, sampling)[0]
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    with _answering_zeros(denoiser) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
+        return record_calls(pipeline, [""] * batch, sampling)[0]
+
+
+@contextmanager
+def _answering_zeros(unet: Any) -> Iterator[None]:
+    """Leave out what a UNet computes: what it is called with is all that is asked for."""
+    before = vars(unet).get("forward")
+
+    @functools.wraps(unet.forward)
+    def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
+        return (sample.new_zeros(len(sample), unet.config.out_channels, *sample.shape[2:]),)
+
+    unet.forward = zeros
+    try:
+        yield
+    finally:
+        if before is None:
+            del unet.forward
+        else:
+            unet.forward = before
 
 
 def _text_encoder_job(
@@ -153,11 +187,17 @@ def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings)
     height, width = call.arguments["sample"].shape[-2:]
     scale = pipeline.vae_scale_factor
 
-    def job(wrapper: Callable[[nn.Module], nn.Module], name: str, example: Tensor, inside: str, outside: str) -> Path:
+    def job(
+        wrapper: Callable[[nn.Module], nn.Module], name: str, example: Tensor, inside: str, outside: str, step: int
+    ) -> Path:
+        opened: dict[int, Any] = {0: "batch"}
+        if settings.dynamic_size:
+            example = in_steps(example, step)
+            opened |= open_size(step)
         with in_precision(vae, dtype) as module:
             wrapped = wrapper(module)
             named = {inside: example.to(dtype)}
-            file = export_module(wrapped, named, [outside], folder / name, settings, {inside: {0: "batch"}}, "vae.")
+            file = export_module(wrapped, named, [outside], folder / name, settings, {inside: opened}, "vae.")
         write_config(vae, folder / name)
         return file
 
@@ -165,8 +205,8 @@ def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings)
     image = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
     parameters = "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample"
     return {
-        "vae_decoder": lambda: job(_VaeDecoder, "vae_decoder", latent, "latent_sample", "sample"),
-        "vae_encoder": lambda: job(_VaeEncoder, "vae_encoder", image, "sample", parameters),
+        "vae_decoder": lambda: job(_VaeDecoder, "vae_decoder", latent, "latent_sample", "sample", 1),
+        "vae_encoder": lambda: job(_VaeEncoder, "vae_encoder", image, "sample", parameters, scale),
     }
 
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             )
         progress = None if args.quiet else "bench"
         sides = partial(base.predict, base_call), partial(candidate.predict, call)
-        titles = dict.fromkeys(f"{side.title}" for side in (base, candidate))
+        titles = dict.fromkeys(side.title for side in (base, candidate))
         value = paired_latency(
             sides[0], sides[1], chosen, gate=gate, runtime=" against ".join(titles), progress=progress
         )

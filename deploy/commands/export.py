@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
-  slimdiff export slim --out slim-onnx --dynamic batch"""
+  slimdiff export slim --out slim-onnx --dynamic batch,size"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -39,7 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="samples in a denoiser call; two per image with guidance (default: 2)",
     )
-    parser.add_argument("--dynamic", choices=("batch",), help="leave this open instead of fixed")
+    parser.add_argument(
+        "--dynamic",
+        metavar="batch,size",
+        help="leave the batch, the size (height and width), or both open instead of fixed",
+    )
     return parser
 
 
@@ -52,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     check_folder(out, artifacts.MANIFEST)
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, got {args.batch}")
+    wanted = args.dynamic.split(",") if args.dynamic else []
+    if not set(wanted) <= {"batch", "size"}:
+        raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
@@ -65,7 +72,12 @@ def run(args: argparse.Namespace) -> int:
     from exporters.pipeline_export import example_call, export_pipeline
     from slimdiff.pipelines import load_pipeline
 
-    settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic == "batch", keep_fp32=args.keep_fp32)
+    settings = ExportSettings(
+        precision=args.precision,
+        keep_fp32=args.keep_fp32,
+        dynamic_batch="batch" in wanted,
+        dynamic_size="size" in wanted,
+    )
     pipeline = load_pipeline(args.model)
     call = example_call(pipeline, height=args.height, width=args.width, batch=args.batch)
     log.info("export: %s, %s", args.model, args.precision)

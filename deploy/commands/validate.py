@@ -65,9 +65,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"{args.base} computes in {base.precision}: BASE is the reference and has to be fp32; name the model itself"
         )
-    inside = base.kind == "model" and candidate.kind == "onnx"
+    # The inside of a graph is looked at in ONNX Runtime: what another runtime makes of it would not show there.
+    inside = base.kind == "model" and candidate.runtime.startswith("onnxruntime")
     if args.every_module and not inside:
-        raise InputError("--every-module holds the inside of a graph against its model: BASE a model, CANDIDATE ONNX")
+        raise InputError(
+            "--every-module holds the inside of a graph against its model: BASE a model, CANDIDATE ONNX in onnxruntime"
+        )
     pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline) if args.pipeline else None)
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")

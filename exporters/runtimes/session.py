@@ -63,13 +63,20 @@ def _check(session: Session, given: Mapping[str, Tensor]) -> None:
     for name, takes in session.inputs.items():
         shape = tuple(given[name].shape)
         wanted = [d if isinstance(d, int) else sizes.setdefault(d, n) for d, n in zip(takes, shape, strict=False)]
-        if len(shape) != len(takes) or list(shape) != wanted:
+        steps = [_step(d) for d in takes]
+        if len(shape) != len(takes) or list(shape) != wanted or any(n % k for n, k in zip(shape, steps, strict=True)):
             raise InputError(
                 f"{name} has shape {shape}, but {session.source} takes "
                 + ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in session.inputs.items())
                 + ": ask for images of that size and number, or export for others (slimdiff export --height --width "
-                "--batch, or --dynamic batch)"
+                "--batch, or --dynamic batch,size)"
             )
+
+
+def _step(dim: int | str) -> int:
+    """What an open dim is a multiple of: 8 for `8*height`."""
+    factor = dim.partition("*")[0] if isinstance(dim, str) else ""
+    return int(factor) if factor.isdigit() else 1
 
 
 def open_dim(name: str, axis: int) -> str:

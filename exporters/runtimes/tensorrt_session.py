@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporters.engine import EXTRAS, MODULES
+from exporters.engine import EXTRAS, MODULES, check_shapes
 from exporters.engine.check import ENGINE, check_engine, read_engine
 from exporters.engine.refit import needs_weights
 from exporters.runtimes import EngineRuntime
@@ -35,7 +35,8 @@ class EngineSession:
         built_with = read_engine(folder)["backend"]
         if built_with != runtime:
             raise InputError(f"{folder} is an engine for {built_with}, which {runtime} does not run: say {built_with}")
-        if needs_weights(check_engine(folder)):
+        self._report = check_engine(folder)
+        if needs_weights(self._report):
             raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
         trt = require(MODULES[runtime], EXTRAS[runtime])
         if not torch.cuda.is_available():
@@ -61,10 +62,12 @@ class EngineSession:
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session`."""
+        check_shapes(self._report, {name: tuple(tensor.shape) for name, tensor in feed.items()})
         with torch.cuda.stream(self._stream):
             tensors = {name: tensor.cuda() for name, tensor in feed.items()}
             for name, tensor in tensors.items():
-                self._context.set_input_shape(name, tuple(tensor.shape))
+                if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                    raise InputError(f"{self.source} takes {name} of this shape in another profile than its first")
             for name in self.outputs:
                 shape = tuple(self._context.get_tensor_shape(name))
                 tensors[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")

@@ -77,6 +77,8 @@ def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
 
 def test_no_such_model(tmp_path, capsys):
     assert "no such directory" in fails(["export", tmp_path / "none", "--out", tmp_path / "out"], capsys)
+    argv = ["export", "demo", "--out", tmp_path / "out", "--dynamic", "batch,depth"]
+    assert "--dynamic takes batch, size or batch,size" in fails(argv, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

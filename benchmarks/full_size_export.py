@@ -1,0 +1,178 @@
+"""ONNX of whole pipelines at full size: seconds, memory and file sizes, dense and slim, in fp32 and fp16.
+
+`python -m benchmarks.full_size_export [--model sd15,sdxl] [--precision fp32,fp16]` prints a Markdown table, one process
+per row. Weights are random, and slim UNets are cut to given ranks without calibration: a graph's size and its export's
+time and memory depend on neither. `--check` also runs the UNet's graph in ONNX Runtime against torch (fp32 only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.full_size import MODELS, Clock, peak_bytes
+from benchmarks.random_models import random_pipeline, uniform_ranks
+from exporters.latency import machine_name
+from exporters.onnx_export import DTYPES, ExportSettings, unet_inputs
+from exporters.onnx_graph import check_reduced_dims
+from exporters.onnx_shapes import leftover_dims, shapes_in_graph
+from exporters.pipeline_export import example_call, export_pipeline
+from slimdiff.costs import count_bytes, count_parameters
+from slimdiff.models import plan_of
+from slimdiff.skeleton import skeleton
+from slimdiff.trajectory import Call, predict
+
+LATENTS = {"sdxl": 128}
+"""Height and width of the latents, where they are not the model's in `MODELS`: SDXL's own images have 1024 pixels."""
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+
+
+def measure(
+    name: str, variant: str, settings: ExportSettings, folder: Path, held: torch.dtype, check: bool = False
+) -> dict[str, Any]:
+    """Export one pipeline in this process.
+
+    Args:
+        name: of `MODELS`.
+        variant: `dense`, or `slim`: the UNet without what the model's budget says, the same share of every block.
+        settings: of the export.
+        folder: gets the graphs.
+        held: dtype that the pipeline is in when the export begins.
+        check: run the UNet's graph against torch afterwards.
+
+    Returns:
+        the row: seconds, peak memory, bytes by component, and what was seen in the graphs.
+    """
+    pipeline = random_pipeline(name, LATENTS.get(name))
+    if variant == "slim":
+        pipeline.unet = skeleton(pipeline.unet, uniform_ranks(pipeline.unet, MODELS[name].budget))
+    pipeline.to(held)
+    gc.collect()
+    row: dict[str, Any] = {"model": name, "variant": variant, "precision": settings.precision}
+    row |= {"parameters": count_parameters(pipeline.unet), "held": str(held).removeprefix("torch.")}
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    row["weights"] = sum(map(count_bytes, modules))
+    row["before"] = peak_bytes(reset=True)
+    with Clock() as clock:
+        call = example_call(pipeline)
+        files = export_pipeline(pipeline, folder, settings, call=call, progress=f"{name} {variant}")
+    row |= {"wall": clock.wall, "cpu": clock.cpu, "peak": peak_bytes()}
+    row["bytes"] = {f.parent.name: sum(p.stat().st_size for p in f.parent.glob("model.onnx*")) for f in files}
+    row["graph"] = sum(file.stat().st_size for file in files)
+    row["sample"] = list(call.arguments["sample"].shape)
+    row["unknown"] = sum(_without_shape(file) for file in files)
+    plan = plan_of(pipeline.unet)
+    if plan is not None:
+        graph = folder / "unet" / "model.onnx"
+        row["leftovers"] = len(leftover_dims(graph, plan))
+        row["misfits"] = sum(not site["ok"] for site in check_reduced_dims(graph, plan))
+    if check:
+        expected = predict(pipeline.unet, call)
+        del pipeline, modules
+        gc.collect()
+        row["error"] = _error(folder / "unet" / "model.onnx", call, expected)
+    return row
+
+
+def _without_shape(file: Path) -> int:
+    """How many tensors of a graph have no shape, or one with a size that is not known."""
+    import onnx
+
+    shapes = shapes_in_graph(file)
+    graph = onnx.load(str(file), load_external_data=False).graph
+    names = [name for node in graph.node for name in node.output if name]
+    return sum(name not in shapes or "" in shapes[name] for name in names)
+
+
+def _error(graph: Path, call: Call, expected: Tensor) -> float:
+    """Relative L2 of the graph's answer in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {k: v.numpy() for k, v in unet_inputs(call).items()})[0])
+    return float((found - expected).norm() / expected.norm())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| pipeline | UNet | precision | weights, as held | export | processor time | peak | UNet file | text encoders "
+        "| VAE | all files | graphs alone |",
+        "| --- | --- | --- | " + "--- | " * 9,
+    ]
+    for r in rows:
+        size = {name: r["bytes"].get(name, 0) for name in COMPONENTS}
+        cells = [
+            f"{r['model']}, {r['variant']}",
+            f"{r['parameters'] / 1e6:,.1f} M",
+            r["precision"],
+            f"{_gib(r['weights'])}, {r['held']}",
+            f"{r['wall']:.0f} s",
+            f"{r['cpu']:.0f} s",
+            _gib(r["peak"]),
+            _gib(size["unet"]),
+            _gib(size["text_encoder"] + size["text_encoder_2"]),
+            _gib(size["vae_decoder"] + size["vae_encoder"]),
+            _gib(sum(size.values())),
+            f"{r['graph'] / 2**20:.1f} MiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for r in rows:
+        seen = [f"{r['unknown']} tensors without a shape"]
+        if "leftovers" in r:
+            seen.append(f"{r['leftovers']} dense dimensions left, {r['misfits']} sites of another rank than planned")
+        if "error" in r:
+            seen.append(f"relative L2 {r['error']:.1e} in ONNX Runtime")
+        shape = "x".join(map(str, r["sample"]))
+        lines.append(f"{r['model']}, {r['variant']}, {r['precision']}: sample {shape}; {'; '.join(seen)}.")
+    lines.append("Random weights; slim UNets are cut to given ranks without calibration.")
+    return "\n".join([*lines, f"{machine_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}"])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15,sdxl", help="of sd15, sdxl, tiny (default: %(default)s)")
+    parser.add_argument("--variant", default="dense,slim", help="of dense, slim (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32,fp16", help="of fp32, fp16 (default: %(default)s)")
+    parser.add_argument("--held", choices=("float32", "float16"), default="float32", help="dtype before the export")
+    parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
+    parser.add_argument("--check", action="store_true", help="run the UNet's graph in ONNX Runtime, fp32")
+    parser.add_argument("--scratch", type=Path, help="where the graphs go while a row lasts (default: the system's)")
+    parser.add_argument("--row", action="store_true", help="measure one here and print its row as JSON")
+    args = parser.parse_args()
+    if args.row:
+        settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic, dynamic_size=args.dynamic)
+        with tempfile.TemporaryDirectory(dir=args.scratch, prefix="slimdiff-export-") as folder:
+            check = args.check and DTYPES[args.precision] == torch.float32
+            row = measure(args.model, args.variant, settings, Path(folder), getattr(torch, args.held), check)
+        print(json.dumps(row))
+        return
+    rows = []
+    for name in args.model.split(","):
+        for variant in args.variant.split(","):
+            for precision in args.precision.split(","):
+                # A process of its own, for its peak memory.
+                command = [sys.executable, "-m", "benchmarks.full_size_export", "--row", "--model", name]
+                command += ["--variant", variant, "--precision", precision, "--held", args.held]
+                command += ["--dynamic"] * args.dynamic + ["--check"] * args.check
+                command += ["--scratch", str(args.scratch)] if args.scratch else []
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
