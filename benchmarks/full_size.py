@@ -23,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from exporters.latency import machine_name
+from exporters.machine import machine_name
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
 from slimdiff.closed_forms import Forms

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.full_size import MODELS, Clock, peak_bytes
 from benchmarks.random_models import random_pipeline, uniform_ranks
-from exporters.latency import machine_name
+from exporters.machine import machine_name
 from exporters.onnx_export import DTYPES, ExportSettings, unet_inputs
 from exporters.onnx_graph import check_reduced_dims
 from exporters.onnx_shapes import leftover_dims, shapes_in_graph

@@ -19,7 +19,7 @@ import benchmarks
 import slimdiff
 from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
 from deploy.workshop import source_hash
-from exporters.latency import machine_name
+from exporters.machine import machine_name
 from slimdiff import (
     Budget,
     CalibrationSettings,

@@ -25,7 +25,8 @@ import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
 from deploy.workshop import source_hash
-from exporters.latency import LatencySettings, machine_name, paired_latency
+from exporters.latency import LatencySettings, paired_latency
+from exporters.machine import machine_name
 from exporters.onnx_export import ExportSettings, export_unet
 from exporters.runtimes.unet import UNet
 from slimdiff import Budget, CalibrationSettings, PlanSettings, artifacts, embedded

@@ -29,10 +29,10 @@ from torch import nn
 
 from benchmarks.full_size import MODELS, peak_bytes, random_calls
 from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
-from exporters.latency import LatencySettings, machine_name, paired_latency
+from exporters.latency import LatencySettings, paired_latency
 from exporters.latency_table import TableSettings, measure_latency
+from exporters.machine import machine_name, usable_cores
 from exporters.onnx_export import export_unet
-from exporters.runtimes.session import usable_cores
 from exporters.runtimes.unet import UNet
 from slimdiff import artifacts
 from slimdiff.costs import CostTable, count_parameters

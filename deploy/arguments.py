@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from slimdiff.errors import InputError
-from slimdiff.planning import PlanSettings
+
+if TYPE_CHECKING:
+    from slimdiff.planning import PlanSettings
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -38,6 +40,8 @@ def settings(kind: type[S], args: argparse.Namespace, *names: str, **more: Any) 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
     """How ranks are chosen, and by which forms: what `deploy.flags.add_calibration` asks for."""
+    from slimdiff.planning import PlanSettings  # with torch, which not every command needs
+
     forms = given(
         centre_keys=False if args.raw_keys else None,
         value_moments=args.value_moments,

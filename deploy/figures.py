@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from exporters.latency import machine_name
+    from exporters.machine import machine_name
 
     return {
         "system": f"{platform.system()} {platform.machine()}",

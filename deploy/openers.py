@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from slimdiff import artifacts
 from slimdiff.errors import InputError
-from slimdiff.pipelines import load_pipeline
-from slimdiff.trajectory import Call, Sampling, denoiser_name, predict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slimdiff import Plan
+    from slimdiff.trajectory import Call, Sampling
 
 ENGINE_REPORT = "engine.json"
 
@@ -146,20 +145,44 @@ def open_denoiser(name: str, runtime: str | None = None, threads: int | None = N
         MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
+    chosen = runtime_for(name, kind, runtime)
     if kind == "model":
-        if runtime not in (None, "torch"):
-            raise InputError(f"{name} is a model in torch: export it first (slimdiff export) to run it in {runtime}")
+        from slimdiff.pipelines import load_pipeline
+        from slimdiff.trajectory import denoiser_name, predict
+
         pipeline = load_pipeline(name)
         denoiser = getattr(pipeline, denoiser_name(pipeline))
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
+    from exporters.runtimes.unet import UNet
+
+    path = graph_of(name) if kind == "onnx" else Path(name)
+    unet = UNet.open(path, chosen, threads)
+    return Opened(kind, unet, unet.predict, chosen)
+
+
+def runtime_for(name: str, kind: str, runtime: str | None) -> str:
+    """The runtime that takes an artifact: the one that was asked for, or else the first that does.
+
+    Args:
+        name: how the user named it.
+        kind: `kind_of(name)`.
+        runtime: of `exporters.runtimes`.
+
+    Raises:
+        InputError: if it is nothing to be run, or that runtime does not take it.
+    """
+    if kind == "model":
+        if runtime not in (None, "torch"):
+            raise InputError(f"{name} is a model in torch: export it first (slimdiff export) to run it in {runtime}")
+        return "torch"
     if kind not in ("onnx", "engine"):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
-    from exporters.engine.check import read_engine
     from exporters.runtimes import GRAPH_RUNTIMES
-    from exporters.runtimes.unet import UNet
 
     takes: tuple[str, ...] = GRAPH_RUNTIMES
     if kind == "engine":
+        from exporters.engine.check import read_engine
+
         takes = (read_engine(Path(name))["backend"],)
     chosen = runtime or takes[0]
     if chosen not in takes:
@@ -169,9 +192,7 @@ def open_denoiser(name: str, runtime: str | None = None, threads: int | None = N
         elif kind == "engine":
             remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
         raise InputError(f"{name} is {what}, which {chosen} does not run: {remedy}")
-    path = graph_of(name) if kind == "onnx" else Path(name)
-    unet = UNet.open(path, chosen, threads)
-    return Opened(kind, unet, unet.predict, chosen)
+    return chosen
 
 
 def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
@@ -193,6 +214,7 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
     folder = Path(rest or name)
     if rest is not None and not (folder / "unet" / "model.onnx").is_file():
         from slimdiff.compression import with_denoiser
+        from slimdiff.pipelines import load_pipeline
 
         return with_denoiser(load_pipeline(rest), opened.denoiser)
     if not (folder / "model_index.json").is_file():

@@ -16,7 +16,6 @@ from deploy.report_frontier import frontier_charts
 from deploy.report_plots import Scale, Tick, line, linear_scale, log_scale, place
 from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
-from slimdiff.sites import GROUPS
 
 TEMPLATES = Path(__file__).parent / "templates"
 INLINE_BYTES = 200_000
@@ -352,6 +351,8 @@ def _sites(planned: Mapping[str, Mapping[str, Any]]) -> Sites:
             )
         )
     totals = []
+    from slimdiff.sites import GROUPS  # with torch, which other pages do without
+
     for group in dict.fromkeys([*GROUPS, *(s["group"] for s in sites.values())]):
         members = [s for s in sites.values() if s["group"] == group]
         if members:

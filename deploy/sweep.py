@@ -30,8 +30,9 @@ from deploy.recipe import point_budget
 from deploy.sensitivity import deciding, measured, write_sensitivity
 from deploy.stages import Stage, locked, run_stages
 from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
-from exporters.latency import LatencySettings, machine_name, paired_latency
+from exporters.latency import LatencySettings, paired_latency
 from exporters.latency_table import TableSettings, measure_latency, whole_run
+from exporters.machine import machine_name
 from exporters.pipeline_export import example_call
 from slimdiff import CalibrationSettings, PlanSettings, Statistics, artifacts, calibrate
 from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, with_denoiser

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters.machine import peak_memory
 from exporters.trt_layers import inspect_engine
 from exporters.trt_network import describe_network, fused_attention
 
@@ -67,7 +68,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         "version": trt.__version__,
         "bytes": len(plan),
         "seconds": round(seconds, 3),
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
         "fused_attention": fused_attention(plan),
         "engine_layers": inspect_engine(trt, plan) if job["inspect"] else None,
         **described,
@@ -111,18 +112,6 @@ def _profile(profile: Any, shapes: dict[str, dict[str, list[int]]]) -> Any:
         if ends["min"]:  # a scalar has no shape to give
             profile.add(name, ends["min"], ends["opt"], ends["max"])
     return profile
-
-
-def _peak_memory() -> int | None:
-    """Most bytes that this process has had; None where the system does not tell.
-
-    The kernel's own mark: `getrusage`'s starts from the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def main(argv: list[str]) -> int:

@@ -1,21 +1,21 @@
-"""Latency of two things that do the same, measured in pairs, with an interval and a verdict."""
+"""Latency of two things that do the same, in one process, measured in pairs, with an interval and a verdict.
+
+`exporters.gate` measures in fresh processes; its docstring says when that is needed.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from exporters.machine import machine_name
 from slimdiff.errors import InputError
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -52,6 +52,9 @@ class Gate:
         if not match or float(match[3]) <= 0:
             raise InputError(f"a gate is like latency<=1.03 or speedup>=1.1, not {text!r}")
         return cls("latency" if match[1] else "speedup", float(match[3]))
+
+    def __str__(self) -> str:
+        return f"{self.metric}{'<=' if self.metric == 'latency' else '>='}{self.bound:g}"
 
     def verdict(self, low: float, high: float) -> Verdict:
         """Where the interval `[low, high]` of the speedup (baseline over candidate) lies: pass, fail, or neither."""
@@ -108,7 +111,7 @@ def paired_latency(
     halves = np.array_split(ratios, 2)
     return {
         "verdict": wanted.verdict(low, high) if wanted else "pass",
-        "gate": f"{wanted.metric}{'<=' if wanted.metric == 'latency' else '>='}{wanted.bound:g}" if wanted else None,
+        "gate": str(wanted) if wanted else None,
         "speedup": {"median": float(np.median(ratios)), "low": low, "high": high},
         "baseline": _summary(seconds[:, 0]),
         "candidate": _summary(seconds[:, 1]),
@@ -119,20 +122,9 @@ def paired_latency(
     }
 
 
-def machine_name() -> str:
-    """CPU model, cores that this process may use, and memory, in one line."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        model = match[1].strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [model, f"{cores} core{'s' if cores != 1 else ''}"]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB")
-    return ", ".join(parts)
-
-
 def _interval(ratios: np.ndarray, seed: int) -> tuple[float, float]:
+    from scipy.stats import bootstrap  # takes a second to import, and whoever needs a `Gate` alone does without
+
     if np.ptp(ratios) == 0:  # scipy calls the interval of a constant undefined
         return float(ratios[0]), float(ratios[0])
     result = bootstrap(

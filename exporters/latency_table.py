@@ -27,11 +27,10 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exporters.latency import machine_name
+from exporters.machine import machine_name, usable_cores
 from exporters.onnx_export import ExportSettings, export_module, export_unet, unet_inputs
 from exporters.runtimes import TableRuntime
 from exporters.runtimes.opening import open_session, version_of
-from exporters.runtimes.session import usable_cores
 from exporters.runtimes.unet import UNet
 from slimdiff import artifacts
 from slimdiff.allocation import Layer, find_layers

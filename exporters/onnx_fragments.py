@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.onnx_graph import module_of, read_graph, tensor_types
-from exporters.runtimes.ort_session import inference_session
+from exporters.runtimes.ort import inference_session
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:

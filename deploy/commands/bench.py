@@ -1,22 +1,24 @@
-"""`slimdiff bench`: paired latency of two artifacts."""
+"""`slimdiff bench`: is the candidate slower? Paired latency in fresh processes, and its history."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.runtimes import GRAPH_RUNTIMES, RUNTIMES
 
 if TYPE_CHECKING:
-    from deploy.openers import Opened
+    from deploy.history import Series
+    from exporters.gate.pair import Job
+    from exporters.latency import Gate
 
 EXAMPLE = """examples:
   slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
+  slimdiff bench released candidate --tolerance 5% --history latency.jsonl --label "$COMMIT" --junit latency.xml
   slimdiff bench demo demo-slim --runtime torch --gate 'latency<=1.03' --json
-  slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino"""
+  slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino
+  slimdiff bench --history latency.jsonl --plot latency.svg"""
 
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
@@ -24,106 +26,196 @@ EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "bench",
-        help="paired latency, with an interval and a verdict: pass, fail or inconclusive",
-        description="Time one denoiser call of each in turn, so that what slows the machine slows both, and give the "
-        "median of the ratios with its 95 %% interval. Models are exported first where the runtime takes graphs.",
+        help="paired latency in fresh processes, with an interval and a verdict: pass, fail or inconclusive; its trend",
+        description="Time one denoiser call of each in turn, in pairs of fresh processes, so that what slows the "
+        "machine slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass "
+        "if the whole interval keeps it, fail if the whole interval breaks it. Models are exported first where the "
+        "runtime takes graphs. With --history alone, show the results so far and where they changed.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("base", metavar="BASE", help="a model, ONNX, or an engine")
-    parser.add_argument("candidate", metavar="CANDIDATE", help="a model, ONNX, or an engine")
+    parser.add_argument("base", metavar="BASE", nargs="?", help="a model, ONNX, or an engine")
+    parser.add_argument("candidate", metavar="CANDIDATE", nargs="?", help="a model, ONNX, or an engine")
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
     parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
-    parser.add_argument(
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument(
         "--gate", metavar="BOUND", help="such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="pairs of runs (default: 30)")
-    parser.add_argument("--warmup", type=int, metavar="N", help="runs of each that are not counted (default: 3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: its own choice)")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="samples in a call of a model (default: 2)")
+    bound.add_argument("--tolerance", metavar="SHARE", help="slowdown that is allowed: 5%% is --gate 'latency<=1.05'")
+    parser.add_argument("--max-seconds", type=float, metavar="N", help="of measuring, before giving up (default: 140)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="exactly so many process pairs (default: 6 to 28, as it takes)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", help="blocks of each side in a process pair (default: 12)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="least runs of a process before it counts (default: 3)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads, on as many cores (default: 1; 0: the runtime's choice)"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="samples in a call, where it is open (default: 2)")
+    history = parser.add_argument_group("history and CI")
+    history.add_argument("--history", type=Path, metavar="FILE", help="add the result to this file; alone: show it")
+    history.add_argument("--label", default="", metavar="TEXT", help="of the result in the history, such as a commit")
+    history.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    history.add_argument("--markdown", type=Path, metavar="FILE", help="write a Markdown summary")
+    history.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the history")
+    history.add_argument("--trend", choices=("ratio", "milliseconds"), default="ratio", help="what is followed")
+    history.add_argument("--last", type=int, metavar="N", help="only so many results of each series")
+    history.add_argument("--across-machines", action="store_true", help="compare results of different machines")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    from tempfile import TemporaryDirectory
-
-    from deploy.arguments import settings
-    from deploy.console import calm_libraries, result
-    from exporters.latency import Gate, LatencySettings, paired_latency
     from slimdiff.errors import InputError
 
-    gate = Gate.parse(args.gate) if args.gate else None
-    chosen = settings(LatencySettings, args, "rounds", "warmup")
-    if args.batch < 1 or (args.threads is not None and args.threads < 1):
-        raise InputError("--batch and --threads must be at least 1")
-    calm_libraries()
-    from deploy.steps import shapes
+    if args.last is not None and args.last < 1:
+        raise InputError(f"--last must be at least 1, not {args.last}")
+    if args.base is None and args.history is not None:
+        return show(args, gate_of(args))
+    if args.base is None or args.candidate is None:
+        raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")
+    if args.plot is not None and args.history is None:
+        raise InputError("--plot draws a history: say with --history which")
+    return measure(args, gate_of(args))
 
+
+def gate_of(args: argparse.Namespace) -> Gate | None:
+    """What `--gate` or `--tolerance` asks for."""
+    from exporters.latency import Gate
+    from slimdiff.errors import InputError
+
+    if args.tolerance is None:
+        return Gate.parse(args.gate) if args.gate else None
+    try:
+        share = float(args.tolerance.removesuffix("%")) / (100 if args.tolerance.endswith("%") else 1)
+    except ValueError:
+        share = -1
+    if not 0 <= share < 1:
+        raise InputError(f"--tolerance is like 5% or 0.05, not {args.tolerance!r}")
+    return Gate("latency", round(1 + share, 6))
+
+
+def measure(args: argparse.Namespace, gate: Gate | None) -> int:
+    """Bench the candidate against the baseline."""
+    from tempfile import TemporaryDirectory
+
+    from deploy import bench_summary, history, history_page
+    from deploy.arguments import settings
+    from deploy.console import log, result
+    from exporters.gate.measure import BenchSettings, bench
+
+    names = ("threads", "batch", "warmup", "rounds", "processes", "max_seconds")
+    chosen = settings(BenchSettings, args, *names)
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
-        base, base_call = _opened(args, args.base, args.base_runtime or args.runtime, Path(scratch) / "base")
-        candidate, call = _opened(args, args.candidate, args.runtime, Path(scratch) / "candidate")
-        if shapes(base_call) != shapes(call):
-            raise InputError(
-                f"the two take calls of different shapes, {shapes(base_call)} and {shapes(call)}: say --batch"
-            )
-        progress = None if args.quiet else "bench"
-        sides = partial(base.predict, base_call), partial(candidate.predict, call)
-        titles = dict.fromkeys(side.title for side in (base, candidate))
-        value = paired_latency(
-            sides[0], sides[1], chosen, gate=gate, runtime=" against ".join(titles), progress=progress
-        )
-    result(value, _text(value), args.json)
+        base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
+        candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
+        log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
+        value = bench(base, candidate, chosen, gate=gate, progress=None if args.quiet else "bench")
+    if args.history is not None:
+        history.append(args.history, value, args.label)
+    if args.junit:
+        bench_summary.write_junit([bench_summary.case_of(value)], args.junit)
+    if args.markdown:
+        bench_summary.write_text(bench_summary.markdown(value), args.markdown)
+    if args.plot:
+        history_page.write_plot(trends(args)[0], args.plot)
+    result(value, bench_summary.text(value), args.json)
     return EXIT_CODE[value["verdict"]]
 
 
-def _opened(args: argparse.Namespace, name: str, runtime: str | None, scratch: Path) -> tuple[Opened, Any]:
-    """An artifact in the runtime that was asked for, exported if that takes graphs, and a call for it."""
-    import torch
+def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
+    """An artifact as it is to be run: in the runtime that was asked for, exported if that takes graphs.
 
-    from deploy.console import log
-    from deploy.openers import kind_of, open_denoiser
+    Raises:
+        InputError: if it is nothing that can be run, or that runtime does not take it.
+        MissingPackageError: if the runtime is not here.
+    """
+    from deploy.openers import graph_of, kind_of, runtime_for
+    from exporters.gate.pair import Job
+
+    kind = kind_of(name)
+    if kind == "model" and (runtime is None or runtime in GRAPH_RUNTIMES):
+        runtime = runtime or "onnxruntime"
+        return Job(name, str(exported(name, runtime, batch, scratch)), "onnx", runtime)
+    runtime = runtime_for(name, kind, runtime)
+    path = graph_of(name) if kind == "onnx" else name
+    return Job(name, str(path), "onnx" if kind == "onnx" else "engine" if kind == "engine" else "model", runtime)
+
+
+def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
+    """The graph of a model's denoiser."""
+    from deploy.console import calm_libraries, log
+    from deploy.openers import open_denoiser
     from exporters.onnx_export import export_unet
     from exporters.pipeline_export import example_call
     from exporters.runtimes.opening import version_of
 
-    if kind_of(name) != "model":
-        opened = open_denoiser(name, runtime, args.threads)
-        return opened, synthetic_call(opened.denoiser.inputs, args.batch)
-    runtime = runtime or "onnxruntime"
-    if runtime in GRAPH_RUNTIMES:
-        version_of(runtime)  # whether it is here shows before the export
-    opened = open_denoiser(name, None if runtime in GRAPH_RUNTIMES else runtime)
-    call = example_call(opened.pipeline, batch=args.batch)
-    if runtime == "torch":
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        return opened, call
+    version_of(runtime)  # whether it is here shows before the export
+    calm_libraries()
     log.info("bench: exporting %s", name)
-    export_unet(opened.denoiser, scratch, call)
-    return open_denoiser(str(scratch), runtime, args.threads), call
+    opened = open_denoiser(name)
+    return export_unet(opened.denoiser, folder, example_call(opened.pipeline, batch=batch))
 
 
-def synthetic_call(inputs: Mapping[str, Sequence[int | str]], batch: int) -> Any:
-    """A call of a graph's shapes, of noise: latency does not depend on values."""
-    import torch
+def show(args: argparse.Namespace, gate: Gate | None) -> int:
+    """The history's trend; with a gate, whether a series has crept beyond it since it was fastest."""
+    from deploy import bench_summary, history_page
+    from deploy.console import result
 
-    from slimdiff.trajectory import Call
+    series, skipped = trends(args)
+    verdicts = [gate.verdict(1 / s.creep, 1 / s.creep) if gate else "pass" for s in series]
+    text = history_page.text(series, skipped)
+    if args.junit:
+        cases = [
+            bench_summary.Case(
+                f"trend of {history_page.heading(s)}",
+                verdict,
+                f"{s.creep - 1:.1%} above its fastest level",
+                history_page.text([s], 0),
+            )
+            for s, verdict in zip(series, verdicts, strict=True)
+        ]
+        bench_summary.write_junit(cases, args.junit)
+    if args.markdown:
+        bench_summary.write_text(history_page.markdown(series, skipped), args.markdown)
+    if args.plot:
+        history_page.write_plot(series, args.plot)
+    verdict = "fail" if "fail" in verdicts else "pass"
+    value = {
+        "verdict": verdict,
+        "gate": str(gate) if gate else None,
+        "skipped_lines": skipped,
+        "series": [_series(s, v) for s, v in zip(series, verdicts, strict=True)],
+    }
+    result(value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), args.json)
+    return EXIT_CODE[verdict]
 
-    noise = torch.Generator().manual_seed(0)
-    shaped = {name: [d if isinstance(d, int) else batch for d in shape] for name, shape in inputs.items()}
-    tensors = {n: torch.randn(shape, generator=noise) for n, shape in shaped.items() if n != "timestep"}
-    added = {n: tensors.pop(n) for n in ("text_embeds", "time_ids") if n in tensors}
-    arguments: dict[str, Any] = {**tensors, "timestep": torch.tensor(500)}
-    if added:
-        arguments["added_cond_kwargs"] = added
-    return Call(0, 500, arguments)
+
+def trends(args: argparse.Namespace) -> tuple[list[Series], int]:
+    """The history's series, and how many of its lines were damaged."""
+    from deploy import history
+
+    entries, skipped = history.read(args.history)
+    return history.all_series(entries, args.trend, across_machines=args.across_machines, last=args.last), skipped
 
 
-def _text(value: dict[str, Any]) -> str:
-    speedup = value["speedup"]
-    lines = [
-        f"base      {value['baseline']['median_ms']:9.2f} ms median, {value['baseline']['p90_ms']:9.2f} ms p90",
-        f"candidate {value['candidate']['median_ms']:9.2f} ms median, {value['candidate']['p90_ms']:9.2f} ms p90",
-        f"speedup   {speedup['median']:.3f}x, 95 % interval {speedup['low']:.3f} to {speedup['high']:.3f}",
-        f"{value['runtime']} on {value['machine']}",
-    ]
-    return "\n".join([*lines, f"gate {value['gate']}: {value['verdict']}" if value["gate"] else "no gate"])
+def _series(series: Series, verdict: str) -> dict[str, Any]:
+    return {
+        "baseline": series.baseline,
+        "candidate": series.candidate,
+        "runtime": series.runtime,
+        "machine": series.machine,
+        "trend": series.trend,
+        "verdict": verdict,
+        "above_fastest": series.creep - 1,
+        "results": [
+            {
+                "time": entry.time.isoformat(),
+                "label": entry.label,
+                "verdict": entry.verdict,
+                "value": entry.value(series.trend),
+            }
+            for entry in series.entries
+        ],
+        "levels": [vars(level) for level in series.levels],
+        "changes": [level.start for level in series.levels[1:]],
+    }

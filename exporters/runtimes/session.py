@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -82,8 +81,3 @@ def _step(dim: int | str) -> int:
 def open_dim(name: str, axis: int) -> str:
     """What to call an open dim where the runtime has lost its name: the first axis is the batch, of all tensors."""
     return "batch" if axis == 0 else f"{name}.{axis}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

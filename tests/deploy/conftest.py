@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import PROMPTS
 
+from deploy.cli import main
 from deploy.pipeline_files import save_pipeline
 
 RECIPE = """
@@ -31,3 +32,11 @@ def workspace(tmp_path_factory, pipeline) -> Path:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="package")
+def exported(workspace: Path) -> Path:
+    """The tiny pipeline in ONNX, for one guided image at a time."""
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    assert main(["export", str(workspace / "tiny"), "--out", str(workspace / "onnx"), "--json", "--quiet"]) == 0
+    return workspace / "onnx"

@@ -114,10 +114,8 @@ def test_a_model_compared_with_itself(workspace, capsys):
 
 
 def test_bench(built, capsys):
-    argv = ["bench", built / "export" / "dense", built / "export" / "slim", "--rounds", "6"]
-    value = call([*argv, "--gate", "latency<=50"], capsys)
-    assert value["verdict"] == "pass"
-    assert call([*argv, "--gate", "speedup>=50"], capsys, 1)["verdict"] == "fail"
+    argv = ["bench", built / "export" / "dense", built / "export" / "slim", "--rounds", "3", "--processes", "2"]
+    assert call([*argv, "--gate", "latency<=1000"], capsys)["verdict"] == "pass"
 
 
 @pytest.mark.parametrize("artifact", ["tiny", "build/slim", "build/export/slim"])

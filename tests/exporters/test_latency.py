@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from exporters.latency import Gate, LatencySettings, machine_name, paired_latency
+from exporters.latency import Gate, LatencySettings, paired_latency
+from exporters.machine import machine_name
 from slimdiff.errors import InputError
 
 QUICK = LatencySettings(rounds=16, warmup=1)

@@ -1,0 +1,246 @@
+"""One process pair: two fresh processes on the same core, warmed, then timed in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryFile
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+
+BLOCK_MS = 50.0
+"""Length of a block, unless one run is longer: short beside what makes a machine slow for a while, long beside the
+change from one process to the other."""
+PAIR_MS = 3000.0
+"""Most that the blocks of a pair take together, if that leaves `LEAST_ROUNDS`: more processes tell more than more runs
+of one."""
+ROUNDS, LEAST_ROUNDS = 12, 3
+FEW = 3
+"""Undisturbed runs that make a block."""
+CPU_RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-fp32", "openvino-bf16")
+_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True)
+class Job:
+    """An artifact to be timed."""
+
+    name: str
+    """For people."""
+    path: str
+    """A model's directory or id, a graph's file, an engine's folder."""
+    kind: Literal["model", "onnx", "engine"]
+    runtime: str
+
+
+class PairSettings(BaseModel):
+    """How a pair of processes is timed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int = Field(default=1, ge=0)
+    """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
+    the least disturbed."""
+    batch: int = Field(default=2, ge=1)
+    """Samples in a call, where the artifact does not fix it."""
+    warmup: int = Field(default=3, ge=1)
+    """Runs, at least, before a process counts as warm."""
+    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
+    """Blocks of each side; by default 12, fewer if that takes over three seconds."""
+
+
+@dataclass
+class SideTimes:
+    """What one process of a pair showed."""
+
+    title: str
+    """Its runtime."""
+    shapes: dict[str, list[int]]
+    load_ms: float
+    """Opening the artifact, imports not counted."""
+    first_run_ms: float
+    peak_memory_bytes: int | None
+    wall_ms: list[float] = field(default_factory=list)
+    """Every timed run."""
+    preempted: int = 0
+    """How many of them lost their core meanwhile."""
+
+
+@dataclass
+class PairTimes:
+    """What a pair showed."""
+
+    sides: tuple[SideTimes, SideTimes]
+    """Baseline and candidate."""
+    log_ratio: float
+    """Median over rounds of log(candidate's block / baseline's), wall time; a block is the median of its runs."""
+    cpu_log_ratio: float
+    """Likewise of the processes' CPU time."""
+    cores: list[int] | None
+    """Where they were kept."""
+
+
+class Worker:
+    """The process of one side; ends with the block that it is opened for."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "exporters.gate.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=os.environ | {"PYTHONPATH": search},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._stderr.close()
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Give a command, without waiting."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # `answer` says what became of it
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the command.
+
+        Raises:
+            InputError: if the artifact does not run.
+            MissingPackageError: if its runtime is not here.
+            SlimdiffError: if the process died.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._stderr.seek(0)
+            told = self._stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            why = "killed, perhaps for memory" if code == -9 else f"exit code {code}"
+            raise SlimdiffError(f"the process that ran {self.job.name} died ({why}): {told[-1]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            kinds = {kind.exit_code: kind for kind in (InputError, MissingPackageError)}
+            raise kinds.get(answer["exit_code"], SlimdiffError)(answer["error"])
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Give a command and wait for its answer."""
+        self.send(do, **arguments)
+        return self.answer()
+
+
+def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first: int = 0) -> PairTimes:
+    """Start both, time them in turn, end both.
+
+    Args:
+        baseline: what the candidate is held against.
+        candidate: likewise in shape.
+        settings: threads, batch, warm-up, rounds.
+        first: 0 if the baseline is opened and timed first, 1 if the candidate: take turns, for the first process may
+            find the better memory.
+
+    Raises:
+        InputError: if one does not run, or they take inputs of different shapes.
+        MissingPackageError: if a runtime is not here.
+        SlimdiffError: if a process died.
+    """
+    jobs = (baseline, candidate)
+    on_cpu = all(job.runtime in CPU_RUNTIMES for job in jobs)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(job)) for job in jobs]
+        for job, worker in zip(jobs, workers, strict=True):
+            arguments = {"path": job.path, "kind": job.kind, "runtime": job.runtime, "batch": settings.batch}
+            worker.send("prepare", **arguments, threads=settings.threads or None)
+        for worker in workers:
+            worker.answer()
+        cores = idle_cores(settings.threads) if settings.threads and on_cpu else None
+        opened: list[dict[str, Any]] = [{}, {}]
+        for side in (first, 1 - first):
+            opened[side] = workers[side].ask("open", cores=cores, warmup=settings.warmup)
+        if opened[0]["shapes"] != opened[1]["shapes"]:
+            told = " and ".join(str(side["shapes"]) for side in opened)
+            raise InputError(f"the two take calls of different shapes, {told}: say --batch")
+        run_ms = fmean(side["run_ms"] for side in opened)
+        count = max(1, round(BLOCK_MS / run_ms))
+        lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice
+        pair_rounds = PAIR_MS / (2 * (count + lead) * run_ms)
+        rounds = settings.rounds or int(min(ROUNDS, max(LEAST_ROUNDS, pair_rounds)))
+        blocks: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        for index in range(rounds):
+            for side in (first, 1 - first) if index % 2 == 0 else (1 - first, first):
+                runs = workers[side].ask("run", count=count + lead)
+                blocks[side].append({name: values[lead:] for name, values in runs.items()})
+        ends = [worker.ask("end") for worker in workers]
+    return PairTimes(
+        sides=(_side(opened[0], blocks[0], ends[0]), _side(opened[1], blocks[1], ends[1])),
+        log_ratio=_log_ratio(blocks, "wall_ms"),
+        cpu_log_ratio=_log_ratio(blocks, "cpu_ms"),
+        cores=cores,
+    )
+
+
+def idle_cores(count: int) -> list[int] | None:
+    """The cores, of those that may be used, that do least just now; None where processes cannot be kept on cores.
+
+    Raises:
+        InputError: for more than there are.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    usable = sorted(os.sched_getaffinity(0))
+    if count > len(usable):
+        raise InputError(f"--threads {count}: this process may use {len(usable)} cores; 0 leaves it to the runtime")
+    busy = psutil.cpu_percent(interval=0.1, percpu=True)
+    return sorted(sorted(usable, key=lambda core: busy[core] if core < len(busy) else 0.0)[:count])
+
+
+def _side(opened: dict[str, Any], blocks: Sequence[dict[str, Any]], end: dict[str, Any]) -> SideTimes:
+    return SideTimes(
+        title=opened["title"],
+        shapes=opened["shapes"],
+        load_ms=opened["load_ms"],
+        first_run_ms=opened["first_run_ms"],
+        peak_memory_bytes=end["peak_memory_bytes"],
+        wall_ms=[ms for block in blocks for ms in block["wall_ms"]],
+        preempted=sum(1 for block in blocks for times in block["preempted"] if times),
+    )
+
+
+def _log_ratio(blocks: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], clock: str) -> float:
+    return median(log(_typical(b, clock) / _typical(a, clock)) for a, b in zip(*blocks, strict=True))
+
+
+def _typical(block: dict[str, Any], clock: str) -> float:
+    """Median of the runs that kept their core, if there are a few; else of all.
+
+    Which runs lose it depends on how long they are, but not on which side they are of beyond that; and how long a run
+    is that keeps its core does not depend on what happened to the others.
+    """
+    kept = [ms for ms, lost in zip(block[clock], block["preempted"], strict=True) if not lost]
+    return median(kept if len(kept) >= FEW else block[clock])

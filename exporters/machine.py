@@ -1,0 +1,105 @@
+"""What figures were measured on: names for people, and a fingerprint that tells two machines apart.
+
+Needs nothing beyond the standard library, so that a process which is to be timed can be small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_HARDWARE = ("cpu", "architecture", "cores", "memory_gib", "governor", "gpus")
+_PACKAGES = ("slimdiff", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_name() -> str:
+    """CPU model, cores that this process may use, and memory, in one line."""
+    cores = usable_cores()
+    parts = [_cpu(), f"{cores} core{'s' if cores != 1 else ''}"]
+    memory = _memory_gib()
+    return ", ".join([*parts, f"{memory} GiB"] if memory else parts)
+
+
+def fingerprint() -> dict[str, Any]:
+    """This machine, as far as it decides how fast things are.
+
+    Returns:
+        `cpu`, `architecture`, `cores` (of the machine), `memory_gib`, `governor` (None if unreadable), `gpus` (name and
+        driver of each, as `nvidia-smi` has them) and `id`, a hash of these: what has the same id may be compared.
+        Beside them `usable_cores`, `kernel`, `python` and `versions`, which change on one machine: not in the id.
+    """
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "governor": _GOVERNOR.read_text().strip() if os.access(_GOVERNOR, os.R_OK) else None,
+        "gpus": _gpus(),
+        "usable_cores": usable_cores(),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+    }
+    text = json.dumps({name: found[name] for name in _HARDWARE}, sort_keys=True)
+    return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], **found}
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process has had; None where the system does not tell.
+
+    The kernel's own mark: `getrusage`'s starts from the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> int | None:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    return None
+
+
+def _gpus() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # the tool without its driver
+        return []
+    return [line.strip() for line in told.splitlines() if line.strip()]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
