@@ -64,7 +64,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe as it holds for one cell."""
     sampling = recipe.compare.sampling.model_copy(update={"height": cell.shape.height, "width": cell.shape.width})
-    built = {"enabled": is_gpu(cell.target), "batch": None, "shapes": {}, "profiles": []}
+    built: dict[str, Any] = {"enabled": is_gpu(cell.target), "batch": None, "shapes": {}, "profiles": []}
     if is_gpu(cell.target):
         built |= {"backend": "tensorrt-rtx", "targets": [cell.target]}
     return recipe.model_copy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def write_bundle(
     odd = next((c for c in taken if c.precision not in _GRAPHS_ON_SERVERS), None)
     if odd is not None:
         raise InputError(f"{odd.name} is neither fp32 nor fp16: export it in one of these to bundle it")
-    denoisers = []
+    denoisers: list[Denoiser] = []
     for candidate in taken:
         place = _place(candidate, [d.folder for d in denoisers])
         candidate.write(folder / place)
@@ -200,8 +199,7 @@ def _extra(runtime: str) -> str:
 
 
 def _python() -> str:
-    required = importlib.metadata.metadata("slimdiff").get("Requires-Python")
-    return required or f">={platform.python_version()}"
+    return str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
 
 
 def _hashes(source: Source) -> dict[str, Any]:

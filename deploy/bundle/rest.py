@@ -24,8 +24,9 @@ Latents = tuple[int | None, int | None]
 class Rest(Protocol):
     """Where the other components come from."""
 
-    scale: int
-    """Pixels per latent, along a side."""
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along a side."""
 
     def write(
         self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
@@ -61,7 +62,10 @@ class ExportedRest:
         self.folder = folder
         if (folder / artifacts.MANIFEST).is_file():
             artifacts.verify_manifest(folder)
-        self.scale = latent_scale(read_config(folder / "vae_decoder"))
+
+    @cached_property
+    def scale(self) -> int:
+        return latent_scale(read_config(self.folder / "vae_decoder"))
 
     def write(
         self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
@@ -106,7 +110,7 @@ class TorchRest:
         return load_pipeline(self.model)
 
     @cached_property
-    def scale(self) -> int:  # type: ignore[override]
+    def scale(self) -> int:
         vae = getattr(self.pipeline, "vae", None)
         if vae is None:
             raise InputError(f"{self.model} has no vae: only latent diffusion pipelines are bundled")

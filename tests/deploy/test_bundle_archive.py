@@ -194,12 +194,12 @@ def test_an_archive_that_ends_early(bundle, tmp_path, kind, share):
 
 @pytest.mark.parametrize("kind", ["tar.zst", "oci"])
 def test_no_changed_byte_gets_through(bundle, tmp_path, kind):
-    """Every one of 200 bytes all over the archive, changed by itself: refused, or the files are what they were."""
+    """Every one of 100 bytes all over the archive, changed by itself: refused, or the files are what they were."""
     pack(bundle, kind, tmp_path / "x", "name")
     raw = (tmp_path / "x").read_bytes()
     expected = content(bundle)
-    for i in range(200):
-        place = i * len(raw) // 200
+    for i in range(100):
+        place = i * len(raw) // 100
         (tmp_path / "y").write_bytes(raw[:place] + bytes([raw[place] ^ 0x41]) + raw[place + 1 :])
         out = tmp_path / f"out-{i}"
         try:
