@@ -13,22 +13,22 @@ from typing import Any
 import deploy
 import exporters
 import slimdiff
-from deploy import layout, steps
+from deploy import layout, matrix, steps
 from deploy.console import amount, log
 from deploy.figures import machine
 from deploy.gates import EXIT_CODE, judge, overall
 from deploy.recipe import Recipe
 from deploy.sensitivity import deciding
-from deploy.stages import Done, Stage, locked, run_stages
+from deploy.stages import Done, Stage, keys, locked, run_stages
 from deploy.workshop import Workshop, model_hash, public_name, source_hash
 from slimdiff import artifacts
-from slimdiff.errors import MissingPackageError
+from slimdiff.errors import MissingPackageError, require
 
 _CORE = ("torch", "diffusers", "transformers")
 _EXPORT = (*_CORE, "onnx", "onnxscript", "onnxruntime")
 
 
-def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) -> dict[str, Any]:
+def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = (), ray: str | None = None) -> dict[str, Any]:
     """Run the chain; what is done already and has not changed is skipped.
 
     Args:
@@ -36,6 +36,8 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
         name: what the build is called in the report.
         folder: the build folder.
         force: stages to do again, with all that depend on them.
+        ray: where the cells of a matrix are built: the address of a Ray cluster that sees the same files, or `local`;
+            None: here, one after the other.
 
     Returns:
         the content of `build.json`; `exit_code` is 0, 1 or 4, as the gates decide.
@@ -44,6 +46,8 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
         SlimdiffError: if a stage cannot be done; what was finished before it is kept.
     """
     _preflight(recipe)
+    if ray is not None:
+        require("ray", "ray")
     with locked(folder):
         shop = Workshop(recipe, folder, force)
         stages = [*make_stages(shop), *sweep_stages(shop)]
@@ -57,11 +61,15 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
             artifacts.write_json(folder / layout.BUILD, summary(shop, name, done))
             write_report(folder, into / layout.REPORT)
 
-        inputs = {"report": source_hash(Path(deploy.__file__).parent, "report*.py", "templates/*"), "name": name}
+        cells = matrix.Cells(shop, keys(stages)["slim"], again)
+        page = source_hash(Path(deploy.__file__).parent, "report*.py", "templates/*")
+        inputs = {"cells": cells.key, "report": page, "name": name}
         needs = tuple(stage.name for stage in stages)
         chain = [*stages, Stage("report", report, needs, recipe.gates.model_dump(), inputs, "report")]
         for stage in run_stages(folder, chain, again):
             done.append(stage)
+            if stage.name == stages[-1].name:  # the report is made of the cells, too
+                done += cells.build(ray)
         whole = summary(shop, name, done)
         artifacts.write_json(folder / layout.BUILD, whole)
         with artifacts.replacing(folder / layout.REPORT, is_file=True) as temporary:
@@ -71,38 +79,35 @@ def build(recipe: Recipe, name: str, folder: Path, force: Sequence[str] = ()) ->
 
 def make_stages(shop: Workshop) -> list[Stage]:
     """All stages but the report, with everything that decides their results."""
-    recipe = shop.recipe
-    core = {"slimdiff": source_hash(Path(slimdiff.__file__).parent), **_versions(_CORE)}
-    export = {
-        **core,
+    return [*model_stages(shop), *artifact_stages(shop)]
+
+
+def _core() -> dict[str, str]:
+    return {"slimdiff": source_hash(Path(slimdiff.__file__).parent), **_versions(_CORE)}
+
+
+def _export() -> dict[str, str]:
+    return {
+        **_core(),
         "exporters": source_hash(Path(exporters.__file__).parent),
         "steps": artifacts.sha256_of(Path(steps.__file__)),
         **_versions(_EXPORT),
     }
+
+
+def _here() -> dict[str, str]:
+    return {"machine": artifacts.fingerprint(machine())}
+
+
+def model_stages(shop: Workshop) -> list[Stage]:
+    """From the dense model to the slim one."""
+    recipe, core = shop.recipe, _core()
     model = {"model": model_hash(recipe.model)}
     prompts = {"prompts": artifacts.fingerprint(shop.prompts)}
     captions = {"captions": artifacts.fingerprint(shop.captions)}
     held = {"held": artifacts.fingerprint(shop.prompts_and_more)}
-    compare = recipe.compare.model_dump()
-    here = {"machine": artifacts.fingerprint(machine())}
-    engine = {
-        "skipped": str(steps.no_engine(shop)),
-        "gpu": steps.engine_gpu(shop),
-        **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy")),
-    }
-    validate = {**recipe.validation.model_dump(), "trajectory": compare["sampling"]}
-    trajectory = {"trajectory": compare["sampling"]}
-
-    def stage(
-        name: str,
-        step: Callable[[Workshop, Path], None],
-        needs: tuple[str, ...],
-        settings: dict[str, Any],
-        inputs: dict[str, str],
-        kind: str,
-    ) -> Stage:
-        return Stage(name, partial(step, shop), needs, settings, inputs, kind)
-
+    trajectory = {"trajectory": recipe.compare.model_dump()["sampling"]}
+    stage = partial(_stage, shop)
     return [
         stage(
             "calibrate", steps.calibrate_step, (), recipe.calibration.model_dump(), core | model | prompts, "statistics"
@@ -120,10 +125,27 @@ def make_stages(shop: Workshop) -> list[Stage]:
             steps.plan_step,
             ("calibrate", "sensitivity"),
             {**recipe.budget.model_dump(), **recipe.plan.model_dump()},
-            core | held | (export | here | captions if recipe.budget.speedup is not None else {}),
+            core | held | (_export() | _here() | captions if recipe.budget.speedup is not None else {}),
             "plan",
         ),
         stage("slim", steps.slim_step, ("plan",), trajectory, core, "slim-model"),
+    ]
+
+
+def artifact_stages(shop: Workshop) -> list[Stage]:
+    """What becomes of the slim model: graphs and engine, and how they are judged."""
+    recipe, export = shop.recipe, _export()
+    captions = {"captions": artifacts.fingerprint(shop.captions)}
+    compare = recipe.compare.model_dump()
+    engine = {
+        "skipped": str(steps.no_engine(shop)),
+        "gpu": steps.engine_gpu(shop),
+        **_versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy")),
+    }
+    trajectory = {"trajectory": compare["sampling"]}
+    validate = {**recipe.validation.model_dump(), **trajectory}
+    stage = partial(_stage, shop)
+    return [
         stage(
             "export",
             steps.export_step,
@@ -131,14 +153,41 @@ def make_stages(shop: Workshop) -> list[Stage]:
             {**recipe.export.model_dump(), **trajectory},
             export | captions,
             "onnx",
+            runs_on=steps.export_runs_on,
         ),
-        stage("engine", steps.engine_step, ("export",), recipe.engine.model_dump(), export | engine, "engine"),
+        stage(
+            "engine",
+            steps.engine_step,
+            ("export",),
+            recipe.engine.model_dump(),
+            export | engine,
+            "engine",
+            runs_on=steps.engine_runs_on,
+        ),
         stage("validate", steps.validate_step, ("slim", "export", "engine"), validate, export, "parity"),
         stage("compare", steps.compare_step, ("slim", "export"), compare, export | captions, "fidelity"),
         stage(
-            "bench", steps.bench_step, ("export",), recipe.bench.model_dump() | _gate(recipe), export | here, "latency"
+            "bench",
+            steps.bench_step,
+            ("export",),
+            recipe.bench.model_dump() | _gate(recipe),
+            export | _here(),
+            "latency",
         ),
     ]
+
+
+def _stage(
+    shop: Workshop,
+    name: str,
+    step: Callable[[Workshop, Path], None],
+    needs: tuple[str, ...],
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    kind: str,
+    **more: Any,
+) -> Stage:
+    return Stage(name, partial(step, shop), needs, settings, inputs, kind, **more)
 
 
 def sweep_stages(shop: Workshop) -> list[Stage]:
@@ -182,12 +231,15 @@ def _preflight(recipe: Recipe) -> None:
     """
     wanted = [("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("polygraphy", "onnx")]
     timed_in = {recipe.budget.runtime, recipe.sweep.runtime if recipe.sweep else "torch"}
-    if any(runtime.startswith("openvino") for runtime in timed_in):
+    targets = recipe.matrix.targets if recipe.matrix else ()
+    if any(runtime.startswith("openvino") for runtime in (*timed_in, *targets)):
         wanted.append(("openvino", "openvino"))
     if recipe.engine.enabled and recipe.engine.backend != "auto":
         from exporters.engine import EXTRAS, MODULES
 
         wanted.append((MODULES[recipe.engine.backend], EXTRAS[recipe.engine.backend]))
+    if any(matrix.is_gpu(target) for target in targets):
+        wanted.append(("tensorrt_rtx", "tensorrt-rtx"))
     for module, extra in wanted:
         if importlib.util.find_spec(module) is None:
             raise MissingPackageError(f"{module} is not installed: pip install 'slimdiff[{extra}]'")
@@ -209,7 +261,8 @@ def summary(shop: Workshop, name: str, done: Sequence[Done]) -> dict[str, Any]:
     """What `build.json` holds, from the results of the stages."""
     folder, recipe = shop.folder, shop.recipe
     results = {stage: layout.read(folder, stage) for stage in ("slim", "validate", "compare", "bench")}
-    judged = judge(recipe.gates, results)
+    cells = matrix.results(recipe, folder)
+    judged = [*judge(recipe.gates, results), *matrix.judge_cells(recipe.gates, cells)]
     verdict = overall(judged)
     slim, bench = results["slim"], results["bench"]
     figures = {key: {side: slim[key][side] for side in ("dense", "slim")} for key in ("parameters", "macs", "bytes")}
@@ -226,6 +279,7 @@ def summary(shop: Workshop, name: str, done: Sequence[Done]) -> dict[str, Any]:
             "exit_code": EXIT_CODE[verdict],
             "gates": judged,
             "figures": {**figures, "latency_ms": latency},
+            "cells": cells,
             "stages": [vars(stage) for stage in done],
             "seconds": round(sum(stage.seconds for stage in done), 3),
             "versions": {"python": platform.python_version(), **artifacts.versions()},

@@ -21,6 +21,7 @@ COMMANDS = (
     "validate",
     "compare",
     "bench",
+    "bundle",
     "generate",
     "doctor",
 )

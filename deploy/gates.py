@@ -20,7 +20,7 @@ def judge(gates: Gates, results: Mapping[str, Mapping[str, Any]]) -> list[dict[s
     """
     judged = []
     if gates.parity:
-        judged.append(_parity(results["validate"]))
+        judged.append(parity(results["validate"]))
     if gates.min_speedup is not None:
         judged.append(_speedup(results["bench"], gates.min_speedup))
     if gates.max_quality_loss is not None:
@@ -65,7 +65,8 @@ def _gate(
     }
 
 
-def _parity(validate: Mapping[str, Any]) -> dict[str, Any]:
+def parity(validate: Mapping[str, Any], cell: str | None = None) -> dict[str, Any]:
+    """The gate of parity, of the build or of a cell of its matrix."""
     checks = validate["checks"]
     failed = [c for c in checks if not c["passed"]]
     detail = f"{len(checks) - len(failed)} of {len(checks)} checks hold"
@@ -73,7 +74,8 @@ def _parity(validate: Mapping[str, Any]) -> dict[str, Any]:
         worst = failed[0]
         detail += f"; {worst['metric']} of {worst['tensor']} is {worst['value']}, bound {worst['bound']}"
     passed = bool(validate["passed"])
-    return _gate("parity", "Parity of the exported slim model", passed, True, "true", "", _verdict(passed), detail)
+    gate, name = ("parity", "the exported slim model") if cell is None else (f"parity/{cell}", cell)
+    return _gate(gate, f"Parity of {name}", passed, True, "true", "", _verdict(passed), detail)
 
 
 def _speedup(bench: Mapping[str, Any], bound: float) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy import layout
 from deploy.openers import ENGINE_REPORT, graph_of, plan_beside
 from slimdiff import Plan, Statistics, artifacts
+from slimdiff.errors import InputError
 
 
 def model(name: str) -> dict[str, Any]:
@@ -75,12 +76,41 @@ def engine(name: str) -> dict[str, Any]:
     folder = Path(name)
     if (folder / artifacts.MANIFEST).is_file():
         artifacts.verify_manifest(folder)
-    report = json.loads((folder / ENGINE_REPORT).read_text(encoding="utf-8"))
+    report = artifacts.read_json(folder / ENGINE_REPORT)
+    if not isinstance(report, dict):
+        raise InputError(f"{folder / ENGINE_REPORT} is not a JSON object: build the engine again")
     if "skipped" in report:
         return {"skipped": report["skipped"]}
     rows = [{"site": r["site"], "dims": _dims(r["found"]), "ok": r["ok"]} for r in report.get("sites") or []]
     kept = ("backend", "version", "targets", "bytes", "seconds", "inputs", "outputs", "layers", "fused_attention")
     return {**{k: report[k] for k in kept if k in report}, "sites": rows, "provenance": provenance(folder)}
+
+
+def engines(name: str) -> dict[str, Any]:
+    """Several engines of one graph."""
+    folder = Path(name)
+    artifacts.verify_manifest(folder)
+    kept = ("backend", "version", "targets", "bytes", "inputs")
+    found = {file.parent.name: engine(str(file.parent)) for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))}
+    rows = [{"name": name, **{k: e[k] for k in kept if k in e}} for name, e in found.items()]
+    return {"engines": rows, "bytes": sum(e.get("bytes", 0) for e in found.values()), "provenance": provenance(folder)}
+
+
+def bundle(name: str) -> dict[str, Any]:
+    """A bundle: what it is for, needs and holds; an archive is unpacked for that, and so checked."""
+    from deploy.bundle.archive import unpack
+    from deploy.bundle.description import read_bundle
+
+    with TemporaryDirectory(prefix="slimdiff-inspect-") as scratch:
+        folder = Path(name) if Path(name).is_dir() else unpack(Path(name), Path(scratch) / "bundle")
+        found = read_bundle(folder)
+        files = found.manifest["files"]
+        return {
+            **found.description.model_dump(),
+            "files": len(files),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+            "provenance": {k: found.manifest[k] for k in ("kind", "made_from", "versions")},
+        }
 
 
 def statistics(name: str) -> dict[str, Any]:
@@ -126,6 +156,8 @@ LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
     "model": model,
     "onnx": onnx,
     "engine": engine,
+    "engines": engines,
+    "bundle": bundle,
     "statistics": statistics,
     "plan": plan,
     "build": build,

@@ -12,6 +12,7 @@
     compare/        compare.json, images/NN-dense.png, NN-slim.png, NN-slim_onnx.png
     bench/          bench.json: paired latency of dense and slim
     sweep/          sweep.json: the frontier, if the recipe asks for it; its points are in point-.../
+    cells/NAME/     export/, engine/, validate/, bench/ of one cell of the matrix, if the recipe asks for one
     report/         report.html
 
 Every folder has a `manifest.json`, whose `made_from.key` is the stage's key. Paths inside JSON are relative to the
@@ -20,15 +21,18 @@ build folder. JSON is strict: what is infinite or undefined is null.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from slimdiff.artifacts import read_json
 from slimdiff.errors import InputError
 
 STAGES = ("calibrate", "sensitivity", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
 """The stages of a build, in order; each has a folder of its name."""
+
+CELLS = "cells"
+"""The folder with a build of its own for every cell of a recipe's matrix."""
 
 SWEEP = "sweep"
 """The stage that a build has only if its recipe says so."""
@@ -52,12 +56,12 @@ def read(build_folder: Path, stage: str) -> dict[str, Any]:
         InputError: if it is not there or is not JSON.
     """
     file = build_folder / result_file(stage)
+    if not file.is_file():
+        raise InputError(f"{build_folder} has no {result_file(stage)}: it is not a finished build")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{build_folder} has no {result_file(stage)}: it is not a finished build") from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}): build again with --force {stage}") from error
+        value = read_json(file)
+    except InputError as error:
+        raise InputError(f"{error}: build again with --force {stage}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object: build again with --force {stage}")
     return value

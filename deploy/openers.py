@@ -1,8 +1,7 @@
-"""Opening what a user names on the command line: a model, an ONNX graph, an engine, statistics, a plan, a build."""
+"""Opening what a user names on the command line: a model, a graph, an engine, a bundle, statistics, a plan, a build."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,9 @@ ENGINE_REPORT = "engine.json"
 
 
 def kind_of(name: str) -> str:
-    """`model`, `onnx`, `engine`, `statistics`, `plan` or `build`; what is not here is taken for a model (a hub id).
+    """`model`, `onnx`, `engine`, `engines`, `bundle`, `statistics`, `plan` or `build`.
+
+    What is not here is taken for a model (a hub id).
 
     Raises:
         InputError: if it is here and is none of these.
@@ -34,6 +35,12 @@ def kind_of(name: str) -> str:
         kinds = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
         if path.suffix in kinds:
             return kinds[path.suffix]
+        from deploy.bundle.archive import is_archive
+
+        if is_archive(path):
+            return "bundle"
+    elif (named := _named_kind(path)) is not None:
+        return named
     else:
         for mark, kind in (
             ("build.json", "build"),
@@ -48,8 +55,16 @@ def kind_of(name: str) -> str:
                 return kind
     raise InputError(
         f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
-        "folder, statistics, a plan or a build folder"
+        "folder, a bundle, statistics, a plan or a build folder"
     )
+
+
+def _named_kind(folder: Path) -> str | None:
+    """The kind of a folder that only its manifest tells: a bundle's parts look like an exported pipeline's."""
+    if not (folder / artifacts.MANIFEST).is_file():
+        return None
+    kind = artifacts.read_manifest(folder)["kind"]
+    return kind if kind in ("bundle", "engines") else None
 
 
 def graph_of(name: str) -> Path:
@@ -74,8 +89,11 @@ def plan_beside(graph: Path) -> Plan | None:
     config = graph.parent / "config.json"
     if not config.is_file():
         return None
-    content = json.loads(config.read_text(encoding="utf-8")).get("slim_plan")
-    return Plan.parse(content, str(config)) if content else None
+    content = artifacts.read_json(config)
+    if not isinstance(content, dict):
+        raise InputError(f"{config} is not a model's config: it is no JSON object")
+    plan = content.get("slim_plan")
+    return Plan.parse(plan, str(config)) if plan else None
 
 
 @dataclass
@@ -83,13 +101,13 @@ class Opened:
     """An artifact whose denoiser can be called."""
 
     kind: str
-    """`model` (in torch), `onnx` or `engine` (in a runtime of `exporters.runtimes`)."""
+    """`model` (in torch), `onnx`, `engine` or `bundle` (in a runtime of `exporters.runtimes`)."""
     denoiser: Any
     predict: Callable[[Call], Tensor]
     runtime: str = "torch"
     """Its name."""
     pipeline: Any = None
-    """The whole pipeline, for a model."""
+    """The whole pipeline, for a model or a bundle."""
 
     @property
     def title(self) -> str:
@@ -132,19 +150,34 @@ class Opened:
         return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
 
 
-def open_denoiser(name: str, runtime: str | None = None, threads: int | None = None) -> Opened:
-    """Open a model in torch, an ONNX graph in a runtime that takes graphs, or an engine in its own.
+def open_denoiser(
+    name: str,
+    runtime: str | None = None,
+    threads: int | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+) -> Opened:
+    """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
     Args:
         name: how the user named it.
-        runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, an engine has but one.
+        runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
+            engine has but one.
         threads: of a runtime on the CPU; its own choice if not given.
+        height: of the images, pixels, where a bundle has denoisers for several sizes.
+        width: likewise.
 
     Raises:
         InputError: if it is none of them, or that runtime does not take it.
         MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
+    if kind == "bundle":
+        from deploy.bundle.load import load
+
+        whole: Any = load(name, runtime, height=height, width=width, threads=threads)
+        return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
         from slimdiff.pipelines import load_pipeline
@@ -175,6 +208,9 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
         if runtime not in (None, "torch"):
             raise InputError(f"{name} is a model in torch: export it first (slimdiff export) to run it in {runtime}")
         return "torch"
+    if kind == "engines":
+        there = ", ".join(sorted(p.parent.name for p in Path(name).glob(f"*/{ENGINE_REPORT}")))
+        raise InputError(f"{name} holds several engines: name one of them ({there})")
     if kind not in ("onnx", "engine"):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
     from exporters.runtimes import GRAPH_RUNTIMES

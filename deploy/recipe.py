@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from deploy.flags import POINTS
 from deploy.prompts import EMBEDDED, GENERAL, default_source
@@ -14,7 +24,7 @@ from deploy.recipe_errors import explain
 from exporters.engine import EngineSettings
 from exporters.latency import LatencySettings
 from exporters.onnx_export import ExportSettings
-from exporters.runtimes import TableRuntime
+from exporters.runtimes import GRAPH_RUNTIMES, TableRuntime
 from slimdiff.budget import Budget
 from slimdiff.calibration import CalibrationSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -153,6 +163,57 @@ def point_budget(by: str, text: str) -> Budget:
         raise InputError(f"{text!r} is no speedup: write a number such as 1.2") from None
 
 
+class ImageShape(Settings):
+    """How many images go through a denoiser together, and their size."""
+
+    height: int = Field(ge=8, le=65536, multiple_of=8)
+    """Pixels, a multiple of 8 as diffusers asks for."""
+    width: int = Field(ge=8, le=65536, multiple_of=8)
+    """Likewise."""
+    images: int = Field(1, ge=1, le=1024)
+    """In one call, in which guidance takes two samples of each."""
+
+    def __str__(self) -> str:
+        return f"{self.images}x{self.height}x{self.width}"
+
+
+def _image_shape(value: Any) -> Any:
+    """`512x512`, or `4x512x512` for four images."""
+    if not isinstance(value, str):
+        return value
+    sizes = value.split("x")
+    if len(sizes) not in (2, 3) or not all(n.isascii() and n.isdigit() and len(n) < 6 for n in sizes):
+        raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
+    return dict(zip(("width", "height", "images"), map(int, reversed(sizes)), strict=False))
+
+
+class MatrixStage(Settings):
+    """Further exports of the slim model: a cell for every target with every shape in every precision."""
+
+    targets: tuple[str, ...] = Field(("onnxruntime",), min_length=1)
+    """A runtime for graphs, such as `onnxruntime` or `openvino`, or the compute capability, such as `sm89`, of a GPU
+    that TensorRT-RTX builds an engine for."""
+    shapes: tuple[Annotated[ImageShape, BeforeValidator(_image_shape)], ...] = Field(min_length=1)
+    """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
+    precision: tuple[Literal["fp32", "fp16"], ...] = Field(("fp32",), min_length=1)
+    """Of graphs and engines."""
+
+    @field_validator("targets", "precision", "shapes")
+    @classmethod
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({str(v) for v in value}) < len(value):
+            raise ValueError("the same is there twice")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            if target not in GRAPH_RUNTIMES and not re.fullmatch(r"sm\d{2,3}", target):
+                raise ValueError(f"a target is a GPU such as sm89, or one of {', '.join(GRAPH_RUNTIMES)}")
+        return value
+
+
 class Gates(Settings):
     """What must hold for the build to succeed; a gate that is null is not asked for."""
 
@@ -194,9 +255,13 @@ class Recipe(Settings):
     """Paired latency."""
     sweep: SweepStage | None = None
     """The frontier, as a stage of the build and a section of the report; without it there is none."""
+    matrix: MatrixStage | None = None
+    """Further exports for other targets, shapes and precisions, all of the same slim model."""
     gates: Gates = Gates()
     """What decides the exit code."""
 
+
+_MOST_NODES = 100_000
 
 DEMO = Path(__file__).parent / "demo.yaml"
 
@@ -214,8 +279,8 @@ def load_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a recipe: {error}") from error
     try:
-        content = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+        content = _load_yaml(text)
+    except Exception as error:  # beside YAMLError, what Python's parsers say of odd dates and numbers, or deep nests
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a recipe: it must be a YAML mapping with at least the key 'model'")
@@ -235,11 +300,45 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     found: dict[str, Any] = {}
     if recipe.prompts is None:
         found["prompts"] = default_source(recipe.model)
-    if recipe.model != "demo" and (recipe.model.startswith(".") or (folder / recipe.model).exists()):
+    if recipe.model != "demo" and (recipe.model.startswith(".") or _exists(folder / recipe.model)):
         found["model"] = str(folder / recipe.model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         found["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=found)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name of a file
+        return False
+
+
+def _load_yaml(text: str) -> Any:
+    """Safe YAML, whose aliases may not blow it up."""
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"with its aliases it has over {_MOST_NODES} entries")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Entries of a node, those behind aliases counted wherever they are named."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        nested = isinstance(node, yaml.CollectionNode)
+        sizes[id(node)] = 1 + (sum(_size(n, sizes) for n in inner) if nested else 0)
+    found = sizes[id(node)]
+    if found is None:
+        raise yaml.YAMLError("one of its aliases names what it is in itself")
+    return found
 
 
 class _UniqueKeys(yaml.SafeLoader):

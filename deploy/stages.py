@@ -30,6 +30,10 @@ LOCK = ".lock"
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")  # what `artifacts.replacing` leaves if it is killed
 
 
+def _anywhere(_folder: Path) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a build."""
@@ -45,6 +49,8 @@ class Stage:
     """Content hashes of what it reads from outside the build, and of the code and versions that it runs."""
     kind: str = "stage"
     """What the manifest calls the folder."""
+    runs_on: Callable[[Path], dict[str, Any]] = _anywhere
+    """What the manifest says of where the result runs, read from the folder once it is written."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def run_stages(folder: Path, stages: Sequence[Stage], force: Collection[str] = (
             stage.run(temporary)
             seconds = round(time.perf_counter() - start, 3)
             made = {"stage": stage.name, "key": key, "seconds": seconds, "settings": stage.settings}
-            artifacts.write_manifest(temporary, stage.kind, {**made, "inputs": dict(stage.inputs)})
+            inputs = {"inputs": dict(stage.inputs)}
+            artifacts.write_manifest(temporary, stage.kind, made | inputs, stage.runs_on(temporary))
         log.info("%s: done in %.1f s", stage.name, seconds)
         yield Done(stage.name, key, seconds, reused=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 from deploy import layout
 from deploy.console import log
 from deploy.figures import costs, side_by_side
+from deploy.licenses import copy_licenses
 from deploy.pipeline_files import save_pipeline
 from deploy.prompts import described
 from deploy.recipe import point_budget
@@ -123,6 +124,7 @@ def slim_step(shop: Workshop, folder: Path) -> None:
     )
     seconds = round(time.perf_counter() - start, 3)
     save_pipeline(with_denoiser(shop.dense, slim), folder)
+    copy_licenses(recipe.model, folder)
     call = shop.trajectory[0]
     calibrated, sensitivity, planned = (
         artifacts.read_manifest(shop.folder / stage)["made_from"]["seconds"]
@@ -154,13 +156,14 @@ def compression_result(
 
 
 def export_step(shop: Workshop, folder: Path) -> None:
-    """ONNX of the dense and the slim denoiser, with the shapes of one image's calls."""
+    """ONNX of the dense and the slim denoiser, with the shapes of the calls for one image, or as many as there are."""
     from exporters.half_precision import fp32_islands
     from exporters.onnx_export import export_unet
 
     settings = shop.recipe.export
     result: dict[str, Any] = {"precision": settings.precision}
-    for name, pipeline in (("dense", shop.dense), ("slim", shop.slim)):
+    for name in shop.exported:
+        pipeline = shop.dense if name == "dense" else shop.slim
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
         export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
@@ -194,9 +197,9 @@ def engine_step(shop: Workshop, folder: Path) -> None:
     from exporters.onnx_export import export_unet
 
     graph = shop.folder / "export" / "slim" / "model.onnx"
-    if shop.recipe.export.precision != "fp16":  # fp32 never fuses attention, and nobody runs it on such a GPU
-        log.info("engine: exporting the slim denoiser in fp16")
-        half = shop.recipe.export.model_copy(update={"precision": "fp16", "dynamic_batch": False})
+    if shop.recipe.export.precision != shop.engine_precision:
+        log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
+        half = shop.recipe.export.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
         graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
     settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
     request = request_engine(graph, settings, plan=shop.plan)
@@ -208,6 +211,20 @@ def engine_step(shop: Workshop, folder: Path) -> None:
     else:
         log.info("engine: built, because %s", why)
         request.build(folder, progress="engine")
+
+
+def engine_runs_on(folder: Path) -> dict[str, Any]:
+    """What the manifest says of where the engine runs; nothing if there is none."""
+    from exporters.engine.check import runs_on
+
+    report = artifacts.read_json(folder / "engine.json")
+    return {} if "skipped" in report else runs_on(report)
+
+
+def export_runs_on(folder: Path) -> dict[str, Any]:
+    """What the manifest says of where the graphs run."""
+    report = artifacts.read_json(folder / "export.json")
+    return {"precision": report["precision"], "shapes": report["slim"]["inputs"]}
 
 
 def engine_gpu(shop: Workshop) -> str:
@@ -233,26 +250,28 @@ def no_engine(shop: Workshop) -> str | None:
 
 
 def validate_step(shop: Workshop, folder: Path) -> None:
-    """Parity with the fp32 torch model: the exported slim model, and its fp16 graph if there is one for the engine."""
+    """Parity with the fp32 torch model: the exported slim model, and the fp16 graph if there is one for the engine."""
     from exporters.graph_parity import check_graph
     from exporters.parity import check_trajectory, with_checks
     from exporters.runtimes.unet import UNet
 
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
-    graphs = [(shop.folder / "export" / "slim", shop.recipe.export.precision)]
+    graphs = [shop.folder / "export" / "slim"]
     if (shop.folder / "engine" / "onnx-fp16").is_dir():
-        graphs.append((shop.folder / "engine" / "onnx-fp16", "fp16"))
-    one = shop.recipe.compare.sampling.model_copy(update={"batch": 1})
+        graphs.append(shop.folder / "engine" / "onnx-fp16")
+    captions, sampling = shop.together
     parts = []
-    for graph, precision in graphs:
-        log.info("validate: %s in ONNX Runtime against fp32 in torch, %d calls", precision, len(calls))
-        unet = UNet.open(graph)
+    title = "OpenVINO" if shop.runtime.startswith("openvino") else "ONNX Runtime"
+    for graph in graphs:
+        unet = UNet.open(graph, shop.runtime)
+        precision: Any = unet.session.precision
+        log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         file = graph / "model.onnx"
         found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision, progress="validate")
         exported = with_denoiser(shop.slim, unet)
-        images = check_trajectory(shop.slim, exported, shop.captions[:1], one, progress="validate: image")
+        images = check_trajectory(shop.slim, exported, captions, sampling, progress="validate: image")
         found = with_checks(found, images)
-        parts.append({"name": f"slim in ONNX Runtime ({precision}) against slim in torch (fp32)", **found})
+        parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
     write_result(
         folder,
         "validate",
@@ -346,7 +365,7 @@ def bench_step(shop: Workshop, folder: Path) -> None:
     from exporters.runtimes.unet import UNet
 
     call = shop.trajectory[len(shop.trajectory) // 2]
-    dense, slim = (UNet.open(shop.folder / "export" / name) for name in ("dense", "slim"))
+    dense, slim = (UNet.open(shop.folder / "export" / name, shop.runtime) for name in ("dense", "slim"))
     bound = shop.recipe.gates.min_speedup
     gate = None if bound is None else f"speedup>={bound:g}"
     runtime = f"{slim.session.runtime}, {slim.session.precision}"

@@ -15,7 +15,7 @@ from slimdiff.errors import InputError
 from slimdiff.pipelines import load_pipeline
 from slimdiff.sites import find_sites
 from slimdiff.slimming import factorise
-from slimdiff.trajectory import Call, denoiser_name, record_calls
+from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,11 +24,25 @@ if TYPE_CHECKING:
 class Workshop:
     """The recipe, the build folder, and what has been opened of the models and recorded of their trajectories."""
 
+    images = 1
+    """How many go through the exported denoisers together."""
+    runtime = "onnxruntime"
+    """What graphs are held against torch and timed in."""
+    exported: tuple[str, ...] = ("dense", "slim")
+    """The denoisers that become graphs."""
+    engine_precision = "fp16"
+    """Of the engine: fp32 never fuses attention, and hardly anybody runs it on such a GPU."""
+
     def __init__(self, recipe: Recipe, folder: Path, forced: Collection[str] = ()) -> None:
         self.recipe = recipe
         self.folder = folder
         self.forced = forced
         """Stages that are done again whatever is there."""
+
+    @property
+    def shared(self) -> Path:
+        """The folder with what the cells of a matrix have in common: statistics, plan and slim model."""
+        return self.folder
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
@@ -36,7 +50,7 @@ class Workshop:
 
     @cached_property
     def slim(self) -> DiffusionPipeline:
-        return load_pipeline(self.folder / "slim")
+        return load_pipeline(self.shared / "slim")
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -67,17 +81,22 @@ class Workshop:
 
     @cached_property
     def trajectory(self) -> list[Call]:
-        """The denoiser calls for one image of the dense model, both branches of guidance together."""
-        sampling = self.recipe.compare.sampling.model_copy(update={"batch": 1})
-        return record_calls(self.dense, self.captions[:1], sampling)
+        """The denoiser calls of the dense model for one image, or `images`, both branches of guidance together."""
+        return record_calls(self.dense, *self.together)
+
+    @property
+    def together(self) -> tuple[list[str], Sampling]:
+        """What is sampled through a graph: as many captions as go through it together, and how."""
+        captions = (self.captions * self.images)[: self.images]
+        return captions, self.recipe.compare.sampling.model_copy(update={"batch": self.images})
 
     @cached_property
     def statistics(self) -> Statistics:
-        return Statistics.load(self.folder / layout.STATISTICS)
+        return Statistics.load(self.shared / layout.STATISTICS)
 
     @cached_property
     def plan(self) -> Plan:
-        return Plan.load(self.folder / layout.PLAN)
+        return Plan.load(self.shared / layout.PLAN)
 
     @cached_property
     def factors(self) -> Any:

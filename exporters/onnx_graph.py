@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimdiff.artifacts import is_inside
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -145,6 +146,29 @@ def read_graph(onnx_file: Path | str) -> ModelProto:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf has its own exception per implementation
         raise InputError(f"{path} is no ONNX model: {error}") from error
+
+
+def external_data(graph: GraphProto) -> Iterator[dict[str, str]]:
+    """What each tensor that is kept outside the graph's file says of its place: `location`, `offset`, `length`."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    tensors = [*graph.initializer, *(a.t for a in attributes), *(t for a in attributes for t in a.tensors)]
+    yield from ({e.key: e.value for e in tensor.external_data} for tensor in tensors if tensor.external_data)
+    for attribute in attributes:
+        for inner in (attribute.g, *attribute.graphs):
+            if inner.node or inner.initializer:
+                yield from external_data(inner)
+
+
+def refuse_outside(onnx_file: Path, names: Iterable[str]) -> None:
+    """Refuse a graph whose weights lie elsewhere than below its folder, also by way of a link.
+
+    Raises:
+        InputError: naming them.
+    """
+    root = onnx_file.parent.resolve()
+    outside = [n for n in names if not is_inside(n) or not (root / n).resolve().is_relative_to(root)]
+    if outside:
+        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(map(repr, outside))}): refused")
 
 
 def module_of(node: NodeProto) -> str:

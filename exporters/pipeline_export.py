@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def export_pipeline(
     *,
     call: Call | None = None,
     progress: str | None = None,
+    without: Sequence[str] = (),
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
 
@@ -93,6 +94,7 @@ def export_pipeline(
         settings: precision, opset, what stays open.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         progress: name of the progress bar on stderr; None: no bar.
+        without: graphs that are not needed: `unet`, `vae_encoder`, ...
 
     Returns:
         the graphs' files.
@@ -116,6 +118,7 @@ def export_pipeline(
         hidden = "text_encoder_2" in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
         jobs[name] = _text_encoder_job(encoder, folder / name, tokenizer.model_max_length, hidden, settings)
     jobs |= _vae_jobs(pipeline, folder, call, settings)
+    jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
     with tqdm(jobs.items(), desc=progress, disable=progress is None, unit="graph") as bar:
         for name, job in bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
-from slimdiff import artifacts, embedded
+from slimdiff import embedded
 from slimdiff.errors import InputError
+from slimdiff.model_directory import check_model_directory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -20,54 +20,32 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def load_pipeline(
     model: str | Path, dtype: torch.dtype = torch.float32, *, without: Sequence[str] = ()
 ) -> DiffusionPipeline:
-    """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only.
+    """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only, and no code but ours.
 
-    A directory with a manifest is checked against it first.
+    What is loaded is looked through first (`check_model_directory`), and held against its manifest if it has one.
 
     Args:
         without: components that are not needed, and are neither fetched nor loaded: they become None.
 
     Raises:
-        InputError: if it is not a diffusers pipeline, or its weights are pickles.
+        InputError: if it is not a diffusers pipeline, its weights are pickles, or it asks for code of its own.
     """
-    left_out = dict.fromkeys(without)
-    if str(model) == "demo":
-        return DiffusionPipeline.from_pretrained(embedded.path(), torch_dtype=dtype, use_safetensors=True, **left_out)
-    path = Path(model)
-    if path.exists():
-        _check_directory(path)
-    elif not _HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
+    path = embedded.path() if str(model) == "demo" else Path(model)
+    if path.is_file():
+        raise InputError(f"{path} is a file: a model is a diffusers pipeline directory (with model_index.json)")
+    if not path.is_dir() and (not _HUB_ID.fullmatch(str(model)) or str(model).startswith(".")):
         raise InputError(f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory or a hub id")
+    left_out = dict.fromkeys(without)
     try:
+        if not path.is_dir():
+            safe = {"use_safetensors": True, "trust_remote_code": False}
+            path = Path(DiffusionPipeline.download(str(model), **safe, **left_out))
+        check_model_directory(path)
         return DiffusionPipeline.from_pretrained(
-            str(model), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **left_out
+            str(path), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **left_out
         )
     except InputError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
-
-
-def _check_directory(path: Path) -> None:
-    index = path / "model_index.json"
-    if not path.is_dir():
-        raise InputError(f"{path} is a file: a model is a diffusers pipeline directory (with model_index.json)")
-    if not index.is_file():
-        raise InputError(f"{path} is not a diffusers pipeline directory: it has no model_index.json")
-    if (path / artifacts.MANIFEST).is_file():
-        artifacts.verify_manifest(path)
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{index} is not JSON: {error}") from error
-    for name, entry in components.items():
-        folder = path / name
-        if not (isinstance(entry, list) and folder.is_dir()) or any(folder.glob("*.safetensors")):
-            continue
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-        if pickles:
-            raise InputError(
-                f"{folder / pickles[0]} is a pickle, which can run code when opened: refused; "
-                "save the model again with safe_serialization=True"
-            )

@@ -98,8 +98,8 @@ class Plan(BaseModel):
         """
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: no plan can be read there ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: no plan can be read there ({error})") from error
         return cls.parse(text, str(path))
 
     @classmethod
@@ -112,7 +112,7 @@ class Plan(BaseModel):
             place = ".".join(str(p) for p in first["loc"])
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{where}: {place + ': ' if place else ''}{reason}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from error
 
     def ranks(self) -> dict[str, int]:

@@ -16,7 +16,9 @@ recipe.yaml, at least:
 calibrated with the built-in general prompts unless it says  prompts: prompts.txt
 
 stages: calibrate, plan, slim, export, engine, validate, compare, bench, report;
-and sweep, before the report, if the recipe has  sweep: {points: [5%, 10%, 20%]}"""
+and sweep, before the report, if the recipe has  sweep: {points: [5%, 10%, 20%]};
+further exports of the slim model, each with its parity, engine or latency, in cells/, if it has
+  matrix: {targets: [onnxruntime, sm89], shapes: [512x512, 4x512x512], precision: [fp16]}"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -32,6 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--out", metavar="DIR", help="build folder (default: the recipe's name without its ending)")
     parser.add_argument(
         "--force", action="append", default=[], metavar="STAGE", help="do a stage and its dependants again"
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="build the cells of a recipe's matrix on Ray: a cluster that sees the same files, or this machine",
     )
     return parser
 
@@ -61,7 +70,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     from deploy.build import build, log_verdict
     from deploy.recipe import load_recipe
 
-    whole = build(load_recipe(source), source.stem, out, args.force)
+    whole = build(load_recipe(source), source.stem, out, args.force, getattr(args, "ray", None))
     log_verdict(whole)
     result({"out": str(out), "report": str(out / layout.REPORT), **whole}, _text(out, whole), args.json)
     return whole["exit_code"]

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     calm_libraries()
     from deploy.figures import costs
+    from deploy.licenses import copy_licenses
     from deploy.pipeline_files import save_pipeline
     from deploy.steps import compression_result
     from deploy.workshop import denoiser_of
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     with artifact_folder(out) as temporary:
         save_pipeline(slim.pipeline, temporary)
+        copy_licenses(args.model, temporary)
         slim.plan.save(temporary / "plan.json")
         made_from = {
             "model_hash": slim.plan.model_hash,

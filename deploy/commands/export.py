@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.console import calm_libraries, in_bytes, log, result
 
     calm_libraries()
+    from deploy.licenses import copy_licenses
     from deploy.steps import shapes
     from deploy.workshop import model_hash
     from exporters.half_precision import fp32_islands
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     with artifact_folder(out) as temporary:
         progress = None if args.quiet else "export"
         files = export_pipeline(pipeline, temporary, settings, call=call, progress=progress)
+        copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
         inputs = shapes(call)
         wide = fp32_islands(temporary / "unet" / "model.onnx")

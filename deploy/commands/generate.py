@@ -17,11 +17,13 @@ EXAMPLE = """examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "generate",
-        help="an image from an artifact: dense, slim, ONNX, engine",
+        help="an image from an artifact: dense, slim, ONNX, engine, bundle",
         description="Make one image. The same seed gives the same starting noise, whatever the artifact.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="a model (dense or slim), an ONNX folder, or an engine")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="a model (dense or slim), an ONNX folder, an engine, or a bundle"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
     parser.add_argument("--out", required=True, metavar="PNG", help="the image file to write")
     parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: 0)")
@@ -30,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--height", type=int, metavar="N", help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, metavar="N", help="pixels (default: the model's)")
     parser.add_argument(
-        "--runtime", choices=RUNTIMES, help="what runs ONNX (default: onnxruntime); a model runs in torch"
+        "--runtime", choices=RUNTIMES, help="what runs ONNX (default: onnxruntime, or the best for a bundle)"
     )
     parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
     return parser
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.openers import open_denoiser, whole_pipeline
 
-    opened = open_denoiser(args.artifact, args.runtime)
+    opened = open_denoiser(args.artifact, args.runtime, height=args.height, width=args.width)
     pipeline = whole_pipeline(opened, args.artifact, args.pipeline)
     sampling = opened.sampling(sampling).model_copy(update=opened.pixels(pipeline))
     log.info("generate: %d steps", sampling.steps)
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "width": image.width,
         "height": image.height,
         "seconds": seconds,
+        "why": getattr(getattr(pipeline, "chosen", None), "why", None),
     }
     result(value, f"{out}: {image.width} x {image.height}, {sampling.steps} steps in {seconds:.1f} s", args.json)
     return 0

@@ -13,7 +13,7 @@ EXAMPLE = """examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "inspect",
-        help="what a slim model, ONNX file, engine, statistics, plan or build is",
+        help="what a slim model, ONNX file, engine, bundle, statistics, plan or build is",
         description="Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes, "
         "provenance. What has a manifest is checked against it first.",
         epilog=EXAMPLE,

@@ -6,7 +6,6 @@ rewrites the engine, its report and its manifest together is not found out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,9 @@ def read_engine(folder: Path) -> dict[str, Any]:
     lacking = [name for name in (ENGINE, REPORT) if name not in manifest["files"]]
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = artifacts.read_json(folder / REPORT)
     whole = isinstance(report, dict) and {"key", "parts", "backend"} <= report.keys()
-    if not whole or key_of(report["parts"]) != report["key"]:
+    if not whole or not _well_formed(report) or key_of(report["parts"]) != report["key"]:
         raise InputError(
             f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
         )
@@ -89,6 +88,19 @@ def read_engine(folder: Path) -> dict[str, Any]:
             f"{folder / artifacts.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
         )
     return report
+
+
+def _well_formed(report: Mapping[str, Any]) -> bool:
+    """Whether a report has what the checks here read of it."""
+    parts = report["parts"]
+    if report["backend"] not in MODULES or not isinstance(parts, dict):
+        return False
+    place, versions, shapes = (parts.get(name) for name in ("runs_on", "versions", "shapes"))
+    if not (isinstance(place, dict) and isinstance(versions, dict) and isinstance(shapes, dict)):
+        return False
+    gpu, targets = place.get("gpu"), place.get("targets")
+    placed = isinstance(gpu, dict) and {"name", "capability"} <= gpu.keys() or isinstance(targets, list)
+    return placed and isinstance(versions.get(report["backend"]), str) and "precision" in parts
 
 
 def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:

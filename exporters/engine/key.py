@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import exporters
 from exporters.engine.backends import installed_version
+from exporters.onnx_graph import external_data, refuse_outside
 from slimdiff import artifacts
 from slimdiff.errors import InputError
 
@@ -94,12 +95,9 @@ def weight_files(onnx_file: Path, graph: Any) -> list[str]:
     Raises:
         InputError: if one of them is not beside the graph, or not under its folder.
     """
-    names = sorted({e.value for i in graph.initializer for e in i.external_data if e.key == "location"})
-    root = onnx_file.parent.resolve()
-    outside = [name for name in names if not (root / name).resolve().is_relative_to(root)]
-    if outside:
-        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(outside)}): refused")
-    missing = [name for name in names if not (root / name).is_file()]
+    names = sorted({entry["location"] for entry in external_data(graph) if "location" in entry})
+    refuse_outside(onnx_file, names)
+    missing = [name for name in names if not (onnx_file.parent / name).is_file()]
     if missing:
         raise InputError(f"{onnx_file} keeps its weights in {', '.join(missing)}, which is not beside it")
     return names

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from slimdiff import artifacts
 from slimdiff.errors import InputError
 
 CONFIG = "config.json"
@@ -44,6 +44,6 @@ def read_config(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"there is no {file}: a model in ONNX or an engine has its config.json beside it")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return dict(artifacts.read_json(file))
+    except (InputError, ValueError, TypeError) as error:
         raise InputError(f"{file} is not a model's config: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from exporters.onnx_graph import read_graph
+from exporters.onnx_graph import external_data, read_graph, refuse_outside
 from exporters.runtimes import RUNTIMES, EngineRuntime, GraphRuntime
 from exporters.runtimes.openvino_session import OpenVinoSession
 from exporters.runtimes.ort_session import OnnxRuntimeSession
@@ -57,17 +57,17 @@ def version_of(runtime: str) -> str:
 
 
 def check_weights(file: Path) -> None:
-    """See that the weights which a graph keeps beside it, as every graph over 2 GB does, are there and whole.
+    """See that the weights which a graph keeps beside it, as every graph over 2 GB does, are there, whole and its own.
 
     Raises:
-        InputError: naming what is missing or too short.
+        InputError: naming what is missing, too short, or not below the graph's folder.
     """
     needed: dict[str, int] = {}
-    for tensor in read_graph(file).graph.initializer:
-        entry = {e.key: e.value for e in tensor.external_data}
+    for entry in external_data(read_graph(file).graph):
         if "location" in entry:
-            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-            needed[entry["location"]] = max(end, needed.get(entry["location"], 0))
+            start, length = (_bytes(file, entry.get(key, "0")) for key in ("offset", "length"))
+            needed[entry["location"]] = max(start + length, needed.get(entry["location"], 0))
+    refuse_outside(file, needed)
     for name, size in needed.items():
         data = file.parent / name
         if not data.is_file():
@@ -76,3 +76,9 @@ def check_weights(file: Path) -> None:
             raise InputError(
                 f"{data} has {data.stat().st_size} bytes, and {file.name} takes {size} from it: copy the folder again"
             )
+
+
+def _bytes(file: Path, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise InputError(f"{file} names weights by {text!r} where a number of bytes belongs: export it again")
+    return int(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,6 @@ def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
     """Run a command with `--json`; its result."""
     assert main([*(str(a) for a in argv), "--json"]) == code
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture(scope="module")
-def built(workspace: Path) -> Path:
-    """A finished build, and the model beside it."""
-    assert main(["build", str(workspace / "recipe.yaml"), "--out", str(workspace / "build"), "--json"]) == 0
-    return workspace / "build"
 
 
 def test_every_stage_leaves_its_result_and_manifest(built):
@@ -76,6 +68,8 @@ def test_an_engine_that_would_be_the_same_is_not_built_again(built, workspace, c
         assert "engine" in [s["name"] for s in whole["stages"] if not s["reused"]]
         files.append((folder / "engine" / "model.engine").read_bytes())
         report = check_engine(folder / "engine", gpu=lambda: Gpu("a GPU", "sm89", "580.65"))
+        runs_on = artifacts.read_manifest(folder / "engine")["runs_on"]
+        assert (runs_on["runtime"], runs_on["targets"], runs_on["precision"]) == ("tensorrt-rtx", ["sm89"], "fp16")
         assert report["precision"] == "fp16" and all(row["ok"] for row in report["sites"])
         files.append(report["seconds"])
     assert files[:2] == files[2:]

@@ -1,0 +1,194 @@
+"""Opening a bundle: checked first, then in the best runtime that is here."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.bundle.description import Bundle, Denoiser, read_bundle
+from deploy.console import log
+from exporters.runtimes import ENGINE_RUNTIMES, GRAPH_RUNTIMES, RUNTIMES
+from exporters.runtimes.pipeline import check_index, load_pipeline
+from exporters.runtimes.unet import UNet
+from exporters.runtimes.vae import VAE
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Fastest first. ONNX Runtime's TensorRT provider builds an engine at the first call, for minutes: only where asked for.
+_ORDER = (
+    *ENGINE_RUNTIMES,
+    "onnxruntime-tensorrt",
+    "onnxruntime-cuda",
+    "openvino-bf16",
+    "openvino",
+    "openvino-fp32",
+    "onnxruntime",
+)
+_ON_GPU = (*ENGINE_RUNTIMES, "onnxruntime-cuda", "onnxruntime-tensorrt")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which denoiser of a bundle runs in what, and why."""
+
+    denoiser: Denoiser
+    runtime: str
+    """Of `exporters.runtimes`."""
+    title: str
+    """With its version and device, for people."""
+    why: str
+    passed_over: tuple[str, ...]
+    """What would have come before it, each with the reason why it is not."""
+
+
+def load(
+    path: Path | str,
+    runtime: str | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    threads: int | None = None,
+    unpack_to: Path | str | None = None,
+) -> DiffusionPipeline:
+    """A diffusers pipeline of a bundle, on the best runtime that is here.
+
+    Every file is held against the manifest before any is used. Best is an engine for the GPU that is here, then ONNX
+    Runtime on a GPU, then OpenVINO and ONNX Runtime on the CPU, as far as the bundle is meant for them.
+
+    Args:
+        path: a bundle's folder, or an archive of one.
+        runtime: that and no other, of `exporters.runtimes`.
+        height: of the images, pixels, where a bundle has denoisers for several sizes.
+        width: likewise.
+        threads: of a runtime on the CPU; its own choice if not given.
+        unpack_to: a folder that an archive is unpacked into, to stay there; by default one that goes with the pipeline.
+
+    Returns:
+        the pipeline; its attribute `chosen` (`Chosen`) tells the runtime and the reason.
+
+    Raises:
+        InputError: if it is no bundle, not what its manifest says, or has nothing for that runtime or size.
+        MissingPackageError: if none of the runtimes that it is meant for is here.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _from_archive(path, runtime, height, width, threads, unpack_to)
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such bundle, folder or archive")
+    if unpack_to is not None:
+        raise InputError(f"{path} is a folder: only an archive is unpacked")
+    return open_bundle(read_bundle(path), runtime, height=height, width=width, threads=threads)
+
+
+def open_bundle(
+    bundle: Bundle,
+    runtime: str | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    threads: int | None = None,
+) -> DiffusionPipeline:
+    """`load` for a bundle that was checked."""
+    check_index(bundle.folder)
+    ways = ranked(bundle, runtime, height, width)
+    passed_over: list[str] = []
+    failed: list[SlimdiffError] = []
+    for denoiser, name in ways:
+        folder = bundle.folder / denoiser.folder
+        try:
+            unet = UNet.open(folder, name, threads)
+        except (MissingPackageError, InputError) as error:
+            if runtime is not None or len(ways) == 1 or (isinstance(error, InputError) and not denoiser.is_engine):
+                raise
+            failed.append(error)
+            passed_over.append(f"{denoiser.name} in {name}: {error}")
+            continue
+        beside = "onnxruntime-cuda" if name in _ON_GPU and _has_cuda_provider() else _rest_runtime(name)
+        vae = VAE.open(bundle.folder / denoiser.vae, beside, threads)
+        pipeline: Any = load_pipeline(bundle.folder, beside, threads=threads, unet=unet, vae=vae, checked=True)
+        chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, name, runtime, failed), tuple(passed_over))
+        log.info("bundle: %s in %s, %s", denoiser, chosen.title, chosen.why)
+        pipeline.chosen = chosen
+        return pipeline
+    raise MissingPackageError(f"nothing of {bundle.folder} runs here: {'; '.join(passed_over)}")
+
+
+def ranked(
+    bundle: Bundle, runtime: str | None = None, height: int | None = None, width: int | None = None
+) -> list[tuple[Denoiser, str]]:
+    """Ways to run a bundle, best first.
+
+    Raises:
+        InputError: if there is none for that runtime or size.
+    """
+    if runtime is not None and runtime not in RUNTIMES[1:]:
+        raise InputError(f"there is no runtime {runtime!r} for bundles; there is {', '.join(RUNTIMES[1:])}")
+    denoisers = bundle.description.denoisers
+    fitting = [d for d in denoisers if d.height in (None, height or d.height) and d.width in (None, width or d.width)]
+    if not fitting:
+        there = ", ".join(dict.fromkeys(f"{d.height}x{d.width}" for d in denoisers))
+        raise InputError(f"{bundle.folder} has no denoiser for {height or '*'}x{width or '*'} pixels; there is {there}")
+    ways = [(d, r) for d in fitting for r in _runtimes(d, runtime)]
+    if not ways:
+        there = ", ".join(dict.fromkeys(r for d in fitting for r in d.runtimes))
+        raise InputError(f"{bundle.folder} has nothing that {runtime} runs; it is meant for {there}")
+    # In half precision GPUs are faster, and CPUs slower.
+    return sorted(ways, key=lambda way: (_ORDER.index(way[1]), (way[0].precision == "fp16") != (way[1] in _ON_GPU)))
+
+
+def _runtimes(denoiser: Denoiser, wanted: str | None) -> Sequence[str]:
+    if wanted is None:
+        return denoiser.runtimes
+    return [wanted] if wanted in (denoiser.runtimes if denoiser.is_engine else GRAPH_RUNTIMES) else []
+
+
+def _why(denoiser: Denoiser, name: str, wanted: str | None, failed: Sequence[SlimdiffError]) -> str:
+    if wanted is not None:
+        return "which was asked for"
+    if denoiser.is_engine:
+        return "an engine for the GPU that is here"
+    if not failed:
+        return f"the {'only runtime' if len(denoiser.runtimes) == 1 else 'best'} that it is meant for"
+    return f"the best that is here of what it is meant for ({failed[-1]})"
+
+
+def _has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _rest_runtime(name: str) -> str:
+    return name if name in GRAPH_RUNTIMES else "onnxruntime"
+
+
+def _from_archive(
+    path: Path,
+    runtime: str | None,
+    height: int | None,
+    width: int | None,
+    threads: int | None,
+    unpack_to: Path | str | None,
+) -> DiffusionPipeline:
+    from deploy.bundle.archive import unpack
+
+    if unpack_to is not None:
+        return load(unpack(path, Path(unpack_to)), runtime, height=height, width=width, threads=threads)
+    scratch = tempfile.mkdtemp(prefix="slimdiff-bundle-")
+    try:
+        folder = unpack(path, Path(scratch) / "bundle")
+        pipeline = load(folder, runtime, height=height, width=width, threads=threads)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    weakref.finalize(pipeline, shutil.rmtree, scratch, ignore_errors=True)
+    return pipeline

@@ -1,0 +1,137 @@
+"""A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from exporters.onnx_graph import read_graph
+from exporters.runtimes.module import read_config
+from slimdiff import artifacts
+from slimdiff.errors import InputError
+from slimdiff.model_directory import INDEX
+
+_COPIED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+_ENCODERS = ("text_encoder", "text_encoder_2")
+
+Latents = tuple[int | None, int | None]
+"""Height and width of what a denoiser denoises; None where it takes any."""
+
+
+class Rest(Protocol):
+    """Where the other components come from."""
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along a side."""
+
+    def write(
+        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
+    ) -> None:
+        """Write tokenizers, scheduler and graphs in optimum's layout; VAEs into the places that `place_of` names.
+
+        Args:
+            folder: of the bundle.
+            precision: of what is exported; what was exported before stays as it is.
+            sizes: of the latents that a VAE is needed for.
+            encoder: whether the VAE's encoder goes along, for image to image.
+            progress: what to call the work on stderr; None: say nothing.
+        """
+
+
+def place_of(size: Latents, sizes: Sequence[Latents]) -> str:
+    """The folder, below the bundle, with the VAE for that size: `.` for the first."""
+    return "." if size == sizes[0] else f"sizes/{size[0]}x{size[1]}"
+
+
+def latent_scale(vae: dict[str, Any]) -> int:
+    """Pixels per latent of an AutoencoderKL, by its configuration."""
+    blocks = vae.get("block_out_channels")
+    if not isinstance(blocks, list | tuple) or not blocks:
+        raise InputError("the VAE's config.json has no block_out_channels: only AutoencoderKL is taken")
+    return 2 ** (len(blocks) - 1)
+
+
+class ExportedRest:
+    """The folder of a whole pipeline, which `slimdiff export` wrote: its VAE is for one size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / artifacts.MANIFEST).is_file():
+            artifacts.verify_manifest(folder)
+
+    @cached_property
+    def scale(self) -> int:
+        return latent_scale(read_config(self.folder / "vae_decoder"))
+
+    def write(
+        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
+    ) -> None:
+        """See `Rest`.
+
+        Raises:
+            InputError: if a size is not the one that its VAE is for.
+        """
+        graph = read_graph(self.folder / "vae_decoder" / "model.onnx").graph
+        high, wide = ([d.dim_value or None for d in graph.input[0].type.tensor_type.shape.dim] + [None] * 4)[2:4]
+        for size in sizes:
+            if any(have is not None and have != wanted for have, wanted in zip((high, wide), size, strict=True)):
+                raise InputError(
+                    f"the VAE in {self.folder} is for latents of {high}x{wide}, a denoiser for {size[0]}x{size[1]}: "
+                    "name a model with --pipeline, whose VAE is exported for every size"
+                )
+        shutil.copyfile(self.folder / INDEX, folder / INDEX)
+        vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
+        for name in (*_COPIED, *_ENCODERS, *vaes):
+            if (self.folder / name).is_dir():
+                shutil.copytree(self.folder / name, folder / name, ignore=_other_weights)
+
+
+def _other_weights(folder: str, names: list[str]) -> list[str]:
+    """What has no place in a bundle: caches, and the weights that the graph was exported from."""
+    from deploy.bundle.description import allowed
+
+    return [n for n in names if (Path(folder) / n).is_symlink() or not ((Path(folder) / n).is_dir() or allowed(n))]
+
+
+class TorchRest:
+    """A model in torch, whose components are exported for every size that is needed."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    @cached_property
+    def pipeline(self) -> Any:
+        from slimdiff.pipelines import load_pipeline
+
+        return load_pipeline(self.model)
+
+    @cached_property
+    def scale(self) -> int:
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is None:
+            raise InputError(f"{self.model} has no vae: only latent diffusion pipelines are bundled")
+        return latent_scale(dict(vae.config))
+
+    def write(
+        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
+    ) -> None:
+        """See `Rest`."""
+        from exporters.onnx_export import ExportSettings
+        from exporters.pipeline_export import example_call, export_pipeline
+
+        settings = ExportSettings(precision=precision)  # type: ignore[arg-type]
+        unwanted = ["unet"] if encoder else ["unet", "vae_encoder"]
+        for size in sizes:
+            pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
+            place = folder / place_of(size, sizes)
+            call = example_call(self.pipeline, **pixels)
+            without = unwanted if place == folder else [*unwanted, *_ENCODERS]
+            export_pipeline(self.pipeline, place, settings, call=call, progress=progress, without=without)
+            if place != folder:  # further sizes have a VAE alone
+                for path in place.iterdir():
+                    if not path.name.startswith("vae_"):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
