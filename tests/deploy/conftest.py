@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from conftest import PROMPTS
 
+from deploy.cli import main
 from deploy.pipeline_files import save_pipeline
 
 RECIPE = """
@@ -31,3 +33,29 @@ def workspace(tmp_path_factory, pipeline) -> Path:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="package")
+def built(workspace: Path) -> Path:
+    """A finished build, and the model beside it; not to be changed."""
+    assert main(["build", str(workspace / "recipe.yaml"), "--out", str(workspace / "build"), "--json"]) == 0
+    return workspace / "build"
+
+
+@pytest.fixture(scope="package")
+def exported(workspace: Path) -> Path:
+    """The tiny pipeline in ONNX, for one guided image at a time; not to be changed."""
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    assert main(["export", str(workspace / "tiny"), "--out", str(workspace / "onnx"), "--json"]) == 0
+    return workspace / "onnx"
+
+
+@pytest.fixture(scope="package")
+def engine(exported: Path, workspace: Path) -> Path:
+    """An engine of its UNet, in fp32 for sm89; not to be changed."""
+    for name in ("tensorrt_rtx", "polygraphy"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: engines need the extra tensorrt-rtx")
+    argv = ["engine", exported, "--out", workspace / "engine-sm89", "--backend", "tensorrt-rtx", "--target", "sm89"]
+    assert main([*map(str, argv), "--json"]) == 0
+    return workspace / "engine-sm89"

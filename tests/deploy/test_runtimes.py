@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -29,23 +28,6 @@ def refused(argv: list[Any], capsys, code: int = 2) -> str:
     line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
     assert seen.out == "" and len(line) == 1, seen.err
     return line[0]
-
-
-@pytest.fixture(scope="module")
-def exported(workspace: Path) -> Path:
-    """The tiny pipeline in ONNX, for one guided image at a time."""
-    assert main(["export", str(workspace / "tiny"), "--out", str(workspace / "onnx"), "--json"]) == 0
-    return workspace / "onnx"
-
-
-@pytest.fixture(scope="module")
-def engine(exported: Path, workspace: Path) -> Path:
-    for name in ("tensorrt_rtx", "polygraphy"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: engines need the extra tensorrt-rtx")
-    argv = ["engine", exported, "--out", workspace / "engine-sm89", "--backend", "tensorrt-rtx", "--target", "sm89"]
-    assert main([*map(str, argv), "--json"]) == 0
-    return workspace / "engine-sm89"
 
 
 @pytest.fixture(scope="module")
