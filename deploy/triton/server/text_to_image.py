@@ -1,0 +1,222 @@
+"""A prompt becomes an image: diffusers' own pipeline, its models called through a function.
+
+A Triton server runs this inside the BLS model beside it (`model.py`), where the function asks the server for its other
+models. diffusers, transformers and numpy are all that it needs, and nothing that it reads can run code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+Infer = Callable[[str, dict[str, np.ndarray], list[str]], dict[str, np.ndarray]]
+"""Model's name, its inputs, names of the wanted outputs -> those outputs."""
+
+COMPONENTS = "components.json"
+"""By model: `batch` (of its graph; null where it is open), `inputs` and `outputs`, both name -> `dtype`, `shape`."""
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PARTS = {"scheduler": "diffusers", "tokenizer": "transformers", "tokenizer_2": "transformers"}
+"""Components that are not models, and the library that has their class: no other code is imported."""
+_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Cancelled(Exception):
+    """The caller wants no image any more."""
+
+
+class TextToImage:
+    """Makes images of the one size that the models are for.
+
+    Args:
+        folder: `model_index.json`, `components.json`, the scheduler's and tokenizers' folders, and a `config.json` per
+            model.
+        infer: calls a model. It is given the model's own shapes and dtypes, with one more axis of 1 where a tensor has
+            nothing but a batch (Triton has no scalars).
+        max_steps: more than these are refused.
+
+    Raises:
+        ValueError: for a pipeline of another kind, or components of other libraries.
+    """
+
+    def __init__(self, folder: Path | str, infer: Infer, max_steps: int = 100):
+        folder = Path(folder)
+        index = _read(folder / "model_index.json")
+        graphs = _read(folder / COMPONENTS)
+        name = index["_class_name"]
+        if name not in PIPELINES:
+            raise ValueError(f"{name} is no pipeline that is served: {' and '.join(PIPELINES)} are")
+        kind = getattr(diffusers, name)
+        makers: dict[str, Callable[..., Any]] = {"unet": _UNet, "vae": _VAE, **dict.fromkeys(_ENCODERS, _TextEncoder)}
+        parts: dict[str, Any] = {}
+        for part in inspect.signature(kind).parameters:
+            value = index.get(part)
+            if part in makers and value is not None:
+                model = "vae_decoder" if part == "vae" else part
+                parts[part] = makers[part](model, graphs[model], _read(folder / model / "config.json"), infer)
+            elif part in PARTS and value is not None:
+                parts[part] = _from_library(folder / part, part, *value)
+            elif part in index:
+                parts[part] = value
+            elif part in ("safety_checker", "feature_extractor", "image_encoder"):
+                parts[part] = None
+        self.max_steps = max_steps
+        self.pipeline = kind(**parts)
+        self.pipeline.set_progress_bar_config(disable=True)
+        height, width = graphs["unet"]["inputs"]["sample"]["shape"][-2:]
+        scale = self.pipeline.vae_scale_factor
+        self.size = {"height": height * scale, "width": width * scale}
+
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float = 5.0,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
+        """Make one image.
+
+        Args:
+            prompt: what to show.
+            negative_prompt: what not to show; without guidance it says nothing.
+            seed: of the noise; with the same one, diffusers makes the same image of the same model on the CPU.
+            steps: of the scheduler, 1 to `max_steps`; 20 if not given, or as many as are allowed.
+            guidance: classifier-free guidance scale, 0 to 100; up to 1 there is none, and the UNet has half the work.
+            is_cancelled: asked after every step.
+
+        Returns:
+            uint8 `[height, width, 3]`.
+
+        Raises:
+            ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole.
+            Cancelled: once `is_cancelled` says so.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: say what to show")
+        steps = min(20, self.max_steps) if steps is None else steps
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"steps must be 1 to {self.max_steps}, not {steps}")
+        if not 0 <= guidance <= 100:
+            raise ValueError(f"guidance must be 0 to 100, not {guidance}")
+
+        def after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            if is_cancelled():
+                raise Cancelled("the request was cancelled")
+            return tensors
+
+        image = self.pipeline(
+            prompt,
+            negative_prompt=negative_prompt or None,  # to SDXL, nothing and an empty text are two things
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            callback_on_step_end=after_step,
+            **self.size,
+        ).images[0]
+        return (image * 255).round().astype(np.uint8)
+
+
+class _Remote(nn.Module):
+    """A model that answers through `infer`, in the place of a pipeline's own."""
+
+    def __init__(self, name: str, graph: dict[str, Any], config: Any, infer: Infer, dtype_of: str):
+        super().__init__()
+        self.name, self.graph, self.config, self.infer = name, graph, config, infer
+        self.dtype = getattr(torch, (graph["inputs"] | graph["outputs"])[dtype_of]["dtype"])
+        self.device = torch.device("cpu")
+
+    def ask(self, outputs: list[str], **given: Tensor) -> list[Tensor]:
+        """Outputs for inputs `[B, ...]` of any B: in parts of the graph's own batch, where that is fixed."""
+        arrays = {
+            name: np.ascontiguousarray(tensor.detach().cpu().numpy().astype(self.graph["inputs"][name]["dtype"]))
+            for name, tensor in given.items()
+        }
+        arrays = {name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()}
+        count = len(next(iter(arrays.values())))
+        size = self.graph["batch"] or count
+        answers = []
+        for start in range(0, count, size):
+            rows = np.minimum(np.arange(start, start + size), count - 1)  # the last part is filled up
+            answers.append(self.infer(self.name, {name: array[rows] for name, array in arrays.items()}, outputs))
+        return [torch.from_numpy(np.concatenate([a[name] for a in answers])[:count]) for name in outputs]
+
+
+class _Encoded(NamedTuple):
+    """What pipelines read of a text encoder's answer: item 0, and the hidden states from the last."""
+
+    first: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class _TextEncoder(_Remote):
+    """CLIP, with or without projection."""
+
+    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
+        super().__init__(name, graph, FrozenDict(config), infer, "last_hidden_state")
+        self.first = "text_embeds" if "text_embeds" in graph["outputs"] else "last_hidden_state"
+
+    def forward(self, input_ids: Tensor, attention_mask: None = None, output_hidden_states: bool = False) -> _Encoded:
+        if not output_hidden_states:
+            return _Encoded(self.ask([self.first], input_ids=input_ids)[0], None)
+        # Of these, SDXL reads the one before the last alone.
+        layer = f"hidden_states.{self.config['num_hidden_layers'] - 1}"
+        names = list(dict.fromkeys([self.first, layer, "last_hidden_state"]))
+        found = dict(zip(names, self.ask(names, input_ids=input_ids), strict=True))
+        return _Encoded(found[self.first], (found[layer], found["last_hidden_state"]))
+
+
+class _UNet(_Remote):
+    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
+        super().__init__(name, graph, FrozenDict(config), infer, "sample")
+        if features := config.get("projection_class_embeddings_input_dim"):
+            # SDXL pipelines read the width of the added embedding off the layer itself.
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **_others: Any,
+    ) -> tuple[Tensor]:
+        if float(timestep) != int(timestep):
+            raise ValueError(
+                f"the UNet takes whole timesteps, not {float(timestep)}: set timestep_spacing to 'leading'"
+            )
+        timesteps = torch.full((len(sample),), int(timestep))
+        given = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": encoder_hidden_states}
+        (noise,) = self.ask(["out_sample"], **given, **(added_cond_kwargs or {}))
+        return (noise.to(sample.dtype),)
+
+
+class _VAE(_Remote):
+    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
+        super().__init__(name, graph, FrozenDict(config), infer, "latent_sample")
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> tuple[Tensor]:
+        return (self.ask(["sample"], latent_sample=z)[0],)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _from_library(folder: Path, part: str, library: str, kind: str) -> Any:
+    if library != PARTS[part]:
+        raise ValueError(f"the {part} is of {library}; taken is one of {PARTS[part]}")
+    return getattr(importlib.import_module(library), kind).from_pretrained(folder)

@@ -1,0 +1,36 @@
+"""What a Triton model repository is written with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TritonSettings(BaseModel):
+    """How the server runs the models."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    """`tensorrt` serves the engines that there are, of the UNet at least; what has none is served as ONNX."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """Where ONNX Runtime computes; TensorRT always does on the GPU."""
+    instances: int = Field(1, ge=1)
+    """Copies of every model (per GPU), each with its weights in memory."""
+    concurrency: int = Field(4, ge=1)
+    """Requests that are denoised at the same time; those beyond wait. Their UNet calls can share batches."""
+    max_batch: int = Field(8, ge=2)
+    """Largest batch that requests are gathered to, in models with an open batch; with guidance, two per image."""
+    queue_delay_us: int = Field(1000, ge=0)
+    """How long a call may wait for others to share a batch with, in microseconds."""
+    max_steps: int = Field(100, ge=1, le=1000)
+    """Requests for more steps are refused."""
+    image: str = Field("nvcr.io/nvidia/tritonserver:26.07-py3", pattern=r"^[\w./:@-]+$")
+    """Container image of the server. Engines ask for the one with the TensorRT version that built them."""
+
+    @model_validator(mode="after")
+    def _on_a_gpu(self) -> TritonSettings:
+        if self.backend == "tensorrt" and self.device == "cpu":
+            raise ValueError("TensorRT engines run on a GPU: take the onnxruntime backend for a CPU")
+        return self
