@@ -39,6 +39,6 @@ def change_points(values: Sequence[float], errors: Sequence[float]) -> list[int]
     logs = np.log(np.asarray(values, dtype=float))
     # Three quarters of normal differences are within 1.1503 of their standard deviations, the noise's times root two.
     noise = float(np.quantile(np.abs(np.diff(logs)), 0.75)) / 1.1503 / 2**0.5
-    noise = max(noise, float(np.median(errors)))
+    noise = max(noise, float(np.median(errors)), 1e-6)  # equal values differ by rounding
     search = ruptures.Pelt(model="l2", min_size=LEAST, jump=1).fit(logs.reshape(-1, 1))
     return [int(i) for i in search.predict(pen=PENALTY * noise**2 * np.log(len(logs)))[:-1]]

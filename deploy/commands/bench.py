@@ -180,8 +180,12 @@ def show(args: argparse.Namespace, gate: Gate | None) -> int:
     if args.plot:
         history_page.write_plot(series, args.plot)
     verdict = "fail" if "fail" in verdicts else "pass"
-    value = {"verdict": verdict, "gate": str(gate) if gate else None, "skipped_lines": skipped}
-    value["series"] = [_series(s, v) for s, v in zip(series, verdicts, strict=True)]
+    value = {
+        "verdict": verdict,
+        "gate": str(gate) if gate else None,
+        "skipped_lines": skipped,
+        "series": [_series(s, v) for s, v in zip(series, verdicts, strict=True)],
+    }
     result(value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), args.json)
     return EXIT_CODE[verdict]
 

@@ -116,7 +116,8 @@ def sample(
         bar: is moved on by each pair.
     """
     fixed = settings.processes if gate else settings.processes or next(looks()).pairs
-    start, pairs = clock(), []
+    start = clock()
+    pairs: list[PairTimes] = []
     for look in looks(fixed):
         while len(pairs) < look.pairs:
             spent = clock() - start

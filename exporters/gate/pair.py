@@ -194,8 +194,8 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
         blocks: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         for index in range(rounds):
             for side in (first, 1 - first) if index % 2 == 0 else (1 - first, first):
-                told = workers[side].ask("run", count=count + lead)
-                blocks[side].append({name: values[lead:] for name, values in told.items()})
+                runs = workers[side].ask("run", count=count + lead)
+                blocks[side].append({name: values[lead:] for name, values in runs.items()})
         ends = [worker.ask("end") for worker in workers]
     return PairTimes(
         sides=(_side(opened[0], blocks[0], ends[0]), _side(opened[1], blocks[1], ends[1])),
