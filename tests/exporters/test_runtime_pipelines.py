@@ -202,7 +202,7 @@ def change_index(folder, **changes) -> None:
         ({"_class_name": "ORTPipeline"}, "the pipeline 'Pipeline', which this diffusers does not have"),
         ({"_class_name": "UNet2DConditionModel"}, "which this diffusers does not have"),
         ({"unet": "none"}, "names no unet"),
-        ({"scheduler": ["os", "system"]}, "asks for the scheduler os.system; taken are scheduler, tokenizer"),
+        ({"scheduler": ["os", "system"]}, "asks for os.system; taken are diffusers, transformers"),
         ({"safety_checker": ["diffusers", "AutoencoderKL"]}, "asks for the safety_checker"),
         ({"scheduler": ["diffusers", "NoSuchScheduler"]}, "diffusers.NoSuchScheduler, which this diffusers does not"),
         ({"scheduler": ["transformers", "CLIPTokenizer"]}, "the scheduler in .* could not be loaded"),
