@@ -15,6 +15,7 @@ EXAMPLE = """examples:
   slimdiff bundle my-build --target server --out my-server --archive oci
   slimdiff bundle slim-onnx --target edge --out device --archive tar.zst
   slimdiff bundle slim-engines --pipeline slim --target edge --capability sm89 --out box
+  slimdiff bundle slim-onnx --target server --triton --out my-server
 
 edge    one denoiser for one runtime: the graph for ONNX Runtime, or what --runtime, --capability, --precision and
         --shape name; the VAE's decoder alone; no plans, no layers of engines, no settings of builds
@@ -38,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--out", required=True, metavar="DIR", help="where the bundle goes")
     parser.add_argument(
         "--archive", choices=("tar.zst", "oci"), help="write DIR.tar.zst, or DIR.oci.tar (an OCI image layout), too"
+    )
+    parser.add_argument(
+        "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
     )
     parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
     parser.add_argument(
@@ -63,14 +67,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.outputs import artifact_folder, check_folder
     from slimdiff import artifacts
-    from slimdiff.errors import require
+    from slimdiff.errors import InputError, require
 
     out = Path(args.out)
+    if args.triton and args.target != "server":
+        raise InputError("--triton is for servers: say --target server")
     check_folder(out, artifacts.MANIFEST)
     shapes = [_shape(spec) for spec in args.shape]
     require("onnx", "onnx")
     if args.archive == "tar.zst":
         require("zstandard", "bundle")
+    if args.triton:
+        require("tritonclient", "triton")
 
     from deploy.console import calm_libraries, log, result
 
@@ -86,7 +94,14 @@ def run(args: argparse.Namespace) -> int:
     if left:
         log.info("bundle: left out are %s", ", ".join(c.name for c in left))
     with artifact_folder(out) as temporary:
-        description = write_bundle(source, temporary, args.target, wanted, progress=None if args.quiet else "bundle")
+        description = write_bundle(
+            source,
+            temporary,
+            args.target,
+            wanted,
+            more=[_write_triton] if args.triton else [],
+            progress=None if args.quiet else "bundle",
+        )
         files = artifacts.read_manifest(temporary)["files"]
     archive = None
     if args.archive:
@@ -95,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     value = {
         "out": str(out),
         "archive": None if archive is None else str(archive),
+        "triton": "triton" if args.triton else None,
         "source": source.kind,
         **description.model_dump(),
         "left_out": [c.name for c in left],
@@ -103,6 +119,14 @@ def run(args: argparse.Namespace) -> int:
     }
     result(value, _text(value, description), args.json)
     return 0
+
+
+def _write_triton(folder: Path) -> None:
+    """A Triton repository of the bundle's own pipeline, in a folder of the bundle."""
+    from deploy.bundle.description import TRITON
+    from deploy.triton import write_repository
+
+    write_repository(folder, folder / TRITON)
 
 
 def _shape(spec: str) -> tuple[int, int, int]:
@@ -120,6 +144,7 @@ def _text(value: dict[str, Any], description: Any) -> str:
 
     lines = [f"{value['out']}: {value['target']}, {value['files']} files, {in_bytes(value['bytes'])}"]
     lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
+    lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
     lines += [f"archive: {value['archive']}"] * bool(value["archive"])
     needs = " ".join(f"'{name}{version}'" for name, version in value["packages"].items())
     return "\n".join([*lines, f"needs {needs}", f"try: slimdiff generate {value['out']} --prompt TEXT --out image.png"])

@@ -14,6 +14,8 @@ import yaml
 from families import xl
 from pydantic import ValidationError
 
+import deploy
+from deploy.cli import main
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
 from exporters.engine import EngineSettings
@@ -375,3 +377,18 @@ def test_the_compose_file_mounts_the_models_into_the_image_asked_for(sources, tm
     assert f"torch=={torch.__version__.partition('+')[0]}" in docker[2]
     with pytest.raises(ValidationError):
         TritonSettings(image="tritonserver\nRUN curl")
+
+
+def test_a_bundle_for_a_server_has_a_repository_on_request(exported, tmp_path, capsys):
+    """As docs/serve-with-triton.md says."""
+    argv = ["bundle", str(exported), "--target", "server", "--triton", "--out", str(tmp_path / "server")]
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["triton"] == "triton"
+    models = tmp_path / "server" / "triton" / "models"
+    assert {f.name for f in models.iterdir()} == {"text_encoder", "unet", "vae_decoder", "text_to_image"}
+    assert read_config(models / "unet").name == "unet"
+    assert (tmp_path / "server" / "triton" / "compose.yaml").is_file()
+    image = deploy.load(tmp_path / "server")("a circle", num_inference_steps=1, output_type="np").images
+    assert np.isfinite(image).all()
+    assert main([*argv[:2], "--target", "edge", "--triton", "--out", str(tmp_path / "edge")]) == 2
+    assert "--triton is for servers" in capsys.readouterr().err

@@ -129,6 +129,7 @@ def test_a_slim_sdxl_makes_the_same_images_in_optimum(onnx_xl_folder, xl_pipelin
     same(images(loaded, ["abc"]), images(slim, ["abc"]))
 
 
+@pytest.mark.slow
 def test_the_embedded_model_makes_the_same_image_in_optimum(tmp_path):
     optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the extra optimum")
     demo = load_pipeline("demo")
