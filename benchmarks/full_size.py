@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from exporters.machine import machine_name
+from exporters.machine import machine_name, peak_memory
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
 from slimdiff.closed_forms import Forms
@@ -150,13 +151,10 @@ def overhead(denoiser: nn.Module, calls: list[Call], settings: StatisticsSetting
 
 def peak_bytes(reset: bool = False) -> int:
     """Peak resident memory since the last reset, or of the process where the system cannot tell."""
-    try:
-        if reset:
+    if reset:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensitivities: bool = False) -> dict:
