@@ -2,7 +2,8 @@
 
 `python -m benchmarks.full_size_export [--model sd15,sdxl] [--precision fp32,fp16]` prints a Markdown table, one process
 per row. Weights are random, and slim UNets are cut to given ranks without calibration: a graph's size and its export's
-time and memory depend on neither. `--check` also runs the UNet's graph in ONNX Runtime against torch (fp32 only).
+time and memory depend on neither. In fp32, `--check` also runs the UNet's graph in ONNX Runtime against torch, and
+`--image STEPS` has optimum's `ORTDiffusionPipeline` load the folder and make the image that torch makes of one seed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from benchmarks.full_size import MODELS, Clock, peak_bytes
@@ -37,7 +40,13 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_enco
 
 
 def measure(
-    name: str, variant: str, settings: ExportSettings, folder: Path, held: torch.dtype, check: bool = False
+    name: str,
+    variant: str,
+    settings: ExportSettings,
+    folder: Path,
+    held: torch.dtype,
+    check: bool = False,
+    steps: int = 0,
 ) -> dict[str, Any]:
     """Export one pipeline in this process.
 
@@ -48,6 +57,7 @@ def measure(
         folder: gets the graphs.
         held: dtype that the pipeline is in when the export begins.
         check: run the UNet's graph against torch afterwards.
+        steps: of an image that torch and the exported folder make of one seed; 0: none.
 
     Returns:
         the row: seconds, peak memory, bytes by component, and what was seen in the graphs.
@@ -61,6 +71,7 @@ def measure(
     row |= {"parameters": count_parameters(pipeline.unet), "held": str(held).removeprefix("torch.")}
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     row["weights"] = sum(map(count_bytes, modules))
+    expected_image = _image(pipeline, steps) if steps else None
     row["before"] = peak_bytes(reset=True)
     with Clock() as clock:
         call = example_call(pipeline)
@@ -75,12 +86,29 @@ def measure(
         graph = folder / "unet" / "model.onnx"
         row["leftovers"] = len(leftover_dims(graph, plan))
         row["misfits"] = sum(not site["ok"] for site in check_reduced_dims(graph, plan))
-    if check:
-        expected = predict(pipeline.unet, call)
-        del pipeline, modules
-        gc.collect()
+    expected = predict(pipeline.unet, call) if check else None
+    del pipeline, modules
+    gc.collect()
+    if expected is not None:
         row["error"] = _error(folder / "unet" / "model.onnx", call, expected)
+    if expected_image is not None:
+        from optimum.onnxruntime import ORTDiffusionPipeline
+
+        found = _image(ORTDiffusionPipeline.from_pretrained(folder), steps)
+        row |= {"psnr": _psnr(found, expected_image), "steps": steps, "image": list(found.shape)}
     return row
+
+
+def _image(pipeline: DiffusionPipeline, steps: int) -> np.ndarray:
+    """One image with guidance, `[H, W, 3]` in [0, 1], of a seed and words that the random pipelines' tokenizer has."""
+    seed = torch.Generator().manual_seed(0)
+    found = pipeline("a red circle", num_inference_steps=steps, generator=seed, output_type="np")
+    return found.images[0]
+
+
+def _psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    """Of two images, dB. The peak is the range of the expected one: random weights make images of little contrast."""
+    return float(-10 * np.log10(np.square(found - expected).mean() / np.ptp(expected) ** 2 + 1e-20))
 
 
 def _without_shape(file: Path) -> int:
@@ -132,6 +160,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             seen.append(f"{r['leftovers']} dense dimensions left, {r['misfits']} sites of another rank than planned")
         if "error" in r:
             seen.append(f"relative L2 {r['error']:.1e} in ONNX Runtime")
+        if "psnr" in r:
+            pixels = "x".join(map(str, r["image"][:2]))
+            seen.append(f"image of ORTDiffusionPipeline ({pixels}, {r['steps']} steps): PSNR {r['psnr']:.0f} dB")
         shape = "x".join(map(str, r["sample"]))
         lines.append(f"{r['model']}, {r['variant']}, {r['precision']}: sample {shape}; {'; '.join(seen)}.")
     lines.append("Random weights; slim UNets are cut to given ranks without calibration.")
@@ -150,14 +181,17 @@ def main() -> None:
     parser.add_argument("--held", choices=("float32", "float16"), default="float32", help="dtype before the export")
     parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
     parser.add_argument("--check", action="store_true", help="run the UNet's graph in ONNX Runtime, fp32")
+    parser.add_argument("--image", type=int, default=0, metavar="STEPS", help="make one in torch and in optimum, fp32")
     parser.add_argument("--scratch", type=Path, help="where the graphs go while a row lasts (default: the system's)")
     parser.add_argument("--row", action="store_true", help="measure one here and print its row as JSON")
     args = parser.parse_args()
     if args.row:
         settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic, dynamic_size=args.dynamic)
         with tempfile.TemporaryDirectory(dir=args.scratch, prefix="slimdiff-export-") as folder:
-            check = args.check and DTYPES[args.precision] == torch.float32
-            row = measure(args.model, args.variant, settings, Path(folder), getattr(torch, args.held), check)
+            exact = DTYPES[args.precision] == torch.float32
+            steps = args.image if exact else 0
+            held = getattr(torch, args.held)
+            row = measure(args.model, args.variant, settings, Path(folder), held, args.check and exact, steps)
         print(json.dumps(row))
         return
     rows = []
@@ -167,7 +201,7 @@ def main() -> None:
                 # A process of its own, for its peak memory.
                 command = [sys.executable, "-m", "benchmarks.full_size_export", "--row", "--model", name]
                 command += ["--variant", variant, "--precision", precision, "--held", args.held]
-                command += ["--dynamic"] * args.dynamic + ["--check"] * args.check
+                command += ["--dynamic"] * args.dynamic + ["--check"] * args.check + ["--image", str(args.image)]
                 command += ["--scratch", str(args.scratch)] if args.scratch else []
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
