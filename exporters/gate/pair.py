@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -93,10 +94,17 @@ class PairTimes:
 
 
 class Worker:
-    """The process of one side; ends with the block that it is opened for."""
+    """The process of one side; ends with the block that it is opened for.
 
-    def __init__(self, job: Job):
+    Args:
+        job: what it runs.
+        pauses: stop it whenever it is not asked anything. Threads of runtimes spin for a while after a run, which takes
+            cores from the other side.
+    """
+
+    def __init__(self, job: Job, pauses: bool = False):
         self.job = job
+        self._pauses = pauses and hasattr(signal, "SIGSTOP")
         self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
@@ -151,8 +159,13 @@ class Worker:
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Give a command and wait for its answer."""
+        if self._pauses:
+            self._process.send_signal(signal.SIGCONT)
         self.send(do, **arguments)
-        return self.answer()
+        answer = self.answer()
+        if self._pauses:
+            self._process.send_signal(signal.SIGSTOP)
+        return answer
 
 
 def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first: int = 0) -> PairTimes:
@@ -173,7 +186,7 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
     jobs = (baseline, candidate)
     on_cpu = all(job.runtime in CPU_RUNTIMES for job in jobs)
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(job)) for job in jobs]
+        workers = [stack.enter_context(Worker(job, pauses=on_cpu)) for job in jobs]
         for job, worker in zip(jobs, workers, strict=True):
             arguments = {"path": job.path, "kind": job.kind, "runtime": job.runtime, "batch": settings.batch}
             worker.send("prepare", **arguments, threads=settings.threads or None)

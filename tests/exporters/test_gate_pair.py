@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from itertools import count
 
 import numpy as np
+import psutil
 import pytest
 
 from exporters.gate.pair import Job, PairSettings, Worker, idle_cores, measure_pair
@@ -77,6 +79,24 @@ def test_a_worker_ends_with_whoever_started_it(exported):
     with Worker(job(exported["dense"])) as worker:
         worker._process.stdin.close()
         assert worker._process.wait(timeout=30) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_the_side_whose_turn_it_is_not_stands_still(exported):
+    with Worker(job(exported["dense"]), pauses=True) as worker:
+        worker.send("prepare", path=str(exported["dense"]), kind="onnx", runtime="onnxruntime", threads=2, batch=2)
+        worker.answer()
+        worker.ask("open", cores=None, warmup=1)
+        process = psutil.Process(worker._process.pid)
+        for _ in range(2):
+            deadline = time.monotonic() + 10
+            while process.status() != psutil.STATUS_STOPPED:
+                assert time.monotonic() < deadline
+            spent = process.cpu_times().user
+            time.sleep(0.1)
+            assert process.cpu_times().user == spent
+            assert len(worker.ask("run", count=2)["wall_ms"]) == 2
+    assert worker._process.poll() is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept on cores here")
