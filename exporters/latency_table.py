@@ -3,7 +3,8 @@
 A layer (an attention or feed-forward module with the norm before it and the residual around it, so that a runtime
 fuses what it fuses in the model; or a resnet, which has them inside) is run alone, at a few ranks. All layers take
 turns in changing order, one run each, and the whole dense model among them: a layer then finds the caches as cold as in
-the model, and whatever slows the machine down for a while slows all of them. One more model, cut to half its ranks,
+the model, and whatever slows the machine down for a while slows all of them. Where they do not fit into memory at once,
+the layers come in groups. One more model, cut to half its ranks,
 tells how much of the difference that layers show alone the whole model shows (the anchor). Layers of the same shape are
 measured once; what was measured is kept in a file per machine, runtime, versions and thread count.
 """
@@ -11,15 +12,18 @@ measured once; what was measured is kept in a file per machine, runtime, version
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +31,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from exporters.engine.memory import available_memory
 from exporters.machine import machine_name, usable_cores
 from exporters.onnx_export import ExportSettings, export_module, export_unet, unet_inputs
 from exporters.runtimes import TableRuntime
@@ -43,6 +48,8 @@ from slimdiff.trajectory import Call, predict
 CACHE = "SLIMDIFF_CACHE"
 """The environment variable that names another folder for what was measured."""
 _Run = Callable[[], Any]
+_Job = tuple[str, str]
+"""A layer's key and rank; of a whole model, nothing and its name."""
 
 
 class TableSettings(BaseModel):
@@ -239,32 +246,62 @@ def _measure(
     halved: Mapping[str, int],
     settings: TableSettings,
     progress: str | None,
-) -> dict[tuple[str, str], float]:
+) -> dict[_Job, float]:
     """Median milliseconds by (layer's key, rank), and of the whole models by ("", "dense") and ("", "half")."""
-    runs: dict[tuple[str, str], _Run] = {}
     with TemporaryDirectory(prefix="slimdiff-latency-") as scratch:
-        total = 2 + sum(len(ranks[layer.path]) for layer in layers.values())
-        with tqdm(total=total, desc=progress and f"{progress}: prepare", disable=progress is None) as bar:
-            for name, model in (("dense", denoiser), ("half", skeleton(denoiser, halved))):
-                runs["", name] = whole_run(model, call, Path(scratch) / name, settings)
+        folder = Path(scratch)
+
+        def whole(name: str) -> _Run:
+            model = denoiser if name == "dense" else skeleton(denoiser, halved)
+            return whole_run(model, call, folder / name, settings)
+
+        def alone(key: str, layer: Layer, rank: int) -> _Run:
+            module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
+            return _layer_run(module, inputs[layer.path], folder / f"{key}-{rank}", settings)
+
+        openers: list[dict[_Job, Callable[[], _Run]]] = [{("", n): partial(whole, n) for n in ("dense", "half")}]
+        for key, layer in layers.items():
+            openers.append({(key, str(rank)): partial(alone, key, layer, rank) for rank in ranks[layer.path]})
+        return _median_times(openers, settings, progress)
+
+
+def _median_times(
+    openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings, progress: str | None
+) -> dict[_Job, float]:
+    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds.
+
+    Args:
+        openers: job -> what opens it; those of one mapping are open together.
+    """
+    found: dict[_Job, float] = {}
+    runs: dict[_Job, _Run] = {}
+    most, process = available_memory() / 2, psutil.Process()
+    before = process.memory_info().rss
+    label = progress and f"{progress}: prepare"
+    with tqdm(total=sum(map(len, openers)), desc=label, disable=progress is None) as bar:
+        for together in openers:
+            for job, opener in together.items():
+                runs[job] = opener()
+                runs[job]()  # first runs allocate
                 bar.update()
-            for key, layer in layers.items():
-                for rank in ranks[layer.path]:
-                    module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
-                    folder = Path(scratch) / f"{key}-{rank}"
-                    runs[key, str(rank)] = _layer_run(module, inputs[layer.path], folder, settings)
-                    bar.update()
-        for run in runs.values():  # first runs allocate
-            run()
-        # On one thread, processor time is latency without the waits for whoever else is on that core.
-        clock = time.process_time if _threads(settings) == 1 else time.perf_counter
-        jobs, times = list(runs), {job: [] for job in runs}  # type: ignore[var-annotated]
-        shuffle = np.random.default_rng(0)  # so that nobody always runs after the same neighbour
-        for _ in tqdm(range(settings.rounds), desc=progress and f"{progress}: time", disable=progress is None):
-            for index in shuffle.permutation(len(jobs)):
-                start = clock()
-                runs[jobs[index]]()
-                times[jobs[index]].append(clock() - start)
+            if process.memory_info().rss - before > most:
+                found |= _take_turns(runs, settings, progress)
+                runs.clear()
+                gc.collect()
+    return found | (_take_turns(runs, settings, progress) if runs else {})
+
+
+def _take_turns(runs: Mapping[_Job, _Run], settings: TableSettings, progress: str | None) -> dict[_Job, float]:
+    # On one thread, processor time is latency without the waits for whoever else is on that core.
+    clock = time.process_time if _threads(settings) == 1 else time.perf_counter
+    jobs, times = list(runs), {job: [] for job in runs}  # type: ignore[var-annotated]
+    shuffle = np.random.default_rng(0)  # so that nobody always runs after the same neighbour
+    label = progress and f"{progress}: time"
+    for _ in tqdm(range(settings.rounds), desc=label, disable=progress is None, leave=False):
+        for index in shuffle.permutation(len(jobs)):
+            start = clock()
+            runs[jobs[index]]()
+            times[jobs[index]].append(clock() - start)
     return {job: float(np.median(seconds) * 1e3) for job, seconds in times.items()}
 
 

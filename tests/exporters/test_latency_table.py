@@ -45,6 +45,25 @@ def test_the_same_shape_is_measured_once(table):
     assert 0 < table.made_from["measured"] < len(table.layers)
 
 
+def test_layers_that_do_not_fit_into_memory_together_are_measured_in_groups(
+    pipeline, call, table, tmp_path, monkeypatch
+):
+    groups = []
+
+    def seen(runs, *others):
+        groups.append(list(runs))
+        return take_turns(runs, *others)
+
+    take_turns = latency_table._take_turns
+    monkeypatch.setattr(latency_table, "_take_turns", seen)
+    monkeypatch.setattr(latency_table, "available_memory", lambda: -(2**40))  # whatever is open is too much
+    found = measure_latency(pipeline.unet, call, PLANNING, IN_TORCH, cache=tmp_path)
+    assert groups[0] == [("", "dense"), ("", "half")] and len(groups) == 1 + found.made_from["measured"]
+    assert all(len({key for key, _ in group}) == 1 for group in groups)
+    assert {p: list(c) for p, c in found.layers.items()} == {p: list(c) for p, c in table.layers.items()}
+    assert all(0 < ms < found.dense for curve in found.layers.values() for ms in curve.values())
+
+
 def test_resnets_are_measured_where_they_may_be_slimmed(pipeline, call, tmp_path):
     planning = PlanSettings(groups=("resnet",))
     table = measure_latency(pipeline.unet, call, planning, IN_TORCH, cache=tmp_path)
