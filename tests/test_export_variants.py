@@ -1,0 +1,30 @@
+"""The comparison of ways to write a graph, on the smallest model."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
+
+from benchmarks import export_variants
+from benchmarks.export_variants import VARIANTS, measure, table
+from exporters.latency import LatencySettings
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "ONNX Runtime's MultiHeadAttention",
+        pytest.param("opset 23: Attention as one node", marks=pytest.mark.slow),
+        pytest.param("older exporter, opset 20", marks=pytest.mark.slow),
+        pytest.param("opset 20: GroupNorm in pieces", marks=pytest.mark.slow),
+    ],
+)
+def test_a_variant_computes_the_same_and_is_timed(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(export_variants, "VARIANTS", {told: VARIANTS[told]})
+    rows = measure("tiny", ["onnxruntime"], LatencySettings(rounds=6, warmup=1), tmp_path)
+    (found,) = [row["runtimes"]["onnxruntime"] for row in rows]
+    assert found["error"] < 1e-4 and found["speedup"]["low"] <= found["speedup"]["high"]
+    assert not list(tmp_path.iterdir())  # no graph is left
+    assert f"| {told} | " in table("tiny", rows)
