@@ -25,6 +25,7 @@ _GRAPHS_ON_SERVERS = {
     "fp32": ["onnxruntime-cuda", "openvino-fp32", "onnxruntime"],
     "fp16": ["onnxruntime-cuda", "openvino", "onnxruntime"],
 }
+_GRAPHS_ON_EDGES = ["openvino"]  # the fastest on CPUs: `python -m benchmarks.runtimes`
 _EXTRAS = {"onnxruntime": "onnx", "tensorrt": "gpu", "tensorrt-rtx": "tensorrt-rtx"}
 _DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 # What a machine reads of an engine's report; the rest of it is about how it was built.
@@ -164,7 +165,7 @@ def _runtimes(candidate: Candidate, target: Target, wanted: Wanted) -> list[Any]
         return [candidate.backend]
     if wanted.runtime is not None:
         return [wanted.runtime]
-    return ["onnxruntime"] if target == "edge" else list(_GRAPHS_ON_SERVERS[candidate.precision])
+    return list(_GRAPHS_ON_EDGES if target == "edge" else _GRAPHS_ON_SERVERS[candidate.precision])
 
 
 def make_lean(folder: Path) -> None:

@@ -17,7 +17,7 @@ EXAMPLE = """examples:
   slimdiff bundle slim-engines --pipeline slim --target edge --capability sm89 --out box
   slimdiff bundle slim-onnx --target server --triton --out my-server
 
-edge    one denoiser for one runtime: the graph for ONNX Runtime, or what --runtime, --capability, --precision and
+edge    one denoiser for one runtime: the graph for OpenVINO, or what --runtime, --capability, --precision and
         --shape name; the VAE's decoder alone; no plans, no layers of engines, no settings of builds
 server  every graph and engine of the source (or those that --precision, --shape and --capability name), each for all
         runtimes that may be there; the VAE's encoder too, for image to image; the source's whole provenance"""
@@ -59,7 +59,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--capability", action="append", default=[], metavar="SM", help="of engines, such as sm89; again for more"
     )
     parser.add_argument(
-        "--runtime", choices=RUNTIMES[1:], help="what the denoiser runs in (default for edge: ONNX Runtime)"
+        "--runtime",
+        choices=RUNTIMES[1:],
+        help="what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)",
     )
     return parser
 

@@ -21,7 +21,7 @@ from exporters.engine.check import read_engine
 from exporters.parity import image_psnr
 from slimdiff import InputError, MissingPackageError, artifacts
 
-for module in ("onnxscript", "onnxruntime"):
+for module in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(module, reason=f"{module} is an extra")
 
 SHOT = ["--prompt", "a red circle", "--steps", "3"]
@@ -69,8 +69,8 @@ def test_an_edge_gets_what_it_needs_and_nothing_else(edge, exported):
     assert files(edge) == kept | {"manifest.json", "README.md", "licenses/slimdiff-LICENSE.txt"}
     bundle = read_bundle(edge)
     (denoiser,) = bundle.description.denoisers
-    assert (denoiser.folder, denoiser.shape, denoiser.runtimes) == ("unet", "2x16x16", ["onnxruntime"])
-    assert set(bundle.description.packages) == {"slimdiff[onnx]"}
+    assert (denoiser.folder, denoiser.shape, denoiser.runtimes) == ("unet", "2x16x16", ["openvino"])
+    assert set(bundle.description.packages) == {"slimdiff[openvino]"}
     assert bundle.manifest["made_from"]["manifest"] == artifacts.sha256_of(exported / "manifest.json")
 
 
@@ -90,10 +90,13 @@ def test_a_server_also_changes_images_and_knows_where_it_is_from(server, edge, e
 
 
 def test_a_bundle_makes_the_image_of_what_it_was_made_from(edge, exported, tmp_path, capsys):
-    value = call(["generate", edge, *SHOT, "--out", tmp_path / "bundle.png"], capsys)
-    assert (value["kind"], value["runtime"]) == ("bundle", "onnxruntime") and value["why"]
     call(["generate", exported, *SHOT, "--out", tmp_path / "onnx.png"], capsys)
-    assert image_psnr(Image.open(tmp_path / "bundle.png"), Image.open(tmp_path / "onnx.png")) >= 80
+    expected = Image.open(tmp_path / "onnx.png")
+    for runtime, bound in (("openvino", 35), ("openvino-fp32", 80), ("onnxruntime", 80)):
+        asked = ["--runtime", runtime] * (runtime != "openvino")
+        value = call(["generate", edge, *SHOT, *asked, "--out", tmp_path / "bundle.png"], capsys)
+        assert (value["kind"], value["runtime"]) == ("bundle", runtime) and value["why"]
+        assert image_psnr(Image.open(tmp_path / "bundle.png"), expected) >= bound
 
 
 def test_the_readmes_command_runs(edge, tmp_path, monkeypatch, capsys):
@@ -170,7 +173,7 @@ def test_a_builds_bundle_is_its_slim_model(built, tmp_path, capsys):
     assert "slim_plan" not in config
     graph = (built / "export" / "slim" / "model.onnx").read_bytes()
     assert (tmp_path / "edge" / "unet" / "model.onnx").read_bytes() == graph
-    call(["generate", tmp_path / "edge", *SHOT, "--out", tmp_path / "bundle.png"], capsys)
+    call(["generate", tmp_path / "edge", *SHOT, "--runtime", "onnxruntime", "--out", tmp_path / "bundle.png"], capsys)
     call(["generate", built / "slim", *SHOT, "--out", tmp_path / "slim.png"], capsys)
     assert image_psnr(Image.open(tmp_path / "bundle.png"), Image.open(tmp_path / "slim.png")) >= 60
 
