@@ -6,7 +6,7 @@ run here. Nothing in this package imports TensorRT.
 
 from exporters.engine.backends import EXTRAS, MODULES, available_backend
 from exporters.engine.build import EngineRequest, build_engine, request_engine
-from exporters.engine.check import check_engine, check_shapes
+from exporters.engine.check import check_engine, choose_profile
 from exporters.engine.gpu import Gpu, gpu_here, has_gpu
 from exporters.engine.settings import EngineSettings, ShapeRange
 
@@ -20,7 +20,7 @@ __all__ = [
     "available_backend",
     "build_engine",
     "check_engine",
-    "check_shapes",
+    "choose_profile",
     "gpu_here",
     "has_gpu",
     "request_engine",
