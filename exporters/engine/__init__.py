@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX engines: building, reusing, checking; the building itself is in a process of its own.
 
-`build_engine` makes one or takes the one that is there, `check_engine` says before an engine is opened whether it can
-run here. Nothing in this package imports TensorRT.
+`build_engine` makes one or takes the one that is there, `pipeline.py` finds those of a whole pipeline, `check_engine`
+says before an engine is opened whether it can run here. Nothing in this package imports TensorRT.
 """
 
 from exporters.engine.backends import EXTRAS, MODULES, available_backend
