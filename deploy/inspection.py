@@ -9,6 +9,7 @@ from typing import Any
 
 from deploy import layout
 from deploy.openers import ENGINE_REPORT, graph_of, plan_beside
+from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics, artifacts
 from slimdiff.errors import InputError
 
@@ -87,7 +88,7 @@ def engine(name: str) -> dict[str, Any]:
 
 
 def engines(name: str) -> dict[str, Any]:
-    """Several engines of one graph."""
+    """Several engines: of one graph, or a pipeline's."""
     folder = Path(name)
     artifacts.verify_manifest(folder)
     kept = ("backend", "version", "targets", "bytes", "inputs")
@@ -157,6 +158,7 @@ LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
     "onnx": onnx,
     "engine": engine,
     "engines": engines,
+    ENGINE_PIPELINE: engines,
     "bundle": bundle,
     "statistics": statistics,
     "plan": plan,

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporters.layout import ENGINE_PIPELINE
 from slimdiff import artifacts
 from slimdiff.errors import InputError
 
@@ -21,7 +22,7 @@ ENGINE_REPORT = "engine.json"
 
 
 def kind_of(name: str) -> str:
-    """`model`, `onnx`, `engine`, `engines`, `bundle`, `statistics`, `plan` or `build`.
+    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
 
     What is not here is taken for a model (a hub id).
 
@@ -60,11 +61,11 @@ def kind_of(name: str) -> str:
 
 
 def _named_kind(folder: Path) -> str | None:
-    """The kind of a folder that only its manifest tells: a bundle's parts look like an exported pipeline's."""
+    """The kind of a folder that only its manifest tells: parts of bundles and of pipelines look like other kinds."""
     if not (folder / artifacts.MANIFEST).is_file():
         return None
     kind = artifacts.read_manifest(folder)["kind"]
-    return kind if kind in ("bundle", "engines") else None
+    return kind if kind in ("bundle", "engines", ENGINE_PIPELINE) else None
 
 
 def graph_of(name: str) -> Path:
@@ -80,6 +81,11 @@ def graph_of(name: str) -> Path:
     if path.is_dir() and (path / artifacts.MANIFEST).is_file():
         artifacts.verify_manifest(path)
     return found
+
+
+def engine_of(name: str, kind: str) -> Path:
+    """The folder of the UNet's engine; `kind` is `kind_of(name)`."""
+    return Path(name) / "unet" if kind == ENGINE_PIPELINE else Path(name)
 
 
 def plan_beside(graph: Path) -> Plan | None:
@@ -101,7 +107,7 @@ class Opened:
     """An artifact whose denoiser can be called."""
 
     kind: str
-    """`model` (in torch), `onnx`, `engine` or `bundle` (in a runtime of `exporters.runtimes`)."""
+    """`model` (in torch), or `onnx`, `engine`, `engine-pipeline`, `bundle` (in a runtime of `exporters.runtimes`)."""
     denoiser: Any
     predict: Callable[[Call], Tensor]
     runtime: str = "torch"
@@ -188,7 +194,7 @@ def open_denoiser(
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
     from exporters.runtimes.unet import UNet
 
-    path = graph_of(name) if kind == "onnx" else Path(name)
+    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
     unet = UNet.open(path, chosen, threads)
     return Opened(kind, unet, unet.predict, chosen)
 
@@ -211,21 +217,21 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
     if kind == "engines":
         there = ", ".join(sorted(p.parent.name for p in Path(name).glob(f"*/{ENGINE_REPORT}")))
         raise InputError(f"{name} holds several engines: name one of them ({there})")
-    if kind not in ("onnx", "engine"):
+    if kind not in ("onnx", "engine", ENGINE_PIPELINE):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
     from exporters.runtimes import GRAPH_RUNTIMES
 
     takes: tuple[str, ...] = GRAPH_RUNTIMES
-    if kind == "engine":
+    if kind != "onnx":
         from exporters.engine.check import read_engine
 
-        takes = (read_engine(Path(name))["backend"],)
+        takes = (read_engine(engine_of(name, kind))["backend"],)
     chosen = runtime or takes[0]
     if chosen not in takes:
         what, remedy = ("ONNX", "build an engine of it (slimdiff engine)") if kind == "onnx" else ("an engine", "")
         if chosen == "torch":
             remedy = "name the model that it was made from"
-        elif kind == "engine":
+        elif kind != "onnx":
             remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
         raise InputError(f"{name} is {what}, which {chosen} does not run: {remedy}")
     return chosen
@@ -237,8 +243,8 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
     Args:
         opened: from `open_denoiser`.
         name: how the user named it.
-        rest: the model, or the folder of a whole pipeline in ONNX, that gives the other components to a graph or an
-            engine; without one, the folder's own.
+        rest: the model, or the folder of a whole pipeline in ONNX or of engines, that gives the other components to a
+            graph or an engine; without one, the folder's own.
 
     Raises:
         InputError: for a lone graph or engine and no `rest`.
@@ -248,6 +254,8 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
     from exporters.runtimes.pipeline import load_pipeline as load_graphs
 
     folder = Path(rest or name)
+    if (kind := kind_of(str(folder))) == ENGINE_PIPELINE:
+        return load_graphs(folder, runtime_for(str(folder), kind, None), unet=opened.denoiser)
     if rest is not None and not (folder / "unet" / "model.onnx").is_file():
         from slimdiff.compression import with_denoiser
         from slimdiff.pipelines import load_pipeline

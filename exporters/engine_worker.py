@@ -52,8 +52,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     builder, network, parser = NetworkFromOnnxPath(job["onnx_file"], strongly_typed=typed)()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if "fixed" in job["shapes"] and -1 in tuple(tensor.shape):
-            tensor.shape = job["shapes"]["fixed"][tensor.name]
+        if -1 in tuple(tensor.shape):
+            tensor.shape = network_shape(job["shapes"], tensor.name)
     described = describe_network(trt, network)
     print("stage: building", flush=True)
     start = time.perf_counter()
@@ -73,6 +73,22 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         "engine_layers": inspect_engine(trt, plan) if job["inspect"] else None,
         **described,
     }
+
+
+def network_shape(shapes: dict[str, Any], name: str) -> list[int]:
+    """An input's shape in the network: -1 where profiles leave a dim open, and nowhere else.
+
+    A graph may leave more open than its profiles do: what they all agree on is fixed in the network, too, so that
+    kernels are chosen for fixed dims.
+
+    Args:
+        shapes: a job's.
+        name: of the input.
+    """
+    if "fixed" in shapes:
+        return shapes["fixed"][name]
+    ends = [profile[name][end] for profile in shapes["profiles"] for end in ("min", "max")]
+    return [dims[0] if len(set(dims)) == 1 else -1 for dims in zip(*ends, strict=True)]
 
 
 def _config(trt: Any, job: dict[str, Any], rtx: bool) -> Any:

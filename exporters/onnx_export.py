@@ -98,7 +98,7 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         opened["sample"] = opened.get("sample", {}) | open_size(step)
     tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
-    with in_precision(unet, dtype, keep) as module:
+    with in_precision(unet, dtype, keep) as module, _sizes_in(module, dtype):
         file = export_module(
             _UNet(module),
             dict(zip(inputs, tensors, strict=True)),
@@ -242,6 +242,24 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     copied = copy.deepcopy(module, memo=dict(cast))
     keep_in_float32(copied, keep)
     yield copied
+
+
+@contextmanager
+def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have SDXL's sines of sizes in the graph's dtype, as they come before what they are joined with.
+
+    torch joins tensors of two dtypes, `Concat` does not, and the exporter writes it all the same. diffusers rounds the
+    joined tensor to that dtype in its next line, so nothing is lost.
+    """
+    sines = getattr(unet, "add_time_proj", None)
+    if sines is None:
+        yield
+        return
+    hook = sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _floats(module: nn.Module) -> list[Tensor]:

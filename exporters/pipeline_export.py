@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from exporters.layout import CONFIGURED, INDEX
 from exporters.onnx_export import (
     DTYPES,
     ExportSettings,
@@ -29,7 +30,6 @@ from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
-_COPIED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 
 
 class _TextEncoder(nn.Module):
@@ -104,7 +104,7 @@ def export_pipeline(
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
-    parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *_COPIED)}
+    parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *CONFIGURED)}
     if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
         raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
     encoders = {name: parts[name] for name in ("text_encoder", "text_encoder_2") if parts[name] is not None}
@@ -124,10 +124,10 @@ def export_pipeline(
         for name, job in bar:
             bar.set_postfix_str(name)
             files.append(job())
-    for name in _COPIED:
+    for name in CONFIGURED:
         if parts[name] is not None:
             parts[name].save_pretrained(folder / name)
-    (folder / "model_index.json").write_text(json.dumps(_index(pipeline), indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(_index(pipeline), indent=2) + "\n")
     return files
 
 
@@ -219,6 +219,6 @@ def _index(pipeline: DiffusionPipeline) -> dict[str, Any]:
     for name, value in index.items():
         if isinstance(value, (tuple, list)):
             here = getattr(pipeline, name, None) is not None
-            copied = list(value) if here and name in _COPIED else [None, None]
+            copied = list(value) if here and name in CONFIGURED else [None, None]
             index[name] = [_OPTIMUM, _GRAPHS[name]] if here and name in _GRAPHS else copied
     return {"_class_name": type(pipeline).__name__, **index}

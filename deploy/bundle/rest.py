@@ -8,14 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS, latent_scale
 from exporters.onnx_graph import read_graph
 from exporters.runtimes.module import read_config
 from slimdiff import artifacts
 from slimdiff.errors import InputError
-from slimdiff.model_directory import INDEX
-
-_COPIED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
-_ENCODERS = ("text_encoder", "text_encoder_2")
 
 Latents = tuple[int | None, int | None]
 """Height and width of what a denoiser denoises; None where it takes any."""
@@ -45,14 +42,6 @@ class Rest(Protocol):
 def place_of(size: Latents, sizes: Sequence[Latents]) -> str:
     """The folder, below the bundle, with the VAE for that size: `.` for the first."""
     return "." if size == sizes[0] else f"sizes/{size[0]}x{size[1]}"
-
-
-def latent_scale(vae: dict[str, Any]) -> int:
-    """Pixels per latent of an AutoencoderKL, by its configuration."""
-    blocks = vae.get("block_out_channels")
-    if not isinstance(blocks, list | tuple) or not blocks:
-        raise InputError("the VAE's config.json has no block_out_channels: only AutoencoderKL is taken")
-    return 2 ** (len(blocks) - 1)
 
 
 class ExportedRest:
@@ -85,7 +74,7 @@ class ExportedRest:
                 )
         shutil.copyfile(self.folder / INDEX, folder / INDEX)
         vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
-        for name in (*_COPIED, *_ENCODERS, *vaes):
+        for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, ignore=_other_weights)
 
@@ -129,7 +118,7 @@ class TorchRest:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)
             call = example_call(self.pipeline, **pixels)
-            without = unwanted if place == folder else [*unwanted, *_ENCODERS]
+            without = unwanted if place == folder else [*unwanted, *TEXT_ENCODERS]
             export_pipeline(self.pipeline, place, settings, call=call, progress=progress, without=without)
             if place != folder:  # further sizes have a VAE alone
                 for path in place.iterdir():

@@ -10,9 +10,10 @@ from typing import Any
 
 from deploy import layout
 from deploy.bundle.rest import ExportedRest, Rest, TorchRest
-from deploy.openers import graph_of, kind_of
+from deploy.openers import engine_of, graph_of, kind_of
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.engine.refit import needs_weights
+from exporters.layout import ENGINE_PIPELINE
 from exporters.onnx_graph import read_graph
 from exporters.runtimes.module import read_config
 from slimdiff import artifacts
@@ -79,8 +80,8 @@ def open_source(
         found = [graph_candidate("onnx", graph)]
         whole = graph.parent == path / "unet" and (path / "model_index.json").is_file()
         rest = ExportedRest(path) if whole and pipeline is None else _rest(name, pipeline)
-    elif kind == "engine":
-        found, rest = [engine_candidate("engine", path)], _rest(name, pipeline)
+    elif kind in ("engine", ENGINE_PIPELINE):  # of a pipeline, the UNet alone: a bundle has all else in ONNX
+        found, rest = [engine_candidate("engine", engine_of(name, kind))], _rest(name, pipeline)
     elif kind == "engines":
         artifacts.verify_manifest(path)
         folders = sorted(file.parent for file in path.glob(f"*/{ENGINE}"))
@@ -159,6 +160,11 @@ def _model(name: str, shapes: Sequence[tuple[int, int, int]], precisions: Sequen
 
 
 def _rest(name: str, pipeline: str | None) -> Rest:
+    if kind_of(whole := pipeline or name) == ENGINE_PIPELINE:
+        raise InputError(
+            f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
+            "exported folder they were built from"
+        )
     if pipeline is None:
         raise InputError(
             f"{name} is a denoiser alone: say with --pipeline which model, or which exported folder, has the other "

@@ -129,7 +129,7 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
         InputError: if it is nothing that can be run, or that runtime does not take it.
         MissingPackageError: if the runtime is not here.
     """
-    from deploy.openers import graph_of, kind_of, runtime_for
+    from deploy.openers import engine_of, graph_of, kind_of, runtime_for
     from exporters.gate.pair import Job
 
     kind = kind_of(name)
@@ -137,8 +137,10 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
         runtime = runtime or "onnxruntime"
         return Job(name, str(exported(name, runtime, batch, scratch)), "onnx", runtime)
     runtime = runtime_for(name, kind, runtime)
-    path = graph_of(name) if kind == "onnx" else name
-    return Job(name, str(path), "onnx" if kind == "onnx" else "engine" if kind == "engine" else "model", runtime)
+    if kind == "model":
+        return Job(name, name, "model", runtime)
+    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
+    return Job(name, str(path), "onnx" if kind == "onnx" else "engine", runtime)
 
 
 def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`slimdiff engine`: an engine from an ONNX folder, or several, one per shape."""
+"""`slimdiff engine`: an engine from an ONNX folder, several, one per shape, or one of every graph of a pipeline."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ from a graph with an open batch, one engine per shape, in slim-engines/batch-2 a
 
 or one engine for a range of shapes (an optimisation profile), as trtexec writes them:
   slimdiff engine slim-open --out slim-engine --target sm89 \\
-    --min-shapes sample:1x4x64x64 --opt-shapes sample:2x4x64x64 --max-shapes sample:8x4x64x64"""
+    --min-shapes sample:1x4x64x64 --opt-shapes sample:2x4x64x64 --max-shapes sample:8x4x64x64
+
+or every graph of the pipeline as an engine, in a folder that makes images as it is:
+  slimdiff engine slim-onnx --whole --out slim-pipeline --target sm89
+  slimdiff generate slim-pipeline --prompt "..." --out image.png"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "engine",
         help="a TensorRT or TensorRT-RTX engine with fixed shapes, from an ONNX folder",
-        description="Build an engine of the UNet's graph, unless the one in DIR is that very engine. TensorRT-RTX "
-        "builds for named targets without a GPU. A slim graph's inner dimensions are checked against its plan, before "
-        "and after parsing.",
+        description="Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the "
+        "one in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner "
+        "dimensions are checked against its plan, before and after parsing.",
         epilog=EXAMPLE,
     )
     parser.add_argument("onnx", metavar="DIR", help="what `slimdiff export` wrote, or a folder with model.onnx")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the engine goes")
+    # Not --pipeline: in other commands that names a model.
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's",
+    )
     parser.add_argument(
         "--backend", choices=("auto", "tensorrt", "tensorrt-rtx"), default="auto", help="default: what is installed"
     )
@@ -68,23 +78,37 @@ def run(args: argparse.Namespace) -> int:
     from deploy.console import log, result
     from deploy.openers import graph_of, plan_beside
     from exporters.engine import request_engine
+    from exporters.engine.pipeline import remove_half_written, request_pipeline
+    from exporters.layout import ENGINE_PIPELINE, GRAPHS
+    from slimdiff.errors import InputError
 
-    out = Path(args.out)
+    out, source = Path(args.out), Path(args.onnx)
     wanted = _settings(args)
-    _check_out(out, list(wanted))
+    kind = ENGINE_PIPELINE if args.whole else "engine" if list(wanted) == [""] else "engines"
+    if args.whole and list(wanted) != [""]:
+        raise InputError("--whole makes one pipeline: ask for one shape, or for several profiles of it (--min-shapes)")
+    if args.whole:
+        remove_half_written(out)
+    _check_out(out, kind, GRAPHS if args.whole else tuple(wanted))
     graph = graph_of(args.onnx)
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
-    requests = {
-        name: request_engine(graph, chosen, plan=plan, timing_cache=args.timing_cache)
-        for name, chosen in wanted.items()
-    }
-    if list(requests) == [""]:
+    if args.whole:
+        requests = request_pipeline(source, wanted[""], plan=plan, timing_cache=args.timing_cache)
+    else:
+        requests = {
+            name: request_engine(graph, chosen, plan=plan, timing_cache=args.timing_cache)
+            for name, chosen in wanted.items()
+        }
+    if kind == "engine":
         value = _make(requests[""], out, args.quiet)
         result(value, _text(value), args.json)
         return 0
-    made = [{"name": name, **_make(request, out / name, args.quiet)} for name, request in requests.items()]
-    _describe_set(out, made)
+    made = [{"name": name, **_make(requests[name], out / name, args.quiet, name, args.whole)} for name in requests]
+    if args.whole:
+        _finish_pipeline(source, out, made)
+    else:
+        _describe_set(out, made)
     result({"out": str(out), "engines": made}, "\n".join(map(_text, made)), args.json)
     return 0
 
@@ -129,26 +153,28 @@ def _shapes(spec: str) -> dict[str, str]:
     return found
 
 
-def _check_out(out: Path, names: list[str]) -> None:
-    """Refuse a folder that holds other things, or a set of engines where one is to go, or the other way round."""
+def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
+    """Refuse a folder that holds other things, be it another kind of ours."""
     from deploy.outputs import check_folder
-    from exporters.engine.check import ENGINE
     from slimdiff import artifacts
     from slimdiff.errors import InputError
 
     check_folder(out, artifacts.MANIFEST, *(f"{name}/{artifacts.MANIFEST}" for name in names if name))
-    if not out.is_dir():
+    try:
+        there = artifacts.read_manifest(out)["kind"]
+    except InputError:  # none, or a damaged one: what it belongs to is built again
         return
-    if names == [""] and any(out.glob(f"*/{ENGINE}")):
-        raise InputError(f"--out {out} holds several engines, and one would take their place: name another folder")
-    if names != [""] and (out / ENGINE).exists():
-        raise InputError(f"--out {out} is an engine, and several cannot go into it: name another folder")
+    if there != kind:
+        what = {"engine": "an engine", "engines": "a set of engines"}.get(kind, "a pipeline of engines")
+        raise InputError(f"--out {out} is of the kind {there!r}, and {what} would take its place: name another folder")
 
 
-def _make(request: EngineRequest, out: Path, quiet: bool) -> dict[str, Any]:
+def _make(request: EngineRequest, out: Path, quiet: bool, name: str = "", part: bool = False) -> dict[str, Any]:
+    """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
     from deploy.console import log
     from deploy.outputs import artifact_folder
     from exporters.engine.check import read_engine
+    from exporters.engine.pipeline import mark_unfinished
 
     why = request.why_build(out)
     if why is None:
@@ -156,7 +182,9 @@ def _make(request: EngineRequest, out: Path, quiet: bool) -> dict[str, Any]:
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out) as temporary:
-        report = request.build(temporary, None if quiet else "engine")
+        report = request.build(temporary, None if quiet else f"engine {name}".strip())
+        if part:
+            mark_unfinished(out.parent)
     odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]
     if odd:
         log.warning("engine: its layers do not show the plan's dims at %d places, first %s", len(odd), odd[0]["site"])
@@ -170,6 +198,14 @@ def _describe_set(out: Path, made: list[dict[str, Any]]) -> None:
     if (out / artifacts.MANIFEST).is_file():  # engines from before, for other shapes, stay in the set
         engines = {**artifacts.read_manifest(out)["made_from"].get("engines", {}), **engines}
     artifacts.write_manifest(out, "engines", {"engines": engines}, {"backend": made[0]["backend"]})
+
+
+def _finish_pipeline(source: Path, out: Path, made: list[dict[str, Any]]) -> None:
+    from deploy.licenses import copy_licenses
+    from exporters.engine.pipeline import finish_pipeline
+
+    copy_licenses(source, out)
+    finish_pipeline(source, out, {engine["name"]: engine for engine in made})
 
 
 def _text(value: dict[str, Any]) -> str:

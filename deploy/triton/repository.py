@@ -14,7 +14,7 @@ from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
 from exporters.engine.key import weight_files
-from exporters.runtimes.opening import GRAPH
+from exporters.layout import GRAPH
 from slimdiff import artifacts
 from slimdiff.errors import InputError
 

@@ -13,6 +13,7 @@ from typing import Any
 from exporters.engine.backends import EXTRAS, MODULES, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import key_of
+from exporters.engine.shapes import profiles_of
 from slimdiff import artifacts
 from slimdiff.errors import InputError, MissingPackageError
 
@@ -115,29 +116,35 @@ def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_shapes(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse inputs that the engine was not built for.
+def choose_profile(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
+    """The optimisation profile that takes inputs of these shapes, the first if several do.
 
     Args:
         report: from `check_engine`.
-        shapes: of the inputs that it is to be given.
+        shapes: of the inputs that the engine is to be given.
+
+    Returns:
+        its index; 0 for an engine of fixed shapes.
 
     Raises:
-        InputError: naming the input and the shapes that it takes.
+        InputError: if none takes them, naming an input and the shapes of it that the engine was built for.
     """
-    built = report["parts"]["shapes"]
-    profiles = built.get("profiles") or [{n: {"min": s, "max": s} for n, s in built["fixed"].items()}]
+    profiles = profiles_of(report["parts"]["shapes"])
     odd = set(profiles[0]) ^ set(shapes)
     if odd:
         raise InputError(f"the engine has inputs {', '.join(profiles[0])}; it was given {', '.join(shapes)}")
-    # A profile holds for all inputs together: if none does, the nearest to tell is the first one's first miss.
     misses = [[name for name, ends in profile.items() if not _within(shapes[name], ends)] for profile in profiles]
     if all(misses):
-        name = misses[0][0]
+        never = [name for name in profiles[0] if all(name in missed for missed in misses)]
+        if not never:
+            given = ", ".join(f"{name} {_x(shape)}" for name, shape in shapes.items())
+            raise InputError(f"the engine takes each of {given}, but has no profile for all of them together")
+        name = never[0]
         taken = " or ".join(dict.fromkeys(_range(profile[name]) for profile in profiles))
         raise InputError(
             f"the engine was built for {name} {taken}, not {_x(shapes[name])}: build one for that (--batch, --shapes)"
         )
+    return misses.index([])
 
 
 def _within(shape: Sequence[int], ends: Mapping[str, Sequence[int]]) -> bool:

@@ -45,6 +45,11 @@ def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
     return {"profiles": profiles}
 
 
+def profiles_of(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `engine_shapes` gave as profiles: fixed shapes are one whose `min`, `opt` and `max` are the same."""
+    return shapes.get("profiles") or [{n: dict.fromkeys(("min", "opt", "max"), s) for n, s in shapes["fixed"].items()}]
+
+
 def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -> dict[str, list[int]]:
     sizes: dict[str, tuple[int, str]] = {}
 

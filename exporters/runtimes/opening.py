@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from exporters.layout import GRAPH
 from exporters.onnx_graph import external_data, read_graph, refuse_outside
 from exporters.runtimes import RUNTIMES, EngineRuntime, GraphRuntime
 from exporters.runtimes.openvino_session import OpenVinoSession
@@ -12,7 +13,6 @@ from exporters.runtimes.ort_session import OnnxRuntimeSession
 from exporters.runtimes.session import Session
 from slimdiff.errors import InputError, require
 
-GRAPH = "model.onnx"
 _PROVIDERS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "tensorrt"}
 _PRECISIONS: dict[str, Any] = {"openvino": None, "openvino-fp32": "fp32", "openvino-bf16": "bf16"}
 

@@ -10,15 +10,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from slimdiff import artifacts
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.model_directory import INDEX, library_class, pipeline_class, read_index
-
-_ENCODERS = ("text_encoder", "text_encoder_2")
-_CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+from slimdiff.model_directory import library_class, pipeline_class, read_index
 
 
 def load_pipeline(
@@ -64,7 +62,7 @@ def load_pipeline(
                 parts[name] = vae or VAE.open(folder, runtime, threads)
             elif value[:1] in ([], [None]):
                 parts[name] = None
-            elif name in _ENCODERS:
+            elif name in TEXT_ENCODERS:
                 parts[name] = TextEncoder.open(folder / name, runtime, threads)
             else:
                 parts[name] = _from_library(folder, name, value)
@@ -80,7 +78,7 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     """
     index = _index(folder)
     kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
-    for name in _CONFIGURED:
+    for name in CONFIGURED:
         if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
             library_class(entry, folder / INDEX)
     return index, kind
@@ -99,8 +97,8 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _from_library(folder: Path, name: str, entry: list[Any]) -> Any:
     """A scheduler, a tokenizer or a feature extractor, of a class that the two libraries bring: no other code."""
-    if name not in _CONFIGURED:
-        raise InputError(f"{folder / INDEX} asks for the {name} {entry}; taken are {', '.join(_CONFIGURED)}")
+    if name not in CONFIGURED:
+        raise InputError(f"{folder / INDEX} asks for the {name} {entry}; taken are {', '.join(CONFIGURED)}")
     return library_class(entry, folder / INDEX).from_pretrained(folder / name, local_files_only=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporters.engine import EXTRAS, MODULES, check_shapes
+from exporters.engine import EXTRAS, MODULES, choose_profile
 from exporters.engine.check import ENGINE, check_engine, read_engine
 from exporters.engine.refit import needs_weights
 from exporters.runtimes import EngineRuntime
@@ -21,6 +21,11 @@ _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 class EngineSession:
     """An engine on the first GPU; a `Session`.
+
+    Of an engine with several optimisation profiles, each call takes the first that holds its shapes. They share one
+    context: a context keeps memory for all that the layers pass on, and as a pipeline's calls are of one shape from its
+    first step to its last, a switch is paid for once an image. What is below the check of the engine takes a GPU, and
+    was not tried: opening, running and switching.
 
     Args:
         folder: with `model.engine` and `engine.json`.
@@ -62,12 +67,17 @@ class EngineSession:
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session`."""
-        check_shapes(self._report, {name: tuple(tensor.shape) for name, tensor in feed.items()})
+        profile = choose_profile(self._report, {name: tuple(tensor.shape) for name, tensor in feed.items()})
         with torch.cuda.stream(self._stream):
+            # Before any shape is set: they are held against the profile that the context is in.
+            if profile != self._context.active_optimization_profile and not (
+                self._context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            ):
+                raise InputError(f"{self.source} does not switch to its profile {profile}: its log on stderr says why")
             tensors = {name: tensor.cuda() for name, tensor in feed.items()}
             for name, tensor in tensors.items():
                 if not self._context.set_input_shape(name, tuple(tensor.shape)):
-                    raise InputError(f"{self.source} takes {name} of this shape in another profile than its first")
+                    raise InputError(f"{self.source} does not take {name} of {tuple(tensor.shape)}, as its report says")
             for name in self.outputs:
                 shape = tuple(self._context.get_tensor_shape(name))
                 tensors[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")

@@ -86,7 +86,7 @@ def test_several_shapes_are_several_engines(graph, tmp_path, capsys):
     for folder in ("batch-1", "sample-4x4x8x8"):
         assert check_engine(out / folder, gpu=lambda: Gpu("a GPU", "sm89", "580.65"))
     assert all(e["reused"] for e in engine(capsys, graph, "--out", out, "--batch", 1, "--batch", 2)["engines"])
-    assert "holds several engines" in engine(capsys, graph, "--out", out, "--batch", 1, code=2)
+    assert "'engines', and an engine would take" in engine(capsys, graph, "--out", out, "--batch", 1, code=2)
 
 
 def test_a_range_of_shapes(graph, tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_an_engine_is_no_place_for_several(graph, tmp_path, capsys):
     (tmp_path / "engine" / "model.engine").write_bytes(b"x")
     artifacts.write_manifest(tmp_path / "engine", "engine", {})
     argv = ["--out", tmp_path / "engine", "--batch", 1, "--batch", 2]
-    assert "several cannot go into it" in engine(capsys, graph, *argv, code=2)
+    assert "'engine', and a set of engines would take its place" in engine(capsys, graph, *argv, code=2)
 
 
 def test_other_peoples_folders_are_left_alone(graph, tmp_path, capsys):

@@ -15,8 +15,10 @@ from exporters.engine import (
     backends,
     build,
     build_engine,
+    choose_profile,
     request_engine,
 )
+from exporters.engine.check import read_engine
 from exporters.engine.errors import explain, explain_open
 from exporters.engine.gpu import Gpu
 from exporters.engine.memory import available_memory, build_memory, demand_memory
@@ -193,18 +195,29 @@ def test_an_operator_that_is_not_supported_is_named_with_its_module(rtx, exporte
     assert "\n" not in str(failed.value)
 
 
-def test_a_profile_gives_one_engine_for_a_range_of_shapes(rtx, tiny, calls, tmp_path):
-    unet = tiny.unet(heads=1)
+def test_profiles_give_one_engine_for_ranges_of_shapes(rtx, tiny, calls, tmp_path):
+    unet = tiny.unet(
+        heads=1,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
     plan = tiny.narrow(unet)
     file = export_unet(unet, tmp_path / "onnx", calls[0], ExportSettings(precision="fp16", dynamic_batch=True))
-    ends = {"min": {"sample": "1x4x8x8"}, "opt": {"sample": "2x4x8x8"}, "max": {"sample": "4x4x8x8"}}
-    report = build_engine(
-        file, tmp_path / "engine", RTX.model_copy(update={"profiles": [ShapeRange(**ends)]}), plan=plan
-    )
+    ranges = [
+        ShapeRange(**{end: {"sample": (n, 4, 8, 8)} for end, n in zip(("min", "opt", "max"), batches, strict=True)})
+        for batches in ((1, 2, 4), (8, 8, 8))
+    ]
+    report = build_engine(file, tmp_path / "engine", RTX.model_copy(update={"profiles": ranges}), plan=plan)
     assert report["inputs"][0]["shape"] == [-1, 4, 8, 8]
     profile = report["parts"]["shapes"]["profiles"][0]
     assert profile["encoder_hidden_states"] == {"min": [1, 7, 32], "opt": [2, 7, 32], "max": [4, 7, 32]}
-    assert all(row["ok"] for row in report["sites"]) and report["fused_attention"]["calls"] == len(report["attention"])
+    # Each profile has kernels of its own.
+    assert report["fused_attention"]["calls"] == 2 * len(report["attention"]) and all(r["ok"] for r in report["sites"])
+    written = read_engine(tmp_path / "engine")
+    given = {i["name"]: i["shape"] for i in report["inputs"]}
+    for batch, index in ((2, 0), (3, 0), (8, 1)):
+        assert choose_profile(written, {n: [batch if d < 0 else d for d in s] for n, s in given.items()}) == index
 
 
 def test_memory_is_counted_before_a_build(rtx, exported, tmp_path, monkeypatch):

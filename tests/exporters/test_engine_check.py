@@ -8,14 +8,16 @@ import shutil
 
 import pytest
 
-from exporters.engine import Gpu, ShapeRange, check_engine, check_shapes
+from exporters.engine import EngineSettings, Gpu, ShapeRange, check_engine, choose_profile
 from exporters.engine.check import runs_on
 from exporters.engine.key import key_of
+from exporters.engine.shapes import engine_shapes
 from slimdiff import artifacts
 from slimdiff.errors import InputError, MissingPackageError
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", "580.65.06")
 BLACKWELL = Gpu("NVIDIA GeForce RTX 5090", "sm120", "580.65.06")
+ENDS = ("min", "opt", "max")
 
 
 def ada():
@@ -133,19 +135,45 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, exported):
 def test_shapes_that_it_was_not_built_for_are_refused(slim_engine):
     report = slim_engine[1]
     shapes = {"sample": [2, 4, 8, 8], "timestep": [], "encoder_hidden_states": (2, 7, 32)}
-    check_shapes(report, shapes)
+    assert choose_profile(report, shapes) == 0
     with pytest.raises(InputError, match="built for sample 2x4x8x8, not 4x4x8x8"):
-        check_shapes(report, {**shapes, "sample": [4, 4, 8, 8]})
+        choose_profile(report, {**shapes, "sample": [4, 4, 8, 8]})
     with pytest.raises(InputError, match="has inputs sample, timestep, encoder_hidden_states; it was given sample"):
-        check_shapes(report, {"sample": [2, 4, 8, 8]})
+        choose_profile(report, {"sample": [2, 4, 8, 8]})
 
 
-def test_a_profile_takes_what_lies_between(slim_engine):
-    ends = ShapeRange(min={"sample": "1x4x8x8"}, opt={"sample": "2x4x8x8"}, max={"sample": "4x4x8x8"}).model_dump()
-    profile = {"sample": {end: ends[end]["sample"] for end in ends}}
-    report = {"parts": {"shapes": {"profiles": [profile]}}}
+def ranged(*batches):
+    """A report of an engine with a profile for each pair of least and largest batch, of two inputs and a scalar."""
+    inputs = {
+        "sample": ["batch", 4, 8, 8],
+        "timestep": [],
+        "text": ["batch", 7, 32],
+    }
+    profiles = [
+        ShapeRange(**{end: {"sample": (n, 4, 8, 8)} for end, n in zip(ENDS, (low, low, high), strict=True)})
+        for low, high in batches
+    ]
+    return {"parts": {"shapes": engine_shapes(inputs, EngineSettings(profiles=profiles))}}
+
+
+def given(sample, text=None):
+    return {"sample": (sample, 4, 8, 8), "timestep": (), "text": (sample if text is None else text, 7, 32)}
+
+
+def test_a_profile_takes_what_lies_between():
+    report = ranged((1, 4))
     for batch in (1, 3, 4):
-        check_shapes(report, {"sample": (batch, 4, 8, 8)})
+        assert choose_profile(report, given(batch)) == 0
     for shape in ((5, 4, 8, 8), (2, 4, 16, 8), (2, 4, 8)):
         with pytest.raises(InputError, match="built for sample 1x4x8x8 to 4x4x8x8, not"):
-            check_shapes(report, {"sample": shape})
+            choose_profile(report, {**given(2), "sample": shape})
+
+
+def test_the_first_profile_that_takes_all_inputs_is_chosen():
+    report = ranged((1, 2), (2, 4), (8, 8))
+    assert [choose_profile(report, given(batch)) for batch in (1, 2, 3, 4, 8)] == [0, 0, 1, 1, 2]
+    with pytest.raises(InputError, match="1x4x8x8 to 2x4x8x8 or 2x4x8x8 to 4x4x8x8 or 8x4x8x8, not 6x"):
+        choose_profile(report, given(6))
+    with pytest.raises(InputError, match="no profile for all of them together"):
+        choose_profile(report, given(1, text=8))
+    assert choose_profile(report, given(2, text=4)) == 1  # the second input decides

@@ -6,6 +6,7 @@ import pytest
 
 from exporters.engine import EngineSettings, ShapeRange
 from exporters.engine.shapes import engine_shapes, inputs_of
+from exporters.engine_worker import network_shape
 from exporters.onnx_graph import read_graph
 from slimdiff.errors import InputError
 
@@ -64,3 +65,16 @@ def test_shapes_that_the_graph_does_not_take_are_refused(settings, told):
 def test_settings_that_say_no_shape_are_refused(settings, told):
     with pytest.raises(ValueError, match=told):
         EngineSettings(**settings)
+
+
+def test_what_profiles_agree_on_is_fixed_in_the_network():
+    ends = {"min": "1x4x8x8", "opt": "2x4x8x8", "max": "4x4x8x8"}
+    inputs = {"sample": ["batch", 4, "height", "width"], "timestep": [], "encoder_hidden_states": ["batch", 7, 32]}
+    one = ShapeRange(**{end: {"sample": shape} for end, shape in ends.items()})
+    wide = ShapeRange(**{end: {"sample": "2x4x8x16"} for end in ends})
+    ranged = {n: engine_shapes(inputs, EngineSettings(profiles=p)) for n, p in (("one", [one]), ("two", [one, wide]))}
+    assert network_shape(ranged["one"], "sample") == [-1, 4, 8, 8] and network_shape(ranged["one"], "timestep") == []
+    assert network_shape(ranged["two"], "sample") == [-1, 4, 8, -1]
+    assert network_shape(ranged["two"], "encoder_hidden_states") == [-1, 7, 32]
+    fixed = engine_shapes(inputs, EngineSettings(shapes={"sample": "2x4x8x8"}))
+    assert network_shape(fixed, "sample") == [2, 4, 8, 8]

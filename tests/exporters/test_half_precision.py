@@ -145,3 +145,13 @@ def test_patterns_that_match_nothing_are_refused(hot, calls, tmp_path):
     assert paths_to_keep(hot, ["mid_block*", "*.attn1"])[0].startswith("down_blocks")
     assert "mid_block" in paths_to_keep(hot, ["mid_block*", "*.attn1"])
     assert not any(p.startswith("mid_block.") for p in paths_to_keep(hot, ["mid_block*", "*.attn1"]))
+
+
+def test_sdxls_sizes_are_joined_in_half_precision(tiny, calls, tmp_path):
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = tiny.unet(**ONE_LEVEL, **added, projection_class_embeddings_input_dim=6 * 8 + 16)
+    conditions = {"text_embeds": torch.ones(2, 16), "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 768, 768]] * 2)}
+    call = Call(0, 501, {**calls[0].arguments, "added_cond_kwargs": conditions})
+    file = export_unet(unet, tmp_path, call, ExportSettings(precision="fp16"))
+    assert check_parity([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
+    assert not unet.add_time_proj._forward_hooks

@@ -1,0 +1,172 @@
+"""A whole exported pipeline as engines: which there are, for which shapes, and the folder that they make up."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporters.engine.build import EngineRequest, request_engine
+from exporters.engine.check import runs_on
+from exporters.engine.gpu import AskGpu, gpu_here
+from exporters.engine.settings import EngineSettings, ShapeRange
+from exporters.engine.shapes import inputs_of, profiles_of
+from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale
+from exporters.onnx_graph import read_graph
+from slimdiff import artifacts
+from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from exporters.engine.shapes import Dims
+    from slimdiff import Plan
+
+
+def request_pipeline(
+    folder: Path | str,
+    settings: EngineSettings | None = None,
+    *,
+    plan: Plan | None = None,
+    timing_cache: Path | str | None = None,
+    gpu: AskGpu = gpu_here,
+) -> dict[str, EngineRequest]:
+    """Find out whether every graph of a pipeline can become an engine; builds nothing.
+
+    Args:
+        folder: that `export_pipeline` wrote.
+        settings: backend, targets, workspace; the shapes are the UNet's, and the others' follow (`component_shapes`).
+        plan: what the UNet's inner dims are held against.
+        timing_cache: see `request_engine`.
+        gpu: asks which GPU is here.
+
+    Returns:
+        by folder, the UNet first: it takes the most memory, so that what does not fit shows at once.
+
+    Raises:
+        InputError: if the folder is no exported pipeline, or see `request_engine`.
+        MissingPackageError: see `request_engine`.
+    """
+    folder, settings = Path(folder), settings or EngineSettings()
+    if settings.strip_weights:
+        raise InputError("engines without their weights are opened by their builder alone, not in a pipeline")
+    names = _graphs(folder)
+    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, timing_cache=timing_cache, gpu=gpu)
+    found = {"unet": unet}
+    for name in names:
+        file = folder / name / GRAPH
+        scale = latent_scale(_config(file)) if name == "vae_encoder" else 1
+        shapes = component_shapes(inputs_of(read_graph(file).graph), unet.parts["shapes"], scale)
+        wanted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
+        found[name] = request_engine(file, wanted, timing_cache=timing_cache, gpu=gpu)
+    return found
+
+
+def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> dict[str, Any]:
+    """The shapes of a text encoder or half a VAE that go with those of a UNet.
+
+    A UNet of batch B makes B/2 images a call with guidance, and B without. In both cases diffusers decodes all images
+    at once, but encodes what it is given: one prompt for all images or one for each, and the negative ones in a call of
+    their own; one picture to start from for all images, one for each, or each by itself where every image has a
+    generator. So these engines are for 1 to B, fastest at B/2 (at B, if it is odd: then there is no guidance): with a
+    fixed batch they would refuse calls that every pipeline makes. What it costs is memory for B images.
+
+    Args:
+        inputs: of its graph; see `inputs_of`.
+        unet: from `engine_shapes`.
+        scale: side of `sample` in units of the UNet's, where a graph leaves the size open: 1 for latents.
+
+    Returns:
+        `shapes` or `profiles` of `EngineSettings`; a profile per profile of the UNet that asks for another.
+
+    Raises:
+        InputError: if something else than batch, height and width is open, or these are no shapes of a UNet.
+    """
+    ranges: list[ShapeRange] = []
+    for profile in profiles_of(unet):
+        sample = profile.get("sample", {"min": []})
+        if len(sample["min"]) != 4:
+            raise InputError("what is to be an engine in the place of the unet has no input sample [B, C, H, W]")
+        most, best = sample["max"][0], sample["opt"][0]
+        batches = {"min": 1, "opt": best // 2 if best % 2 == 0 else best, "max": most}
+        ends: dict[str, Any] = {
+            end: {
+                n: _shape(n, dims, [batch, *(scale * side for side in sample[end][2:])]) for n, dims in inputs.items()
+            }
+            for end, batch in batches.items()
+        }
+        if (wanted := ShapeRange(**ends)) not in ranges:
+            ranges.append(wanted)
+    if len(ranges) == 1 and ranges[0].min == ranges[0].max:
+        return {"shapes": ranges[0].max}
+    return {"profiles": ranges}
+
+
+def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
+    """`sizes` are those of the batch, and of height and width of images `[B, C, H, W]`."""
+    places = {0: sizes[0], 2: sizes[1], 3: sizes[2]} if len(dims) == 4 else {0: sizes[0]}
+    other = [dim for axis, dim in enumerate(dims) if isinstance(dim, str) and axis not in places]
+    if other:
+        raise InputError(f"input {name} leaves {', '.join(other)} open: export with `slimdiff export`, which fixes it")
+    return tuple(places[axis] if isinstance(dim, str) else dim for axis, dim in enumerate(dims))
+
+
+def _graphs(folder: Path) -> list[str]:
+    """The folders with graphs besides the UNet's."""
+    if not (folder / INDEX).is_file() or not (folder / "unet" / GRAPH).is_file():
+        raise InputError(
+            f"{folder} is no exported pipeline (it has no {INDEX} beside unet/{GRAPH}): make one with `slimdiff export`"
+        )
+    index = artifacts.read_json(folder / INDEX)
+    entries = index if isinstance(index, dict) else {}
+    needed = [name for name in TEXT_ENCODERS if isinstance(entries.get(name), list) and entries[name][:1] != [None]]
+    needed += ["vae_decoder"]
+    lacking = [name for name in needed if not (folder / name / GRAPH).is_file()]
+    if lacking:
+        raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
+    return [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
+
+
+def _config(file: Path) -> dict[str, Any]:
+    content = artifacts.read_json(file.parent / "config.json")
+    return content if isinstance(content, dict) else {}
+
+
+def remove_half_written(out: Path) -> None:
+    """Take away what a process that was killed has left of the parts of a pipeline."""
+    parts = re.compile(rf"\.({'|'.join((*GRAPHS, *CONFIGURED))})\.[0-9a-f]{{8}}\.(partial|old)")
+    for left in out.glob(".*"):
+        if parts.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def mark_unfinished(out: Path) -> None:
+    """Take away what makes a folder a pipeline: from the first engine replaced until `finish_pipeline`, it is none."""
+    for name in (artifacts.MANIFEST, INDEX):
+        (out / name).unlink(missing_ok=True)
+
+
+def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the rest of a pipeline beside its engines, and describe it all in a manifest.
+
+    Args:
+        source: what the engines were built from.
+        out: where they lie, each in the folder of its name; what is there of an earlier pipeline, and is no part of
+            this one, goes.
+        reports: what `engine.json` has, by folder.
+    """
+    mark_unfinished(out)
+    configured = [name for name in CONFIGURED if (source / name).is_dir()]
+    for name in (*GRAPHS, *CONFIGURED):
+        if name not in (*reports, *configured):
+            shutil.rmtree(out / name, ignore_errors=True)
+    for name in configured:
+        with artifacts.replacing(out / name) as temporary:
+            shutil.copytree(source / name, temporary, dirs_exist_ok=True)
+    made_from: dict[str, Any] = {"engines": {name: report["key"] for name, report in reports.items()}}
+    if (source / artifacts.MANIFEST).is_file():
+        made_from |= {"onnx": artifacts.read_manifest(source)["made_from"]}
+    shapes = {"shapes": {name: report["parts"]["shapes"] for name, report in reports.items()}}
+    with artifacts.replacing(out / INDEX, is_file=True) as file:
+        shutil.copyfile(source / INDEX, file)
+    artifacts.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(reports["unet"]) | shapes)
