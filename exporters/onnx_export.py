@@ -201,7 +201,8 @@ def export_module(
     name_by_module(model, prefix)
     add_shapes(model)
     file.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(file))  # by path: beyond 2 GB there is no other way
+    # By path: beyond 2 GB there is no other way. In full: without inference, tensors of two dtypes may meet in a node.
+    onnx.checker.check_model(str(file), full_check=True)
     return file
 
 
