@@ -17,9 +17,10 @@ from deploy import layout, matrix, steps
 from deploy.console import amount, log
 from deploy.figures import machine
 from deploy.gates import EXIT_CODE, judge, overall
+from deploy.lock import locked
 from deploy.recipe import Recipe
 from deploy.sensitivity import deciding
-from deploy.stages import Done, Stage, keys, locked, run_stages
+from deploy.stages import Done, Stage, keys, run_stages
 from deploy.workshop import Workshop, model_hash, public_name, source_hash
 from slimdiff import artifacts
 from slimdiff.errors import MissingPackageError, require

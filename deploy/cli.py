@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 COMMANDS = (
     "demo",
@@ -66,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _calm(args.quiet)
+    from deploy import disk_errors
     from deploy.console import start_logging  # after --help, for whatever imports slimdiff imports torch
     from slimdiff.errors import SlimdiffError
 
     start_logging(args.quiet)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a full disk shows here, and not when nobody can tell of it any more
+        return code
     except SlimdiffError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of stdout has gone, e.g. `| head`
@@ -80,13 +83,10 @@ def _run(args: argparse.Namespace) -> int:
     except MemoryError:
         return _fail("there is not enough memory for this: use fewer or smaller images, or a machine with more", 2)
     except Exception as error:
-        if any("no space left" in str(e).lower() for e in _chain(error)):
-            return _fail(
-                "no space left on the device: free some, or give an --out elsewhere; nothing was half-written", 2
-            )
-        if isinstance(error, PermissionError):
-            return _fail(f"{error.filename}: permission denied: give another --out", 2)
-        raise
+        line = disk_errors.told(error, getattr(args, "out", None))
+        if line is None:
+            raise
+        return _fail(line, 2)
 
 
 def _calm(quiet: bool) -> None:
@@ -97,12 +97,6 @@ def _calm(quiet: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     elif not sys.stderr.isatty():  # a line now and then in a log file, not ten a second
         os.environ.setdefault("TQDM_MININTERVAL", "15")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,7 +1,8 @@
 """Results of `slimdiff bench` over time: one line of JSON each, in a file that only grows.
 
-A result is appended by a single write at the end of the file, so that two processes do not mix their lines. Whoever
-reads it leaves out lines that are not whole (a full disk, a killed machine), and says how many.
+A result is appended under the operating system's lock on the file, so that two processes do not mix their lines, and
+is on the disk when `append` returns. What does not fit there is taken back. Whoever reads it leaves out lines that are
+not whole (a killed machine), and says how many.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from io import FileIO
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -22,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.change_points import change_points
 from deploy.layout import strict
+from deploy.lock import wait_for
 from slimdiff.errors import InputError
 
 SCHEMA = 1
@@ -124,27 +128,40 @@ def append(file: Path, result: Mapping[str, Any], label: str = "") -> None:
     """Add a result of `exporters.gate.measure.bench` to a history, which is made if it is not there.
 
     Raises:
-        InputError: if the file cannot be written.
+        InputError: if the file cannot be written; then it is as it was.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = json.dumps(strict({"schema": SCHEMA, "time": now, "label": label, **result}), allow_nan=False)
+    with _opened(file) as stream:
+        held = wait_for(stream)
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        torn = stream.read() not in (b"", b"\n")  # else that line would swallow this one
+        try:
+            _write(stream, (("\n" if torn else "") + line + "\n").encode())
+        except OSError:
+            if held:
+                stream.truncate(end)
+            raise
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[FileIO]:
+    """The file to be read and appended to, made if it is not there; what goes wrong is told in one line."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # What a torn line left at the end must not swallow this one.
-        torn = file.exists() and _last_byte(file) not in (b"", b"\n")
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
-        finally:
-            os.close(descriptor)
-    except (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as error:
-        raise InputError(f"--history {file} cannot be written ({error.strerror}): name a file") from error
+        with file.open("ab+", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise InputError(
+            f"--history {file} cannot be written ({error.strerror}): name a file that can be, or make room"
+        ) from error
 
 
-def _last_byte(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-        return stream.read()
+def _write(stream: FileIO, data: bytes) -> None:
+    while data:
+        data = data[stream.write(data) :]  # a disk that is almost full takes the first part alone
+    os.fsync(stream.fileno())
 
 
 def read(file: Path) -> tuple[list[Entry], int]:

@@ -145,7 +145,7 @@ def plan(name: str) -> dict[str, Any]:
 
 def build(name: str) -> dict[str, Any]:
     """A whole build."""
-    whole = layout.read(Path(name), "build")
+    whole = layout.read_verdict(Path(name))
     kept = ("sentence", "verdict", "figures", "machine")
     stages = [f"{s['name']} {s['seconds']:.1f} s" for s in whole["stages"]]
     gates = [f"{g['gate']} {g['verdict']}" for g in whole["gates"]]

@@ -25,7 +25,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from slimdiff.artifacts import read_json
+from slimdiff.artifacts import read_json, read_manifest
 from slimdiff.errors import InputError
 
 STAGES = ("calibrate", "sensitivity", "plan", "slim", "export", "engine", "validate", "compare", "bench", "report")
@@ -65,6 +65,28 @@ def read(build_folder: Path, stage: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object: build again with --force {stage}")
     return value
+
+
+def read_verdict(build_folder: Path) -> dict[str, Any]:
+    """The summary of the whole, if it is of what the folder holds now.
+
+    A build that was stopped halfway has some stages that are newer than its last verdict.
+
+    Raises:
+        InputError: if there is none, or a stage was made again since.
+    """
+    whole = read(build_folder, "build")
+    try:
+        keys = {str(stage["name"]): stage["key"] for stage in whole["stages"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{build_folder / BUILD} does not say how its stages were made: build again") from error
+    for name, key in keys.items():
+        if read_manifest(build_folder / name)["made_from"].get("key") != key:
+            raise InputError(
+                f"{build_folder} is not a finished build: {name} was made again after its verdict: give the "
+                "command that builds it again, which goes on where it stopped"
+            )
+    return whole
 
 
 def strict(value: Any) -> Any:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import cluster, gates, layout
 from deploy.console import log
+from deploy.lock import locked
 from deploy.prompts import EMBEDDED, GENERAL
 from deploy.recipe import ImageShape, Recipe
-from deploy.stages import Done, Stage, keys, locked, run_stages
+from deploy.stages import Done, Stage, keys, run_stages
 from deploy.workshop import Workshop
 from slimdiff import artifacts
 from slimdiff.errors import SlimdiffError

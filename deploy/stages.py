@@ -7,27 +7,15 @@ manifest carries the same key, and whose files are what the manifest says, is no
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from deploy.console import log
 from slimdiff import artifacts
 from slimdiff.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: builds are not protected from one another there
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = ".lock"
-_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")  # what `artifacts.replacing` leaves if it is killed
 
 
 def _anywhere(_folder: Path) -> dict[str, Any]:
@@ -135,41 +123,3 @@ def _finished(target: Path, key: str) -> dict[str, Any] | None:
         log.warning("%s: made again, because %s", target.name, error)
         return None
     return made_from
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a build folder: two builds in one folder would write over each other.
-
-    The lock is the operating system's, on the file `.lock`, so it goes when its process goes, however it ends; the pid
-    in the file only serves the message. What a killed build left half-written is cleared away.
-
-    Raises:
-        InputError: naming the process that builds here.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        _take(file, folder)
-        for left in folder.glob(".*"):
-            if _HALF_WRITTEN.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
-def _take(file: TextIO, folder: Path) -> None:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise InputError(
-                f"another build (process {pid}) is at work in {folder}: wait for it, or give another --out"
-            ) from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()

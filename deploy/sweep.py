@@ -25,10 +25,11 @@ import slimdiff
 from deploy import layout
 from deploy.console import log
 from deploy.figures import costs
+from deploy.lock import locked
 from deploy.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe import point_budget
 from deploy.sensitivity import deciding, measured, write_sensitivity
-from deploy.stages import Stage, locked, run_stages
+from deploy.stages import Stage, run_stages
 from deploy.workshop import denoiser_of, model_hash, public_name, source_hash
 from exporters.latency import LatencySettings, paired_latency
 from exporters.latency_table import TableSettings, measure_latency, whole_run
@@ -149,7 +150,7 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
         raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for text in work.points:  # refuse before the long work, not after
         point_budget(work.by, text)
-    with locked(work.folder):
+    with locked(work.folder, "sweep"):
         inputs = _inputs(work)
         first = [
             Stage("calibrate", partial(_calibrate, work), (), work.calibration.model_dump(), inputs, "statistics"),
@@ -168,8 +169,8 @@ def write_sweep(work: Sweep) -> dict[str, Any]:
         value = frontier(work, points)
         artifacts.write_json(work.folder / JSON, value)
         write_page(value, work.folder / PAGE)
-    made_from = {"model": inputs["model"], "prompts": inputs["prompts"], "points": work.points}
-    artifacts.write_manifest(work.folder, "sweep", made_from, {"runtime": value["runtime"]})
+        made_from = {"model": inputs["model"], "prompts": inputs["prompts"], "points": work.points}
+        artifacts.write_manifest(work.folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value
 
 

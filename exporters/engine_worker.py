@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exporters.lifeline import end_with
 from exporters.machine import peak_memory
 from exporters.trt_layers import inspect_engine
 from exporters.trt_network import describe_network, fused_attention
@@ -29,7 +30,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: `backend`, `onnx_file`, `engine_file`, `targets` (`[major, minor]` pairs), `shapes` (`fixed`, input ->
             shape; or `profiles`, each input -> `min`, `opt`, `max`), `workspace_gib`, `tf32`, `strip_weights`,
-            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here).
+            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here), `parent` (the pid of
+            the process that asked, which this one ends with).
 
     Returns:
         `describe_network`'s keys with `version`, `bytes`, `seconds`, `peak_memory`, `fused_attention` and
@@ -133,6 +135,7 @@ def _profile(profile: Any, shapes: dict[str, dict[str, list[int]]]) -> Any:
 def main(argv: list[str]) -> int:
     """Do the job in the file `argv[0]`; write what came of it where the job says. 0: done, 2: refused."""
     job = json.loads(Path(argv[0]).read_text())
+    end_with(job["parent"])
     try:
         result = build(job)
     except Refused as error:

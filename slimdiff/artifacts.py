@@ -1,4 +1,4 @@
-"""Writing artifacts whole or not at all, and the manifest that says what they are made of."""
+"""The manifest that says what an artifact is made of, and JSON that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,51 +7,22 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slimdiff.atomic import is_leftover
+from slimdiff.atomic import replacing as replacing
 from slimdiff.errors import InputError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+"""In folders that several processes may write to; no part of what they write."""
 SCHEMA = 1
 MOST_JSON = 64 * 2**20
 """Bytes of the largest JSON file that is read."""
 _VERSIONED = ("slimdiff", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
-
-
-@contextmanager
-def replacing(path: Path, *, is_file: bool = False) -> Iterator[Path]:
-    """Write to a temporary sibling that takes the place of `path` when the block ends well, and is removed if not.
-
-    Args:
-        path: the file or folder to appear.
-        is_file: whether the block writes a file; else a new, empty folder is made for it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    if not is_file:
-        temporary.mkdir()
-    try:
-        yield temporary
-        if path.is_dir() and not path.is_symlink():
-            # A folder cannot be replaced in one step: move the old one aside first, so that a whole one always exists.
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,7 +90,10 @@ class Manifest(BaseModel):
 def write_manifest(
     folder: Path, kind: str, made_from: dict[str, Any], runs_on: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Describe every file below `folder` in its `manifest.json`; see `Manifest` for the arguments."""
+    """Describe every file below `folder` in its `manifest.json`; see `Manifest` for the arguments.
+
+    A lock and what killed processes left are no part of the artifact.
+    """
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
@@ -129,11 +103,15 @@ def write_manifest(
         "files": {
             p.relative_to(folder).as_posix(): {"sha256": sha256_of(p), "bytes": p.stat().st_size}
             for p in sorted(folder.rglob("*"))
-            if p.is_file() and p != folder / MANIFEST
+            if p.is_file() and _is_content(p.relative_to(folder))
         },
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _is_content(name: Path) -> bool:
+    return name.as_posix() not in (MANIFEST, LOCK) and not any(is_leftover(part) for part in name.parts)
 
 
 def read_json(file: Path) -> Any:

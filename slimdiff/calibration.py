@@ -268,7 +268,11 @@ class _Collection:
 
     def _recorded(self, file: Path | None, wanted: int) -> tuple[Statistics, int]:
         """What an interrupted run of the same calibration left of a turn, and how many of its items that is."""
-        if file is None or not file.is_file() or (meta := read_metadata(file)).get("key") != self.key:
+        try:
+            meta = read_metadata(file) if file is not None and file.is_file() else {}
+        except InputError:  # of another version, or not whole: no reason to refuse what can be done again
+            meta = {}
+        if file is None or meta.get("key") != self.key:
             return Statistics(self.model_hash), 0
         found, done = self._opened(file), meta["done"]
         if done < wanted or len(self.turns) == 1:

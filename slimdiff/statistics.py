@@ -9,6 +9,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,18 +272,31 @@ class Stored(Lazy):
         self.kind = kind
         self.owner: Any = None
         """Whatever must live as long as the file."""
+        self.version = _version(path)
         with safe_open(path, framework="pt") as file:
             names = (key.partition("/") for key in file.keys())  # noqa: SIM118
             super().__init__(name for prefix, _, name in names if prefix == kind)
 
     def make(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
+        with self._opened() as file:
             return file.get_tensor(f"{self.kind}/{name}")
 
     def shape(self, name: str) -> list[int]:
         """Of a tensor, without reading it."""
-        with safe_open(self.path, framework="pt") as file:
+        with self._opened() as file:
             return file.get_slice(f"{self.kind}/{name}").get_shape()
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        with safe_open(self.path, framework="pt") as file:
+            if _version(self.path) != self.version:
+                raise InputError(f"{self.path} was written anew while it was read: give the command again")
+            yield file
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 class Summed(Lazy):

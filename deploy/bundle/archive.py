@@ -94,7 +94,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there and is not an empty folder: name another to unpack into")
-    with artifacts.replacing(folder.absolute()) as temporary, _contents(archive) as entries:
+    with artifacts.replacing(folder) as temporary, _contents(archive) as entries:
         _write_entries(entries, temporary, archive)
     return folder
 
@@ -168,6 +168,6 @@ def _demand_room(needed: int, archive: Path, folder: Path) -> None:
     size = archive.stat().st_size
     if needed > _MOST_EXPANSION * size + _SLACK:
         raise InputError(f"{archive} has {size} bytes and would unpack to {needed}: refused, no bundle shrinks so much")
-    free = shutil.disk_usage(folder).free
+    free, there = shutil.disk_usage(folder).free, folder.parent.parent  # it is not yet where it will be
     if needed > free:
-        raise InputError(f"{archive} unpacks to {needed} bytes, and {free} are free at {folder.parent}: free some")
+        raise InputError(f"{archive} unpacks to {needed} bytes, and {free} are free at {there}: free some")

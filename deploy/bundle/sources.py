@@ -176,7 +176,7 @@ def _rest(name: str, pipeline: str | None) -> Rest:
 
 
 def _build(folder: Path) -> list[Candidate]:
-    cells = layout.read(folder, "build").get("cells", [])  # a build that is not finished has no such file
+    cells = layout.read_verdict(folder).get("cells", [])
     artifacts.verify_manifest(folder / "slim")
     found = parts_of_build(folder, "")
     for cell in cells:

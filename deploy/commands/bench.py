@@ -101,15 +101,23 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from deploy import bench_summary, history, history_page
     from deploy.arguments import settings
     from deploy.console import log, result
+    from deploy.outputs import check_writable
     from exporters.gate.measure import BenchSettings, bench
+    from slimdiff.errors import InputError
 
     names = ("threads", "batch", "warmup", "rounds", "processes", "max_seconds")
     chosen = settings(BenchSettings, args, *names)
+    for flag in ("history", "junit", "markdown", "plot"):
+        if (file := getattr(args, flag)) is not None:
+            if file.is_dir():
+                raise InputError(f"--{flag} {file} is a folder: name a file")
+            check_writable(file, f"--{flag}")
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
         candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
         value = bench(base, candidate, chosen, gate=gate, progress=None if args.quiet else "bench")
+    result(value, bench_summary.text(value), args.json)  # first of all: a full disk does not take it away
     if args.history is not None:
         history.append(args.history, value, args.label)
     if args.junit:
@@ -118,7 +126,6 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
         bench_summary.write_text(bench_summary.markdown(value), args.markdown)
     if args.plot:
         history_page.write_plot(trends(args)[0], args.plot)
-    result(value, bench_summary.text(value), args.json)
     return EXIT_CODE[value["verdict"]]
 
 

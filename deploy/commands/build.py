@@ -53,7 +53,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
     from deploy import layout
     from deploy.outputs import check_folder
-    from deploy.stages import LOCK
+    from slimdiff.artifacts import LOCK
     from slimdiff.errors import InputError
 
     for name in args.force:

@@ -67,14 +67,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.outputs import artifact_folder, check_folder
+    from deploy.outputs import artifact_folder, check_artifact
     from slimdiff import artifacts
     from slimdiff.errors import InputError, require
 
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
-    check_folder(out, artifacts.MANIFEST)
+    check_artifact(out)
     shapes = [_shape(spec) for spec in args.shape]
     require("onnx", "onnx")
     if args.archive == "tar.zst":

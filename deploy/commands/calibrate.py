@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.flags import add_sampling
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from slimdiff import Statistics
 
 EXAMPLE = """examples:
   slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt --sensitivities
@@ -57,12 +62,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     import shutil
     import time
+    from contextlib import ExitStack
 
-    from deploy.arguments import settings
-    from deploy.prompts import calibration_prompts, default_source, described
-    from slimdiff import CalibrationSettings, Sampling, Statistics, distributed
+    from deploy.outputs import check_writable
+    from slimdiff import distributed
     from slimdiff.errors import InputError
-    from slimdiff.statistics import read_metadata
+    from slimdiff.statistics import Statistics, read_metadata
 
     out = Path(args.out)
     if out.exists():
@@ -72,37 +77,58 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--out {out} is there and no statistics file: name another") from None
     if args.model is None and not args.merge:
         raise InputError("name a MODEL to calibrate, or statistics to --merge")
+    check_writable(out.absolute().parent)
     others = [Statistics.load(Path(name)) for name in args.merge]
-
-    from deploy.console import calm_libraries, log, result
-
     started = time.perf_counter()
-    unfinished = out.absolute().parent / f".{out.name}.unfinished"
-    if args.model is not None:
-        sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
-        names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")
-        calibration = settings(CalibrationSettings, args, *names, sampling=sampling)
-        source = args.prompts or default_source(args.model)
-        prompts = calibration_prompts(source, calibration.samples)
-        calm_libraries()
-        from slimdiff import PlanSettings, calibrate
-        from slimdiff.compression import measure
-        from slimdiff.pipelines import load_pipeline
-
-        pipeline = load_pipeline(args.model)
-        log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
-        progress = None if args.quiet else "calibrate"
-        statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
-        if args.sensitivities:
-            measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
-        rank, _ = distributed.world()
-        distributed.agree(None, None)  # until every process has what it needs of the others
-        if rank > 0:
+    if args.model is None:
+        return _write(out, others, args, started)
+    with ExitStack() as until_written:
+        unfinished = out.absolute().parent / f".{out.name}.unfinished"
+        statistics = _calibrate(args, out, unfinished, until_written)
+        if distributed.world()[0] > 0:
             return 0
-        others = [statistics, *others]
-    merged = others[0].merge(*others[1:]) if len(others) > 1 else others[0]
+        code = _write(out, [statistics, *others], args, started)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return code
+
+
+def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_written: ExitStack) -> Statistics:
+    from deploy.arguments import settings
+    from deploy.console import calm_libraries, log
+    from deploy.lock import locked, remove_empty
+    from deploy.prompts import calibration_prompts, default_source, described
+    from slimdiff import CalibrationSettings, Sampling, distributed
+
+    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
+    names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")
+    calibration = settings(CalibrationSettings, args, *names, sampling=sampling)
+    source = args.prompts or default_source(args.model)
+    prompts = calibration_prompts(source, calibration.samples)
+    calm_libraries()
+    from slimdiff import PlanSettings, calibrate
+    from slimdiff.compression import measure
+    from slimdiff.pipelines import load_pipeline
+
+    pipeline = load_pipeline(args.model)
+    if distributed.world()[0] == 0:
+        until_written.enter_context(locked(unfinished, "calibration", out))
+        until_written.callback(remove_empty, unfinished)
+    log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
+    progress = None if args.quiet else "calibrate"
+    statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
+    if args.sensitivities:
+        measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
+    distributed.agree(None, None)  # until every process has what it needs of the others
+    return statistics
+
+
+def _write(out: Path, parts: list[Statistics], args: argparse.Namespace, started: float) -> int:
+    import time
+
+    from deploy.console import log, result
+
+    merged = parts[0].merge(*parts[1:]) if len(parts) > 1 else parts[0]
     merged.save(out)
-    shutil.rmtree(unfinished, ignore_errors=True)
     log.info("calibrate: written to %s", out)
     value = {
         "out": str(out),

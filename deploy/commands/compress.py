@@ -55,13 +55,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     from deploy.arguments import plan_settings, settings
-    from deploy.outputs import artifact_folder, check_folder
+    from deploy.outputs import artifact_folder, check_artifact
     from deploy.prompts import calibration_prompts, default_source, described
     from slimdiff import Budget, CalibrationSettings, Plan, Sampling, Statistics, artifacts
     from slimdiff.errors import InputError
 
     out = Path(args.out)
-    check_folder(out, artifacts.MANIFEST)
+    check_artifact(out)
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
     planning = plan_settings(args)

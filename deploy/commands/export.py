@@ -48,12 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.outputs import artifact_folder, check_folder
+    from deploy.outputs import artifact_folder, check_artifact
     from slimdiff import artifacts
     from slimdiff.errors import InputError, require
 
     out = Path(args.out)
-    check_folder(out, artifacts.MANIFEST)
+    check_artifact(out)
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, got {args.batch}")
     wanted = args.dynamic.split(",") if args.dynamic else []

@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from deploy.arguments import plan_settings, settings
     from deploy.outputs import check_folder
     from deploy.prompts import default_source
-    from deploy.stages import LOCK
     from exporters.latency import LatencySettings
     from exporters.latency_table import TableSettings
     from slimdiff import CalibrationSettings, Sampling
+    from slimdiff.artifacts import LOCK
     from slimdiff.errors import InputError
 
     out = Path(args.out)

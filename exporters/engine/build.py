@@ -201,6 +201,7 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
             "strip_weights": settings.strip_weights,
             "timing_cache": request.timing_cache and str(request.timing_cache.resolve()),
             "inspect": request.on_gpu,
+            "parent": os.getpid(),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
         search = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]

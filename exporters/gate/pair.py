@@ -108,7 +108,7 @@ class Worker:
         self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "exporters.gate.worker"],
+            [sys.executable, "-m", "exporters.gate.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -1,12 +1,14 @@
-"""One side of a process pair: `python -m exporters.gate.worker`, commands as lines of JSON on stdin, answers on stdout.
+"""One side of a process pair: `python -m exporters.gate.worker PID`, the pid being that of the process that starts it.
+
+Commands are lines of JSON on stdin, answers on stdout:
 
     {"do": "prepare", "path", "kind", "runtime", "threads", "batch"}   import what the artifact runs in
     {"do": "open", "cores": [1] or null, "warmup": 3}                  open it there, run it until it is warm
     {"do": "run", "count": 10}                                         time so many runs
     {"do": "end"}                                                      peak memory
 
-It ends with its stdin, so none is left behind by whoever started it. ONNX Runtime needs neither torch nor diffusers: a
-process then starts in a fraction of a second, and more of them can be had in the same time.
+It ends with its stdin and with the process that started it, so none is left behind. ONNX Runtime needs neither torch
+nor diffusers: a process then starts in a fraction of a second, and more of them can be had in the same time.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.lifeline import end_with
 from exporters.machine import peak_memory
 from slimdiff.errors import InputError, SlimdiffError
 
@@ -234,4 +237,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
     sys.exit(main())

@@ -200,6 +200,9 @@ def test_inspect_says_what_it_knows(tmp_path, capsys):
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "no space left"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permission denied"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "the disk quota is used up"),
+        (OSError(errno.EROFS, "Read-only", "/x/.slim.0123abcd.partial/slim/a"), 2, "/x/slim/a: the file system is"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), 2, "/x: is a folder"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

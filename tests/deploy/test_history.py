@@ -92,7 +92,9 @@ def test_what_is_no_history_is_refused(tmp_path, content, capsys):
     assert "slimdiff bench" in capsys.readouterr().err
 
 
-def test_a_folder_is_no_history(tmp_path):
+def test_a_folder_is_no_history(tmp_path, capsys):
+    assert main(["bench", "demo", "demo", "--history", str(tmp_path)]) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
     with pytest.raises(InputError, match="name a file"):
         history.append(tmp_path, result())
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.stages import LOCK, Stage, keys, locked, run_stages
+from deploy.lock import locked
+from deploy.stages import Stage, keys, run_stages
+from slimdiff.artifacts import LOCK
 from slimdiff.errors import InputError
 
 
@@ -119,7 +121,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     script = f"""
         import os, sys
         from pathlib import Path
-        from deploy.stages import locked
+        from deploy.lock import locked
         with locked(Path({str(tmp_path)!r})):
             (Path({str(tmp_path)!r}) / ".plan.0123abcd.partial").mkdir()
             os.kill(os.getpid(), 9)

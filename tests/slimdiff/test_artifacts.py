@@ -32,6 +32,26 @@ def test_a_failed_write_leaves_the_old_one_and_no_litter(tmp_path):
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_leads_to_what_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name, is_file in (("folder", False), ("file", True)):
+        target, link = tmp_path / "elsewhere" / name, tmp_path / name
+        link.symlink_to(target)
+        for text in ("old", "new"):
+            with artifacts.replacing(link, is_file=is_file) as temporary:
+                (temporary if is_file else temporary / "a").write_text(text)
+            assert link.is_symlink() and (target if is_file else target / "a").read_text() == text
+    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["file", "folder"]
+
+
+def test_no_lock_and_no_leftover_is_part_of_an_artifact(tmp_path):
+    folder = folder_with(tmp_path, a="1")
+    (folder / ".lock").write_text("123")
+    (folder / ".x.0123abcd.partial").mkdir()
+    (folder / ".x.0123abcd.partial" / "x").write_text("half")
+    assert set(artifacts.write_manifest(folder, "test", {})["files"]) == {"a"}
+
+
 def test_manifest_accepts_what_it_describes(tmp_path):
     folder = folder_with(tmp_path, a="1", b="2")
     assert set(artifacts.verify_manifest(folder)["files"]) == {"a", "b"}

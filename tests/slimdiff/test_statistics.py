@@ -80,6 +80,9 @@ def test_a_file_is_read_by_name_and_equal(whole, tmp_path):
     assert not isinstance(again.moments, dict)
     with pytest.raises(InputError, match="hold nothing for elsewhere"):
         again.mean("elsewhere")
+    whole.save(tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="was written anew while it was read"):
+        again.mean(next(iter(again.firsts)))
     (tmp_path / "s.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="not a statistics file"):
         Statistics.load(tmp_path / "s.safetensors")
