@@ -48,7 +48,7 @@ class Gate:
         Raises:
             InputError: for anything else than `latency<=X` and `speedup>=X` with X above 0.
         """
-        match = re.fullmatch(r"\s*(?:(latency)\s*<=|(speedup)\s*>=)\s*(\d+(?:\.\d+)?)\s*", text)
+        match = re.fullmatch(r"\s*(?:(latency)\s*<=|(speedup)\s*>=)\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*", text)
         if not match or float(match[3]) <= 0:
             raise InputError(f"a gate is like latency<=1.03 or speedup>=1.1, not {text!r}")
         return cls("latency" if match[1] else "speedup", float(match[3]))

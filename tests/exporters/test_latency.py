@@ -124,6 +124,12 @@ def test_a_gate_that_says_something_else_is_refused(text):
         Gate.parse(text)
 
 
+@pytest.mark.parametrize("bound", [1e-6, 0.5, 1.1, 20.0, 1e6])
+def test_a_gate_is_read_as_it_is_written(bound):
+    gate = Gate("speedup", bound)
+    assert Gate.parse(str(gate)) == gate
+
+
 def test_too_few_rounds_are_refused():
     with pytest.raises(ValueError, match="greater than or equal to 6"):
         LatencySettings(rounds=5)
