@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call, refused
 from PIL import Image
 
 import deploy
@@ -25,19 +26,6 @@ for module in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(module, reason=f"{module} is an extra")
 
 SHOT = ["--prompt", "a red circle", "--steps", "3"]
-
-
-def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
-    assert main([*(str(a) for a in argv), "--json"]) == code
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(argv: list[Any], capsys, code: int = 2) -> str:
-    assert main([str(a) for a in argv]) == code
-    seen = capsys.readouterr()
-    line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
-    assert seen.out == "" and len(line) == 1, seen.err
-    return line[0]
 
 
 def made(source: Path, out: Path, *flags: Any) -> Path:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import call, refused
 
 import deploy
 from deploy.cli import main
@@ -20,19 +20,6 @@ from slimdiff.errors import InputError, MissingPackageError
 
 NAMES = ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
 ENGINES = ["--backend", "tensorrt-rtx", "--target", "sm89"]
-
-
-def call(argv: list[Any], capsys) -> dict[str, Any]:
-    assert main([*(str(a) for a in argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(argv: list[Any], capsys, code: int = 2) -> str:
-    assert main([str(a) for a in argv]) == code
-    seen = capsys.readouterr()
-    line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
-    assert seen.out == "" and len(line) == 1, seen.err
-    return line[0]
 
 
 @pytest.fixture(scope="module")

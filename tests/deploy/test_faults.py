@@ -488,19 +488,22 @@ def test_a_build_killed_at_50_random_moments(forks, workshop, undisturbed, tmp_p
     """Other moments with another seed in SLIMDIFF_FAULTS_SEED."""
     seed = int(os.environ.get("SLIMDIFF_FAULTS_SEED", "0"))
     chance = random.Random(seed)
-    start = time.monotonic()
     other = tmp_path / "other"
     assert forks.command(["build", workshop / "other.yaml", "--out", other]).wait().code == 0
-    longest = time.monotonic() - start
+    lasted = [artifacts.read_manifest(other / name)["made_from"]["seconds"] for name in layout.STAGES]
     found: list[str] = []
     for point in range(50):
         out = tmp_path / f"build-{point}"
         over = point % 2 == 1  # every other one replaces an older build
         if over:
             shutil.copytree(other, out)
-        delay = chance.uniform(0, longest)
-        where = f"seed {seed}, point {point}, after {delay:.3f} s of {longest:.1f}, over an old build: {over}"
+        # By the clock alone, most would fall into the one long stage: take every stage in turn, and the end.
+        stage = point // 2 % (len(layout.STAGES) + 1)
+        delay = chance.uniform(0, [*lasted, 0.05][stage])
+        name = [*layout.STAGES, "the end"][stage]
+        where = f"seed {seed}, point {point}, {delay:.3f} s into {name}, over an old build: {over}"
         killed = forks.command(["build", workshop / "recipe.yaml", "--out", out])
+        until(lambda out=out, stage=stage: _made(out, undisturbed) >= stage)
         time.sleep(delay)
         code = killed.kill().code
         try:
@@ -515,3 +518,15 @@ def test_a_build_killed_at_50_random_moments(forks, workshop, undisturbed, tmp_p
         print(found[-1], flush=True)
         shutil.rmtree(out)
     assert len(found) == 50
+
+
+def _made(build: Path, undisturbed: dict[str, Any]) -> int:
+    """How many stages of a running build are those of the undisturbed one, one after another."""
+    for count, name in enumerate(layout.STAGES):
+        try:
+            key = artifacts.read_manifest(build / name)["made_from"]["key"]
+        except (InputError, OSError):  # not there yet
+            return count
+        if key != undisturbed[f"{name}/manifest.json"][0]["key"]:
+            return count
+    return len(layout.STAGES)
