@@ -48,6 +48,9 @@ def _text(value: dict[str, Any]) -> str:
     for name, entry in value.items():
         if name in ("artifact", "kind", "sites", "left_dense", "provenance") or entry is None:
             continue
+        if isinstance(entry, list) and entry and all(isinstance(item, dict) for item in entry):
+            lines += [f"{name}:", *(f"  {_plain(item)}" for item in entry)]
+            continue
         lines.append(
             f"{name:14} {show[name](entry) if name in show and isinstance(entry, int | float) else _plain(entry)}"
         )

@@ -121,6 +121,7 @@ def test_inspect_tells_what_a_bundle_is(edge, capsys):
     value = call(["inspect", edge], capsys)
     assert (value["kind"], value["target"]) == ("bundle", "edge") and value["files"] == len(files(edge)) - 1
     assert main(["inspect", str(edge)]) == 0
+    assert "\ndenoisers:\n  name " in capsys.readouterr().out  # a line for each
 
 
 def test_an_engines_bundle(engine, exported, tmp_path, capsys):
