@@ -3,12 +3,14 @@
 `python -m benchmarks.export_variants [--model sd15] [--runtime onnxruntime,openvino]` prints a Markdown table: the slim
 UNet (the model's budget of parameters, random weights) in every variant, in pairs with the graph that `slimdiff export`
 writes, on one thread, and how far their outputs are apart. `exporters.onnx_export.ExportSettings` follows this table.
+What is measured is kept in `--out`, and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import shutil
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from exporters.machine import machine_name
 from exporters.onnx_export import ExportSettings, _UNet, export_unet, unet_inputs, write_config
 from exporters.runtimes.opening import version_of
 from exporters.runtimes.unet import UNet
+from slimdiff import artifacts
 from slimdiff.errors import SlimdiffError
 from slimdiff.skeleton import skeleton
 from slimdiff.trajectory import Call
@@ -137,27 +140,40 @@ def _drop_unread(graph: Any) -> None:
 
 
 def measure(
-    name: str, runtimes: Sequence[str], settings: LatencySettings, scratch: Path | None
+    name: str, runtimes: Sequence[str], settings: LatencySettings, kept: Path, scratch: Path | None
 ) -> list[dict[str, Any]]:
-    """Rows of the table: per variant its name, seconds of the export, and per runtime what was measured, or why not."""
+    """Rows of the table: per variant its name, seconds of the export, and per runtime what was measured, or why not.
+
+    Args:
+        name: of `MODELS`.
+        runtimes: of `exporters.runtimes`.
+        settings: of the pairs.
+        kept: folder of rows; those that are there are not measured again.
+        scratch: folder for graphs; the system's if not given.
+    """
     model = MODELS[name]
     call = random_calls(model, 1)[0]
     unet = random_unet(model)
     unet = skeleton(unet, uniform_ranks(unet, model.budget))
     rows = []
     with tempfile.TemporaryDirectory(dir=scratch, prefix="slimdiff-variants-") as folder:
-        ours = export_unet(unet, Path(folder) / "ours", call)
         for told, export in tqdm(VARIANTS.items(), desc=f"{name}: variants"):
-            row: dict[str, Any] = {"variant": told, "runtimes": {}}
-            start = time.perf_counter()
-            file = export(unet, call, Path(folder) / "variant")
-            row["seconds"] = time.perf_counter() - start
-            gc.collect()
-            for runtime in runtimes:
-                row["runtimes"][runtime] = _paired(ours, file, runtime, call, settings)
-                gc.collect()
-            shutil.rmtree(file.parent)
-            rows.append(row)
+            decided = {"variant": told, "runtimes": list(runtimes), "settings": settings.model_dump()}
+            decided |= {"machine": machine_name(), "versions": artifacts.versions()}
+            file = kept / f"{name}-{artifacts.fingerprint(decided)[:8]}.json"
+            if not file.is_file():
+                start = time.perf_counter()
+                variant = export(unet, call, Path(folder) / "variant")
+                row: dict[str, Any] = {"variant": told, "seconds": time.perf_counter() - start, "runtimes": {}}
+                ours = Path(folder) / "ours" / "model.onnx"
+                if not ours.is_file():
+                    export_unet(unet, ours.parent, call)
+                for runtime in runtimes:
+                    row["runtimes"][runtime] = _paired(ours, variant, runtime, call, settings)
+                    gc.collect()
+                shutil.rmtree(variant.parent)
+                artifacts.write_json(file, row)
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
     return rows
 
 
@@ -198,11 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="sd15", choices=tuple(MODELS))
     parser.add_argument("--runtime", default="onnxruntime,openvino", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=8, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/export-variants"), help="default: %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the graphs go meanwhile (default: the system's)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     settings = LatencySettings(rounds=args.rounds, warmup=1)
-    print(table(args.model, measure(args.model, args.runtime.split(","), settings, args.scratch)))
+    print(table(args.model, measure(args.model, args.runtime.split(","), settings, args.out, args.scratch)))
     return 0
 
 

@@ -23,8 +23,12 @@ from exporters.latency import LatencySettings
 )
 def test_a_variant_computes_the_same_and_is_timed(tmp_path, monkeypatch, told):
     monkeypatch.setattr(export_variants, "VARIANTS", {told: VARIANTS[told]})
-    rows = measure("tiny", ["onnxruntime"], LatencySettings(rounds=6, warmup=1), tmp_path)
+    kept, scratch = tmp_path / "kept", tmp_path / "scratch"
+    scratch.mkdir()
+    rows = measure("tiny", ["onnxruntime"], LatencySettings(rounds=6, warmup=1), kept, scratch)
     (found,) = [row["runtimes"]["onnxruntime"] for row in rows]
     assert found["error"] < 1e-4 and found["speedup"]["low"] <= found["speedup"]["high"]
-    assert not list(tmp_path.iterdir())  # no graph is left
+    assert not list(scratch.iterdir())  # no graph is left
+    monkeypatch.setattr(export_variants, "VARIANTS", {told: None})  # what is kept is not measured again
+    assert measure("tiny", ["onnxruntime"], LatencySettings(rounds=6, warmup=1), kept, scratch) == rows
     assert f"| {told} | " in table("tiny", rows)
