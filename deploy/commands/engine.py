@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     from deploy.console import log, result
     from deploy.openers import graph_of, plan_beside
     from exporters.engine import request_engine
-    from exporters.engine.pipeline import remove_half_written, request_pipeline
+    from exporters.engine.pipeline import request_pipeline
     from exporters.layout import ENGINE_PIPELINE, GRAPHS
+    from slimdiff.atomic import clear_leftovers
     from slimdiff.errors import InputError
 
     out, source = Path(args.out), Path(args.onnx)
@@ -87,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     kind = ENGINE_PIPELINE if args.whole else "engine" if list(wanted) == [""] else "engines"
     if args.whole and list(wanted) != [""]:
         raise InputError("--whole makes one pipeline: ask for one shape, or for several profiles of it (--min-shapes)")
-    if args.whole:
-        remove_half_written(out)
+    if out.is_dir():
+        clear_leftovers(out)  # a folder with nothing else in it looks like somebody else's
     _check_out(out, kind, GRAPHS if args.whole else tuple(wanted))
     graph = graph_of(args.onnx)
     plan = plan_beside(graph)

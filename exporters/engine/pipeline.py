@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,14 +129,6 @@ def _graphs(folder: Path) -> list[str]:
 def _config(file: Path) -> dict[str, Any]:
     content = artifacts.read_json(file.parent / "config.json")
     return content if isinstance(content, dict) else {}
-
-
-def remove_half_written(out: Path) -> None:
-    """Take away what a process that was killed has left of the parts of a pipeline."""
-    parts = re.compile(rf"\.({'|'.join((*GRAPHS, *CONFIGURED))})\.[0-9a-f]{{8}}\.(partial|old)")
-    for left in out.glob(".*"):
-        if parts.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def mark_unfinished(out: Path) -> None:
