@@ -3,7 +3,7 @@
 `python -m benchmarks.gate_study [--runs 100]` runs the command on the embedded model: against itself, and against
 itself with 7 % more work, in turn, and prints how often each verdict came, with exact binomial intervals, and how long
 it took. Every run is appended to `runs/gate-study/runs.jsonl`; what is there is not run again, so it can be stopped and
-resumed.
+resumed, and several may work at it side by side, each kept on a core of its own (`taskset`).
 
 The slowdown is planted in the graph: matrix products of the input that come to almost nothing are added to the output.
 How many is settled by measuring, in process pairs, on the same machine, and measured again at the end of the search on
@@ -132,6 +132,18 @@ def one_run(dense: Path, candidate: Path, tolerance: str, max_seconds: float) ->
     return {**{name: value[name] for name in kept}, "seconds": round(time.perf_counter() - start, 2)}
 
 
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def next_kind(runs: list[dict[str, Any]], kinds: list[str], wanted: int) -> str | None:
+    """The kind that has been run least; None if there are enough of each."""
+    counts = {kind: sum(run["kind"] == kind for run in runs) for kind in kinds}
+    least = min(counts, key=counts.__getitem__)
+    return least if counts[least] < wanted else None
+
+
 def table(runs: list[dict[str, Any]], calibration: dict[str, Any] | None, tolerance: str) -> str:
     """Verdicts by kind of run, as Markdown."""
     lines = [
@@ -179,18 +191,16 @@ def main() -> None:
     if "slower" in kinds:
         calibration = calibrated(dense, folder, arguments.slowdown, arguments.pairs)
     file = folder / "runs.jsonl"
-    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     candidates = {"same": dense, "slower": folder / "slower" / "model.onnx"}
-    left = {kind: arguments.runs - sum(run["kind"] == kind for run in runs) for kind in kinds}
-    with tqdm(total=sum(max(0, n) for n in left.values()), unit="run") as bar:
-        while any(n > 0 for n in left.values()):
-            for kind in (kind for kind in kinds if left[kind] > 0):
-                run = one_run(dense, candidates[kind], arguments.tolerance, arguments.max_seconds)
-                runs.append({"kind": kind, **run})
-                with file.open("a") as stream:
-                    stream.write(json.dumps(runs[-1]) + "\n")
-                left[kind] -= 1
-                bar.update()
+    runs = read_runs(file)
+    with tqdm(total=len(kinds) * arguments.runs, unit="run") as bar:
+        while kind := next_kind(runs, kinds, arguments.runs):
+            bar.n = sum(run["kind"] in kinds for run in runs)
+            bar.refresh()
+            run = one_run(dense, candidates[kind], arguments.tolerance, arguments.max_seconds)
+            with file.open("a") as stream:
+                stream.write(json.dumps({"kind": kind, **run}) + "\n")
+            runs = read_runs(file)
     print(table(runs, calibration, arguments.tolerance))
 
 

@@ -21,15 +21,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
-BLOCK_MS = 50.0
-"""Length of a block, unless one run is longer: short beside what makes a machine slow for a while, long beside the
-change from one process to the other."""
-PAIR_MS = 3000.0
-"""Most that the blocks of a pair take together, if that leaves `LEAST_ROUNDS`: more processes tell more than more runs
-of one."""
-ROUNDS, LEAST_ROUNDS = 12, 3
+BLOCK_MS = 15.0
+"""Length of a block, unless one run is longer: long beside the change from one process to the other, and short beside
+what makes a machine slow for a while, which on shared hosts is often no more than a tenth of a second."""
+PAIR_MS = 2000.0
+"""Most that the blocks of a pair take together, if that leaves `LEAST_ROUNDS`: beyond that, another pair of processes
+tells more than further rounds of these."""
+ROUNDS, LEAST_ROUNDS = 60, 3
 FEW = 3
-"""Undisturbed runs that make a block."""
+"""Undisturbed rounds that make a pair."""
+TRIM = 1 / 3
+"""Share of the rounds that are left out at either end: their mean is as safe from outliers as the median and scatters
+less, and of three rounds it is the median."""
 CPU_RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-fp32", "openvino-bf16")
 _ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -59,7 +62,7 @@ class PairSettings(BaseModel):
     warmup: int = Field(default=3, ge=1)
     """Runs, at least, before a process counts as warm."""
     rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
-    """Blocks of each side; by default 12, fewer if that takes over three seconds."""
+    """Blocks of each side; by default as many as take two seconds together, 3 to 60."""
 
 
 @dataclass
@@ -86,7 +89,7 @@ class PairTimes:
     sides: tuple[SideTimes, SideTimes]
     """Baseline and candidate."""
     log_ratio: float
-    """Median over rounds of log(candidate's block / baseline's), wall time; a block is the median of its runs."""
+    """Trimmed mean over rounds of log(candidate's block / baseline's), wall time; a block is the median of its runs."""
     cpu_log_ratio: float
     """Likewise of the processes' CPU time."""
     cores: list[int] | None
@@ -246,14 +249,13 @@ def _side(opened: dict[str, Any], blocks: Sequence[dict[str, Any]], end: dict[st
 
 
 def _log_ratio(blocks: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], clock: str) -> float:
-    return median(log(_typical(b, clock) / _typical(a, clock)) for a, b in zip(*blocks, strict=True))
+    """Over the rounds in which no run lost its core, if there are a few; else over all.
 
-
-def _typical(block: dict[str, Any], clock: str) -> float:
-    """Median of the runs that kept their core, if there are a few; else of all.
-
-    Which runs lose it depends on how long they are, but not on which side they are of beyond that; and how long a run
-    is that keeps its core does not depend on what happened to the others.
+    Which rounds lose it depends on how long they are, but on both sides alike.
     """
-    kept = [ms for ms, lost in zip(block[clock], block["preempted"], strict=True) if not lost]
-    return median(kept if len(kept) >= FEW else block[clock])
+    rounds = list(zip(*blocks, strict=True))
+    kept = [both for both in rounds if not any(times for block in both for times in block["preempted"])]
+    used = kept if len(kept) >= FEW else rounds
+    ratios = sorted(log(median(b[clock]) / median(a[clock])) for a, b in used)
+    cut = int(len(ratios) * TRIM)
+    return fmean(ratios[cut : len(ratios) - cut])
