@@ -188,6 +188,7 @@ class Forks:
         """Start a function `module:name`; see `Stop`. No file grows beyond `file_size`."""
         self.count += 1
         log = self.scratch / f"{self.count}.log"
+        log.touch()  # it may be killed before it gets so far
         pid = self.ask("start", call=call, args=args, log=log, stop=stop, file_size=file_size)
         return Fork(self, pid, log)
 
