@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from slimdiff.errors import InputError, SlimdiffError, require
 J = TypeVar("J")
 R = TypeVar("R")
 LOCAL = "local"
+CONNECT_SECONDS = 5.0
 
 
 def run_here(function: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R | SlimdiffError]:
@@ -39,6 +41,7 @@ def run_on_ray(
         InputError: if there is no cluster at the address.
     """
     ray: Any = require("ray", "ray")
+    check_reachable(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -60,3 +63,24 @@ def run_on_ray(
                 yield error.cause
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would wait for it for minutes.
+
+    Args:
+        address: `HOST:PORT` or `ray://HOST:PORT`; others, which Ray looks up itself, pass.
+
+    Raises:
+        InputError: if there is no answer within `CONNECT_SECONDS`.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--ray {address}: nothing answers there ({error}): name a cluster, or leave out the address"
+        ) from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import deploy
 from deploy import layout
 from deploy.cli import main
+from deploy.cluster import check_reachable
 from deploy.matrix import cells_of, recipe_of
 from deploy.recipe import make_recipe
 from exporters.engine import Gpu, check_engine
@@ -92,6 +95,27 @@ def test_without_ray_it_is_named(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     told = build(workspace, tmp_path / "build", "{shapes: [16x16]}", capsys, "--ray", code=3)["told"]
     assert "pip install 'slimdiff[ray]'" in told and not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{port}", "ray://localhost:{port}", "localhost:99999", "nowhere.invalid:1"]
+)
+def test_where_no_cluster_is(address):
+    """Ray itself would wait for it for minutes; no cluster is needed to say so."""
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        where = address.format(port=bound.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(InputError, match="nothing answers there"):
+            check_reachable(where)
+    assert time.monotonic() - start < 30
+
+
+def test_where_a_cluster_may_be():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_reachable(f"ray://127.0.0.1:{server.getsockname()[1]}")
+    check_reachable("local")
+    check_reachable("auto")
 
 
 @pytest.mark.slow
