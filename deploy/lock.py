@@ -1,4 +1,4 @@
-"""One process at a time in a folder that commands write to and go on from: of a build, a sweep, a calibration.
+"""One process at a time in a folder that commands write to and go on from: of a build, a sweep, engines.
 
 The lock is the operating system's, on the file `.lock` in the folder, so it goes when its process goes, however it
 ends; the pid in the file only serves the message.
@@ -28,13 +28,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def locked(folder: Path, work: str = "build", out: Path | None = None) -> Iterator[None]:
+def locked(folder: Path, work: str = "build", out: Path | None = None, *, stays: bool = True) -> Iterator[None]:
     """Hold a folder, for two processes would write over each other there. What killed ones left is cleared away.
 
     Args:
         folder: made if it is not there.
         work: what is done there, for the message.
         out: what the user calls the folder; None: `folder`.
+        stays: whether the file stays there; not in what is handed on as it is.
 
     Raises:
         InputError: at once if another process holds it, naming that process.
@@ -45,6 +46,8 @@ def locked(folder: Path, work: str = "build", out: Path | None = None) -> Iterat
             yield
         finally:
             file.truncate(0)
+            if not stays:  # who waits for it sees that it is gone, and makes another
+                (folder / LOCK).unlink(missing_ok=True)
 
 
 def remove_empty(folder: Path) -> None:

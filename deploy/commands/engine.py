@@ -76,6 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     from deploy.console import log, result
+    from deploy.lock import locked
     from deploy.openers import graph_of, plan_beside
     from exporters.engine import request_engine
     from exporters.engine.pipeline import request_pipeline
@@ -105,11 +106,12 @@ def run(args: argparse.Namespace) -> int:
         value = _make(requests[""], out, args.quiet)
         result(value, _text(value), args.json)
         return 0
-    made = [{"name": name, **_make(requests[name], out / name, args.quiet, name, args.whole)} for name in requests]
-    if args.whole:
-        _finish_pipeline(source, out, made)
-    else:
-        _describe_set(out, made)
+    with locked(out, kind.replace("-", " "), stays=False):
+        made = [{"name": name, **_make(requests[name], out / name, args.quiet, name, args.whole)} for name in requests]
+        if args.whole:
+            _finish_pipeline(source, out, made)
+        else:
+            _describe_set(out, made)
     result({"out": str(out), "engines": made}, "\n".join(map(_text, made)), args.json)
     return 0
 
@@ -160,7 +162,8 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
     from slimdiff import artifacts
     from slimdiff.errors import InputError
 
-    check_folder(out, artifacts.MANIFEST, *(f"{name}/{artifacts.MANIFEST}" for name in names if name))
+    marks = (artifacts.MANIFEST, artifacts.LOCK, *(f"{name}/{artifacts.MANIFEST}" for name in names if name))
+    check_folder(out, *marks)
     try:
         there = artifacts.read_manifest(out)["kind"]
     except InputError:  # none, or a damaged one: what it belongs to is built again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from command_line import call, refused
 import deploy
 from deploy.cli import main
 from deploy.commands.bench import job_of
+from deploy.lock import locked
 from deploy.openers import kind_of
 from exporters.engine import EngineRequest, Gpu, check_engine, has_gpu
 from exporters.runtimes.pipeline import load_pipeline
@@ -95,6 +97,15 @@ def test_what_does_not_fit_into_memory_leaves_the_pipeline_as_it_was(whole, expo
     argv = ["engine", exported, "--whole", "--out", whole, *ENGINES, "--tf32"]
     assert "0.1 GB are free" in refused(argv, capsys)
     assert artifacts.verify_manifest(whole, exact=True)["kind"] == "engine-pipeline"
+
+
+def test_two_runs_do_not_write_into_one_folder(exported, tmp_path, capsys):
+    out = tmp_path / "whole"
+    with locked(out, "engine pipeline", stays=False):
+        told = refused(["engine", exported, "--whole", "--out", out, *ENGINES], capsys)
+        assert f"another engine pipeline (process {os.getpid()}) is at work in {out}" in told
+        assert [p.name for p in out.iterdir()] == [artifacts.LOCK]
+    assert not list(out.iterdir())
 
 
 def test_inspect_lists_its_engines(whole, capsys):
