@@ -7,10 +7,12 @@ import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
 
 from slimdiff.atomic import is_leftover
 from slimdiff.atomic import replacing as replacing
@@ -31,16 +33,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+def sha256_of(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; `advance` is told of the bytes as they are read."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
     return digest.hexdigest()
 
 
@@ -185,7 +185,7 @@ def is_inside(name: str) -> bool:
 
 
 def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
-    """Check every file against the manifest.
+    """Check every file against the manifest; a progress bar shows if that takes over two seconds.
 
     Args:
         exact: refuse files that the manifest does not list, too, and links of any kind.
@@ -197,14 +197,18 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
     if exact:
         _refuse_others(folder, manifest["files"])
     root = folder.resolve()
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not _resolved(file).is_relative_to(root):
-            raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")
-        if not file.is_file():
-            raise InputError(f"{folder} lacks {name}, which its manifest lists: copy the artifact again, whole")
-        if file.stat().st_size != expected["bytes"] or sha256_of(file) != expected["sha256"]:
-            raise InputError(f"{file} is not the file that the manifest describes (SHA-256 differs): it was changed")
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    with tqdm(total=total, desc=f"verify {folder.name}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if not _resolved(file).is_relative_to(root):
+                raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")
+            if not file.is_file():
+                raise InputError(f"{folder} lacks {name}, which its manifest lists: copy the artifact again, whole")
+            if file.stat().st_size != expected["bytes"] or sha256_of(file, bar.update) != expected["sha256"]:
+                raise InputError(
+                    f"{file} is not the file that the manifest describes (SHA-256 differs): it was changed"
+                )
     return manifest
 
 
