@@ -21,24 +21,27 @@ ENGINE = "model.engine"
 REPORT = "engine.json"
 
 
-def check_engine(folder: Path | str, *, gpu: AskGpu = gpu_here) -> dict[str, Any]:
+def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu = gpu_here) -> dict[str, Any]:
     """Hold an engine against its manifest, and against what is installed here.
 
     Args:
         folder: what `build_engine` wrote.
+        runtime: that it must have been built with, if that is settled.
         gpu: asks which GPU is here.
 
     Returns:
         what `engine.json` has; see `build_engine`.
 
     Raises:
-        InputError: in one line, what differs and what to do: a file that was changed, an engine of another version or
-            for another GPU.
+        InputError: in one line, what differs and what to do: a file that was changed, an engine of another runtime or
+            version, or for another GPU.
         MissingPackageError: if the backend or a GPU is missing.
     """
     folder = Path(folder)
     report = read_engine(folder)
     backend = report["backend"]
+    if runtime not in (None, backend):
+        raise InputError(f"{folder} is an engine for {backend}, which {runtime} does not run: say {backend}")
     version, here = _version(report), installed_version(backend)
     if here is None:
         raise MissingPackageError(

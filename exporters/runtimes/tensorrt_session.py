@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exporters.engine import EXTRAS, MODULES, choose_profile
-from exporters.engine.check import ENGINE, check_engine, read_engine
+from exporters.engine.check import ENGINE, check_engine
 from exporters.engine.refit import needs_weights
 from exporters.runtimes import EngineRuntime
 from exporters.runtimes.session import PRECISIONS, Shape, open_dim
@@ -37,10 +37,7 @@ class EngineSession:
     """
 
     def __init__(self, folder: Path, runtime: EngineRuntime):
-        built_with = read_engine(folder)["backend"]
-        if built_with != runtime:
-            raise InputError(f"{folder} is an engine for {built_with}, which {runtime} does not run: say {built_with}")
-        self._report = check_engine(folder)
+        self._report = check_engine(folder, runtime)
         if needs_weights(self._report):
             raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
         trt = require(MODULES[runtime], EXTRAS[runtime])
