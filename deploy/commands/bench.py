@@ -46,7 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--processes", type=int, metavar="N", help="exactly so many process pairs (default: 6 to 28, as it takes)"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="blocks of each side in a process pair (default: 3 to 60, as many as take two seconds)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="blocks of each side in a process pair (default: two seconds of them, 3 to 60)",
+    )
     parser.add_argument("--warmup", type=int, metavar="N", help="least runs of a process before it counts (default: 3)")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads, on as many cores (default: 1; 0: the runtime's choice)"

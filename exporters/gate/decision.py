@@ -1,6 +1,8 @@
 """When enough process pairs have been measured, and what they say.
 
-The log ratios of the pairs are independent draws, so their mean has Student's t-interval. Looking at it after every
+The log ratios of the pairs are independent draws, so their mean has Student's t-interval. A bootstrap was not taken:
+its percentile interval lies within the range of the pairs, and the truth is outside the range of six in one case of 32,
+whatever level is asked for; it serves where rounds are many (`exporters.latency`). Looking at the interval after every
 pair and stopping at the first one that convinces would find something sooner or later in pure noise. So there are five
 *looks*, after numbers of pairs fixed beforehand, and each look's interval is as much wider as makes all five right at
 once with 95 %: the looks' chances of error add up to 5 % (the union bound, two-sided), however their outcomes hang
