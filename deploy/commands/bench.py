@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--rounds",
         type=int,
         metavar="N",
-        help="blocks of each side in a process pair (default: two seconds of them, 3 to 60)",
+        help="blocks of each side in a process pair (default: 3 to 60, by their length)",
     )
     parser.add_argument("--warmup", type=int, metavar="N", help="least runs of a process before it counts (default: 3)")
     parser.add_argument(

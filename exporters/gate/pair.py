@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ BLOCK_MS = 15.0
 """Length of a block, unless one run is longer: long beside the change from one process to the other, and short beside
 what makes a machine slow for a while, which on shared hosts is often no more than a tenth of a second."""
 PAIR_MS = 2000.0
-"""Most that the blocks of a pair take together, if that leaves `LEAST_ROUNDS`: beyond that, another pair of processes
-tells more than further rounds of these."""
+"""What the blocks of a pair take together, or as long as its processes took to open, if that is more: beyond that,
+another pair tells more than further rounds of this one."""
 ROUNDS, LEAST_ROUNDS = 60, 3
 FEW = 3
 """Undisturbed rounds that make a pair."""
@@ -62,7 +63,7 @@ class PairSettings(BaseModel):
     warmup: int = Field(default=3, ge=1)
     """Runs, at least, before a process counts as warm."""
     rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
-    """Blocks of each side; by default as many as take two seconds together, 3 to 60."""
+    """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
 
 
 @dataclass
@@ -188,6 +189,7 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
     """
     jobs = (baseline, candidate)
     on_cpu = all(job.runtime in CPU_RUNTIMES for job in jobs)
+    start = time.perf_counter()
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(job, pauses=on_cpu)) for job in jobs]
         for job, worker in zip(jobs, workers, strict=True):
@@ -205,7 +207,8 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
         run_ms = fmean(side["run_ms"] for side in opened)
         count = max(1, round(BLOCK_MS / run_ms))
         lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice
-        pair_rounds = PAIR_MS / (2 * (count + lead) * run_ms)
+        pair_ms = max(PAIR_MS, 1e3 * (time.perf_counter() - start))
+        pair_rounds = pair_ms / (2 * (count + lead) * run_ms)
         rounds = settings.rounds or int(min(ROUNDS, max(LEAST_ROUNDS, pair_rounds)))
         blocks: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         for index in range(rounds):
