@@ -354,22 +354,3 @@ def test_what_is_no_bundle(tmp_path, workspace, what):
     (tmp_path / "x.tar.zst").write_bytes(b"nonsense")
     with pytest.raises(InputError):
         deploy.load(path)
-
-
-@pytest.mark.slow
-def test_the_documents_commands_run(tmp_path, monkeypatch, capsys):
-    """Those of docs/bundles.md that need nothing but the embedded model."""
-    pytest.importorskip("zstandard", reason="archives need the extra bundle")
-    text = (Path(__file__).parents[2] / "docs" / "bundles.md").read_text()
-    commands = [
-        line for line in text.splitlines() if line.startswith("slimdiff ") and (" demo " in line or "circles" in line)
-    ]
-    assert len(commands) == 5
-    monkeypatch.chdir(tmp_path)
-    for command in commands:
-        assert main(shlex.split(command)[1:]) == 0, command
-    assert {"circle.png", "star.png", "circles", "circles.oci.tar"} <= {p.name for p in tmp_path.iterdir()}
-    pipeline = deploy.load("circles.oci.tar", threads=1, unpack_to="unpacked")
-    assert is_bundle(tmp_path / "unpacked")
-    image = pipeline("a large red circle top left, on a gray background", num_inference_steps=2).images[0]
-    assert image.size == Image.open("circle.png").size
