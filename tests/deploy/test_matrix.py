@@ -145,4 +145,4 @@ def test_cells_are_independent(built, workspace, tmp_path, capsys, ray):
         (24, True, "sizes/8x12"),
     ]
     pipeline = deploy.load(tmp_path / "server", "onnxruntime", width=24, threads=1)
-    assert pipeline("a red circle", num_inference_steps=2).images[0].size == (24, 16)
+    assert pipeline("a red circle", height=16, width=24, num_inference_steps=2).images[0].size == (24, 16)

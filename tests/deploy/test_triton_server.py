@@ -33,6 +33,8 @@ from slimdiff.trajectory import Sampling, sample_images
 PACKAGES = Path(os.environ.get("TRITON_PACKAGES", ""))
 if not (PACKAGES / "pytriton").is_dir():
     pytest.skip("no Triton server: TRITON_PACKAGES names no folder with one", allow_module_level=True)
+# Without it, tritonclient.http raises no ImportError.
+pytest.importorskip("gevent", reason="Triton's HTTP client is in the extra triton")
 triton = pytest.importorskip("tritonclient.http", reason="Triton's client is in the extra triton")
 pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's schema is in the extra triton")
 from deploy.triton.server.client import generate  # noqa: E402
