@@ -35,6 +35,9 @@ from slimdiff.errors import InputError, SlimdiffError
 WARM_SECONDS = 2.0
 STEADY = 0.02
 """Runs are warm when the last few are no faster than those before, to this share."""
+LOST = 0.01
+"""Share of a run's time that threads must have waited for a core, for it to count as disturbed. The process that asks
+for the run is on the same core at times, and takes some hundredths of a millisecond of nearly every one."""
 
 _NUMPY = {"float": "float32", "double": "float64"}
 """ONNX Runtime's words for dtypes, where they are not numpy's."""
@@ -141,17 +144,20 @@ def timed(run: Callable[[], Any], count: int) -> dict[str, Any]:
     """Time runs one by one.
 
     Returns:
-        per run, `wall_ms`, `cpu_ms` (of all threads of this process) and `preempted`: how often the system took the
-        core away meanwhile (always 0 where it does not tell).
+        per run, `wall_ms`, `cpu_ms` (of all threads of this process) and `preempted`: 1 if its threads waited for a
+        core for more than `LOST` of the time; where the system does not tell, if they lost it at all.
     """
     wall, cpu, preempted = [], [], []
     for _ in range(count):
-        switches, cpu_start, start = _switches(), time.process_time_ns(), time.perf_counter_ns()
+        waited, switches, cpu_start, start = _waited(), _switches(), time.process_time_ns(), time.perf_counter_ns()
         run()
         end, cpu_end = time.perf_counter_ns(), time.process_time_ns()
+        lost, waited_end = _switches() - switches > 0, _waited()
+        if waited is not None and waited_end is not None:
+            lost = waited_end - waited > LOST * (end - start)
         wall.append((end - start) / 1e6)
         cpu.append((cpu_end - cpu_start) / 1e6)
-        preempted.append(_switches() - switches)
+        preempted.append(int(lost))
     return {"wall_ms": wall, "cpu_ms": cpu, "preempted": preempted}
 
 
@@ -168,6 +174,15 @@ def warm(run: Callable[[], Any], at_least: int) -> list[float]:
         steady = len(before) == window and median(last) > (1 - STEADY) * median(before)
         if len(times) >= at_least and (steady or time.perf_counter() - start > WARM_SECONDS):
             return times
+
+
+def _waited() -> int | None:
+    """Nanoseconds that the threads of this process were ready to run and had no core; None where that is not told."""
+    try:
+        tasks = [f"/proc/self/task/{task}/schedstat" for task in os.listdir("/proc/self/task")]
+        return sum(int(Path(task).read_bytes().split()[1]) for task in tasks)
+    except (OSError, IndexError, ValueError):  # not Linux, a kernel without it, or a thread that has just ended
+        return None
 
 
 def _switches() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import count
 
@@ -113,6 +115,27 @@ def test_runs_are_timed_one_by_one():
     told = timed(lambda: time.sleep(next(seconds)), 3)
     assert [round(ms, -1) for ms in told["wall_ms"]] == [20, 0, 10] or told["wall_ms"][0] >= 20
     assert max(told["cpu_ms"]) < 10 and len(told["preempted"]) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes cannot be kept on a core")
+def test_runs_that_share_their_core_are_told():
+    usable = os.sched_getaffinity(0)
+    spin = f"import os; os.sched_setaffinity(0, [{min(usable)}]); print(1, flush=True)\nwhile True: pass"
+
+    def busy() -> None:
+        end = time.process_time() + 0.03
+        while time.process_time() < end:
+            pass
+
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        os.sched_setaffinity(0, [min(usable)])
+        try:
+            assert sum(timed(busy, 6)["preempted"]) >= 5
+        finally:
+            os.sched_setaffinity(0, usable)
+            other.kill()
 
 
 def test_warm_up_goes_on_while_runs_get_faster():
