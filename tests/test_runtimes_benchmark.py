@@ -70,6 +70,7 @@ def test_what_was_measured_is_kept(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_runtimes_one_after_the_other(tmp_path):
     """As a user runs it: every step a process of its own."""
     pytest.importorskip("openvino", reason="OpenVINO is an extra")
