@@ -1,4 +1,4 @@
-"""One process at a time in a folder that commands write to and go on from: of a build, a sweep, engines.
+"""One process at a time in a folder that commands write to and go on from: a build's, a calibration's, engines'.
 
 The lock is the operating system's, on the file `.lock` in the folder, so it goes when its process goes, however it
 ends; the pid in the file only serves the message.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import refused
 
 from deploy import cli
 from deploy.cli import COMMANDS, main
@@ -50,15 +51,6 @@ def test_usage_errors_exit_2(argv, capsys):
     assert capsys.readouterr().out == ""
 
 
-def fails(argv: list[str], capsys, code: int = 2) -> str:
-    """Run a command that must fail with `code`; the one line that it says."""
-    assert main([str(a) for a in argv]) == code
-    seen = capsys.readouterr()
-    line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
-    assert seen.out == "" and len(line) == 1, seen.err
-    return line[0]
-
-
 def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
     (tmp_path / "other").mkdir()
     argv = [
@@ -71,14 +63,14 @@ def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
         "--prompts",
         workspace / "prompts.txt",
     ]
-    assert "model_index.json" in fails(argv, capsys)
+    assert "model_index.json" in refused(argv, capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_no_such_model(tmp_path, capsys):
-    assert "no such directory" in fails(["export", tmp_path / "none", "--out", tmp_path / "out"], capsys)
+    assert "no such directory" in refused(["export", tmp_path / "none", "--out", tmp_path / "out"], capsys)
     argv = ["export", "demo", "--out", tmp_path / "out", "--dynamic", "batch,depth"]
-    assert "--dynamic takes batch, size or batch,size" in fails(argv, capsys)
+    assert "--dynamic takes batch, size or batch,size" in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,7 +81,7 @@ def test_a_pickle_is_refused(tmp_path, workspace, capsys):
     unet = tmp_path / "pickled" / "unet"
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
     argv = ["generate", tmp_path / "pickled", "--prompt", "a circle", "--out", tmp_path / "x.png"]
-    assert "pickle" in fails(argv, capsys)
+    assert "pickle" in refused(argv, capsys)
     assert not (tmp_path / "x.png").exists()
 
 
@@ -99,7 +91,7 @@ def test_a_pickle_is_refused(tmp_path, workspace, capsys):
 def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", reduce]
     argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
-    assert says in fails(argv, capsys)
+    assert says in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,10 +102,10 @@ def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, wor
     prompts = ["--prompts", workspace / "prompts.txt"]
     for budget in (["--reduce", "70%"], ["--macs", "90%"]):
         argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget, *prompts]
-        assert "but at most" in fails(argv, capsys)
+        assert "but at most" in refused(argv, capsys)
     for by in ("parameters", "macs"):
         argv = ["sweep", workspace / "tiny", "--out", tmp_path / by, "--by", by, "--points", "4%,90%", *prompts]
-        assert "but at most" in fails(argv, capsys)
+        assert "but at most" in refused(argv, capsys)
     text = (workspace / "recipe.yaml").read_text().replace("tiny", str(workspace / "tiny"))
     text = text.replace("prompts.txt", str(workspace / "prompts.txt"))
     for number, change in enumerate(
@@ -121,7 +113,7 @@ def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, wor
     ):
         (tmp_path / "recipe.yaml").write_text(text.replace(*change))
         argv = ["build", tmp_path / "recipe.yaml", "--out", tmp_path / f"build-{number}"]
-        assert "but at most" in fails(argv, capsys)
+        assert "but at most" in refused(argv, capsys)
     assert not asked
 
 
@@ -137,7 +129,7 @@ def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, wor
 def test_budgets_that_cannot_be(tmp_path, workspace, capsys, budget, says):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget]
     argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
-    assert says in fails(argv, capsys)
+    assert says in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,19 +137,19 @@ def test_budgets_that_cannot_be(tmp_path, workspace, capsys, budget, says):
 def test_an_empty_prompt_file(tmp_path, workspace, capsys, content):
     (tmp_path / "prompts.txt").write_text(content)
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
-    assert "no prompt" in fails([*argv, "--prompts", tmp_path / "prompts.txt"], capsys)
+    assert "no prompt" in refused([*argv, "--prompts", tmp_path / "prompts.txt"], capsys)
 
 
 def test_a_prompt_file_that_is_not_there(tmp_path, workspace, capsys):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
-    assert "no such prompt file" in fails([*argv, "--prompts", tmp_path / "none.txt"], capsys)
+    assert "no such prompt file" in refused([*argv, "--prompts", tmp_path / "none.txt"], capsys)
 
 
 def test_bad_settings_name_the_flag(tmp_path, workspace, capsys):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
     argv += ["--prompts", workspace / "prompts.txt"]
-    assert "--samples" in fails([*argv, "--samples", "0"], capsys)
-    assert "--groups" in fails([*argv, "--groups", "convolutions"], capsys)
+    assert "--samples" in refused([*argv, "--samples", "0"], capsys)
+    assert "--groups" in refused([*argv, "--groups", "convolutions"], capsys)
 
 
 @pytest.mark.parametrize("command", ["build", "compress", "export"])
@@ -168,29 +160,29 @@ def test_other_peoples_folders_are_not_written_to(tmp_path, workspace, capsys, c
         "compress": ["compress", workspace / "tiny", "--reduce", "8%", "--prompts", workspace / "prompts.txt"],
         "export": ["export", workspace / "tiny"],
     }[command]
-    assert "did not write" in fails([*argv, "--out", tmp_path], capsys)
+    assert "did not write" in refused([*argv, "--out", tmp_path], capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_wrong_recipe_names_the_nearest_key(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("model: demo\nbudgett: {}")
-    assert "'budget'" in fails(["build", tmp_path / "recipe.yaml", "--out", tmp_path / "out"], capsys)
+    assert "'budget'" in refused(["build", tmp_path / "recipe.yaml", "--out", tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_stage_to_force(tmp_path, workspace, capsys):
     argv = ["build", workspace / "recipe.yaml", "--out", tmp_path / "out", "--force", "calibrat"]
-    assert "calibrate, sensitivity, plan" in fails(argv, capsys)
+    assert "calibrate, sensitivity, plan" in refused(argv, capsys)
 
 
 @pytest.mark.parametrize("argv", [["inspect", "none"], ["bench", "none", "none", "--gate", "speed>2"]])
 def test_other_bad_input(argv, capsys):
-    fails(argv, capsys)
+    refused(argv, capsys)
 
 
 def test_inspect_says_what_it_knows(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("")
-    assert "nothing that slimdiff knows" in fails(["inspect", tmp_path / "x.txt"], capsys)
+    assert "nothing that slimdiff knows" in refused(["inspect", tmp_path / "x.txt"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -211,12 +203,12 @@ def test_faults_from_below(monkeypatch, capsys, fault, code, says):
         raise fault
 
     monkeypatch.setattr("deploy.commands.doctor.run", run)
-    assert says in fails(["doctor"], capsys, code)
+    assert says in refused(["doctor"], capsys, code)
 
 
 def test_a_missing_package_exits_3(monkeypatch, tmp_path, workspace, capsys):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = fails(["export", workspace / "tiny", "--out", tmp_path / "out"], capsys, 3)
+    line = refused(["export", workspace / "tiny", "--out", tmp_path / "out"], capsys, 3)
     assert "pip install 'slimdiff[onnx]'" in line
 
 
