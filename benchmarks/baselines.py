@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.errors import InputError, require
+from slimdiff.groups.resnet import sliced
+from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, resnet_layers
 from slimdiff.plan import Plan
-from slimdiff.resnets import sliced
-from slimdiff.sites import Site, attention_linears, feed_forward_linears, resnet_layers
-from slimdiff.slimming import assemble
+from slimdiff.slimming.slim import assemble
 
 
 def magnitude_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.export_variants [--model sd15] [--runtime onnxruntime,openvino]` prints a Markdown table: the slim
 UNet (the model's budget of parameters, random weights) in every variant, in pairs with the graph that `slimdiff export`
-writes, on one thread, and how far their outputs are apart. `exporters.onnx_export.ExportSettings` follows this table.
+writes, on one thread, and how far their outputs are apart. `exporters.graphs.export.ExportSettings` follows this table.
 What is measured is kept in `--out`, and not measured again.
 """
 
@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet, uniform_ranks
-from exporters.latency import LatencySettings, paired_latency
+from exporters.graphs.export import ExportSettings, _UNet, export_unet, unet_inputs, write_config
+from exporters.latency.paired import LatencySettings, paired_latency
 from exporters.machine import machine_name
-from exporters.onnx_export import ExportSettings, _UNet, export_unet, unet_inputs, write_config
 from exporters.runtimes.opening import version_of
 from exporters.runtimes.unet import UNet
-from slimdiff import artifacts
+from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import SlimdiffError
-from slimdiff.skeleton import skeleton
-from slimdiff.trajectory import Call
+from slimdiff.slimming.skeleton import skeleton
+from slimdiff.storage import manifest
 
 
 def in_opset(opset: int) -> Callable[[nn.Module, Call, Path], Path]:
@@ -159,8 +159,8 @@ def measure(
     with tempfile.TemporaryDirectory(dir=scratch, prefix="slimdiff-variants-") as folder:
         for told, export in tqdm(VARIANTS.items(), desc=f"{name}: variants"):
             decided = {"variant": told, "runtimes": list(runtimes), "settings": settings.model_dump()}
-            decided |= {"machine": machine_name(), "versions": artifacts.versions()}
-            file = kept / f"{name}-{artifacts.fingerprint(decided)[:8]}.json"
+            decided |= {"machine": machine_name(), "versions": manifest.versions()}
+            file = kept / f"{name}-{manifest.fingerprint(decided)[:8]}.json"
             if not file.is_file():
                 start = time.perf_counter()
                 variant = export(unet, call, Path(folder) / "variant")
@@ -172,7 +172,7 @@ def measure(
                     row["runtimes"][runtime] = _paired(ours, variant, runtime, call, settings)
                     gc.collect()
                 shutil.rmtree(variant.parent)
-                artifacts.write_json(file, row)
+                manifest.write_json(file, row)
             rows.append(json.loads(file.read_text(encoding="utf-8")))
     return rows
 

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from benchmarks.full_size import MODELS, Clock, peak_bytes
 from benchmarks.random_models import random_pipeline, uniform_ranks
+from exporters.graphs.export import DTYPES, ExportSettings, unet_inputs
+from exporters.graphs.naming import check_reduced_dims
+from exporters.graphs.pipeline import example_call, export_pipeline
+from exporters.graphs.shapes import leftover_dims, shapes_in_graph
 from exporters.machine import machine_name
-from exporters.onnx_export import DTYPES, ExportSettings, unet_inputs
-from exporters.onnx_graph import check_reduced_dims
-from exporters.onnx_shapes import leftover_dims, shapes_in_graph
-from exporters.pipeline_export import example_call, export_pipeline
-from slimdiff.costs import count_bytes, count_parameters
+from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.models import plan_of
-from slimdiff.skeleton import skeleton
-from slimdiff.trajectory import Call, predict
+from slimdiff.planning.costs import count_bytes, count_parameters
+from slimdiff.slimming.skeleton import skeleton
 
 LATENTS = {"sdxl": 128}
 """Height and width of the latents, where they are not the model's in `MODELS`: SDXL's own images have 1024 pixels."""

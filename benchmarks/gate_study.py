@@ -27,10 +27,10 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from exporters.gate.measure import BenchSettings, bench
-from exporters.gate.pair import Job
+from exporters.latency.measure import BenchSettings, bench
+from exporters.latency.pair import Job
 from exporters.machine import machine_name
-from slimdiff import artifacts
+from slimdiff.storage import manifest
 
 WIDTH, DEPTH = 64, 8
 UNITS = 757
@@ -54,7 +54,7 @@ def plant(graph: Path, out: Path, units: int) -> Path:
     from onnx import helper, numpy_helper
 
     shutil.copytree(graph.parent, out)
-    (out / artifacts.MANIFEST).unlink(missing_ok=True)
+    (out / manifest.MANIFEST).unlink(missing_ok=True)
     model = onnx.load(str(out / graph.name), load_external_data=False)
     result = model.graph.output[0].name
     for node in model.graph.node:
@@ -116,7 +116,7 @@ def calibrated(dense: Path, folder: Path, wanted: float, pairs: int) -> dict[str
     shutil.rmtree(folder / "slower", ignore_errors=True)
     plant(dense, folder / "slower", units)
     value = {"wanted": wanted, "units": units, "tried": tried}
-    artifacts.write_json(file, value)
+    manifest.write_json(file, value)
     return value
 
 
@@ -193,9 +193,9 @@ def main() -> None:
     folder, kinds = arguments.out, arguments.kinds.split(",")
     dense = folder / "dense" / "model.onnx"
     if not dense.is_file():
-        from deploy.commands.bench import exported
+        from deploy.cli.commands.bench import exported
 
-        with artifacts.replacing(folder / "dense") as temporary:
+        with manifest.replacing(folder / "dense") as temporary:
             exported("demo", "onnxruntime", 2, temporary)
     if "slower" in kinds:
         calibrated(dense, folder, arguments.slowdown, arguments.pairs)

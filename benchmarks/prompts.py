@@ -2,7 +2,7 @@
 
 `python -m benchmarks.prompts [--counts 4,16,64,256,500] [--seeds 3] [--steps 10]`. The ranks are fixed once, by a plan
 from 256 other captions, so that nothing but the statistics varies. Prompts come out of a pool of 2,000 captions of the
-embedded model's world, by `slimdiff.prompt_selection` and at random. Rows in `runs/bench` are not measured again.
+embedded model's world, by `slimdiff.prompts.selection` and at random. Rows in `runs/bench` are not measured again.
 """
 
 from __future__ import annotations
@@ -18,26 +18,18 @@ import torch
 import benchmarks
 import slimdiff
 from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
-from deploy.workshop import source_hash
+from deploy.build.workshop import source_hash
 from exporters.machine import machine_name
-from slimdiff import (
-    Budget,
-    CalibrationSettings,
-    PlanSettings,
-    Statistics,
-    artifacts,
-    embedded,
-    make_plan,
-    slim_denoiser,
-)
-from slimdiff.calibration import calibrate
-from slimdiff.closed_forms import Forms
+from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embedded, make_plan, slim_denoiser
+from slimdiff.algebra.closed_forms import Forms
+from slimdiff.calibration.calibrate import calibrate
 from slimdiff.compression import sensitivity_calls
+from slimdiff.denoising.trajectory import record_calls
 from slimdiff.embedded.card import transformer_parameters
-from slimdiff.pipelines import load_pipeline
-from slimdiff.prompt_selection import embed, select
-from slimdiff.search import Judge
-from slimdiff.trajectory import record_calls
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.planning.search import Judge
+from slimdiff.prompts.selection import embed, select
+from slimdiff.storage import manifest
 
 CUT = 0.25
 POOL, PLANNED_ON = 2000, 256
@@ -111,15 +103,15 @@ def main() -> None:
         "model": bench.plan.model_hash,
         "code": [source_hash(Path(module.__path__[0])) for module in (slimdiff, benchmarks)],
         "calibration": bench.sampling.model_dump(),
-        "pool": artifacts.fingerprint(bench.pool),
-        "plan": artifacts.fingerprint(bench.plan.ranks()),
+        "pool": manifest.fingerprint(bench.pool),
+        "plan": manifest.fingerprint(bench.plan.ranks()),
     }
-    file = arguments.out / artifacts.fingerprint(settings)[:12] / "prompts.json"
+    file = arguments.out / manifest.fingerprint(settings)[:12] / "prompts.json"
     rows: dict[str, float] = json.loads(file.read_text())["rows"] if file.is_file() else {}
 
     def keep(name: str, error: float) -> None:
         rows[name] = error
-        artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": rows})
+        manifest.write_json(file, {"settings": settings, "machine": machine_name(), "rows": rows})
 
     picks: dict[str, list[int]] = {SELECTED: select(bench.embeddings, counts[-1])}
     for seed in range(arguments.seeds):

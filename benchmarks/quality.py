@@ -24,24 +24,25 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
-from deploy.workshop import source_hash
-from exporters.latency import LatencySettings, paired_latency
+from deploy.build.workshop import source_hash
+from exporters.graphs.export import ExportSettings, export_unet
+from exporters.latency.paired import LatencySettings, paired_latency
 from exporters.machine import machine_name
-from exporters.onnx_export import ExportSettings, export_unet
 from exporters.runtimes.unet import UNet
-from slimdiff import Budget, CalibrationSettings, PlanSettings, artifacts, embedded
-from slimdiff.calibration import calibrate
-from slimdiff.closed_forms import PAPERS, Forms
+from slimdiff import Budget, CalibrationSettings, PlanSettings, embedded
+from slimdiff.algebra.closed_forms import PAPERS, Forms
+from slimdiff.calibration.calibrate import calibrate
 from slimdiff.compression import fitting_calls, sensitivity_calls, with_denoiser
-from slimdiff.costs import count_macs, count_parameters
+from slimdiff.denoising.trajectory import Call, Sampling, predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
-from slimdiff.pipelines import load_pipeline
-from slimdiff.planning import Allocation, Planner
-from slimdiff.sites import GROUPS, Group, find_sites
-from slimdiff.slimming import Factors, factorise
-from slimdiff.trajectory import Call, Sampling, predict, record_calls, sample_images
+from slimdiff.groups.sites import GROUPS, Group, find_sites
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.planning.costs import count_macs, count_parameters
+from slimdiff.planning.planner import Allocation, Planner
+from slimdiff.slimming.slim import Factors, factorise
+from slimdiff.storage import manifest
 
 CALIBRATION = CalibrationSettings(samples=64, sampling=Sampling(steps=20, batch=16, seed=0), tokens_per_dimension=None)
 ERROR_SAMPLING = Sampling(steps=20, batch=16, seed=50_000)
@@ -213,7 +214,7 @@ def dense_images(bench: Bench, file: Path) -> list[Any]:
     """The dense model's images, made once."""
     if not file.is_file():
         images = np.stack([np.asarray(image) for image in bench.images(bench.unet, "dense")])
-        with artifacts.replacing(file, is_file=True) as temporary, temporary.open("wb") as stream:
+        with manifest.replacing(file, is_file=True) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     return list(np.load(file))
 
@@ -225,7 +226,7 @@ def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[s
     for name in ("dense", f"{method.label.rpartition(' ')[2]}-{cut.percent:g}"):
         if not (folder / name / "model.onnx").is_file():
             module = bench.unet if name == "dense" else bench.make(method, cut)
-            with artifacts.replacing(folder / name) as temporary:
+            with manifest.replacing(folder / name) as temporary:
                 export_unet(module, temporary, call, ExportSettings())
         runners.append(UNet.open(folder / name))
     result = paired_latency(
@@ -313,14 +314,14 @@ def main() -> None:
         "calibration": CALIBRATION.model_dump(),
         "evaluation": EVALUATION.model_dump(),
     }
-    folder = arguments.out / artifacts.fingerprint(settings)[:12]
+    folder = arguments.out / manifest.fingerprint(settings)[:12]
     file = folder / "quality.json"
     known = {(r["method"], r["cut"]): r for r in json.loads(file.read_text())["rows"]} if file.is_file() else {}
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(key: tuple[str, str], found: dict[str, Any]) -> None:
         known[key] = {"method": key[0], "cut": key[1], **known.get(key, {}), **found}
-        artifacts.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
+        manifest.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
 
     # With resnets, shares are of the whole UNet; in the ablation, our default without them stands beside.
     both = () if arguments.ablation else ("global",)

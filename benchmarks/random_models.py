@@ -21,11 +21,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.full_size import MODELS, Model
 from slimdiff import Budget, embedded
-from slimdiff.allocation import Layer, choose, distances, find_layers
-from slimdiff.costs import CostTable, count_parameters, parameter_costs
-from slimdiff.feasibility import most_removable, removed_within
-from slimdiff.planning import PlanSettings, chosen_sites
-from slimdiff.sites import find_sites
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.costs import CostTable, count_parameters, parameter_costs
+from slimdiff.planning.feasibility import most_removable, removed_within
+from slimdiff.planning.knapsack import Layer, choose, distances, find_layers
+from slimdiff.planning.planner import PlanSettings, chosen_sites
 
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}

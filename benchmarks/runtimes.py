@@ -29,15 +29,15 @@ from torch import nn
 
 from benchmarks.full_size import MODELS, peak_bytes, random_calls
 from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
-from exporters.latency import LatencySettings, paired_latency
-from exporters.latency_table import TableSettings, measure_latency
+from exporters.graphs.export import export_unet
+from exporters.latency.paired import LatencySettings, paired_latency
+from exporters.latency.table import TableSettings, measure_latency
 from exporters.machine import machine_name, usable_cores
-from exporters.onnx_export import export_unet
 from exporters.runtimes.unet import UNet
-from slimdiff import artifacts
-from slimdiff.costs import CostTable, count_parameters
-from slimdiff.skeleton import skeleton
-from slimdiff.trajectory import Call, predict
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.planning.costs import CostTable, count_parameters
+from slimdiff.slimming.skeleton import skeleton
+from slimdiff.storage import manifest
 
 IN_TORCH = {"torch": torch.float32, "torch-bf16": torch.bfloat16, "torch-compile": torch.float32}
 """Eager in two precisions, and compiled."""
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.only == "row":
         row = measure(args.model, int(args.batch), args.runtime, settings, cache, args.out)
-        artifacts.write_json(_file(args, settings, args.batch, args.runtime), row)
+        manifest.write_json(_file(args, settings, args.batch, args.runtime), row)
         return 0
     rows, failed = [], []
     for batch in args.batch.split(","):
@@ -223,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _file(args: argparse.Namespace, settings: Settings, batch: str, runtime: str) -> Path:
     """Where a row is kept: another of other settings, versions or machine has another name."""
-    decided = {"settings": settings.model_dump(), "machine": machine_name(), "versions": artifacts.versions()}
-    return args.out / f"{args.model}-batch{batch}-{runtime}-{artifacts.fingerprint(decided)[:8]}.json"
+    decided = {"settings": settings.model_dump(), "machine": machine_name(), "versions": manifest.versions()}
+    return args.out / f"{args.model}-batch{batch}-{runtime}-{manifest.fingerprint(decided)[:8]}.json"
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:

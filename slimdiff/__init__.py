@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimdiff.budget import Budget
-    from slimdiff.calibration import CalibrationSettings, calibrate
+    from slimdiff.calibration.calibrate import CalibrationSettings, calibrate
     from slimdiff.compression import Compression, compress
+    from slimdiff.denoising.trajectory import Sampling
     from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
     from slimdiff.plan import Plan
-    from slimdiff.planning import PlanSettings, make_plan
-    from slimdiff.slimming import slim_denoiser
+    from slimdiff.planning.planner import PlanSettings, make_plan
+    from slimdiff.slimming.slim import slim_denoiser
     from slimdiff.statistics import Statistics
-    from slimdiff.trajectory import Sampling
 
 __all__ = [
     "Budget",
@@ -35,19 +35,19 @@ __all__ = [
 
 _HOMES = {
     "Budget": "budget",
-    "CalibrationSettings": "calibration",
-    "calibrate": "calibration",
+    "CalibrationSettings": "calibration.calibrate",
+    "calibrate": "calibration.calibrate",
     "Compression": "compression",
     "compress": "compression",
     "InputError": "errors",
     "MissingPackageError": "errors",
     "SlimdiffError": "errors",
     "Plan": "plan",
-    "PlanSettings": "planning",
-    "make_plan": "planning",
-    "slim_denoiser": "slimming",
+    "PlanSettings": "planning.planner",
+    "make_plan": "planning.planner",
+    "slim_denoiser": "slimming.slim",
     "Statistics": "statistics",
-    "Sampling": "trajectory",
+    "Sampling": "denoising.trajectory",
 }
 
 

@@ -11,16 +11,16 @@ from typing import TypedDict
 from diffusers import DiffusionPipeline
 
 from slimdiff.budget import Budget
-from slimdiff.calibration import CalibrationSettings, calibrate
-from slimdiff.costs import CostTable
+from slimdiff.calibration.calibrate import CalibrationSettings, calibrate
+from slimdiff.denoising.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 from slimdiff.errors import InputError
+from slimdiff.groups.sites import find_sites
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
-from slimdiff.planning import MEASURED, Planner, PlanSettings, check_budgets, chosen_sites, is_measured
-from slimdiff.sites import find_sites
-from slimdiff.slimming import Factors, factorise, slim_denoiser
+from slimdiff.planning.costs import CostTable
+from slimdiff.planning.planner import MEASURED, Planner, PlanSettings, check_budgets, chosen_sites, is_measured
+from slimdiff.slimming.slim import Factors, factorise, slim_denoiser
 from slimdiff.statistics import Statistics
-from slimdiff.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
 
 
 @dataclass
@@ -57,11 +57,11 @@ def compress(
 
     Args:
         prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
-            take images, classes or nothing at all, mappings of their arguments (see `slimdiff.trajectory`). Beyond
-            `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
+            take images, classes or nothing at all, mappings of their arguments (see `slimdiff.denoising.trajectory`).
+            Beyond `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
         budget: what goes out of the denoiser, in parameters, MACs, latency or error; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
-        latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency_table`).
+        latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`).
         statistics: from an earlier calibration of the same weights, to save the time.
         release_dense: let go of the dense weights as the slim ones are made: less memory, but the pipeline that came in
             cannot be used afterwards.

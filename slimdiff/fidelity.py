@@ -11,8 +11,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm import tqdm
 
+from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
-from slimdiff.trajectory import Call
 
 
 def noise_error(

@@ -27,8 +27,8 @@ from torch import nn
 
 from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
+from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 from slimdiff.plan import Plan
-from slimdiff.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
 __all__ = [

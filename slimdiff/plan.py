@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slimdiff.artifacts import replacing
-from slimdiff.closed_forms import Forms
+from slimdiff.algebra.closed_forms import Forms
 from slimdiff.errors import InputError
-from slimdiff.sites import Group, Site
+from slimdiff.groups.sites import Group, Site
+from slimdiff.storage.manifest import replacing
 
 
 class SitePlan(BaseModel):

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from slimdiff.artifacts import replacing
 from slimdiff.errors import InputError
+from slimdiff.storage.manifest import replacing
 
 # Rows per strip of a triangle. It belongs to the file format; larger strips waste memory, smaller ones speed.
 STRIP = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deploy.cli import main
+from deploy.cli.app import main
 
 
 def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:

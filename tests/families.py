@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from slimdiff import Sampling
-from slimdiff.trajectory import Call
+from slimdiff.denoising.trajectory import Call
 
 SAMPLING = Sampling(steps=2, batch=2, guidance=3.0, seed=1)
 # The least of a text-to-image UNet that has every kind of block: three transformer blocks.

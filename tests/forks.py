@@ -198,7 +198,7 @@ class Forks:
 
     def command(self, argv: Sequence[Any], **more: Any) -> Fork:
         """Start a command of slimdiff."""
-        return self.start("deploy.cli:main", [str(a) for a in argv], **more)
+        return self.start("deploy.cli.app:main", [str(a) for a in argv], **more)
 
 
 def _why_no_mounts(scratch: Path) -> str:

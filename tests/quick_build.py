@@ -7,12 +7,12 @@ from pathlib import Path
 
 from bundles import DESCRIPTION
 
-from deploy import history
+from deploy.build.stages import Stage, run_stages
 from deploy.bundle.archive import pack, unpack
 from deploy.bundle.description import KIND
-from deploy.lock import locked
-from deploy.stages import Stage, run_stages
-from slimdiff import artifacts, atomic
+from deploy.cli.lock import locked
+from deploy.history import results
+from slimdiff.storage import atomic, manifest
 
 
 def build(folder: str, text: str, wait_for: str = "") -> None:
@@ -29,7 +29,7 @@ def build(folder: str, text: str, wait_for: str = "") -> None:
         (into / "copy.txt").write_text((out / "first" / "deep" / "text.txt").read_text())
 
     def aside(into: Path) -> None:
-        artifacts.write_json(into / "aside.json", [1])
+        manifest.write_json(into / "aside.json", [1])
 
     stages = [
         Stage("first", first, settings=text),
@@ -38,7 +38,7 @@ def build(folder: str, text: str, wait_for: str = "") -> None:
     ]
     with locked(out):
         done = [vars(stage) for stage in run_stages(out, stages)]
-        artifacts.write_json(out / "build.json", {"stages": [{k: d[k] for k in ("name", "key")} for d in done]})
+        manifest.write_json(out / "build.json", {"stages": [{k: d[k] for k in ("name", "key")} for d in done]})
 
 
 def replace_folder(path: str, text: str, wait_for: str = "") -> None:
@@ -62,11 +62,11 @@ def replace_folder_in_two_renames(path: str, text: str) -> None:
 
 def write_bundle(folder: str, text: str) -> None:
     """A bundle by its manifest; its graphs are none."""
-    with artifacts.replacing(Path(folder)) as temporary:
+    with manifest.replacing(Path(folder)) as temporary:
         for name in ("unet/model.onnx", "unet/config.json", "vae_decoder/model.onnx"):
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text * 1000)
-        artifacts.write_manifest(temporary, KIND, {}, DESCRIPTION.model_dump())
+        manifest.write_manifest(temporary, KIND, {}, DESCRIPTION.model_dump())
 
 
 def pack_bundle(folder: str, file: str) -> None:
@@ -80,5 +80,5 @@ def unpack_bundle(file: str, folder: str) -> None:
 def append(file: str, writer: int, count: int, size: int = 3000) -> None:
     """Append to a history; says after each line that it is there."""
     for index in range(count):
-        history.append(Path(file), {"writer": writer, "index": index, "filler": "x" * size})
+        results.append(Path(file), {"writer": writer, "index": index, "filler": "x" * size})
         print(writer, index, flush=True)

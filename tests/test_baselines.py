@@ -18,10 +18,10 @@ from benchmarks.baselines import (
     torch_pruning,
 )
 from slimdiff import Budget, PlanSettings, make_plan, slim_denoiser
-from slimdiff.costs import count_parameters
+from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.sites import find_sites
-from slimdiff.trajectory import predict, record_calls
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.costs import count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from conftest import PROMPTS, SAMPLING
 
 from benchmarks.depth import depths, left_out, measure
-from slimdiff.trajectory import predict, record_calls
+from slimdiff.denoising.trajectory import predict, record_calls
 
 
 def test_every_block_left_out_is_felt_and_comes_back(pipeline):

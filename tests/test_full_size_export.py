@@ -12,9 +12,9 @@ pytest.importorskip("optimum.onnxruntime", reason="ORTDiffusionPipeline needs th
 from benchmarks.full_size import MODELS
 from benchmarks.full_size_export import measure, table
 from benchmarks.random_models import random_pipeline, uniform_ranks
-from exporters.onnx_export import ExportSettings
-from slimdiff.costs import count_parameters
-from slimdiff.skeleton import skeleton
+from exporters.graphs.export import ExportSettings
+from slimdiff.planning.costs import count_parameters
+from slimdiff.slimming.skeleton import skeleton
 
 
 def test_a_row_is_measured_and_told(tmp_path):

@@ -13,10 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks import gpu
 from benchmarks.full_size import MODELS as FULL_SIZE
-from slimdiff.costs import count_macs
-from slimdiff.sites import find_sites
-from slimdiff.skeleton import skeleton
-from slimdiff.trajectory import Call
+from slimdiff.denoising.trajectory import Call
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.costs import count_macs
+from slimdiff.slimming.skeleton import skeleton
 
 ARGUMENTS = "--model tiny --device cpu --dtype fp32 --batch 1,2 --rounds 8 --runtime eager,graph --part unet,attention"
 

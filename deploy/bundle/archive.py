@@ -18,8 +18,8 @@ from tqdm import tqdm
 from deploy.bundle.description import describe
 from deploy.bundle.image import HEAD, Digest, image_files, is_image, open_image
 from deploy.bundle.tar import PIECE, Entry, Reader, Writer, read_tar, write_tar
-from slimdiff import artifacts
 from slimdiff.errors import InputError, require
+from slimdiff.storage import manifest as manifests
 
 Kind = Literal["tar.zst", "oci"]
 SUFFIXES: dict[Kind, str] = {"tar.zst": ".tar.zst", "oci": ".oci.tar"}
@@ -43,11 +43,11 @@ def pack(folder: Path, kind: Kind, file: Path, name: str, progress: str | None =
     Raises:
         MissingPackageError: if zstandard is not here.
     """
-    manifest = artifacts.read_manifest(folder)
-    names = [artifacts.MANIFEST, *sorted(manifest["files"])]
+    manifest = manifests.read_manifest(folder)
+    names = [manifests.MANIFEST, *sorted(manifest["files"])]
     files = [(n, folder / n) for n in names]
     bar = tqdm(desc=progress, disable=progress is None, unit="B", unit_scale=True)
-    with artifacts.replacing(file, is_file=True) as temporary, temporary.open("wb") as out, bar:
+    with manifests.replacing(file, is_file=True) as temporary, temporary.open("wb") as out, bar:
         if kind == "oci":
             write_tar(_Counted(out, bar), image_files(files, name))
             return
@@ -94,7 +94,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there and is not an empty folder: name another to unpack into")
-    with artifacts.replacing(folder) as temporary, _contents(archive) as entries:
+    with manifests.replacing(folder) as temporary, _contents(archive) as entries:
         _write_entries(entries, temporary, archive)
     return folder
 
@@ -132,11 +132,11 @@ class _Decompressed:
 
 def _write_entries(entries: Iterator[Entry], folder: Path, archive: Path) -> None:
     first = next(entries, None)
-    if first is None or first.name != artifacts.MANIFEST or first.size > artifacts.MOST_JSON:
-        raise InputError(f"{archive} does not begin with a {artifacts.MANIFEST}: it is no archive of a bundle")
-    (folder / artifacts.MANIFEST).write_bytes(first.all())
-    manifest = artifacts.read_manifest(folder)
-    describe(manifest, f"{archive}: {artifacts.MANIFEST}")
+    if first is None or first.name != manifests.MANIFEST or first.size > manifests.MOST_JSON:
+        raise InputError(f"{archive} does not begin with a {manifests.MANIFEST}: it is no archive of a bundle")
+    (folder / manifests.MANIFEST).write_bytes(first.all())
+    manifest = manifests.read_manifest(folder)
+    describe(manifest, f"{archive}: {manifests.MANIFEST}")
     left = dict(manifest["files"])
     _demand_room(sum(entry["bytes"] for entry in left.values()), archive, folder)
     for entry in entries:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import slimdiff
+from deploy.artifacts.licenses import license_files
 from deploy.bundle.description import KIND, Denoiser, Description, describe
 from deploy.bundle.readme import write_readme
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Source
-from deploy.licenses import license_files
 from exporters.engine.check import ENGINE, REPORT, runs_on
 from exporters.runtimes import GRAPH_RUNTIMES
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest as manifests
 
 Target = Literal["edge", "server"]
 _GRAPHS_ON_SERVERS = {
@@ -150,8 +150,8 @@ def write_bundle(
     for step in more:
         step(folder)
     made_from = {"source": source.kind, **source.made_from} if target == "server" else _hashes(source)
-    manifest = artifacts.write_manifest(folder, KIND, made_from, description.model_dump())
-    return describe(manifest, str(folder / artifacts.MANIFEST))  # what would be refused later is refused now
+    manifest = manifests.write_manifest(folder, KIND, made_from, description.model_dump())
+    return describe(manifest, str(folder / manifests.MANIFEST))  # what would be refused later is refused now
 
 
 def _place(candidate: Candidate, taken: list[str]) -> str:
@@ -170,12 +170,12 @@ def _runtimes(candidate: Candidate, target: Target, wanted: Wanted) -> list[Any]
 
 def make_lean(folder: Path) -> None:
     """Take out what only a denoiser's builder reads: the plan in its configuration, an engine's layers."""
-    config = artifacts.read_json(folder / "config.json")
-    artifacts.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "slim_plan"})
+    config = manifests.read_json(folder / "config.json")
+    manifests.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "slim_plan"})
     if (folder / ENGINE).is_file():
-        report = artifacts.read_json(folder / REPORT)
-        artifacts.write_json(folder / REPORT, {k: report[k] for k in _READ_OF_ENGINES if k in report})
-        artifacts.write_manifest(folder, "engine", {"key": report["key"]}, runs_on(report))
+        report = manifests.read_json(folder / REPORT)
+        manifests.write_json(folder / REPORT, {k: report[k] for k in _READ_OF_ENGINES if k in report})
+        manifests.write_manifest(folder, "engine", {"key": report["key"]}, runs_on(report))
 
 
 def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporters.runtimes import EngineRuntime, GraphRuntime
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest as manifests
 
 KIND = "bundle"
 TRITON = "triton"
@@ -81,8 +81,8 @@ class Bundle:
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder's manifest says that it is a bundle; nothing is checked yet."""
-    file = folder / artifacts.MANIFEST
-    return file.is_file() and artifacts.read_manifest(folder)["kind"] == KIND
+    file = folder / manifests.MANIFEST
+    return file.is_file() and manifests.read_manifest(folder)["kind"] == KIND
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -92,9 +92,9 @@ def read_bundle(folder: Path) -> Bundle:
         InputError: if the folder is no bundle, holds another file than the manifest says, a link or a kind of file that
             no bundle has, or the manifest describes what is not in it.
     """
-    manifest = artifacts.read_manifest(folder)
-    description = describe(manifest, str(folder / artifacts.MANIFEST))
-    artifacts.verify_manifest(folder, exact=True)
+    manifest = manifests.read_manifest(folder)
+    description = describe(manifest, str(folder / manifests.MANIFEST))
+    manifests.verify_manifest(folder, exact=True)
     return Bundle(folder, manifest, description)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
-from deploy.console import log
+from deploy.cli.console import log
 from exporters.runtimes import ENGINE_RUNTIMES, GRAPH_RUNTIMES, RUNTIMES
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.unet import UNet

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from exporters.graphs.naming import read_graph
 from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS, latent_scale
-from exporters.onnx_graph import read_graph
 from exporters.runtimes.module import read_config
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
 """Height and width of what a denoiser denoises; None where it takes any."""
@@ -49,8 +49,8 @@ class ExportedRest:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / artifacts.MANIFEST).is_file():
-            artifacts.verify_manifest(folder)
+        if (folder / manifest.MANIFEST).is_file():
+            manifest.verify_manifest(folder)
 
     @cached_property
     def scale(self) -> int:
@@ -94,7 +94,7 @@ class TorchRest:
 
     @cached_property
     def pipeline(self) -> Any:
-        from slimdiff.pipelines import load_pipeline
+        from slimdiff.loading.pipelines import load_pipeline
 
         return load_pipeline(self.model)
 
@@ -109,8 +109,8 @@ class TorchRest:
         self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
     ) -> None:
         """See `Rest`."""
-        from exporters.onnx_export import ExportSettings
-        from exporters.pipeline_export import example_call, export_pipeline
+        from exporters.graphs.export import ExportSettings
+        from exporters.graphs.pipeline import example_call, export_pipeline
 
         settings = ExportSettings(precision=precision)  # type: ignore[arg-type]
         unwanted = ["unet"] if encoder else ["unet", "vae_encoder"]

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy import layout
+from deploy.artifacts import build_folder
 from deploy.bundle.rest import ExportedRest, Rest, TorchRest
-from deploy.openers import engine_of, graph_of, kind_of
+from deploy.opening.openers import engine_of, graph_of, kind_of
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.engine.refit import needs_weights
+from exporters.graphs.naming import read_graph
 from exporters.layout import ENGINE_PIPELINE
-from exporters.onnx_graph import read_graph
 from exporters.runtimes.module import read_config
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest as manifests
 
 _TENSOR_PRECISIONS = {1: "fp32", 10: "fp16"}  # ONNX's TensorProto.DataType
 
@@ -83,7 +83,7 @@ def open_source(
     elif kind in ("engine", ENGINE_PIPELINE):  # of a pipeline, the UNet alone: a bundle has all else in ONNX
         found, rest = [engine_candidate("engine", engine_of(name, kind))], _rest(name, pipeline)
     elif kind == "engines":
-        artifacts.verify_manifest(path)
+        manifests.verify_manifest(path)
         folders = sorted(file.parent for file in path.glob(f"*/{ENGINE}"))
         found, rest = [engine_candidate(folder.name, folder) for folder in folders], _rest(name, pipeline)
     elif kind == "build":
@@ -123,7 +123,7 @@ def engine_candidate(name: str, folder: Path) -> Candidate:
     capabilities = (place["gpu"]["capability"],) if "gpu" in place else tuple(place["targets"])
     return Candidate(
         name,
-        lambda into: _copy(folder, into, ENGINE, REPORT, "config.json", artifacts.MANIFEST),
+        lambda into: _copy(folder, into, ENGINE, REPORT, "config.json", manifests.MANIFEST),
         parts["precision"],
         sizes[0],
         (sizes[2], sizes[3]),
@@ -134,9 +134,9 @@ def engine_candidate(name: str, folder: Path) -> Candidate:
 
 
 def _model(name: str, shapes: Sequence[tuple[int, int, int]], precisions: Sequence[str]) -> Source:
-    from deploy.workshop import model_hash
-    from exporters.onnx_export import ExportSettings, export_unet
-    from exporters.pipeline_export import example_call
+    from deploy.build.workshop import model_hash
+    from exporters.graphs.export import ExportSettings, export_unet
+    from exporters.graphs.pipeline import example_call
 
     rest = TorchRest(name)
     pipeline = rest.pipeline
@@ -176,11 +176,11 @@ def _rest(name: str, pipeline: str | None) -> Rest:
 
 
 def _build(folder: Path) -> list[Candidate]:
-    cells = layout.read_verdict(folder).get("cells", [])
-    artifacts.verify_manifest(folder / "slim")
+    cells = build_folder.read_verdict(folder).get("cells", [])
+    manifests.verify_manifest(folder / "slim")
     found = parts_of_build(folder, "")
     for cell in cells:
-        found += parts_of_build(folder / layout.CELLS / cell["name"], f"{cell['name']}-")
+        found += parts_of_build(folder / build_folder.CELLS / cell["name"], f"{cell['name']}-")
     # Cells for several GPUs have the same graph.
     alike = {(c.name if c.is_engine else (c.precision, c.batch, c.latents)): c for c in reversed(found)}
     return [candidate for candidate in found if candidate in alike.values()]
@@ -190,7 +190,7 @@ def parts_of_build(folder: Path, prefix: str) -> list[Candidate]:
     """The slim graph of a build, and its engine with the graph that it was built from, where there is one."""
     for stage in ("export", "engine"):
         if (folder / stage).is_dir():
-            artifacts.verify_manifest(folder / stage)
+            manifests.verify_manifest(folder / stage)
     found = [graph_candidate(f"{prefix}onnx", folder / "export" / "slim" / "model.onnx")]
     if (folder / "engine" / ENGINE).is_file():
         found.append(engine_candidate(f"{prefix}engine", folder / "engine"))
@@ -202,18 +202,18 @@ def parts_of_build(folder: Path, prefix: str) -> list[Candidate]:
 
 def _made_from(folder: Path) -> dict[str, Any]:
     """The source's own provenance, and its manifest's hash: what ties a bundle to what it was made from."""
-    file = folder / artifacts.MANIFEST
+    file = folder / manifests.MANIFEST
     if folder.is_dir() and file.is_file():
-        manifest = artifacts.read_manifest(folder)
+        manifest = manifests.read_manifest(folder)
         return {
-            "manifest": artifacts.sha256_of(file),
+            "manifest": manifests.sha256_of(file),
             "made_from": manifest["made_from"],
             "versions": manifest["versions"],
         }
-    if (folder / layout.BUILD).is_file():
-        whole = layout.read(folder, "build")
+    if (folder / build_folder.BUILD).is_file():
+        whole = build_folder.read(folder, "build")
         kept = ("name", "model", "verdict", "made_from", "versions")
-        return {"build": artifacts.sha256_of(folder / layout.BUILD), **{k: whole.get(k) for k in kept}}
+        return {"build": manifests.sha256_of(folder / build_folder.BUILD), **{k: whole.get(k) for k in kept}}
     return {}
 
 

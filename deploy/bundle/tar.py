@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from slimdiff.artifacts import is_inside
 from slimdiff.errors import InputError
+from slimdiff.storage.manifest import is_inside
 
 BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * BLOCK)

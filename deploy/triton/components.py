@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
+from exporters.graphs.naming import read_graph
+from exporters.graphs.timesteps import timestep_per_sample
 from exporters.layout import GRAPH
-from exporters.onnx_graph import read_graph
 from exporters.runtimes.opening import check_weights
-from exporters.timesteps import timestep_per_sample
 from slimdiff.errors import InputError
 
 Backend = Literal["onnxruntime", "tensorrt"]

@@ -20,7 +20,7 @@ def write_compose(file: Path, settings: TritonSettings, engines: Sequence[str]) 
         engines: what the engines in the repository were made for, as its text says.
     """
     environment = Environment(
-        loader=PackageLoader("deploy"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+        loader=PackageLoader("deploy.triton"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     packages = {name: version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
     template = environment.get_template("compose.yaml.j2")

@@ -15,8 +15,8 @@ from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
 from exporters.engine.key import weight_files
 from exporters.layout import GRAPH
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 MODELS = "models"
 """The folder that the server reads."""
@@ -45,8 +45,8 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
         MissingPackageError: without onnx and tritonclient.
     """
     settings = settings or TritonSettings()
-    if (source / artifacts.MANIFEST).is_file():
-        artifacts.verify_manifest(source)
+    if (source / manifest.MANIFEST).is_file():
+        manifest.verify_manifest(source)
     index = _index(source)
     components = find_components(source, settings)
     models = out / MODELS
@@ -110,8 +110,8 @@ def _write_pipeline(
     (folder / "config.pbtxt").write_text(pipeline_config(sizes["sample"][-2:], settings))
     for name in ("__init__.py", "model.py", "text_to_image.py"):
         shutil.copyfile(_SERVER / name, folder / "1" / name)
-    artifacts.write_json(inside / "model_index.json", index)
-    artifacts.write_json(inside / text_to_image.COMPONENTS, {c.name: _described(c) for c in components})
+    manifest.write_json(inside / "model_index.json", index)
+    manifest.write_json(inside / text_to_image.COMPONENTS, {c.name: _described(c) for c in components})
     for part in text_to_image.PARTS:
         if part in index:
             shutil.copytree(source / part, inside / part, dirs_exist_ok=True)

@@ -23,9 +23,9 @@ from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.settings import EngineSettings
 from exporters.engine.shapes import engine_shapes, inputs_of
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
-from exporters.onnx_graph import check_reduced_dims, read_graph
-from slimdiff import artifacts
+from exporters.graphs.naming import check_reduced_dims, read_graph
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from slimdiff import Plan
@@ -70,7 +70,7 @@ class EngineRequest:
         source, folder = Path(source), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (ENGINE, REPORT):
-            with artifacts.replacing(folder / name, is_file=True) as temporary:
+            with manifest.replacing(folder / name, is_file=True) as temporary:
                 shutil.copyfile(source / name, temporary)
         return self._describe(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder)
 
@@ -80,7 +80,7 @@ class EngineRequest:
         if self.settings.check_memory:
             demand_memory(self.weights, available_memory())
         folder.mkdir(parents=True, exist_ok=True)
-        with artifacts.replacing(folder / ENGINE, is_file=True) as temporary:
+        with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
             found = _in_process(self, temporary, progress)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
             sites = in_engine = None
@@ -98,7 +98,7 @@ class EngineRequest:
             "key": self.key,
             "parts": self.parts,
         }
-        artifacts.write_json(folder / REPORT, report)
+        manifest.write_json(folder / REPORT, report)
         return self._describe(report, folder)
 
     def _describe(self, report: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class EngineRequest:
         config = self.onnx_file.parent / "config.json"
         if config.is_file():  # what a pipeline reads of its unet
             shutil.copy(config, folder)
-        artifacts.write_manifest(folder, "engine", made_from, runs_on(report))
+        manifest.write_manifest(folder, "engine", made_from, runs_on(report))
         return report
 
 
@@ -209,7 +209,7 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
             "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx")),
             "PYTHONPATH": os.pathsep.join(filter(None, search)),
         }
-        command = [sys.executable, "-m", "exporters.engine_worker", str(Path(scratch) / "job.json")]
+        command = [sys.executable, "-m", "exporters.engine.worker", str(Path(scratch) / "job.json")]
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:

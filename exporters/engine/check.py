@@ -14,8 +14,8 @@ from exporters.engine.backends import EXTRAS, MODULES, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import key_of
 from exporters.engine.shapes import profiles_of
-from slimdiff import artifacts
 from slimdiff.errors import InputError, MissingPackageError
+from slimdiff.storage import manifest as manifests
 
 ENGINE = "model.engine"
 REPORT = "engine.json"
@@ -73,7 +73,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is no engine of ours, or was changed.
     """
-    manifest = artifacts.verify_manifest(folder)
+    manifest = manifests.verify_manifest(folder)
     if manifest.get("kind") != "engine":
         raise InputError(
             f"{folder} is {manifest.get('kind')!r}, not an engine: name a folder that `slimdiff engine` wrote"
@@ -81,7 +81,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     lacking = [name for name in (ENGINE, REPORT) if name not in manifest["files"]]
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
-    report = artifacts.read_json(folder / REPORT)
+    report = manifests.read_json(folder / REPORT)
     whole = isinstance(report, dict) and {"key", "parts", "backend"} <= report.keys()
     if not whole or not _well_formed(report) or key_of(report["parts"]) != report["key"]:
         raise InputError(
@@ -89,7 +89,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
         )
     if manifest["runs_on"] and manifest["runs_on"] != runs_on(report):
         raise InputError(
-            f"{folder / artifacts.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
+            f"{folder / manifests.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
         )
     return report
 

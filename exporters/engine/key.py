@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import exporters
 from exporters.engine.backends import installed_version
-from exporters.onnx_graph import external_data, refuse_outside
-from slimdiff import artifacts
+from exporters.graphs.naming import external_data, refuse_outside
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.engine.gpu import Gpu
     from exporters.engine.settings import EngineSettings
     from slimdiff import Plan
 
-_BUILDER = ("engine_worker.py", "trt_network.py", "trt_layers.py")
+_BUILDER = ("worker.py", "network.py", "layers.py")
 _PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}  # ONNX's TensorProto.DataType
 
 
@@ -50,12 +49,12 @@ def engine_parts(
         `options`, `versions`, `builder` (SHA-256 of our own code that builds), `runs_on` (`targets`, or the `gpu`).
     """
     sites = None if plan is None else {n: [s.group, s.path, s.heads, s.rank] for n, s in plan.sites.items()}
-    here = Path(exporters.__file__).parent
+    here = Path(__file__).parent
     return {
-        "graph": artifacts.sha256_of(onnx_file),
-        "weights": {name: artifacts.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, graph)},
+        "graph": manifest.sha256_of(onnx_file),
+        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, graph)},
         "precision": _precision(graph),
-        "plan": None if sites is None else artifacts.fingerprint(sites),
+        "plan": None if sites is None else manifest.fingerprint(sites),
         "shapes": dict(shapes),
         "options": {
             "workspace_gib": settings.workspace_gib,
@@ -67,14 +66,14 @@ def engine_parts(
             backend: installed_version(backend),
             **{name: importlib.metadata.version(name) for name in ("polygraphy", "onnx")},
         },
-        "builder": artifacts.fingerprint([artifacts.sha256_of(here / name) for name in _BUILDER]),
+        "builder": manifest.fingerprint([manifest.sha256_of(here / name) for name in _BUILDER]),
         "runs_on": {"targets": sorted(settings.targets)} if settings.targets or gpu is None else {"gpu": vars(gpu)},
     }
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
     """SHA-256 of the parts."""
-    return artifacts.fingerprint(parts)
+    return manifest.fingerprint(parts)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -12,10 +12,10 @@ from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.settings import EngineSettings, ShapeRange
 from exporters.engine.shapes import inputs_of, profiles_of
+from exporters.graphs.naming import read_graph
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale
-from exporters.onnx_graph import read_graph
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.engine.shapes import Dims
@@ -116,7 +116,7 @@ def _graphs(folder: Path) -> list[str]:
         raise InputError(
             f"{folder} is no exported pipeline (it has no {INDEX} beside unet/{GRAPH}): make one with `slimdiff export`"
         )
-    index = artifacts.read_json(folder / INDEX)
+    index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
     needed = [name for name in TEXT_ENCODERS if isinstance(entries.get(name), list) and entries[name][:1] != [None]]
     needed += ["vae_decoder"]
@@ -127,13 +127,13 @@ def _graphs(folder: Path) -> list[str]:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    content = artifacts.read_json(file.parent / "config.json")
+    content = manifest.read_json(file.parent / "config.json")
     return content if isinstance(content, dict) else {}
 
 
 def mark_unfinished(out: Path) -> None:
     """Take away what makes a folder a pipeline: from the first engine replaced until `finish_pipeline`, it is none."""
-    for name in (artifacts.MANIFEST, INDEX):
+    for name in (manifest.MANIFEST, INDEX):
         (out / name).unlink(missing_ok=True)
 
 
@@ -152,12 +152,12 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
         if name not in (*reports, *configured):
             shutil.rmtree(out / name, ignore_errors=True)
     for name in configured:
-        with artifacts.replacing(out / name) as temporary:
+        with manifest.replacing(out / name) as temporary:
             shutil.copytree(source / name, temporary, dirs_exist_ok=True)
     made_from: dict[str, Any] = {"engines": {name: report["key"] for name, report in reports.items()}}
-    if (source / artifacts.MANIFEST).is_file():
-        made_from |= {"onnx": artifacts.read_manifest(source)["made_from"]}
+    if (source / manifest.MANIFEST).is_file():
+        made_from |= {"onnx": manifest.read_manifest(source)["made_from"]}
     shapes = {"shapes": {name: report["parts"]["shapes"] for name, report in reports.items()}}
-    with artifacts.replacing(out / INDEX, is_file=True) as file:
+    with manifest.replacing(out / INDEX, is_file=True) as file:
         shutil.copyfile(source / INDEX, file)
-    artifacts.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(reports["unet"]) | shapes)
+    manifest.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(reports["unet"]) | shapes)

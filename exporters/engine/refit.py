@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from exporters.engine.key import differences, weight_files
-from exporters.onnx_graph import read_graph
-from slimdiff import artifacts
+from exporters.graphs.naming import read_graph
 from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.storage import manifest
 
 
 def needs_weights(report: Mapping[str, Any]) -> bool:
@@ -30,8 +30,8 @@ def check_weights(report: Mapping[str, Any], onnx_file: Path | str) -> None:
     onnx_file = Path(onnx_file)
     names = weight_files(onnx_file, read_graph(onnx_file).graph)
     here = {
-        "graph": artifacts.sha256_of(onnx_file),
-        "weights": {name: artifacts.sha256_of(onnx_file.parent / name) for name in names},
+        "graph": manifest.sha256_of(onnx_file),
+        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in names},
     }
     wrong = differences({name: report["parts"][name] for name in here}, here)
     if wrong:

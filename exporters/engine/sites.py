@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporters.onnx_graph import INNER, WEIGHTED, compare_dims, site_row
+from exporters.graphs.naming import INNER, WEIGHTED, compare_dims, site_row
 from slimdiff.errors import SlimdiffError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimdiff import artifacts
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 CONFIG = "config.json"
 
@@ -44,6 +44,6 @@ def read_config(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"there is no {file}: a model in ONNX or an engine has its config.json beside it")
     try:
-        return dict(artifacts.read_json(file))
+        return dict(manifest.read_json(file))
     except (InputError, ValueError, TypeError) as error:
         raise InputError(f"{file} is not a model's config: {error}") from error

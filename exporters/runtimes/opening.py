@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from exporters.graphs.naming import external_data, read_graph, refuse_outside
 from exporters.layout import GRAPH
-from exporters.onnx_graph import external_data, read_graph, refuse_outside
 from exporters.runtimes import RUNTIMES, EngineRuntime, GraphRuntime
 from exporters.runtimes.openvino_session import OpenVinoSession
 from exporters.runtimes.ort_session import OnnxRuntimeSession

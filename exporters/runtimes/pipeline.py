@@ -14,9 +14,9 @@ from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
-from slimdiff import artifacts
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.model_directory import library_class, pipeline_class, read_index
+from slimdiff.loading.model_directory import library_class, pipeline_class, read_index
+from slimdiff.storage import manifest
 
 
 def load_pipeline(
@@ -48,8 +48,8 @@ def load_pipeline(
     """
     folder = Path(folder)
     index, kind = check_index(folder)
-    if not checked and (folder / artifacts.MANIFEST).is_file():
-        artifacts.verify_manifest(folder)
+    if not checked and (folder / manifest.MANIFEST).is_file():
+        manifest.verify_manifest(folder)
     parts: dict[str, Any] = {}
     for name in inspect.signature(kind).parameters:
         value = index.get(name)

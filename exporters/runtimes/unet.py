@@ -14,8 +14,8 @@ from torch import Tensor
 from exporters.runtimes.module import RuntimeModule, read_config
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session, Shape, answer
+from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
-from slimdiff.trajectory import Call
 
 
 class UNet(RuntimeModule):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import PROMPTS
 
-from deploy.cli import main
-from deploy.pipeline_files import save_pipeline
+from deploy.artifacts.files import save_pipeline
+from deploy.cli.app import main
 
 RECIPE = """
 model: tiny

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli import main
+from deploy.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -57,7 +57,7 @@ PAGES = {
         {"{reduce: 12%}": QUICK, "[512x512, 4x512x512, 768x768]": "[16x16, 16x24]", "2x512x512": "2x16x16"},
     ),
 }
-ELSEWHERE = {"docs/gate-latency-in-ci.md": "test_bench", "docs/serve-with-triton.md": "test_triton"}
+ELSEWHERE = {"docs/gate-latency-in-ci.md": "cli/test_bench", "docs/serve-with-triton.md": "triton/test_triton"}
 """Pages whose commands the tests of their own matter run."""
 
 

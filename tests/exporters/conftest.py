@@ -24,9 +24,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from slimdiff.denoising.trajectory import Call
+from slimdiff.groups.resnet import sliced
 from slimdiff.models import resize_resnet
-from slimdiff.resnets import sliced
-from slimdiff.trajectory import Call
 
 TIMESTEPS = (981, 501, 21)
 
@@ -141,7 +141,7 @@ def exported(tmp_path_factory, dense, slim_and_plan, calls) -> dict[str, Path]:
     """`model.onnx` of the dense UNet in fp32, fp16 and with an open batch, and of the slim one in fp32 and fp16."""
     pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.onnx_export import ExportSettings, export_unet
+    from exporters.graphs.export import ExportSettings, export_unet
 
     folder = tmp_path_factory.mktemp("onnx")
     wanted = {
@@ -186,7 +186,7 @@ def sharp_graphs(tmp_path_factory, sharp, calls) -> dict[str, Path]:
     """`model.onnx` of it, by precision."""
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
     pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
-    from exporters.onnx_export import ExportSettings, export_unet
+    from exporters.graphs.export import ExportSettings, export_unet
 
     folder = tmp_path_factory.mktemp("sharp")
     return {p: export_unet(sharp, folder / p, calls[0], ExportSettings(precision=p)) for p in ("fp32", "fp16")}
@@ -240,8 +240,8 @@ def onnx_xl_folder(tmp_path_factory, xl_pipeline) -> Path:
 
 def _exported(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.onnx_export import ExportSettings
-    from exporters.pipeline_export import export_pipeline
+    from exporters.graphs.export import ExportSettings
+    from exporters.graphs.pipeline import export_pipeline
 
     export_pipeline(pipeline, folder, ExportSettings(dynamic_batch=True))
     return folder

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from slimdiff import Budget, InputError, PlanSettings, calibrate, compress
-from slimdiff.calibration import calibrate_on_calls
+from slimdiff.calibration.calibrate import calibrate_on_calls
+from slimdiff.denoising.trajectory import Call
 from slimdiff.models import refusing_misfits, slim_class_of
-from slimdiff.trajectory import Call
 
 UNIFORM = PlanSettings(allocation="uniform", align=4)
 ADAPTED = "mid_block.attentions.0.transformer_blocks.0.attn1"

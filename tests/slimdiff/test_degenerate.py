@@ -12,11 +12,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
-from slimdiff.calibration import calibrate_on_calls
+from slimdiff.calibration.calibrate import calibrate_on_calls
+from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
+from slimdiff.groups.sites import find_sites
 from slimdiff.plan import Plan, site_plan
-from slimdiff.sites import find_sites
-from slimdiff.trajectory import predict, record_calls
 
 
 @pytest.fixture(scope="module")

@@ -36,13 +36,13 @@ from slimdiff import (
     make_plan,
     slim_denoiser,
 )
-from slimdiff.calibration import calibrate_on_calls, weights_hash
+from slimdiff.calibration.calibrate import calibrate_on_calls, weights_hash
 from slimdiff.compression import with_denoiser
-from slimdiff.costs import count_macs, count_parameters
+from slimdiff.denoising.trajectory import Call, denoiser_name, predict, record_calls, sample_images
 from slimdiff.fidelity import noise_error
-from slimdiff.sites import GROUPS, find_sites
-from slimdiff.slimming import factorise
-from slimdiff.trajectory import Call, denoiser_name, predict, record_calls, sample_images
+from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.planning.costs import count_macs, count_parameters
+from slimdiff.slimming.slim import factorise
 
 
 @dataclass
@@ -157,7 +157,7 @@ def test_slim_model_becomes_a_graph(case, tmp_path):
     """Tracing takes most of it, a quarter to a minute for a UNet: but for two, `make test-slow` does it."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the graph is run in ONNX Runtime")
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.onnx_export import ExportSettings, export_module
+    from exporters.graphs.export import ExportSettings, export_module
 
     module = OfTensors(case.slim, case.calls[0].arguments)
     inputs = {f"input_{i}": tensor for i, tensor in enumerate(module.inputs)}

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from slimdiff import InputError
+from slimdiff.denoising.trajectory import Call
 from slimdiff.fidelity import image_fidelity, noise_error, psnr_db, ssim
-from slimdiff.trajectory import Call
 
 
 def noise(seed: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What commands and builds write: names, numbers and files."""

@@ -1,0 +1,39 @@
+"""The four figures of a denoiser, and what people see of a machine."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from slimdiff.denoising.trajectory import Call
+from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters
+
+
+def costs(denoiser: Any, call: Call) -> dict[str, int]:
+    """`parameters`, `macs` of one call at batch 1, and `bytes` of the weights as they are held."""
+    return {
+        "parameters": count_parameters(denoiser),
+        "macs": count_macs(denoiser, call) // batch_of(call),
+        "bytes": count_bytes(denoiser),
+    }
+
+
+def side_by_side(dense: dict[str, int], slim: dict[str, int]) -> dict[str, dict[str, int]]:
+    """`{"macs": {"dense", "slim"}, ...}` from the costs of both."""
+    return {name: {"dense": dense[name], "slim": slim[name]} for name in dense}
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is: system, processor, cores that may be used, memory, GPUs."""
+    import psutil
+    import torch
+
+    from exporters.machine import machine_name
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": machine_name().split(",")[0],
+        "cpus": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,1 @@
+"""The build: stages from a recipe to a verdict."""

@@ -1,0 +1,237 @@
+"""`slimdiff bench`: is the candidate slower? Paired latency in fresh processes, and its history."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporters.runtimes import GRAPH_RUNTIMES, RUNTIMES
+
+if TYPE_CHECKING:
+    from deploy.history.results import Series
+    from exporters.latency.pair import Job
+    from exporters.latency.paired import Gate
+
+EXAMPLE = """examples:
+  slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
+  slimdiff bench released candidate --tolerance 5% --history latency.jsonl --label "$COMMIT" --junit latency.xml
+  slimdiff bench demo demo-slim --runtime torch --gate 'latency<=1.03' --json
+  slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino
+  slimdiff bench --history latency.jsonl --plot latency.svg"""
+
+EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "bench",
+        help="paired latency in fresh processes, with an interval and a verdict: pass, fail or inconclusive; its trend",
+        description="Time one denoiser call of each in turn, in pairs of fresh processes, so that what slows the "
+        "machine slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass "
+        "if the whole interval keeps it, fail if the whole interval breaks it. Models are exported first where the "
+        "runtime takes graphs. With --history alone, show the results so far and where they changed.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("base", metavar="BASE", nargs="?", help="a model, ONNX, or an engine")
+    parser.add_argument("candidate", metavar="CANDIDATE", nargs="?", help="a model, ONNX, or an engine")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
+    parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument(
+        "--gate", metavar="BOUND", help="such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'"
+    )
+    bound.add_argument("--tolerance", metavar="SHARE", help="slowdown that is allowed: 5%% is --gate 'latency<=1.05'")
+    parser.add_argument("--max-seconds", type=float, metavar="N", help="of measuring, before giving up (default: 140)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="exactly so many process pairs (default: 6 to 28, as it takes)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="blocks of each side in a process pair (default: 3 to 60, by their length)",
+    )
+    parser.add_argument("--warmup", type=int, metavar="N", help="least runs of a process before it counts (default: 3)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads, on as many cores (default: 1; 0: the runtime's choice)"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="samples in a call, where it is open (default: 2)")
+    results = parser.add_argument_group("history and CI")
+    results.add_argument("--history", type=Path, metavar="FILE", help="add the result to this file; alone: show it")
+    results.add_argument("--label", default="", metavar="TEXT", help="of the result in the history, such as a commit")
+    results.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    results.add_argument("--markdown", type=Path, metavar="FILE", help="write a Markdown summary")
+    results.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the history")
+    results.add_argument("--trend", choices=("ratio", "milliseconds"), default="ratio", help="what is followed")
+    results.add_argument("--last", type=int, metavar="N", help="only so many results of each series")
+    results.add_argument("--across-machines", action="store_true", help="compare results of different machines")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from slimdiff.errors import InputError
+
+    if args.last is not None and args.last < 1:
+        raise InputError(f"--last must be at least 1, not {args.last}")
+    if args.base is None and args.history is not None:
+        return show(args, gate_of(args))
+    if args.base is None or args.candidate is None:
+        raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")
+    if args.plot is not None and args.history is None:
+        raise InputError("--plot draws a history: say with --history which")
+    return measure(args, gate_of(args))
+
+
+def gate_of(args: argparse.Namespace) -> Gate | None:
+    """What `--gate` or `--tolerance` asks for."""
+    from exporters.latency.paired import Gate
+    from slimdiff.errors import InputError
+
+    if args.tolerance is None:
+        return Gate.parse(args.gate) if args.gate else None
+    try:
+        share = float(args.tolerance.removesuffix("%")) / (100 if args.tolerance.endswith("%") else 1)
+    except ValueError:
+        share = -1
+    if not 0 <= share < 1:
+        raise InputError(f"--tolerance is like 5% or 0.05, not {args.tolerance!r}")
+    return Gate("latency", round(1 + share, 6))
+
+
+def measure(args: argparse.Namespace, gate: Gate | None) -> int:
+    """Bench the candidate against the baseline."""
+    from tempfile import TemporaryDirectory
+
+    from deploy.cli.arguments import settings
+    from deploy.cli.console import log, result
+    from deploy.cli.outputs import check_writable
+    from deploy.history import results, summary
+    from deploy.report import trend
+    from exporters.latency.measure import BenchSettings, bench
+    from slimdiff.errors import InputError
+
+    names = ("threads", "batch", "warmup", "rounds", "processes", "max_seconds")
+    chosen = settings(BenchSettings, args, *names)
+    for flag in ("history", "junit", "markdown", "plot"):
+        if (file := getattr(args, flag)) is not None:
+            if file.is_dir():
+                raise InputError(f"--{flag} {file} is a folder: name a file")
+            check_writable(file, f"--{flag}")
+    with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
+        base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
+        candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
+        log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
+        value = bench(base, candidate, chosen, gate=gate, progress=None if args.quiet else "bench")
+    result(value, summary.text(value), args.json)  # first of all: a full disk does not take it away
+    if args.history is not None:
+        results.append(args.history, value, args.label)
+    if args.junit:
+        summary.write_junit([summary.case_of(value)], args.junit)
+    if args.markdown:
+        summary.write_text(summary.markdown(value), args.markdown)
+    if args.plot:
+        trend.write_plot(trends(args)[0], args.plot)
+    return EXIT_CODE[value["verdict"]]
+
+
+def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
+    """An artifact as it is to be run: in the runtime that was asked for, exported if that takes graphs.
+
+    Raises:
+        InputError: if it is nothing that can be run, or that runtime does not take it.
+        MissingPackageError: if the runtime is not here.
+    """
+    from deploy.opening.openers import engine_of, graph_of, kind_of, runtime_for
+    from exporters.latency.pair import Job
+
+    kind = kind_of(name)
+    if kind == "model" and (runtime is None or runtime in GRAPH_RUNTIMES):
+        runtime = runtime or "onnxruntime"
+        return Job(name, str(exported(name, runtime, batch, scratch)), "onnx", runtime)
+    runtime = runtime_for(name, kind, runtime)
+    if kind == "model":
+        return Job(name, name, "model", runtime)
+    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
+    return Job(name, str(path), "onnx" if kind == "onnx" else "engine", runtime)
+
+
+def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
+    """The graph of a model's denoiser."""
+    from deploy.cli.console import calm_libraries, log
+    from deploy.opening.openers import open_denoiser
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.pipeline import example_call
+    from exporters.runtimes.opening import version_of
+
+    version_of(runtime)  # whether it is here shows before the export
+    calm_libraries()
+    log.info("bench: exporting %s", name)
+    opened = open_denoiser(name)
+    return export_unet(opened.denoiser, folder, example_call(opened.pipeline, batch=batch))
+
+
+def show(args: argparse.Namespace, gate: Gate | None) -> int:
+    """The history's trend; with a gate, whether a series has crept beyond it since it was fastest."""
+    from deploy.cli.console import result
+    from deploy.history import summary
+    from deploy.report import trend
+
+    series, skipped = trends(args)
+    verdicts = [gate.verdict(1 / s.creep, 1 / s.creep) if gate else "pass" for s in series]
+    text = trend.text(series, skipped)
+    if args.junit:
+        cases = [
+            summary.Case(
+                f"trend of {trend.heading(s)}",
+                verdict,
+                f"{s.creep - 1:.1%} above its fastest level",
+                trend.text([s], 0),
+            )
+            for s, verdict in zip(series, verdicts, strict=True)
+        ]
+        summary.write_junit(cases, args.junit)
+    if args.markdown:
+        summary.write_text(trend.markdown(series, skipped), args.markdown)
+    if args.plot:
+        trend.write_plot(series, args.plot)
+    verdict = "fail" if "fail" in verdicts else "pass"
+    value = {
+        "verdict": verdict,
+        "gate": str(gate) if gate else None,
+        "skipped_lines": skipped,
+        "series": [_series(s, v) for s, v in zip(series, verdicts, strict=True)],
+    }
+    result(value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), args.json)
+    return EXIT_CODE[verdict]
+
+
+def trends(args: argparse.Namespace) -> tuple[list[Series], int]:
+    """The history's series, and how many of its lines were damaged."""
+    from deploy.history import results
+
+    entries, skipped = results.read(args.history)
+    return results.all_series(entries, args.trend, across_machines=args.across_machines, last=args.last), skipped
+
+
+def _series(series: Series, verdict: str) -> dict[str, Any]:
+    return {
+        "baseline": series.baseline,
+        "candidate": series.candidate,
+        "runtime": series.runtime,
+        "machine": series.machine,
+        "trend": series.trend,
+        "verdict": verdict,
+        "above_fastest": series.creep - 1,
+        "results": [
+            {
+                "time": entry.time.isoformat(),
+                "label": entry.label,
+                "verdict": entry.verdict,
+                "value": entry.value(series.trend),
+            }
+            for entry in series.entries
+        ],
+        "levels": [vars(level) for level in series.levels],
+        "changes": [level.start for level in series.levels[1:]],
+    }

@@ -1,0 +1,152 @@
+"""`slimdiff bundle`: what a machine needs to make images, in one folder or file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from exporters.runtimes import RUNTIMES
+
+EXAMPLE = """examples:
+  slimdiff bundle demo --target edge --out circles
+  slimdiff generate circles --prompt "a large red circle top left, on a gray background" --out circle.png
+
+  slimdiff bundle my-build --target server --out my-server --archive oci
+  slimdiff bundle slim-onnx --target edge --out device --archive tar.zst
+  slimdiff bundle slim-engines --pipeline slim --target edge --capability sm89 --out box
+  slimdiff bundle slim-onnx --target server --triton --out my-server
+
+edge    one denoiser for one runtime: the graph for OpenVINO, or what --runtime, --capability, --precision and
+        --shape name; the VAE's decoder alone; no plans, no layers of engines, no settings of builds
+server  every graph and engine of the source (or those that --precision, --shape and --capability name), each for all
+        runtimes that may be there; the VAE's encoder too, for image to image; the source's whole provenance"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "bundle",
+        help="what a machine needs to make images, with a manifest that is checked before it is used",
+        description="Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command "
+        "that runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is "
+        "exported to ONNX for that.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument(
+        "source", metavar="DIR", help="a model, an ONNX folder, an engine or several, or the folder of a finished build"
+    )
+    parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the bundle goes")
+    parser.add_argument(
+        "--archive", choices=("tar.zst", "oci"), help="write DIR.tar.zst, or DIR.oci.tar (an OCI image layout), too"
+    )
+    parser.add_argument(
+        "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
+    )
+    parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="BxHxW",
+        help="samples in one call (with guidance two per image), height and width in pixels, as in 2x512x512; again "
+        "for more",
+    )
+    parser.add_argument(
+        "--precision", action="append", default=[], choices=("fp32", "fp16"), help="of denoisers; again for more"
+    )
+    parser.add_argument(
+        "--capability", action="append", default=[], metavar="SM", help="of engines, such as sm89; again for more"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=RUNTIMES[1:],
+        help="what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy.cli.outputs import artifact_folder, check_artifact
+    from slimdiff.errors import InputError, require
+    from slimdiff.storage import manifest
+
+    out = Path(args.out)
+    if args.triton and args.target != "server":
+        raise InputError("--triton is for servers: say --target server")
+    check_artifact(out)
+    shapes = [_shape(spec) for spec in args.shape]
+    require("onnx", "onnx")
+    if args.archive == "tar.zst":
+        require("zstandard", "bundle")
+    if args.triton:
+        require("tritonclient", "triton")
+
+    from deploy.cli.console import calm_libraries, log, result
+
+    calm_libraries()
+    from deploy.bundle.archive import SUFFIXES, pack
+    from deploy.bundle.contents import Wanted, choose, write_bundle
+    from deploy.bundle.sources import open_source
+
+    source = open_source(args.source, args.pipeline, shapes, args.precision)
+    wanted = Wanted(shapes, args.precision, args.capability, args.runtime)
+    taken, left = choose(source, args.target, wanted)
+    log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
+    if left:
+        log.info("bundle: left out are %s", ", ".join(c.name for c in left))
+    with artifact_folder(out) as temporary:
+        description = write_bundle(
+            source,
+            temporary,
+            args.target,
+            wanted,
+            more=[_write_triton] if args.triton else [],
+            progress=None if args.quiet else "bundle",
+        )
+        files = manifest.read_manifest(temporary)["files"]
+    archive = None
+    if args.archive:
+        archive = out.parent / f"{out.resolve().name}{SUFFIXES[args.archive]}"
+        pack(out, args.archive, archive, out.resolve().name, None if args.quiet else "bundle: packing")
+    value = {
+        "out": str(out),
+        "archive": None if archive is None else str(archive),
+        "triton": "triton" if args.triton else None,
+        "source": source.kind,
+        **description.model_dump(),
+        "left_out": [c.name for c in left],
+        "files": len(files),
+        "bytes": sum(entry["bytes"] for entry in files.values()),
+    }
+    result(value, _text(value, description), args.json)
+    return 0
+
+
+def _write_triton(folder: Path) -> None:
+    """A Triton repository of the bundle's own pipeline, in a folder of the bundle."""
+    from deploy.bundle.description import TRITON
+    from deploy.triton import write_repository
+
+    write_repository(folder, folder / TRITON)
+
+
+def _shape(spec: str) -> tuple[int, int, int]:
+    from slimdiff.errors import InputError
+
+    sizes = spec.split("x")
+    if len(sizes) != 3 or not all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in sizes):
+        raise InputError(f"--shape is samples, height and width in pixels, such as 2x512x512, not {spec!r}")
+    batch, height, width = map(int, sizes)
+    return batch, height, width
+
+
+def _text(value: dict[str, Any], description: Any) -> str:
+    from deploy.cli.console import in_bytes
+
+    lines = [f"{value['out']}: {value['target']}, {value['files']} files, {in_bytes(value['bytes'])}"]
+    lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
+    lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
+    lines += [f"archive: {value['archive']}"] * bool(value["archive"])
+    needs = " ".join(f"'{name}{version}'" for name, version in value["packages"].items())
+    return "\n".join([*lines, f"needs {needs}", f"try: slimdiff generate {value['out']} --prompt TEXT --out image.png"])

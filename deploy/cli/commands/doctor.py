@@ -1,0 +1,127 @@
+"""`slimdiff doctor`: what is installed here, and what the rest would need."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+EXAMPLE = """example:
+  slimdiff doctor"""
+
+RUNTIMES = (
+    ("torch", "torch", ("torch",), "comes with slimdiff: pip install slimdiff"),
+    ("onnx export", "onnxscript", ("onnxscript",), "pip install 'slimdiff[onnx]'"),
+    ("onnxruntime", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'slimdiff[onnx]'"),
+    ("parity (polygraphy)", "polygraphy", ("polygraphy",), "pip install 'slimdiff[onnx]'"),
+    ("tensorrt", "tensorrt", ("tensorrt",), "pip install 'slimdiff[gpu]', on Linux or Windows with an NVIDIA GPU"),
+    (
+        "tensorrt-rtx",
+        "tensorrt_rtx",
+        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+        "pip install 'slimdiff[tensorrt-rtx]'; builds engines without a GPU, running them needs an RTX GPU",
+    ),
+    ("openvino", "openvino", ("openvino",), "pip install 'slimdiff[openvino]'"),
+    ("optimum", "optimum.onnxruntime", ("optimum-onnx",), "pip install 'slimdiff[optimum]'"),
+)
+"""Name, module, the distributions that bring it, and what it needs where it is missing."""
+
+
+_TYPES = ("FP32", "FP16", "BF16", "INT8")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        "doctor",
+        help="which runtimes, devices and versions are here, and what each missing one would need",
+        description="Say which runtimes, devices and versions are here, and what each missing one would need.",
+        epilog=EXAMPLE,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy.cli.console import calm_libraries, result
+
+    calm_libraries()
+    from deploy.artifacts.figures import machine
+    from slimdiff.storage import manifest
+
+    runtimes = [_runtime(*entry) for entry in RUNTIMES]
+    here = machine()
+    value = {
+        "python": platform.python_version(),
+        "versions": manifest.versions(),
+        "machine": here,
+        "devices": ["cpu", *here["gpus"]],
+        "runtimes": runtimes,
+    }
+    result(value, _text(value), args.json)
+    return 0
+
+
+def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str) -> dict[str, Any]:
+    here = _found(module)
+    runtime: dict[str, Any] = {"name": name, "installed": here, "version": _version(distributions) if here else None}
+    if not here:
+        return {**runtime, "needs": needs}
+    if module == "onnxruntime":
+        import onnxruntime
+
+        runtime["providers"] = onnxruntime.get_available_providers()
+    if module == "openvino":
+        import openvino
+
+        core = openvino.Core()
+        runtime["devices"] = core.available_devices
+        if "CPU" in runtime["devices"]:
+            runtime["cpu_precisions"] = [
+                p for p in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") if p in _TYPES
+            ]
+            runtime["cpu_default"] = core.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    if module in ("tensorrt", "tensorrt_rtx"):
+        from exporters.engine import has_gpu
+
+        runtime["runs_engines_here"] = has_gpu()
+        if not has_gpu():
+            runtime["needs"] = "an NVIDIA GPU with its driver, to run engines" + (
+                " and to build them" if module == "tensorrt" else "; they can be built here for named targets"
+            )
+    return runtime
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent package that is not there
+        return False
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _text(value: dict[str, Any]) -> str:
+    machine = value["machine"]
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    lines = [
+        f"{machine['system']}, {machine['processor']}, {machine['cpus']} cores, {machine['memory_gib']} GiB, {gpus}",
+        f"Python {value['python']}, " + ", ".join(f"{name} {version}" for name, version in value["versions"].items()),
+        "",
+    ]
+    for runtime in value["runtimes"]:
+        state = f"{runtime['version'] or 'version unknown'}" if runtime["installed"] else "missing"
+        told = [*runtime.get("providers", []), *runtime.get("devices", [])]
+        if "cpu_default" in runtime:
+            told.append(f"computes in {runtime['cpu_default']} by default")
+        extra = f" ({', '.join(told)})" if told else ""
+        needs = f"; needs {runtime['needs']}" if runtime["installed"] and "needs" in runtime else ""
+        remedy = f": {runtime['needs']}" if not runtime["installed"] else ""
+        lines.append(f"{runtime['name']:20} {state}{extra}{needs}{remedy}")
+    return "\n".join(lines)

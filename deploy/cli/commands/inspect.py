@@ -1,0 +1,74 @@
+"""`slimdiff inspect`: what an artifact is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+EXAMPLE = """examples:
+  slimdiff inspect demo-slim
+  slimdiff inspect slim-onnx --json"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what a slim model, ONNX file, engine, bundle, statistics, plan or build is",
+        description="Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes, "
+        "provenance. What has a manifest is checked against it first.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("artifact", metavar="DIR_OR_FILE", help="what to look at")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from deploy.cli.console import calm_libraries, result
+    from deploy.opening.openers import kind_of
+    from slimdiff.errors import InputError
+
+    if args.artifact != "demo" and not Path(args.artifact).exists():
+        raise InputError(f"{args.artifact}: there is no such file or folder")
+    calm_libraries()
+    from deploy.opening.inspection import LOOK
+
+    kind = kind_of(args.artifact)
+    value = {"artifact": args.artifact, "kind": kind, **LOOK[kind](args.artifact)}
+    result(value, _text(value), args.json)
+    return 0
+
+
+def _text(value: dict[str, Any]) -> str:
+    from deploy.cli.console import amount, in_bytes
+
+    show = {"parameters": amount, "macs": amount, "bytes": in_bytes}
+    lines = [f"{value['artifact']}: {value['kind']}"]
+    for name, entry in value.items():
+        if name in ("artifact", "kind", "sites", "left_dense", "provenance") or entry is None:
+            continue
+        if isinstance(entry, list) and entry and all(isinstance(item, dict) for item in entry):
+            lines += [f"{name}:", *(f"  {_plain(item)}" for item in entry)]
+            continue
+        lines.append(
+            f"{name:14} {show[name](entry) if name in show and isinstance(entry, int | float) else _plain(entry)}"
+        )
+    sites = value.get("sites") or []
+    if sites:
+        width = max(len(site["site"]) for site in sites)
+        lines += ["", f"{'site':{width}}  dims"]
+        lines += [f"{site['site']:{width}}  {site['dims']}" for site in sites]
+    lines += [f"left dense: {row['site']} ({row['reason']})" for row in value.get("left_dense") or []]
+    if value.get("provenance"):
+        lines += ["", "provenance"]
+        lines += [f"  {name}: {_plain(entry)}" for name, entry in value["provenance"].items() if entry]
+    return "\n".join(lines)
+
+
+def _plain(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in entry.items())
+    if isinstance(entry, list | tuple):
+        return f"[{', '.join(_plain(item) for item in entry)}]"
+    return str(entry)

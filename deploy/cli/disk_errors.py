@@ -1,0 +1,66 @@
+"""What goes wrong with disks, told in one line: what, where, and what would be right."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from slimdiff.storage.atomic import is_leftover
+
+_ELSEWHERE = "give another place"
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the device: free some there (large scratch files go to TMPDIR), or give another",
+    errno.EDQUOT: "the disk quota is used up: free some, or give a place without one",
+    errno.EFBIG: "a file grows larger than it may here: raise the limit (ulimit -f), or give a place that takes it",
+    errno.EROFS: f"the file system is read-only: {_ELSEWHERE}",
+}
+_NOT_HERE = {
+    errno.EACCES: f"permission denied: {_ELSEWHERE}",
+    errno.EPERM: f"operation not permitted: {_ELSEWHERE}",
+    errno.EISDIR: "is a folder: name a file",
+    errno.ENOTDIR: "leads through a file: name a place in a folder",
+    errno.ENAMETOOLONG: "the name is too long here: give a shorter one",
+    errno.EBUSY: "is in use by the system, such as a mount point: name a folder in it",
+}
+
+
+def told(error: BaseException, out: str | None) -> str | None:
+    """The line for an error, or for what caused it; None if no disk had to do with it.
+
+    Args:
+        error: any; libraries raise errors of their own for what the system told them.
+        out: where the command writes, which is named if the error names no place.
+    """
+    for cause in _chain(error):
+        code = _code(cause)
+        if code is not None:
+            where = _place(cause) or out
+            return f"{where}: {_advice(code)}" if where else _advice(code)
+    return None
+
+
+def _advice(code: int) -> str:
+    return f"{_NO_ROOM[code]}; what was finished is kept" if code in _NO_ROOM else _NOT_HERE[code]
+
+
+def _code(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and (error.errno in _NO_ROOM or error.filename and error.errno in _NOT_HERE):
+        return error.errno
+    text = str(error).lower()
+    return next((code for code in _NO_ROOM if os.strerror(code).lower() in text), None)
+
+
+def _place(error: BaseException) -> str | None:
+    """The path as the user knows it, without the folder that things are written in until they are whole."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | bytes) or not name:
+        return None
+    return str(Path(*(part for part in Path(os.fsdecode(name)).parts if not is_leftover(part))))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,1 @@
+"""Results of `slimdiff bench` over time."""

@@ -1,0 +1,203 @@
+"""What is known of each kind of artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from deploy.artifacts import build_folder
+from deploy.opening.openers import ENGINE_REPORT, graph_of, plan_beside
+from exporters.layout import ENGINE_PIPELINE
+from slimdiff import Plan, Statistics
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest as manifests
+
+
+def model(name: str) -> dict[str, Any]:
+    """A diffusers pipeline, dense or slim."""
+    from deploy.artifacts.figures import costs
+    from exporters.graphs.pipeline import example_call
+    from slimdiff.denoising.trajectory import denoiser_name
+    from slimdiff.groups.sites import find_sites
+    from slimdiff.loading.pipelines import load_pipeline
+    from slimdiff.models import plan_of
+
+    pipeline = load_pipeline(name)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    plan = plan_of(denoiser)
+    if plan is not None:
+        rows, left_dense = sites_of(plan), plan.left_dense
+    else:
+        found, left_dense = find_sites(denoiser)
+        rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in found]
+    return {
+        "pipeline": type(pipeline).__name__,
+        "denoiser": type(denoiser).__name__,
+        "slim": plan is not None,
+        **costs(denoiser, example_call(pipeline, batch=1)),
+        "dense_parameters": plan.parameters["dense"] if plan else None,
+        "sites": rows,
+        "left_dense": left_dense,
+        "provenance": provenance(Path(name)),
+    }
+
+
+def onnx(name: str) -> dict[str, Any]:
+    """A UNet's graph: dims from the graph itself."""
+    from exporters.graphs.naming import check_reduced_dims, dims_in_graph, read_graph
+
+    graph = graph_of(name)
+    content, plan = read_graph(graph), plan_beside(graph)
+    size = sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
+    rows: list[dict[str, Any]] = [
+        {"site": module, "dims": " x ".join(str(d) for d in dims)}
+        for module, dims in sorted(dims_in_graph(graph).items())
+    ]
+    value: dict[str, Any] = {
+        "graph": graph.name,
+        "opset": content.opset_import[0].version,
+        "nodes": len(content.graph.node),
+        "inputs": {i.name: _shape(i) for i in content.graph.input},
+        "outputs": {o.name: _shape(o) for o in content.graph.output},
+        "parameters": sum(_product(i.dims) for i in content.graph.initializer),
+        "bytes": size,
+        "slim": plan is not None,
+    }
+    if plan is not None:
+        checked = check_reduced_dims(graph, plan)
+        value["follows_plan"] = all(row["ok"] for row in checked)
+        wrong = {row["site"] for row in checked if not row["ok"]}
+        rows = [{**row, "ok": row["site"] not in wrong} for row in sites_of(plan)]
+    return {**value, "sites": rows, "provenance": provenance(Path(name))}
+
+
+def engine(name: str) -> dict[str, Any]:
+    """An engine, by what was read when it was built: without its GPU it cannot be opened."""
+    folder = Path(name)
+    if (folder / manifests.MANIFEST).is_file():
+        manifests.verify_manifest(folder)
+    report = manifests.read_json(folder / ENGINE_REPORT)
+    if not isinstance(report, dict):
+        raise InputError(f"{folder / ENGINE_REPORT} is not a JSON object: build the engine again")
+    if "skipped" in report:
+        return {"skipped": report["skipped"]}
+    rows = [{"site": r["site"], "dims": _dims(r["found"]), "ok": r["ok"]} for r in report.get("sites") or []]
+    kept = ("backend", "version", "targets", "bytes", "seconds", "inputs", "outputs", "layers", "fused_attention")
+    return {**{k: report[k] for k in kept if k in report}, "sites": rows, "provenance": provenance(folder)}
+
+
+def engines(name: str) -> dict[str, Any]:
+    """Several engines: of one graph, or a pipeline's."""
+    folder = Path(name)
+    manifests.verify_manifest(folder)
+    kept = ("backend", "version", "targets", "bytes", "inputs")
+    found = {file.parent.name: engine(str(file.parent)) for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))}
+    rows = [{"name": name, **{k: e[k] for k in kept if k in e}} for name, e in found.items()]
+    return {"engines": rows, "bytes": sum(e.get("bytes", 0) for e in found.values()), "provenance": provenance(folder)}
+
+
+def bundle(name: str) -> dict[str, Any]:
+    """A bundle: what it is for, needs and holds; an archive is unpacked for that, and so checked."""
+    from deploy.bundle.archive import unpack
+    from deploy.bundle.description import read_bundle
+
+    with TemporaryDirectory(prefix="slimdiff-inspect-") as scratch:
+        folder = Path(name) if Path(name).is_dir() else unpack(Path(name), Path(scratch) / "bundle")
+        found = read_bundle(folder)
+        files = found.manifest["files"]
+        return {
+            **found.description.model_dump(),
+            "files": len(files),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+            "provenance": {k: found.manifest[k] for k in ("kind", "made_from", "versions")},
+        }
+
+
+def statistics(name: str) -> dict[str, Any]:
+    """Second moments of a calibration."""
+    path = Path(name)
+    file = path / Path(build_folder.STATISTICS).name if path.is_dir() else path
+    found = Statistics.load(file)
+    rows = [{"site": k, "dims": f"{list(m.shape)}, {found.tokens[k]} tokens"} for k, m in found.moments.items()]
+    made_from = {"model_hash": found.model_hash, **found.made_from}
+    return {"bytes": file.stat().st_size, "moments": len(rows), "sites": rows, "provenance": made_from}
+
+
+def plan(name: str) -> dict[str, Any]:
+    """Ranks by site."""
+    path = Path(name)
+    found = Plan.load(path / Path(build_folder.PLAN).name if path.is_dir() else path)
+    return {
+        "allocation": found.allocation,
+        "align": found.align,
+        "parameters": found.recount().parameters["slim"],
+        "dense_parameters": found.parameters["dense"],
+        "sites": sites_of(found),
+        "left_dense": found.left_dense,
+        "provenance": {
+            "model_class": found.model_class,
+            "model_hash": found.model_hash,
+            "calibration": found.calibration,
+        },
+    }
+
+
+def build(name: str) -> dict[str, Any]:
+    """A whole build."""
+    whole = build_folder.read_verdict(Path(name))
+    kept = ("sentence", "verdict", "figures", "machine")
+    stages = [f"{s['name']} {s['seconds']:.1f} s" for s in whole["stages"]]
+    gates = [f"{g['gate']} {g['verdict']}" for g in whole["gates"]]
+    provenance = {**whole["made_from"], "versions": whole["versions"]}
+    return {**{k: whole[k] for k in kept}, "gates": gates, "stages": stages, "provenance": provenance}
+
+
+LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
+    "model": model,
+    "onnx": onnx,
+    "engine": engine,
+    "engines": engines,
+    ENGINE_PIPELINE: engines,
+    "bundle": bundle,
+    "statistics": statistics,
+    "plan": plan,
+    "build": build,
+}
+"""How each kind of `kind_of` is looked at."""
+
+
+def sites_of(found: Plan) -> list[dict[str, Any]]:
+    """A plan's sites as rows."""
+    return [site_row(name, s.group, s.heads, s.dense_rank, s.rank) for name, s in found.sites.items()]
+
+
+def site_row(site: str, group: str, heads: int, dense_rank: int, rank: int) -> dict[str, Any]:
+    """One site: `dims` is for people, e.g. `4 heads x 24 of 32`."""
+    per_head = group in ("query_key", "value_output")
+    dims = f"{heads} heads x {rank} of {dense_rank}" if per_head else f"{rank} of {dense_rank}"
+    return {"site": site, "group": group, "heads": heads, "dense_rank": dense_rank, "rank": rank, "dims": dims}
+
+
+def provenance(folder: Path) -> dict[str, Any] | None:
+    """From the manifest: what it was made from, runs on, and the versions that made it."""
+    if not folder.is_dir() or not (folder / manifests.MANIFEST).is_file():
+        return None
+    manifest = manifests.read_manifest(folder)
+    return {k: manifest.get(k) for k in ("kind", "made_from", "runs_on", "versions")}
+
+
+def _shape(value: Any) -> list[int | str]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def _product(dims: Any) -> int:
+    total = 1
+    for d in dims:
+        total *= d
+    return total
+
+
+def _dims(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {dim}" for name, dim in found.items())

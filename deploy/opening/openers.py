@@ -1,0 +1,266 @@
+"""Opening what a user names on the command line: a model, a graph, an engine, a bundle, statistics, a plan, a build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporters.layout import ENGINE_PIPELINE
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimdiff import Plan
+    from slimdiff.denoising.trajectory import Call, Sampling
+
+ENGINE_REPORT = "engine.json"
+
+
+def kind_of(name: str) -> str:
+    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
+
+    What is not here is taken for a model (a hub id).
+
+    Raises:
+        InputError: if it is here and is none of these.
+    """
+    path = Path(name)
+    if name == "demo" or not path.exists():
+        return "model"
+    if path.is_file():
+        kinds = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
+        if path.suffix in kinds:
+            return kinds[path.suffix]
+        from deploy.bundle.archive import is_archive
+
+        if is_archive(path):
+            return "bundle"
+    elif (named := _named_kind(path)) is not None:
+        return named
+    else:
+        for mark, kind in (
+            ("build.json", "build"),
+            ("unet/model.onnx", "onnx"),
+            ("model.onnx", "onnx"),
+            (ENGINE_REPORT, "engine"),
+            ("model_index.json", "model"),
+            ("statistics.safetensors", "statistics"),
+            ("plan.json", "plan"),
+        ):
+            if (path / mark).is_file():
+                return kind
+    raise InputError(
+        f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
+        "folder, a bundle, statistics, a plan or a build folder"
+    )
+
+
+def _named_kind(folder: Path) -> str | None:
+    """The kind of a folder that only its manifest tells: parts of bundles and of pipelines look like other kinds."""
+    if not (folder / manifest.MANIFEST).is_file():
+        return None
+    kind = manifest.read_manifest(folder)["kind"]
+    return kind if kind in ("bundle", "engines", ENGINE_PIPELINE) else None
+
+
+def graph_of(name: str) -> Path:
+    """The UNet's graph of an ONNX file or folder; a folder with a manifest is checked against it.
+
+    Raises:
+        InputError: if there is none, or it is not what the manifest says.
+    """
+    path = Path(name)
+    found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
+    if found is None or found.suffix != ".onnx":
+        raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
+    if path.is_dir() and (path / manifest.MANIFEST).is_file():
+        manifest.verify_manifest(path)
+    return found
+
+
+def engine_of(name: str, kind: str) -> Path:
+    """The folder of the UNet's engine; `kind` is `kind_of(name)`."""
+    return Path(name) / "unet" if kind == ENGINE_PIPELINE else Path(name)
+
+
+def plan_beside(graph: Path) -> Plan | None:
+    """The plan in the `config.json` beside a slim graph; None for a dense one."""
+    from slimdiff import Plan
+
+    config = graph.parent / "config.json"
+    if not config.is_file():
+        return None
+    content = manifest.read_json(config)
+    if not isinstance(content, dict):
+        raise InputError(f"{config} is not a model's config: it is no JSON object")
+    plan = content.get("slim_plan")
+    return Plan.parse(plan, str(config)) if plan else None
+
+
+@dataclass
+class Opened:
+    """An artifact whose denoiser can be called."""
+
+    kind: str
+    """`model` (in torch), or `onnx`, `engine`, `engine-pipeline`, `bundle` (in a runtime of `exporters.runtimes`)."""
+    denoiser: Any
+    predict: Callable[[Call], Tensor]
+    runtime: str = "torch"
+    """Its name."""
+    pipeline: Any = None
+    """The whole pipeline, for a model or a bundle."""
+
+    @property
+    def title(self) -> str:
+        """The runtime with its version and device, for people."""
+        if self.kind != "model":
+            return self.denoiser.session.runtime
+        import torch
+
+        return f"torch {torch.__version__}"
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `fp16` or `bf16`, as the denoiser computes."""
+        if self.kind != "model":
+            return self.denoiser.session.precision
+        name = str(self.denoiser.dtype).removeprefix("torch.")
+        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
+
+    def sampling(self, wanted: Sampling) -> Sampling:
+        """`wanted`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
+        if self.kind == "model":
+            return wanted
+        batch = self.denoiser.inputs["sample"][0]
+        if not isinstance(batch, int):
+            return wanted
+        guided = wanted.guidance > 1
+        if guided and batch % 2:
+            raise InputError(
+                f"this graph takes batches of {batch}, and guidance needs two samples an image: export with an even "
+                "batch, --dynamic batch, or use --guidance 1"
+            )
+        return wanted.model_copy(update={"batch": batch // 2 if guided else batch})
+
+    def pixels(self, pipeline: Any) -> dict[str, int]:
+        """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""
+        if self.kind == "model":
+            return {}
+        sides = self.denoiser.inputs["sample"][-2:]
+        scale = pipeline.vae_scale_factor
+        return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
+
+
+def open_denoiser(
+    name: str,
+    runtime: str | None = None,
+    threads: int | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+) -> Opened:
+    """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
+
+    Args:
+        name: how the user named it.
+        runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
+            engine has but one.
+        threads: of a runtime on the CPU; its own choice if not given.
+        height: of the images, pixels, where a bundle has denoisers for several sizes.
+        width: likewise.
+
+    Raises:
+        InputError: if it is none of them, or that runtime does not take it.
+        MissingPackageError: if the runtime is not here.
+    """
+    kind = kind_of(name)
+    if kind == "bundle":
+        from deploy.bundle.load import load
+
+        whole: Any = load(name, runtime, height=height, width=width, threads=threads)
+        return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole)
+    chosen = runtime_for(name, kind, runtime)
+    if kind == "model":
+        from slimdiff.denoising.trajectory import denoiser_name, predict
+        from slimdiff.loading.pipelines import load_pipeline
+
+        pipeline = load_pipeline(name)
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
+    from exporters.runtimes.unet import UNet
+
+    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
+    unet = UNet.open(path, chosen, threads)
+    return Opened(kind, unet, unet.predict, chosen)
+
+
+def runtime_for(name: str, kind: str, runtime: str | None) -> str:
+    """The runtime that takes an artifact: the one that was asked for, or else the first that does.
+
+    Args:
+        name: how the user named it.
+        kind: `kind_of(name)`.
+        runtime: of `exporters.runtimes`.
+
+    Raises:
+        InputError: if it is nothing to be run, or that runtime does not take it.
+    """
+    if kind == "model":
+        if runtime not in (None, "torch"):
+            raise InputError(f"{name} is a model in torch: export it first (slimdiff export) to run it in {runtime}")
+        return "torch"
+    if kind == "engines":
+        there = ", ".join(sorted(p.parent.name for p in Path(name).glob(f"*/{ENGINE_REPORT}")))
+        raise InputError(f"{name} holds several engines: name one of them ({there})")
+    if kind not in ("onnx", "engine", ENGINE_PIPELINE):
+        raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
+    from exporters.runtimes import GRAPH_RUNTIMES
+
+    takes: tuple[str, ...] = GRAPH_RUNTIMES
+    if kind != "onnx":
+        from exporters.engine.check import read_engine
+
+        takes = (read_engine(engine_of(name, kind))["backend"],)
+    chosen = runtime or takes[0]
+    if chosen not in takes:
+        what, remedy = ("ONNX", "build an engine of it (slimdiff engine)") if kind == "onnx" else ("an engine", "")
+        if chosen == "torch":
+            remedy = "name the model that it was made from"
+        elif kind != "onnx":
+            remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
+        raise InputError(f"{name} is {what}, which {chosen} does not run: {remedy}")
+    return chosen
+
+
+def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
+    """A pipeline that makes images with what was opened.
+
+    Args:
+        opened: from `open_denoiser`.
+        name: how the user named it.
+        rest: the model, or the folder of a whole pipeline in ONNX or of engines, that gives the other components to a
+            graph or an engine; without one, the folder's own.
+
+    Raises:
+        InputError: for a lone graph or engine and no `rest`.
+    """
+    if opened.pipeline is not None:
+        return opened.pipeline
+    from exporters.runtimes.pipeline import load_pipeline as load_graphs
+
+    folder = Path(rest or name)
+    if (kind := kind_of(str(folder))) == ENGINE_PIPELINE:
+        return load_graphs(folder, runtime_for(str(folder), kind, None), unet=opened.denoiser)
+    if rest is not None and not (folder / "unet" / "model.onnx").is_file():
+        from slimdiff.compression import with_denoiser
+        from slimdiff.loading.pipelines import load_pipeline
+
+        return with_denoiser(load_pipeline(rest), opened.denoiser)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
+    return load_graphs(folder, opened.runtime if opened.kind == "onnx" else "onnxruntime", unet=opened.denoiser)

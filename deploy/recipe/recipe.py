@@ -1,0 +1,356 @@
+"""The recipe: every setting of a build, composed from the settings of its steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from deploy.cli.flags import POINTS
+from deploy.recipe.errors import explain
+from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
+from exporters.engine import EngineSettings
+from exporters.graphs.export import ExportSettings
+from exporters.latency.paired import LatencySettings
+from exporters.runtimes import GRAPH_RUNTIMES, TableRuntime
+from slimdiff.budget import Budget
+from slimdiff.calibration.calibrate import CalibrationSettings
+from slimdiff.denoising.trajectory import Sampling
+from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.planning.planner import PlanSettings
+
+BUDGETS = ("reduce", "macs", "speedup", "max_error")
+"""The keys of a recipe's budget, of which there is one."""
+
+
+class Settings(BaseModel):
+    """What all settings have in common: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class BudgetSettings(Settings):
+    """How much smaller the denoiser must be: exactly one of these; `reduce: 12%` if none is given."""
+
+    reduce: str | None = None
+    """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
+    macs: str | None = None
+    """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
+    speedup: float | None = Field(None, gt=1, allow_inf_nan=False)
+    """Latency of the dense denoiser over that of the slim one, by latencies measured layer by layer in `runtime`."""
+    runtime: TableRuntime = "onnxruntime"
+    """Where `speedup` is measured."""
+    max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
+
+    @field_validator("reduce", "macs", mode="before")
+    @classmethod
+    def _readable(cls, value: Any, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        try:
+            Budget(parameters=str(value)).removed(10**15)  # whether it can be met shows when the model is there
+        except SlimdiffError:
+            noun = "MACs such as 50G" if info.field_name == "macs" else "parameters such as 100M"
+            raise ValueError(f"write a count of {noun}, or a share such as 12%") from None
+        return str(value)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSettings:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(given)}")
+        if "runtime" in self.model_fields_set and self.speedup is None:
+            raise ValueError("runtime says where speedup is measured: give speedup with it")
+        return self
+
+    def budget(self) -> Budget:
+        """What it asks for."""
+        if self.macs is not None:
+            return Budget(macs=self.macs)
+        if self.speedup is not None:
+            return Budget(speedup=self.speedup)
+        if self.max_error is not None:
+            return Budget(max_error=self.max_error)
+        return Budget(self.reduce or "12%")
+
+
+class EngineStage(EngineSettings):
+    """The engine stage: how the engine is built, and whether."""
+
+    enabled: bool = True
+    """Whether to build an engine where a backend is installed; where none is, the stage says so and is skipped."""
+
+
+class ValidateStage(Settings):
+    """Parity of the exported slim model with the slim model in torch."""
+
+    calls: int = Field(4, ge=1)
+    """How many recorded calls of a trajectory to hold against each other, spread over its timesteps."""
+
+
+class CompareStage(Settings):
+    """Fidelity of the slim model against the dense one."""
+
+    images: int = Field(16, ge=1)
+    """How many images dense and slim make of the same captions and seeds."""
+    shown: int = Field(8, ge=0)
+    """How many of them are kept as files and shown in the report; slim in ONNX Runtime makes these too."""
+    trajectories: int = Field(2, ge=1)
+    """How many prompts' trajectories the noise-prediction error is taken over."""
+    sampling: Sampling = Sampling(steps=25, seed=10_000)
+    """How their images are made."""
+    captions_seed: int = 1
+    """Which captions the embedded model is judged on."""
+
+
+class SweepStage(Settings):
+    """The frontier: slim models at several budgets, each planned and measured like the one that is built."""
+
+    by: Literal["parameters", "macs", "speedup"] = "parameters"
+    """The unit of the points."""
+    points: tuple[str, ...] = ()
+    """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
+    runtime: TableRuntime = "onnxruntime"
+    """Where their latency is measured, by the settings of `bench`."""
+    images: int = Field(4, ge=0)
+    """How many images of each point are held against the dense model's."""
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _budgets(self) -> SweepStage:
+        for text in self.points:
+            try:
+                point_budget(self.by, text)
+            except SlimdiffError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def budgets(self) -> list[str]:
+        """The points, as `slimdiff sweep` takes them."""
+        return list(self.points) or POINTS[self.by].split(",")
+
+
+def point_budget(by: str, text: str) -> Budget:
+    """A point of a sweep as a budget.
+
+    Raises:
+        InputError: if it is none of this unit.
+    """
+    if by != "speedup":
+        budget = Budget(**{by: text})
+        budget.removed(10**15)  # whether it can be met shows when the model is there
+        return budget
+    try:
+        return Budget(speedup=float(text))
+    except ValueError:
+        raise InputError(f"{text!r} is no speedup: write a number such as 1.2") from None
+
+
+class ImageShape(Settings):
+    """How many images go through a denoiser together, and their size."""
+
+    height: int = Field(ge=8, le=65536, multiple_of=8)
+    """Pixels, a multiple of 8 as diffusers asks for."""
+    width: int = Field(ge=8, le=65536, multiple_of=8)
+    """Likewise."""
+    images: int = Field(1, ge=1, le=1024)
+    """In one call, in which guidance takes two samples of each."""
+
+    def __str__(self) -> str:
+        return f"{self.images}x{self.height}x{self.width}"
+
+
+def _image_shape(value: Any) -> Any:
+    """`512x512`, or `4x512x512` for four images."""
+    if not isinstance(value, str):
+        return value
+    sizes = value.split("x")
+    if len(sizes) not in (2, 3) or not all(n.isascii() and n.isdigit() and len(n) < 6 for n in sizes):
+        raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
+    return dict(zip(("width", "height", "images"), map(int, reversed(sizes)), strict=False))
+
+
+class MatrixStage(Settings):
+    """Further exports of the slim model: a cell for every target with every shape in every precision."""
+
+    targets: tuple[str, ...] = Field(("onnxruntime",), min_length=1)
+    """A runtime for graphs, such as `onnxruntime` or `openvino`, or the compute capability, such as `sm89`, of a GPU
+    that TensorRT-RTX builds an engine for."""
+    shapes: tuple[Annotated[ImageShape, BeforeValidator(_image_shape)], ...] = Field(min_length=1)
+    """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
+    precision: tuple[Literal["fp32", "fp16"], ...] = Field(("fp32",), min_length=1)
+    """Of graphs and engines."""
+
+    @field_validator("targets", "precision", "shapes")
+    @classmethod
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({str(v) for v in value}) < len(value):
+            raise ValueError("the same is there twice")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            if target not in GRAPH_RUNTIMES and not re.fullmatch(r"sm\d{2,3}", target):
+                raise ValueError(f"a target is a GPU such as sm89, or one of {', '.join(GRAPH_RUNTIMES)}")
+        return value
+
+
+class Gates(Settings):
+    """What must hold for the build to succeed; a gate that is null is not asked for."""
+
+    parity: bool = True
+    """Whether the exported slim model must agree with the slim model in torch."""
+    min_speedup: float | None = Field(None, gt=0)
+    """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
+    max_quality_loss: float | None = Field(None, ge=0)
+    """Most points of caption accuracy that may be lost (models with an evaluator only)."""
+    max_noise_error: float | None = Field(None, gt=0)
+    """Largest relative mean squared change of the noise prediction."""
+    min_psnr_db: float | None = Field(None, gt=0)
+    """Least PSNR of slim images to dense ones."""
+
+
+class Recipe(Settings):
+    """A build, from a model to a report."""
+
+    model: str
+    """`demo`, a diffusers directory (relative to the recipe), or a hub id."""
+    prompts: str | list[str] | None = None
+    """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
+    the default, or `embedded`: the demo model's own, the default for it."""
+    calibration: CalibrationSettings = CalibrationSettings()
+    """What the denoiser is watched doing."""
+    budget: BudgetSettings = BudgetSettings()
+    """How much smaller the denoiser must be."""
+    plan: PlanSettings = PlanSettings()
+    """How ranks are chosen under the budget."""
+    export: ExportSettings = ExportSettings()
+    """How the dense and the slim denoiser become ONNX."""
+    engine: EngineStage = EngineStage()
+    """The TensorRT engine."""
+    validation: ValidateStage = Field(ValidateStage(), alias="validate")
+    """Parity."""
+    compare: CompareStage = CompareStage()
+    """Fidelity."""
+    bench: LatencySettings = LatencySettings()
+    """Paired latency."""
+    sweep: SweepStage | None = None
+    """The frontier, as a stage of the build and a section of the report; without it there is none."""
+    matrix: MatrixStage | None = None
+    """Further exports for other targets, shapes and precisions, all of the same slim model."""
+    gates: Gates = Gates()
+    """What decides the exit code."""
+
+
+_MOST_NODES = 100_000
+
+DEMO = Path(__file__).parent / "demo.yaml"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; what is wrong with it is told in one line.
+
+    Raises:
+        InputError: naming the file, the place in it, and what would be right.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a recipe: {error}") from error
+    try:
+        content = _load_yaml(text)
+    except Exception as error:  # beside YAMLError, what Python's parsers say of odd dates and numbers, or deep nests
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: it must be a YAML mapping with at least the key 'model'")
+    return make_recipe(content, str(path), path.parent)
+
+
+def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
+    """A recipe from its content; relative paths in it are taken from `folder`.
+
+    Raises:
+        InputError: naming `source`, the place in it, and what would be right.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {explain(error, Recipe)}") from error
+    found: dict[str, Any] = {}
+    if recipe.prompts is None:
+        found["prompts"] = default_source(recipe.model)
+    if recipe.model != "demo" and (recipe.model.startswith(".") or _exists(folder / recipe.model)):
+        found["model"] = str(folder / recipe.model)
+    if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
+        found["prompts"] = str(folder / recipe.prompts)
+    return recipe.model_copy(update=found)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name of a file
+        return False
+
+
+def _load_yaml(text: str) -> Any:
+    """Safe YAML, whose aliases may not blow it up."""
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"with its aliases it has over {_MOST_NODES} entries")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Entries of a node, those behind aliases counted wherever they are named."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        nested = isinstance(node, yaml.CollectionNode)
+        sizes[id(node)] = 1 + (sum(_size(n, sizes) for n in inner) if nested else 0)
+    found = sizes[id(node)]
+    if found is None:
+        raise yaml.YAMLError("one of its aliases names what it is in itself")
+    return found
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that is written twice is an error, not a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,68 @@
+"""The frontier as charts: noise-prediction error against what slim models cost. For a sweep's page and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.artifacts import numbers
+from deploy.report.plots import Tick, line, linear_scale, log_scale
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Noise-prediction error against what is left of a cost, in percent of the dense model's."""
+
+    name: str
+    axis: str
+    path: str
+    points: list[tuple[float, float, str]]
+    """Place and text of each."""
+    spans: list[tuple[float, float, float]]
+    """Left, right and height of each point's interval, where there is one."""
+    x: list[Tick]
+    y: list[Tick]
+
+
+def frontier_charts(value: Mapping[str, Any]) -> list[Chart]:
+    """Error against size, work and latency, of the content of a `sweep.json`; none if nothing was lost anywhere."""
+    points, dense = value["points"], value["dense"]
+    charts = [
+        _chart(
+            "Size", "parameters kept, % of dense", points, [(p["parameters"] / dense["parameters"],) for p in points]
+        ),
+        _chart("Work", "MACs kept, % of dense", points, [(p["macs"] / dense["macs"],) for p in points]),
+        _chart("Latency", "time of one denoiser call, % of dense", points, [_times(p["speedup"]) for p in points]),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _times(speedup: Mapping[str, float]) -> tuple[float, ...]:
+    return 1 / speedup["median"], 1 / speedup["high"], 1 / speedup["low"]
+
+
+def _chart(
+    name: str, axis: str, points: Sequence[Mapping[str, Any]], shares: Sequence[tuple[float, ...]]
+) -> Chart | None:
+    y = log_scale(p["noise_error"] for p in points)
+    if y is None:  # nothing was lost anywhere: nothing to draw on a logarithmic axis
+        return None
+    x = linear_scale([100 * v for share in shares for v in share])
+    drawn = [
+        (x.at(100 * share[0]), round(100 - y.at(p["noise_error"]), 2), p, share)
+        for p, share in zip(points, shares, strict=True)
+        if p["noise_error"] > 0
+    ]
+    drawn.sort(key=lambda d: d[0])
+    texts = [f"{p['budget']}: {100 * s[0]:.1f} %, error {numbers.digits(p['noise_error'])}" for _, _, p, s in drawn]
+    return Chart(
+        name,
+        axis,
+        # A line through measured times would draw their noise.
+        "" if len(shares[0]) > 1 else line((left, top) for left, top, _, _ in drawn),
+        [(left, top, text) for (left, top, _, _), text in zip(drawn, texts, strict=True)],
+        [(x.at(100 * s[1]), x.at(100 * s[2]), top) for _, top, _, s in drawn if len(s) > 1],
+        x.ticks(),
+        [Tick(100 - tick.at, tick.label) for tick in y.ticks()],
+    )

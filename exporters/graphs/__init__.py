@@ -1,0 +1,1 @@
+"""Graphs: from a torch module to a checked ONNX file."""

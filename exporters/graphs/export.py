@@ -1,0 +1,288 @@
+"""UNet to ONNX: one graph, weights as external data, every node named after its module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from exporters.graphs.naming import check_reduced_dims, dims_in_graph, name_by_module
+from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
+from exporters.graphs.shapes import add_shapes, check_leftovers
+from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import InputError, require
+from slimdiff.models import plan_of
+
+__all__ = ["ExportSettings", "check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class ExportSettings(BaseModel):
+    """How a module becomes a graph."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
+    opset: int = Field(default=22, ge=21, le=22)
+    """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
+    keep_fp32: list[str] = Field(default_factory=list)
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
+    dynamic_batch: bool = False
+    """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
+    dynamic_size: bool = False
+    """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
+
+
+class _UNet(nn.Module):
+    """The UNet with tensors only, in and out: what a graph can have."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        added = {} if text_embeds is None else {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}}
+        return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
+
+
+def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None) -> Path:
+    """Export a UNet, dense or slim, with the shapes of a recorded call.
+
+    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states
+    [B, L, D]` and, for SDXL, `text_embeds [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
+
+    Args:
+        unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
+        folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
+        call: whose shapes the graph is for.
+        settings: precision, opset, what stays open.
+
+    Returns:
+        the path of `model.onnx`.
+
+    Raises:
+        InputError: if the call has arguments that the graph would have no input for.
+        SlimdiffError: if the graph has other shapes than torch, or something dense is left in a slim model's.
+        MissingPackageError: without onnx and onnxscript.
+    """
+    settings = settings or ExportSettings()
+    inputs = unet_inputs(call)
+    dtype = DTYPES[settings.precision]
+    if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
+        inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
+    opened: dict[str, dict[int, Any]] = {}
+    if settings.dynamic_batch:
+        opened = {name: {0: "batch"} for name in inputs if name != "timestep"}
+    if settings.dynamic_size:
+        step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
+        inputs["sample"] = in_steps(inputs["sample"], step)
+        opened["sample"] = opened.get("sample", {}) | open_size(step)
+    tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
+    keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
+    with in_precision(unet, dtype, keep) as module, _sizes_in(module, dtype):
+        file = export_module(
+            _UNet(module),
+            dict(zip(inputs, tensors, strict=True)),
+            ["out_sample"],
+            Path(folder),
+            settings,
+            opened,
+            "unet.",
+        )
+    write_config(unet, Path(folder))
+    if plan := plan_of(unet):
+        check_leftovers(file, plan)
+    return file
+
+
+def open_size(step: int) -> dict[int, Any]:
+    """Open height and width of a tensor `[B, C, H, W]`, as multiples of `step`."""
+    return {axis: step * torch.export.Dim(name, min=2) for axis, name in ((2, "height"), (3, "width"))}
+
+
+def in_steps(example: Tensor, step: int) -> Tensor:
+    """An example `[B, C, H, W]` for open sizes: two steps high and wide or more, for torch takes one for a constant."""
+    height, width = (max(2, -(-size // step)) * step for size in example.shape[-2:])
+    if (height, width) == tuple(example.shape[-2:]):
+        return example
+    return nn.functional.interpolate(example, (height, width))
+
+
+def unet_inputs(call: Call) -> dict[str, Tensor]:
+    """A recorded call as the graph's inputs, by name, in the graph's order; dtypes as recorded.
+
+    Raises:
+        InputError: if the call has arguments that the graph has no input for.
+    """
+    given = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
+    added = dict(given.pop("added_cond_kwargs", None) or {})
+    needed = ("sample", "timestep", "encoder_hidden_states")
+    tensors: dict[str, Tensor] = {k: given.pop(k) for k in needed if k in given}
+    tensors |= {k: added.pop(k) for k in ("text_embeds", "time_ids") if k in added}
+    unknown = sorted(given) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
+    if unknown or not set(needed) <= set(tensors):
+        raise InputError(
+            f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "
+            f"this call has {', '.join(unknown or call.arguments)}"
+        )
+    tensors["timestep"] = torch.as_tensor(tensors["timestep"]).flatten()[0].long()
+    return tensors
+
+
+def export_module(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: Sequence[str],
+    folder: Path,
+    settings: ExportSettings,
+    dynamic: dict[str, dict[int, str]] | None = None,
+    prefix: str = "",
+) -> Path:
+    """Export any module whose `forward` takes and gives tensors.
+
+    Args:
+        module: in the dtype wanted; taken to evaluation mode and back.
+        inputs: name -> example, in `forward`'s order.
+        outputs: names of what `forward` returns.
+        folder: gets `model.onnx` and `model.onnx.data`.
+        settings: opset.
+        dynamic: input name -> axis -> name of the open dim.
+        prefix: cut off the module paths, see `name_by_module`.
+
+    Returns:
+        the path of `model.onnx`, which onnx's checker has seen.
+    """
+    onnx = require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "model.onnx"
+    modes = {m: m.training for m in module.modules()}
+    shapes = tuple(dynamic.get(name) for name in inputs) if dynamic else None
+    try:
+        module.eval()
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=settings.opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze},
+                verbose=False,
+            )
+            assert program is not None
+            program.save(str(file), external_data=True)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    model = onnx.load(str(file), load_external_data=False)
+    widen_softmax(model)
+    name_by_module(model, prefix)
+    add_shapes(model)
+    file.write_bytes(model.SerializeToString())
+    # By path: beyond 2 GB there is no other way. In full: without inference, tensors of two dtypes may meet in a node.
+    onnx.checker.check_model(str(file), full_check=True)
+    return file
+
+
+def write_config(module: Any, folder: Path) -> None:
+    """Write the module's `config.json`, which optimum reads beside the graph; no paths of this machine in it."""
+    source = module if hasattr(module, "to_json_string") else module.config  # diffusers' and transformers' ways
+    config = {k: v for k, v in json.loads(source.to_json_string()).items() if k != "_name_or_path"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _squeeze(self: Any, dim: int) -> Any:
+    """What `torch.squeeze(x, dim)` means: nothing where the dimension is not 1. The exporter's own makes that invalid.
+
+    PixArt's transformer squeezes so, on a dimension that is the number of its tokens.
+    """
+    from onnxscript import opset18 as op
+
+    squeezes = len(self.shape) > 0 and self.shape[dim] == 1
+    return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
+
+
+@contextmanager
+def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> Iterator[nn.Module]:
+    """The module itself if it is in that dtype, else a copy that is; the copy alone is changed.
+
+    The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
+
+    Args:
+        module: any.
+        dtype: of the copy's weights.
+        keep: paths of modules that compute in float32 all the same.
+    """
+    kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
+    cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
+    if not keep and all(t.dtype == dtype for t in _floats(module)):
+        yield module
+        return
+    copied = copy.deepcopy(module, memo=dict(cast))
+    keep_in_float32(copied, keep)
+    yield copied
+
+
+@contextmanager
+def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have SDXL's sines of sizes in the graph's dtype, as they come before what they are joined with.
+
+    torch joins tensors of two dtypes, `Concat` does not, and the exporter writes it all the same. diffusers rounds the
+    joined tensor to that dtype in its next line, so nothing is lost.
+    """
+    sines = getattr(unet, "add_time_proj", None)
+    if sines is None:
+        yield
+        return
+    hook = sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    new = tensor.detach().to(dtype)
+    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's chatter on stdout, which belongs to results, and its hints to its own developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

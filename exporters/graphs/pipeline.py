@@ -1,0 +1,224 @@
+"""A whole diffusers pipeline in optimum's directory layout, one graph per component."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from exporters.graphs.export import (
+    DTYPES,
+    ExportSettings,
+    export_module,
+    export_unet,
+    in_precision,
+    in_steps,
+    open_size,
+    write_config,
+)
+from exporters.layout import CONFIGURED, INDEX
+from slimdiff.denoising.trajectory import Call, Sampling, denoiser_name, record_calls
+from slimdiff.errors import InputError
+
+_OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
+_GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
+
+
+class _TextEncoder(nn.Module):
+    """CLIP with outputs in optimum's order: what the pipeline takes as item 0 comes first, hidden states last."""
+
+    def __init__(self, encoder: nn.Module, hidden: bool):
+        super().__init__()
+        self.text_encoder: Any = encoder
+        self.projects = hasattr(encoder, "text_projection")
+        self.hidden = hidden
+
+    def names(self) -> list[str]:
+        first = ["text_embeds", "last_hidden_state"] if self.projects else ["last_hidden_state", "pooler_output"]
+        layers = self.text_encoder.config.num_hidden_layers if self.hidden else 0
+        return first + [f"hidden_states.{i}" for i in range(layers)]
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.text_encoder(input_ids, output_hidden_states=self.hidden)
+        last = found.last_hidden_state
+        first = (found.text_embeds, last) if self.projects else (last, found.pooler_output)
+        # optimum puts last_hidden_state in place of the last hidden state.
+        return (*first, *(found.hidden_states[:-1] if self.hidden else ()))
+
+
+class _VaeDecoder(nn.Module):
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample, return_dict=False)[0]
+
+
+class _VaeEncoder(nn.Module):
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        found = self.vae.encode(sample)
+        return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
+
+
+def export_pipeline(
+    pipeline: DiffusionPipeline,
+    folder: Path | str,
+    settings: ExportSettings | None = None,
+    *,
+    call: Call | None = None,
+    progress: str | None = None,
+    without: Sequence[str] = (),
+) -> list[Path]:
+    """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
+
+    Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
+    pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
+    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32.
+
+    Args:
+        pipeline: with a unet, a vae and CLIP text encoders; not changed.
+        folder: gets a subfolder per component and `model_index.json`.
+        settings: precision, opset, what stays open.
+        call: whose shapes the graphs are for; `example_call`'s if not given.
+        progress: name of the progress bar on stderr; None: no bar.
+        without: graphs that are not needed: `unet`, `vae_encoder`, ...
+
+    Returns:
+        the graphs' files.
+
+    Raises:
+        InputError: for a pipeline without a unet, or with text encoders other than CLIP's.
+        MissingPackageError: without onnx and onnxscript.
+    """
+    settings, folder = settings or ExportSettings(), Path(folder)
+    parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *CONFIGURED)}
+    if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
+        raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
+    encoders = {name: parts[name] for name in ("text_encoder", "text_encoder_2") if parts[name] is not None}
+    for name, encoder in encoders.items():
+        if not type(encoder).__name__.startswith("CLIPTextModel"):
+            raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
+    call = call or example_call(pipeline)
+    jobs: dict[str, Callable[[], Path]] = {"unet": lambda: export_unet(parts["unet"], folder / "unet", call, settings)}
+    for name, encoder in encoders.items():
+        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
+        hidden = "text_encoder_2" in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
+        jobs[name] = _text_encoder_job(encoder, folder / name, tokenizer.model_max_length, hidden, settings)
+    jobs |= _vae_jobs(pipeline, folder, call, settings)
+    jobs = {name: job for name, job in jobs.items() if name not in without}
+    files = []
+    with tqdm(jobs.items(), desc=progress, disable=progress is None, unit="graph") as bar:
+        for name, job in bar:
+            bar.set_postfix_str(name)
+            files.append(job())
+    for name in CONFIGURED:
+        if parts[name] is not None:
+            parts[name].save_pretrained(folder / name)
+    (folder / INDEX).write_text(json.dumps(_index(pipeline), indent=2) + "\n")
+    return files
+
+
+def example_call(
+    pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, batch: int = 2
+) -> Call:
+    """A denoiser call of this pipeline for export: one scheduler step on empty prompts.
+
+    A UNet on images is not run for it: of an export, that would be a large part.
+
+    Args:
+        pipeline: any that `record_calls` takes.
+        height: of the image in pixels; the pipeline's default if not given.
+        width: likewise.
+        batch: samples in the denoiser call; with guidance, that is two per image.
+    """
+    sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    with _answering_zeros(denoiser) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
+        return record_calls(pipeline, [""] * batch, sampling)[0]
+
+
+@contextmanager
+def _answering_zeros(unet: Any) -> Iterator[None]:
+    """Leave out what a UNet computes: what it is called with is all that is asked for."""
+    before = vars(unet).get("forward")
+
+    @functools.wraps(unet.forward)
+    def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
+        return (sample.new_zeros(len(sample), unet.config.out_channels, *sample.shape[2:]),)
+
+    unet.forward = zeros
+    try:
+        yield
+    finally:
+        if before is None:
+            del unet.forward
+        else:
+            unet.forward = before
+
+
+def _text_encoder_job(
+    encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings
+) -> Callable[[], Path]:
+    def job() -> Path:
+        with in_precision(encoder, DTYPES[settings.precision]) as module:
+            wrapped = _TextEncoder(module, hidden)
+            inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
+            open_batch = {"input_ids": {0: "batch"}}
+            file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
+        write_config(encoder, folder)
+        return file
+
+    return job
+
+
+def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> dict[str, Callable[[], Path]]:
+    vae = pipeline.vae
+    dtype = torch.float32 if vae.config.get("force_upcast") else DTYPES[settings.precision]
+    height, width = call.arguments["sample"].shape[-2:]
+    scale = pipeline.vae_scale_factor
+
+    def job(
+        wrapper: Callable[[nn.Module], nn.Module], name: str, example: Tensor, inside: str, outside: str, step: int
+    ) -> Path:
+        opened: dict[int, Any] = {0: "batch"}
+        if settings.dynamic_size:
+            example = in_steps(example, step)
+            opened |= open_size(step)
+        with in_precision(vae, dtype) as module:
+            wrapped = wrapper(module)
+            named = {inside: example.to(dtype)}
+            file = export_module(wrapped, named, [outside], folder / name, settings, {inside: opened}, "vae.")
+        write_config(vae, folder / name)
+        return file
+
+    latent = torch.randn(2, vae.config.latent_channels, height, width)
+    image = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
+    parameters = "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample"
+    return {
+        "vae_decoder": lambda: job(_VaeDecoder, "vae_decoder", latent, "latent_sample", "sample", 1),
+        "vae_encoder": lambda: job(_VaeEncoder, "vae_encoder", image, "sample", parameters, scale),
+    }
+
+
+def _index(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """`model_index.json` as optimum writes it: no path of this machine, components that are not exported left out."""
+    index = {name: value for name, value in dict(pipeline.config).items() if name != "_name_or_path"}
+    for name, value in index.items():
+        if isinstance(value, (tuple, list)):
+            here = getattr(pipeline, name, None) is not None
+            copied = list(value) if here and name in CONFIGURED else [None, None]
+            index[name] = [_OPTIMUM, _GRAPHS[name]] if here and name in _GRAPHS else copied
+    return {"_class_name": type(pipeline).__name__, **index}

@@ -1,0 +1,149 @@
+"""What a graph in half precision computes in single precision, and how modules are kept so.
+
+A strongly typed engine computes in the dtypes of the graph, so whatever would overflow in fp16, or lose too much, must
+be fp32 in the graph itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from exporters.graphs.naming import module_of, read_graph, tensor_types
+from slimdiff.denoising.trajectory import map_tensors
+from slimdiff.errors import InputError, require
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FLOAT, HALF = 1, 10
+"""`onnx.TensorProto`'s dtypes."""
+
+SOFTMAX_TERMS = 2048
+"""A sum of ones in an fp16 accumulator stops here: the next whole number has no fp16 of its own."""
+
+NORMS = ("GroupNormalization", "LayerNormalization")
+
+
+def paths_to_keep(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Paths of the modules that match a pattern, without those inside another that does.
+
+    Args:
+        module: whose `named_modules` are matched.
+        patterns: paths, or shell-style patterns of whole paths such as `*.attn1`.
+
+    Raises:
+        InputError: for a pattern that matches nothing.
+    """
+    paths = [path for path, _ in module.named_modules() if path]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise InputError(
+                f"keep_fp32: no module matches {pattern!r}; name a whole path, such as {paths[-1]!r}, or a pattern of "
+                "whole paths, such as '*.attn1'"
+            )
+    chosen = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
+    return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+
+
+def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
+    """Let modules compute in float32 inside a half-precision model: their inputs are cast up, their outputs back.
+
+    Args:
+        module: changed in place; the weights of the modules kept are to be float32 already.
+        paths: of the modules.
+    """
+    for path in paths:
+        part = module.get_submodule(path)
+        part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        part.register_forward_hook(_cast_outputs)
+
+
+def _cast_inputs(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return map_tensors(_to(torch.float16, torch.float32), args), map_tensors(_to(torch.float16, torch.float32), kwargs)
+
+
+def _cast_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
+    return map_tensors(_to(torch.float32, torch.float16), output)
+
+
+def _to(old: torch.dtype, new: torch.dtype) -> Any:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(new) if tensor.dtype == old else tensor
+
+    return cast
+
+
+def widen_softmax(model: ModelProto, terms: int = SOFTMAX_TERMS) -> None:
+    """Let every half-precision Softmax over more than `terms` values compute in fp32, between two casts.
+
+    Exponentials are at most 1 and their sum at most the number of terms, so nothing overflows below 65504 terms; but a
+    sum that a runtime accumulates in fp16 may lose terms beyond 2048. TensorRT-RTX fuses such attention all the same.
+
+    Args:
+        model: changed in place; its `value_info` says the shapes, as torch's exporter leaves it.
+        terms: along the softmax's axis; an axis of unknown size counts as longer.
+    """
+    onnx = require("onnx", "onnx")
+    types = tensor_types(model)
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type != "Softmax" or types[node.input[0]] != HALF or 0 < _terms(node, sizes) <= terms:
+            model.graph.node.append(node)
+            continue
+        source, result = node.input[0], node.output[0]
+        node.input[0], node.output[0] = f"{result}:fp32_in", f"{result}:fp32"
+        casts = [
+            onnx.helper.make_node("Cast", [source], [node.input[0]], to=FLOAT),
+            onnx.helper.make_node("Cast", [node.output[0]], [result], to=HALF),
+        ]
+        for cast in casts:
+            cast.metadata_props.extend(node.metadata_props)  # which say whose module it is
+        model.graph.node.extend([casts[0], node, casts[1]])
+
+
+def _terms(node: Any, sizes: dict[str, list[int]]) -> int:
+    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    size = sizes.get(node.input[0])
+    return size[axis] if size else 0
+
+
+def fp32_islands(onnx_file: Path | str) -> list[dict[str, str]]:
+    """What a graph with half-precision inputs computes in fp32 all the same.
+
+    Args:
+        onnx_file: a graph that `export_unet` wrote.
+
+    Returns:
+        one dict per node, in execution order: `node`, `module`, `operator` and `fp32`: `tensors` where the node's own
+        tensors are fp32, `statistics` where a norm says so of its mean and variance (`stash_type`). Casts, which
+        compute nothing, are not among them. Nothing for a graph whose inputs are fp32.
+
+    Raises:
+        InputError: if there is no such file, or it is no ONNX model.
+    """
+    model = read_graph(onnx_file)
+    types = tensor_types(model)
+    if not any(types[i.name] == HALF for i in model.graph.input):
+        return []
+    rows = []
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            continue
+        wide = any(types[name] == FLOAT for name in node.output if name)
+        stashed = node.op_type in NORMS and _stash_type(node) == FLOAT
+        if wide or stashed:
+            what = "tensors" if wide else "statistics"
+            rows.append({"node": node.name, "module": module_of(node), "operator": node.op_type, "fp32": what})
+    return rows
+
+
+def _stash_type(node: Any) -> int:
+    return next((a.i for a in node.attribute if a.name == "stash_type"), FLOAT)  # the operators' default

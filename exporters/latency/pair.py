@@ -1,0 +1,264 @@
+"""One process pair: two fresh processes on the same core, warmed, then timed in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryFile
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+
+BLOCK_MS = 15.0
+"""Length of a block, unless one run is longer: long beside the change from one process to the other, and short beside
+what makes a machine slow for a while, which on shared hosts is often no more than a tenth of a second."""
+PAIR_MS = 2000.0
+"""What the blocks of a pair take together, or as long as its processes took to open, if that is more: beyond that,
+another pair tells more than further rounds of this one."""
+ROUNDS, LEAST_ROUNDS = 60, 3
+FEW = 3
+"""Undisturbed rounds that make a pair."""
+TRIM = 1 / 3
+"""Share of the rounds that are left out at either end: their mean is as safe from outliers as the median and scatters
+less, and of three rounds it is the median."""
+CPU_RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-fp32", "openvino-bf16")
+_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True)
+class Job:
+    """An artifact to be timed."""
+
+    name: str
+    """For people."""
+    path: str
+    """A model's directory or id, a graph's file, an engine's folder."""
+    kind: Literal["model", "onnx", "engine"]
+    runtime: str
+
+
+class PairSettings(BaseModel):
+    """How a pair of processes is timed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int = Field(default=1, ge=0)
+    """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
+    the least disturbed."""
+    batch: int = Field(default=2, ge=1)
+    """Samples in a call, where the artifact does not fix it."""
+    warmup: int = Field(default=3, ge=1)
+    """Runs, at least, before a process counts as warm."""
+    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
+    """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
+
+
+@dataclass
+class SideTimes:
+    """What one process of a pair showed."""
+
+    title: str
+    """Its runtime."""
+    shapes: dict[str, list[int]]
+    load_ms: float
+    """Opening the artifact, imports not counted."""
+    first_run_ms: float
+    peak_memory_bytes: int | None
+    wall_ms: list[float] = field(default_factory=list)
+    """Every timed run."""
+    preempted: int = 0
+    """How many of them lost their core meanwhile."""
+
+
+@dataclass
+class PairTimes:
+    """What a pair showed."""
+
+    sides: tuple[SideTimes, SideTimes]
+    """Baseline and candidate."""
+    log_ratio: float
+    """Trimmed mean over rounds of log(candidate's block / baseline's), wall time; a block is the median of its runs."""
+    cpu_log_ratio: float
+    """Likewise of the processes' CPU time."""
+    cores: list[int] | None
+    """Where they were kept."""
+
+
+class Worker:
+    """The process of one side; ends with the block that it is opened for.
+
+    Args:
+        job: what it runs.
+        pauses: stop it whenever it is not asked anything. Threads of runtimes spin for a while after a run, which takes
+            cores from the other side.
+    """
+
+    def __init__(self, job: Job, pauses: bool = False):
+        self.job = job
+        self._pauses = pauses and hasattr(signal, "SIGSTOP")
+        self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "exporters.latency.worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=os.environ | {"PYTHONPATH": search},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._stderr.close()
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Give a command, without waiting."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # `answer` says what became of it
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the command.
+
+        Raises:
+            InputError: if the artifact does not run.
+            MissingPackageError: if its runtime is not here.
+            SlimdiffError: if the process died.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._stderr.seek(0)
+            told = self._stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            why = "killed, perhaps for memory" if code == -9 else f"exit code {code}"
+            raise SlimdiffError(f"the process that ran {self.job.name} died ({why}): {told[-1]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            kinds = {kind.exit_code: kind for kind in (InputError, MissingPackageError)}
+            raise kinds.get(answer["exit_code"], SlimdiffError)(answer["error"])
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Give a command and wait for its answer."""
+        if self._pauses:
+            self._process.send_signal(signal.SIGCONT)
+        self.send(do, **arguments)
+        answer = self.answer()
+        if self._pauses:
+            self._process.send_signal(signal.SIGSTOP)
+        return answer
+
+
+def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first: int = 0) -> PairTimes:
+    """Start both, time them in turn, end both.
+
+    Args:
+        baseline: what the candidate is held against.
+        candidate: likewise in shape.
+        settings: threads, batch, warm-up, rounds.
+        first: 0 if the baseline is opened and timed first, 1 if the candidate: take turns, for the first process may
+            find the better memory.
+
+    Raises:
+        InputError: if one does not run, or they take inputs of different shapes.
+        MissingPackageError: if a runtime is not here.
+        SlimdiffError: if a process died.
+    """
+    jobs = (baseline, candidate)
+    on_cpu = all(job.runtime in CPU_RUNTIMES for job in jobs)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(job, pauses=on_cpu)) for job in jobs]
+        for job, worker in zip(jobs, workers, strict=True):
+            arguments = {"path": job.path, "kind": job.kind, "runtime": job.runtime, "batch": settings.batch}
+            worker.send("prepare", **arguments, threads=settings.threads or None)
+        for worker in workers:
+            worker.answer()
+        cores = idle_cores(settings.threads) if settings.threads and on_cpu else None
+        opened: list[dict[str, Any]] = [{}, {}]
+        for side in (first, 1 - first):
+            opened[side] = workers[side].ask("open", cores=cores, warmup=settings.warmup)
+        if opened[0]["shapes"] != opened[1]["shapes"]:
+            told = " and ".join(str(side["shapes"]) for side in opened)
+            raise InputError(f"the two take calls of different shapes, {told}: say --batch")
+        run_ms = fmean(side["run_ms"] for side in opened)
+        count = max(1, round(BLOCK_MS / run_ms))
+        lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice
+        pair_ms = max(PAIR_MS, 1e3 * (time.perf_counter() - start))
+        pair_rounds = pair_ms / (2 * (count + lead) * run_ms)
+        rounds = settings.rounds or int(min(ROUNDS, max(LEAST_ROUNDS, pair_rounds)))
+        blocks: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        for index in range(rounds):
+            for side in (first, 1 - first) if index % 2 == 0 else (1 - first, first):
+                runs = workers[side].ask("run", count=count + lead)
+                blocks[side].append({name: values[lead:] for name, values in runs.items()})
+        ends = [worker.ask("end") for worker in workers]
+    return PairTimes(
+        sides=(_side(opened[0], blocks[0], ends[0]), _side(opened[1], blocks[1], ends[1])),
+        log_ratio=_log_ratio(blocks, "wall_ms"),
+        cpu_log_ratio=_log_ratio(blocks, "cpu_ms"),
+        cores=cores,
+    )
+
+
+def idle_cores(count: int) -> list[int] | None:
+    """The cores, of those that may be used, that do least just now; None where processes cannot be kept on cores.
+
+    Raises:
+        InputError: for more than there are.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    usable = sorted(os.sched_getaffinity(0))
+    if count > len(usable):
+        raise InputError(f"--threads {count}: this process may use {len(usable)} cores; 0 leaves it to the runtime")
+    busy = psutil.cpu_percent(interval=0.1, percpu=True)
+    return sorted(sorted(usable, key=lambda core: busy[core] if core < len(busy) else 0.0)[:count])
+
+
+def _side(opened: dict[str, Any], blocks: Sequence[dict[str, Any]], end: dict[str, Any]) -> SideTimes:
+    return SideTimes(
+        title=opened["title"],
+        shapes=opened["shapes"],
+        load_ms=opened["load_ms"],
+        first_run_ms=opened["first_run_ms"],
+        peak_memory_bytes=end["peak_memory_bytes"],
+        wall_ms=[ms for block in blocks for ms in block["wall_ms"]],
+        preempted=sum(1 for block in blocks for times in block["preempted"] if times),
+    )
+
+
+def _log_ratio(blocks: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], clock: str) -> float:
+    """Over the rounds in which no run lost its core, if there are a few; else over all.
+
+    Which rounds lose it depends on how long they are, but on both sides alike.
+    """
+    rounds = list(zip(*blocks, strict=True))
+    kept = [both for both in rounds if not any(times for block in both for times in block["preempted"])]
+    used = kept if len(kept) >= FEW else rounds
+    ratios = sorted(log(median(b[clock]) / median(a[clock])) for a, b in used)
+    cut = int(len(ratios) * TRIM)
+    return fmean(ratios[cut : len(ratios) - cut])

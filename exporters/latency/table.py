@@ -1,0 +1,339 @@
+"""What a denoiser's layers cost in time by the ranks they keep, measured in a runtime: the table for a speedup.
+
+A layer (an attention or feed-forward module with the norm before it and the residual around it, so that a runtime
+fuses what it fuses in the model; or a resnet, which has them inside) is run alone, at a few ranks. All layers take
+turns in changing order, one run each, and the whole dense model among them: a layer then finds the caches as cold as in
+the model, and whatever slows the machine down for a while slows all of them. Where they do not fit into memory at once,
+the layers come in groups. One more model, cut to half its ranks,
+tells how much of the difference that layers show alone the whole model shows (the anchor). Layers of the same shape are
+measured once; what was measured is kept in a file per machine, runtime, versions and thread count.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.optimize import isotonic_regression
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from exporters.engine.memory import available_memory
+from exporters.graphs.export import ExportSettings, export_module, export_unet, unet_inputs
+from exporters.machine import machine_name, usable_cores
+from exporters.runtimes import TableRuntime
+from exporters.runtimes.opening import open_session, version_of
+from exporters.runtimes.unet import UNet
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.costs import CostTable
+from slimdiff.planning.knapsack import Layer, find_layers
+from slimdiff.planning.planner import PlanSettings, chosen_sites
+from slimdiff.slimming.skeleton import skeleton
+from slimdiff.storage import manifest
+
+CACHE = "SLIMDIFF_CACHE"
+"""The environment variable that names another folder for what was measured."""
+_Run = Callable[[], Any]
+_Job = tuple[str, str]
+"""A layer's key and rank; of a whole model, nothing and its name."""
+
+
+class TableSettings(BaseModel):
+    """How the table is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    runtime: TableRuntime = "onnxruntime"
+    """Where latency counts."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of the runtime; its own choice if not given."""
+    ranks: int = Field(6, ge=2)
+    """Ranks measured per layer, spread evenly from the smallest to the dense one; between them, lines."""
+    rounds: int = Field(40, ge=3)
+    """Runs of every layer and of the whole models; the median counts."""
+
+
+def measure_latency(
+    denoiser: nn.Module,
+    call: Call,
+    planning: PlanSettings | None = None,
+    settings: TableSettings | None = None,
+    *,
+    cache: Path | None = None,
+    progress: str | None = None,
+) -> CostTable:
+    """Milliseconds of one call by layer and rank; measures what the cache does not hold.
+
+    Args:
+        denoiser: the dense model.
+        call: whose shapes count, batch included.
+        planning: which ranks there are to choose from.
+        settings: runtime, threads, how much is measured.
+        cache: folder of the measurements; by default `slimdiff` in the user's cache folder, or `$SLIMDIFF_CACHE`.
+        progress: name of the progress bars on stderr; None: no bars.
+
+    Returns:
+        a table whose `made_from` has `runtime`, `machine`, `threads`, `measured` (how many shapes were measured now,
+        the others were known) and `anchor`: the share of the layers' own differences that the whole model showed.
+
+    Raises:
+        InputError: if nothing can be slimmed.
+        MissingPackageError: if the runtime is not here.
+    """
+    settings, planning = settings or TableSettings(), planning or PlanSettings()
+    where = _conditions(settings)
+    layers = find_layers(chosen_sites(find_sites(denoiser)[0], planning), planning.align)
+    inputs = _layer_inputs(denoiser, layers, call)
+    shapes = {layer.path: _shape_of(denoiser, layer, inputs[layer.path]) for layer in layers}
+    thinned = {layer.path: _thinned(layer.candidates, settings.ranks) for layer in layers}
+    one_of = {_key(shapes[layer.path], thinned[layer.path]): layer for layer in layers}
+    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
+    whole = manifest.fingerprint({"config": config, "call": _shapes(call), "layers": sorted(one_of)})
+    file = (cache or cache_folder()) / f"latency-{manifest.fingerprint(where)[:16]}.json"
+    known = _read(file)
+    missing = {key: layer for key, layer in one_of.items() if key not in known["layers"]}
+    halved = {layer.path: _half(layer) for layer in layers}
+    if missing or whole not in known["models"]:
+        found = _measure(denoiser, call, inputs, missing, thinned, halved, settings, progress)
+        for (key, name), milliseconds in found.items():
+            table = known["layers" if key else "models"]
+            table.setdefault(key or whole, {})[name] = milliseconds
+        manifest.write_json(file, {**known, **where})
+    dense, half = known["models"][whole]["dense"], known["models"][whole]["half"]
+    curves = {layer.path: _monotone(known["layers"][_key(shapes[layer.path], thinned[layer.path])]) for layer in layers}
+    alone = CostTable("latency_ms", dense, curves)
+    expected = dense - alone.of(halved)
+    anchor = (dense - half) / expected if expected > 0 else 1.0
+    if not 0.25 < anchor < 4:  # noise, not a difference: better the layers' own word than a wild factor
+        anchor = 1.0
+    scaled = {path: {rank: ms * anchor for rank, ms in curve.items()} for path, curve in curves.items()}
+    return CostTable("latency_ms", dense, scaled, {**where, "measured": len(missing), "anchor": round(anchor, 4)})
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: `$SLIMDIFF_CACHE`, or `slimdiff` in the user's cache folder."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(base) / "slimdiff"
+
+
+def _conditions(settings: TableSettings) -> dict[str, Any]:
+    """All that latency depends on beside the model; also checks that the runtime is here."""
+    version = torch.__version__ if settings.runtime == "torch" else version_of(settings.runtime)
+    threads = _threads(settings)
+    return {
+        "schema": 1,
+        "runtime": f"{settings.runtime} {version}",
+        "machine": machine_name(),
+        "threads": threads,
+        "rounds": settings.rounds,
+        "exporter": torch.__version__,
+    }
+
+
+def _threads(settings: TableSettings) -> int:
+    return settings.threads or (torch.get_num_threads() if settings.runtime == "torch" else usable_cores())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {"layers": dict(known["layers"]), "models": dict(known["models"])}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not ours: measured again
+        return {"layers": {}, "models": {}}
+
+
+def _thinned(candidates: Sequence[int], count: int) -> list[int]:
+    picks = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
+    return [candidates[i] for i in picks]
+
+
+def _half(layer: Layer) -> int:
+    return min(layer.candidates, key=lambda rank: abs(rank - layer.dense_rank / 2))
+
+
+def _monotone(curve: Mapping[str, float]) -> dict[int, float]:
+    """Noise may say that a larger rank is faster; the closest rising curve does not."""
+    ranks = sorted(int(r) for r in curve)
+    fitted = isotonic_regression([curve[str(r)] for r in ranks]).x
+    return dict(zip(ranks, map(float, fitted), strict=True))
+
+
+def _shapes(call: Call) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
+
+
+def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, dict[str, Tensor]]:
+    """What each layer is called with, by module path: `hidden_states` and, where it has one, a second input."""
+    seen: dict[str, dict[str, Tensor]] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            given = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
+            name = "temb" if isinstance(module, ResnetBlock2D) else "encoder_hidden_states"
+            second = args[1] if len(args) > 1 else kwargs.get(name)
+            if isinstance(second, Tensor):
+                given[name] = second
+            seen[path] = {name: tensor.detach().float().cpu() for name, tensor in given.items()}
+
+        return hook
+
+    handles = [
+        denoiser.get_submodule(layer.path).register_forward_pre_hook(watch(layer.path), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        predict(denoiser, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _shape_of(denoiser: nn.Module, layer: Layer, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All of a layer that latency depends on."""
+    module = denoiser.get_submodule(layer.path)
+    return {
+        "kind": type(module).__name__,
+        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
+        "heads": layer.sites[0].heads,
+        "dense_rank": layer.dense_rank,
+        "parts": [type(part).__name__ for part in module.modules()],
+        "weights": [[name, list(p.shape)] for name, p in module.named_parameters()],
+        "processor": type(getattr(module, "processor", None)).__name__,
+    }
+
+
+def _key(shape: Mapping[str, Any], ranks: Sequence[int]) -> str:
+    return manifest.fingerprint({**shape, "ranks": list(ranks)})
+
+
+class _Residual(nn.Module):
+    """A layer as a transformer block holds it: x + layer(norm(x))."""
+
+    def __init__(self, layer: nn.Module, width: int, crosses: bool, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.layer = layer
+        self.crosses = crosses
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        x = self.norm(hidden_states)
+        return hidden_states + (self.layer(x, encoder_hidden_states) if self.crosses else self.layer(x))
+
+
+def _measure(
+    denoiser: nn.Module,
+    call: Call,
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, Sequence[int]],
+    halved: Mapping[str, int],
+    settings: TableSettings,
+    progress: str | None,
+) -> dict[_Job, float]:
+    """Median milliseconds by (layer's key, rank), and of the whole models by ("", "dense") and ("", "half")."""
+    with TemporaryDirectory(prefix="slimdiff-latency-") as scratch:
+        folder = Path(scratch)
+
+        def whole(name: str) -> _Run:
+            model = denoiser if name == "dense" else skeleton(denoiser, halved)
+            return whole_run(model, call, folder / name, settings)
+
+        def alone(key: str, layer: Layer, rank: int) -> _Run:
+            module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
+            return _layer_run(module, inputs[layer.path], folder / f"{key}-{rank}", settings)
+
+        openers: list[dict[_Job, Callable[[], _Run]]] = [{("", n): partial(whole, n) for n in ("dense", "half")}]
+        for key, layer in layers.items():
+            openers.append({(key, str(rank)): partial(alone, key, layer, rank) for rank in ranks[layer.path]})
+        return _median_times(openers, settings, progress)
+
+
+def _median_times(
+    openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings, progress: str | None
+) -> dict[_Job, float]:
+    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds.
+
+    Args:
+        openers: job -> what opens it; those of one mapping are open together.
+    """
+    found: dict[_Job, float] = {}
+    runs: dict[_Job, _Run] = {}
+    most, process = available_memory() / 2, psutil.Process()
+    before = process.memory_info().rss
+    label = progress and f"{progress}: prepare"
+    with tqdm(total=sum(map(len, openers)), desc=label, disable=progress is None) as bar:
+        for together in openers:
+            for job, opener in together.items():
+                runs[job] = opener()
+                runs[job]()  # first runs allocate
+                bar.update()
+            if process.memory_info().rss - before > most:
+                found |= _take_turns(runs, settings, progress)
+                runs.clear()
+                gc.collect()
+    return found | (_take_turns(runs, settings, progress) if runs else {})
+
+
+def _take_turns(runs: Mapping[_Job, _Run], settings: TableSettings, progress: str | None) -> dict[_Job, float]:
+    # On one thread, processor time is latency without the waits for whoever else is on that core.
+    clock = time.process_time if _threads(settings) == 1 else time.perf_counter
+    jobs, times = list(runs), {job: [] for job in runs}  # type: ignore[var-annotated]
+    shuffle = np.random.default_rng(0)  # so that nobody always runs after the same neighbour
+    label = progress and f"{progress}: time"
+    for _ in tqdm(range(settings.rounds), desc=label, disable=progress is None, leave=False):
+        for index in shuffle.permutation(len(jobs)):
+            start = clock()
+            runs[jobs[index]]()
+            times[jobs[index]].append(clock() - start)
+    return {job: float(np.median(seconds) * 1e3) for job, seconds in times.items()}
+
+
+def whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSettings) -> _Run:
+    """One denoiser call in the runtime, as a function; a graph for it is exported into `folder`."""
+    if settings.runtime == "torch":
+        return _in_threads(lambda: predict(model, call), settings)
+    unet = UNet.open(export_unet(model, folder, call), settings.runtime, settings.threads)
+    return lambda: unet.predict(call)
+
+
+def _layer_run(module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, settings: TableSettings) -> _Run:
+    x = inputs["hidden_states"]
+    sequence = x.ndim == 3  # tokens; an attention over an image [B, C, H, W] has its norm and residual inside
+    wrapped = copy.deepcopy(module).float().cpu().eval()
+    if not isinstance(module, ResnetBlock2D):  # which has both inside
+        wrapped = _Residual(wrapped, x.shape[-1], len(inputs) > 1, sequence)
+    if settings.runtime == "torch":
+        return _in_threads(lambda: wrapped(*inputs.values()), settings)
+    file = export_module(wrapped, dict(inputs), ["output"], folder, ExportSettings())
+    session = open_session(file, settings.runtime, settings.threads)
+    return lambda: session.run(inputs)
+
+
+def _in_threads(run: _Run, settings: TableSettings) -> _Run:
+    @torch.no_grad()
+    def inside() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(settings.threads or before)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+
+    return inside

@@ -1,0 +1,1 @@
+"""Validation: whether an artifact computes what its model does."""

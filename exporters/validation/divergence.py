@@ -1,0 +1,308 @@
+"""Where a graph parts from its model: the first tensor whose own error is over the bound, with its module and node.
+
+The reference is the model in torch, float32. Its modules run under hooks, and what a hook sees is the value of one
+tensor of the graph, whose nodes are named by module. Between two such tensors lie a few nodes: they run in ONNX Runtime
+on the *reference's* values, so what they give wrong is their own doing, whatever came before them.
+
+Bisection over marked outputs, as `polygraphy debug` does it, was the other way. It compares values that carry the
+errors of everything before them, which a residual stream dilutes below the bound and half precision lifts above it, so
+it names the wrong place; and it takes log2(n) runs of the graph, where this takes one, and that only up to the fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from exporters.graphs.export import unet_inputs
+from exporters.graphs.naming import module_of
+from exporters.validation.fragments import OnnxFragments
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError
+
+Place = tuple[str, str]
+"""Module path, and `in` (what a module without children takes) or `out` (what a module gives)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes between tensors whose values the reference has."""
+
+    place: Place
+    """Where the reference's value of `output` is seen."""
+    output: str
+    """Name of the tensor in the graph."""
+    nodes: tuple[int, ...]
+    reads: tuple[str, ...]
+    """Names of the tensors that the nodes take."""
+
+
+@dataclass(frozen=True)
+class OwnError:
+    """What one part of the graph makes of the reference's values."""
+
+    tensor: str
+    """Path of the module that gives it; of a tensor that no module gives (a sum, a softmax), the name of its node."""
+    module: str
+    """Path of the module whose node makes it."""
+    relative_l2: float | None
+    """`|candidate - reference| / |reference|`; None if they could not be compared."""
+    not_finite: int
+    """Values of the candidate that are NaN or infinite."""
+    reference_max_abs: float
+    problem: str | None
+    """Why they could not be compared: another shape, or ONNX Runtime's words."""
+
+    def within(self, bound: float) -> bool:
+        """Whether the part computes what the module does."""
+        return self.relative_l2 is not None and self.relative_l2 <= bound
+
+
+@torch.no_grad()
+def own_errors(
+    fragments: OnnxFragments,
+    denoiser: nn.Module,
+    call: Call,
+    *,
+    bound: float | None = None,
+    progress: str | None = None,
+) -> list[OwnError]:
+    """Run the graph part by part on the reference's values, in execution order.
+
+    In memory are the values that parts still to come will read, and the weights of one part.
+
+    Args:
+        fragments: the graph.
+        denoiser: its model in torch, float32.
+        call: a recorded call.
+        bound: stop after the first part whose relative L2 is over it; None: run them all.
+        progress: name of the progress bar on stderr; None: no bar.
+
+    Returns:
+        one per part; with a bound, the last may be over it.
+    """
+    return [error for _, error in _run_parts(fragments, denoiser, call, bound, progress)]
+
+
+def find_divergence(
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float, *, progress: str | None = None
+) -> dict[str, Any]:
+    """The first part, in execution order, whose own error is over the bound; the one with the largest if none is.
+
+    Args:
+        fragments: the graph.
+        denoiser: its model in torch, float32.
+        call: a recorded call.
+        bound: of the relative L2.
+        progress: name of the progress bar on stderr; None: no bar.
+
+    Returns:
+        `diverges` (whether it is over the bound), `OwnError`'s fields, `bound` and `node`: the name of the part's first
+        node from which on nothing is what the module computes.
+    """
+    found = _run_parts(fragments, denoiser, call, bound, progress)
+    part, error = found[-1]
+    if not error.within(bound):
+        node = _first_node(fragments, denoiser, call, part, bound)
+        return {"diverges": True, **asdict(error), "bound": bound, "node": node}
+    part, error = max(found, key=lambda pair: pair[1].relative_l2 or 0.0)
+    return {"diverges": False, **asdict(error), "bound": bound, "node": fragments.nodes[part.nodes[-1]].name}
+
+
+class _Stop(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+def _run_parts(
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float | None, progress: str | None
+) -> list[tuple[Part, OwnError]]:
+    parts = _plan(fragments, denoiser, call)
+    last_use = {name: number for number, part in enumerate(parts) for name in part.reads}
+    numbers = {part.place: number for number, part in enumerate(parts)}
+    values = graph_inputs(call)
+    found: list[tuple[Part, OwnError]] = []
+
+    def compare(place: Place, value: Tensor) -> None:
+        if place not in numbers:
+            return
+        number = numbers[place]
+        part, reference = parts[number], value.float().cpu().numpy().copy()
+        error = _own_error(fragments, part, values, reference)
+        found.append((part, error))
+        values[part.output] = reference
+        for name in [n for n in values if last_use.get(n, -1) <= number]:
+            del values[name]
+        bar.update()
+        if bound is not None and not error.within(bound):
+            raise _Stop
+
+    with tqdm(total=len(parts), desc=progress, disable=progress is None, unit="tensor") as bar:
+        _watch(denoiser, call, compare)
+    return found
+
+
+def _own_error(fragments: OnnxFragments, part: Part, values: dict[str, np.ndarray], reference: np.ndarray) -> OwnError:
+    path, side = part.place
+    node = fragments.nodes[part.nodes[-1]]
+    tensor = (path or part.output) if side == "out" else node.name
+    problem, distance, broken = None, None, 0
+    try:
+        (candidate,) = fragments.run(part.nodes, values, [part.output])
+    except InputError as error:
+        problem = str(error)
+    else:
+        broken = int(candidate.size - np.isfinite(candidate).sum())
+        if candidate.shape != reference.shape:
+            problem = f"its shape is {list(candidate.shape)}, the model's {list(reference.shape)}"
+        elif not broken:
+            distance = _relative_l2(candidate, reference)
+    return OwnError(tensor, module_of(node), distance, broken, float(np.abs(reference).max(initial=0)), problem)
+
+
+def _relative_l2(candidate: np.ndarray, reference: np.ndarray) -> float:
+    norm = np.linalg.norm(reference.ravel().astype(np.float64)) or 1.0
+    return float(np.linalg.norm((candidate.astype(np.float64) - reference).ravel()) / norm)
+
+
+def graph_inputs(call: Call) -> dict[str, np.ndarray]:
+    """A recorded call as arrays by the names of the graph's inputs, float32."""
+    inputs = unet_inputs(Call(call.step, call.timestep, call.to("cpu", torch.float32)))
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+def _plan(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Part]:
+    """The graph as parts, in the order in which the reference reaches their outputs."""
+    places: list[Place] = []
+    _watch(denoiser, call, lambda place, _: places.append(place))
+    times = Counter(places)  # of a module that is called more than once, the graph doesn't tell which call a node is
+    modules = dict(denoiser.named_modules())
+    outputs = fragments.module_outputs(modules) | {"": fragments.outputs[0]}
+    inputs = fragments.module_inputs(path for path, module in modules.items() if not [*module.children()])
+    parts, known = [], set(fragments.inputs)
+    for place in places:
+        path, side = place
+        name = (inputs if side == "in" else outputs).get(path)
+        if name is None or name in known or times[place] > 1:
+            continue
+        nodes, reads = fragments.between(known, [name])
+        parts.append(Part(place, name, tuple(nodes), tuple(reads)))
+        known.add(name)
+    return parts
+
+
+@torch.no_grad()
+def _watch(denoiser: nn.Module, call: Call, seen: Callable[[Place, Tensor], None]) -> None:
+    """Run the model; tell `seen` every module's output and every childless module's one input, as they come."""
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            if isinstance(first, Tensor):
+                seen((path, "out"), first)
+
+        return hook
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            if len(args) == 1 and isinstance(args[0], Tensor):
+                seen((path, "in"), args[0])
+
+        return hook
+
+    handles = []
+    for path, module in denoiser.named_modules():
+        handles.append(module.register_forward_hook(after(path)))
+        if not [*module.children()]:
+            handles.append(module.register_forward_pre_hook(before(path)))
+    try:
+        predict(denoiser, call)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Record(TorchDispatchMode):
+    """Keeps what torch computes, operator by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[np.ndarray] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.kept.append(value.detach().float().cpu().numpy().ravel())
+        return result
+
+
+def _first_node(fragments: OnnxFragments, denoiser: nn.Module, call: Call, part: Part, bound: float) -> str:
+    """Name of the first node of a part that went wrong, by what torch computes between the same two tensors.
+
+    Not every node has its like in torch (the exporter writes some operators as several), so a node counts as right if
+    anything computed from it is.
+    """
+    names = [fragments.nodes[i].output[0] for i in part.nodes]
+    if len(names) == 1:
+        return fragments.nodes[part.nodes[0]].name
+    values, kept = _values_within(fragments, denoiser, call, part)
+    try:
+        found = dict(zip(names, fragments.run(part.nodes, values, names), strict=True))
+    except InputError:
+        return fragments.nodes[part.nodes[0]].name
+    right: set[str] = set()
+    for index, name in zip(reversed(part.nodes), reversed(names), strict=True):
+        value = found[name].ravel()
+        alike = any(k.size == value.size and _relative_l2(value, k) <= bound for k in kept)
+        if name != part.output and (alike or name in right):
+            right.update(fragments.needs(fragments.nodes[index]))
+            right.add(name)
+    wrong = [i for i, name in zip(part.nodes, names, strict=True) if name not in right]
+    return fragments.nodes[wrong[0]].name
+
+
+def _values_within(
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, part: Part
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The reference's values of what a part reads, and all that torch computes from the last of them to the output."""
+    parts = {p.place: p for p in _plan(fragments, denoiser, call)}
+    values = {name: value for name, value in graph_inputs(call).items() if name in part.reads}
+    kept: list[np.ndarray] = []
+    recording: list[_Record] = []
+
+    def stop_recording() -> None:
+        if recording:
+            recording[-1].__exit__(None, None, None)
+            kept[:] = recording.pop().kept
+
+    def seen(place: Place, value: Tensor) -> None:
+        if place not in parts:
+            return
+        if place == part.place:
+            raise _Stop
+        name = parts[place].output
+        if name in part.reads:
+            values[name] = value.float().cpu().numpy().copy()
+            stop_recording()
+            kept.clear()
+            recording.append(_Record())
+            recording[-1].__enter__()
+
+    # The attention kernels show nothing of their inside; the plain one computes what the graph does.
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            _watch(denoiser, call, seen)
+        finally:
+            stop_recording()
+    return values, kept

@@ -1,0 +1,214 @@
+"""Whether an artifact computes what its model computes: named metrics with bounds per precision, step by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimdiff.denoising.trajectory import Call, Inputs, Sampling, denoiser_name, sample_images
+from slimdiff.errors import InputError, require
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Bounds(BaseModel):
+    """What counts as the same output."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cosine: float
+    """Least cosine similarity."""
+    relative_l2: float
+    """Most `|candidate - reference| / |reference|`."""
+
+
+BOUNDS: dict[str, Bounds] = {
+    "fp32": Bounds(cosine=0.99999, relative_l2=1e-4),
+    "fp16": Bounds(cosine=0.999, relative_l2=5e-3),
+    "bf16": Bounds(cosine=0.999, relative_l2=3e-2),
+}
+"""By the candidate's precision. A right UNet was seen at 1e-6 in fp32, 9e-4 in fp16 and 1.3e-2 in bf16."""
+
+IMAGE_PSNR_DB = 35.0
+"""Least PSNR of images that are to be the same, dB."""
+
+
+def check_parity(
+    calls: Sequence[Call],
+    reference: Callable[[Call], Tensor],
+    candidate: Callable[[Call], Tensor],
+    precision: Precision,
+    *,
+    bounds: Bounds | None = None,
+    explain: Callable[[Call], dict[str, Any] | None] | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Hold a candidate against a reference on recorded calls of a trajectory.
+
+    Args:
+        calls: in order of time, so that the first that diverges is where to look.
+        reference: call -> output; the float32 model, whatever the candidate's precision.
+        candidate: call -> output of the same shape.
+        precision: the candidate's, which chooses the bounds.
+        bounds: others than `BOUNDS[precision]`.
+        explain: call -> what went wrong inside the candidate, with the name of the `tensor` if there is one; asked on a
+            miss, of the first call that failed. `exporters.validation.graph` has one for graphs.
+        progress: name of the progress bar on stderr; None: no bar.
+
+    Returns:
+        `passed`, `precision`, `checks`, `first_diverging` (name of the first tensor that went wrong, or None) and
+        `divergence` (what `explain` said). A check has `tensor` (`out_sample@t=981`), `metric` (`finite`: count of
+        values in candidate and reference that are NaN or infinite; `cosine`; `relative_l2`), `value` (None where it has
+        none), `bound` and `passed`.
+
+    Raises:
+        InputError: without calls, or for a precision that has no bounds.
+    """
+    if not calls:
+        raise InputError("parity needs at least one recorded call of the denoiser")
+    if bounds is None and precision not in BOUNDS:
+        raise InputError(f"there are no bounds for {precision!r}; there are for {', '.join(BOUNDS)}")
+    bounds = bounds or BOUNDS[precision]
+    names: Counter[str] = Counter()
+    checks: list[dict[str, Any]] = []
+    failed: tuple[str, Call] | None = None
+    for call in tqdm(calls, desc=progress, disable=progress is None, unit="call"):
+        name = f"out_sample@t={call.timestep}"
+        names[name] += 1
+        if names[name] > 1:  # another batch of prompts at the same time
+            name += f"#{names[name]}"
+        with torch.no_grad():
+            found = compare(name, _array(reference(call)), _array(candidate(call)), bounds)
+        checks += found
+        if failed is None and not all(c["passed"] for c in found):
+            failed = name, call
+    divergence = explain(failed[1]) if failed and explain else None
+    return {
+        "passed": failed is None,
+        "precision": precision,
+        "checks": checks,
+        "first_diverging": (divergence or {}).get("tensor") or (failed and failed[0]),
+        "divergence": divergence,
+    }
+
+
+def compare(name: str, reference: np.ndarray, candidate: np.ndarray, bounds: Bounds) -> list[dict[str, Any]]:
+    """Checks of one tensor: `finite`, `cosine` and `relative_l2`, or `shape` alone where shapes differ."""
+    if reference.shape != candidate.shape:
+        return [check(name, "shape", list(candidate.shape), list(reference.shape), False)]
+    broken = int((~np.isfinite(reference)).sum() + (~np.isfinite(candidate)).sum())
+    finite = check(name, "finite", broken, 0, broken == 0)
+    if broken:
+        rest = (("cosine", bounds.cosine), ("relative_l2", bounds.relative_l2))
+        return [finite, *(check(name, metric, None, bound, False) for metric, bound in rest)]
+    comparator = require("polygraphy.comparator", "onnx")
+    logger = require("polygraphy.logger", "onnx").G_LOGGER
+    # Polygraphy's L2 is absolute; of outputs in units of the reference's norm it is the relative one.
+    norm = float(np.linalg.norm(reference)) or 1.0
+    results = [comparator.IterationResult(outputs={name: array / norm}) for array in (reference, candidate)]
+    with logger.verbosity(logger.CRITICAL):
+        cosine = comparator.CosineSimilarityCompareFunc(bounds.cosine)(*results)[name]
+        distance = comparator.L2CompareFunc(bounds.relative_l2)(*results)[name]
+    return [
+        finite,
+        check(name, "cosine", float(cosine.cosine_similarity), bounds.cosine, bool(cosine)),
+        check(name, "relative_l2", float(distance.l2_norm), bounds.relative_l2, bool(distance)),
+    ]
+
+
+def image_psnr(reference: Any, candidate: Any) -> float:
+    """PSNR of two images in dB, at most 100 (alike).
+
+    Polygraphy's takes the brightest pixel of the reference as the peak, so that dark images would fail: not used here.
+
+    Args:
+        reference: a PIL image, `uint8` array (0-255) or float array (0-1), `[H, W, C]`.
+        candidate: the same kind and shape.
+
+    Raises:
+        InputError: if the shapes differ.
+    """
+    a, b = (_unit(np.asarray(image)) for image in (reference, candidate))
+    if a.shape != b.shape:
+        raise InputError(f"images of different shape: {a.shape} and {b.shape}")
+    error = float(((a - b) ** 2).mean())
+    if not np.isfinite(error):
+        return 0.0
+    return min(100.0, -10 * np.log10(error)) if error > 0 else 100.0
+
+
+def check_images(
+    reference: Iterable[Any], candidate: Iterable[Any], minimum_db: float = IMAGE_PSNR_DB
+) -> list[dict[str, Any]]:
+    """Checks in `check_parity`'s form, metric `psnr_db`, one per pair of images (`image#0`, ...)."""
+    pairs = enumerate(zip(reference, candidate, strict=True))
+    values = [(f"image#{i}", float(image_psnr(a, b))) for i, (a, b) in pairs]
+    return [check(name, "psnr_db", value, minimum_db, value >= minimum_db) for name, value in values]
+
+
+def with_checks(result: dict[str, Any], checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`check_parity`'s result with more checks at its end; one that failed is the first only if none before it did."""
+    failed = next((c["tensor"] for c in checks if not c["passed"]), None)
+    return {
+        **result,
+        "passed": result["passed"] and failed is None,
+        "checks": [*result["checks"], *checks],
+        "first_diverging": result["first_diverging"] or failed,
+    }
+
+
+def check_trajectory(
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    sampling: Sampling,
+    *,
+    progress: str | None = None,
+) -> list[dict[str, Any]]:
+    """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
+
+    Args:
+        reference: the pipeline with the float32 denoiser.
+        candidate: the same with the candidate's, a module.
+        prompts: one per image.
+        sampling: steps, guidance, seed, size.
+        progress: name of the progress bars on stderr; None: no bar.
+
+    Returns:
+        checks in `check_parity`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
+        denoiser's output), then `psnr_db` of every image.
+    """
+    broken = 0
+
+    def count(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal broken
+        broken += not bool(torch.isfinite(output[0]).all())
+
+    denoiser = getattr(candidate, denoiser_name(candidate))
+    handle = denoiser.register_forward_hook(count)
+    try:
+        images = [sample_images(p, prompts, sampling, progress=progress) for p in (reference, candidate)]
+    finally:
+        handle.remove()
+    return [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
+
+
+def _array(output: Tensor) -> np.ndarray:
+    return output.detach().cpu().double().numpy()
+
+
+def _unit(image: np.ndarray) -> np.ndarray:
+    return image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+
+
+def check(tensor: str, metric: str, value: Any, bound: Any, passed: bool) -> dict[str, Any]:
+    """A check in the form of the contract."""
+    return {"tensor": tensor, "metric": metric, "value": value, "bound": bound, "passed": passed}

@@ -1,0 +1,1 @@
+"""The algebra: decompositions, eliminations and least squares, of tensors alone."""

@@ -1,0 +1,1 @@
+"""Calibration: second moments of what flows through a denoiser."""

@@ -1,0 +1,1 @@
+"""Real denoising trajectories, and watching modules while they run."""

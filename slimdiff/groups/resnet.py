@@ -1,0 +1,319 @@
+"""The `resnet` group: fewer inner channels between the two convolutions of a `ResnetBlock2D`.
+
+Beyond the papers. With h = act(norm2(conv1(x) + t)), which conv2 receives, channels are chosen by what their loss does
+to conv2's output, the same number out of every group of the norm. The norm's statistics move when channels go, so that
+h changes at the kept ones too: therefore the norm's weight and bias are fitted again, and then conv2, on recorded
+calls of the dense model, against the dense block's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from slimdiff.algebra import closed_forms
+from slimdiff.algebra.least_squares import Sums, solve
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError
+from slimdiff.groups.sites import ResnetLayers, Site, resnet_layers
+from slimdiff.models import resize_resnet
+
+# Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
+_MOST_PIXELS = 8192
+
+
+class ResnetSettings(BaseModel):
+    """How slim resnets are fitted to the dense ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    solve: Literal["im2col", "channels", "none"] = "im2col"
+    """How conv2 is solved again. `channels`: its input channels are mixed anew. `im2col`: every weight is free, drawn
+    towards those of `channels`; sites for which memory does not suffice fall back to `channels`. `none`: the
+    kept channels' weights stay as they are."""
+    affine: bool = True
+    """Fit the norm's weight and bias first, so that its kept channels come closest to the dense norm's."""
+    ridge: float | None = Field(None, gt=0)
+    """Of the least squares, as a share of the mean square of conv2's inputs: draws `im2col` towards `channels`, and
+    that towards `none`. If not given, each site's own: the one whose fit on half of the images errs least on others."""
+    memory_gib: float = Field(2.0, gt=0)
+    """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
+
+
+def channel_order(moment: Tensor, second: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Backward elimination on conv2's output error, the same number of channels from every group of the norm.
+
+    The output's error is taken as if neighbouring pixels were uncorrelated and the norm did not move: with `W` of
+    shape `[C, 9 out]`, `tr(W^T (C - C_:S C_SS^-1 C_S:) W)`, as for a feed-forward.
+
+    Args:
+        moment: E[h h^T] over pixels, `[C, C]`; second: conv2's weight `[out, C, 3, 3]`; groups: of the norm.
+
+    Returns:
+        channels from the most to the least worth keeping `[C]`, of which every multiple of `groups` has equally many
+        out of each group, and the relative error with the first r kept `[C + 1]`.
+    """
+    weight = second.transpose(0, 1).flatten(1)
+    root, _ = closed_forms.roots(weight @ weight.T)  # elimination sees the weight by its products alone
+    return closed_forms.feed_forward_order(moment, root, groups=groups)
+
+
+def sliced(block: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+    """The dense weights of these inner channels (rising), by parameter name."""
+    layers = resnet_layers(block)
+    weights = {f"conv1.{name}": parameter[kept] for name, parameter in layers.first.named_parameters()}
+    if layers.time is not None:
+        rows = torch.cat([kept + part * layers.norm.num_channels for part in range(layers.parts)])
+        weights |= {f"time_emb_proj.{name}": parameter[rows] for name, parameter in layers.time.named_parameters()}
+    weights |= {f"norm2.{name}": parameter[kept] for name, parameter in layers.norm.named_parameters()}
+    weights["conv2.weight"] = layers.second.weight[:, kept]
+    return weights
+
+
+@contextmanager
+def exchanged_resnet(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A `ResnetBlock2D` with these smaller inner layers (by parameter name), for the length of a block."""
+    names = ("conv1", "time_emb_proj", "norm2", "conv2")
+    before = {name: getattr(block, name) for name in names}
+    state = dict(block.state_dict())
+    try:
+        resize_resnet(block, len(weights["norm2.weight"]))
+        block.load_state_dict({n: weights[n].to(t) if n in weights else t for n, t in state.items()})
+        yield
+    finally:
+        for name, layer in before.items():
+            setattr(block, name, layer)
+
+
+@torch.no_grad()
+def refit(
+    denoiser: nn.Module,
+    kept: Mapping[Site, Tensor],
+    calls: Sequence[Call],
+    settings: ResnetSettings | None = None,
+    progress: str | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """The slim weights of every site at once, from forward passes of the dense model.
+
+    Args:
+        kept: inner channels to keep by site, of each group of the norm equally many.
+        calls: recorded denoiser calls.
+
+    Returns:
+        by site name, weights by parameter name; those that are fitted are float64.
+
+    Raises:
+        InputError: if there is no call, or the model gives values that are not finite.
+    """
+    settings = settings or ResnetSettings()
+    if not calls:
+        raise InputError(
+            "slim resnets are fitted on recorded denoiser calls: give some (slimdiff.trajectory.record_calls)"
+        )
+    modules = dict(denoiser.named_modules())
+    fits = [_Fit(site, modules[site.path], channels.sort().values) for site, channels in kept.items()]
+    if settings.affine and fits:
+        _pass(denoiser, fits, calls, _Fit.see_norm, progress and f"{progress}: norms")
+        for fit in fits:
+            fit.solve_norm()
+    if settings.solve != "none":
+        _pass(denoiser, fits, calls, _Fit.see_channels, progress and f"{progress}: channels")
+        for fit in fits:
+            fit.solve_channels(settings.ridge)
+    if settings.solve == "im2col":
+        for wave in _waves(fits, settings.memory_gib * 2**30):
+            _pass(denoiser, wave, calls, _Fit.see_patches, progress and f"{progress}: convolutions")
+            for fit in wave:
+                fit.solve_patches(settings.ridge)
+    return {fit.site.name: fit.weights for fit in fits}
+
+
+@dataclass
+class _Seen:
+    """One call at one resnet, in the dense model.
+
+    Attributes:
+        inner: what norm2 received, `[B, C, H, W]`; normed: what it gave.
+        scale_shift: what `time_emb_proj` gave, `[B, 2 C]`, where that comes after the norm.
+        hidden: what conv2 received, `[B, C, H, W]`; output: what it gave, `[B, out, H, W]`.
+    """
+
+    inner: Tensor
+    normed: Tensor
+    scale_shift: Tensor | None
+    hidden: Tensor
+    output: Tensor
+
+
+@dataclass
+class _Fit:
+    """One resnet on its way to fewer channels: its weights so far, and the sums of the pass that is under way."""
+
+    site: Site
+    block: nn.Module
+    kept: Tensor
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    sums: Any = None
+
+    def __post_init__(self) -> None:
+        self.weights = sliced(self.block, self.kept)
+
+    @property
+    def layers(self) -> ResnetLayers:
+        return resnet_layers(self.block)
+
+    @property
+    def unknowns(self) -> int:
+        """Weights per output of conv2."""
+        return 9 * len(self.kept)
+
+    @property
+    def sum_bytes(self) -> int:
+        """What the sums of `see_patches` over all calls take, in float32."""
+        return 4 * self.unknowns * (self.unknowns + self.layers.second.out_channels)
+
+    def normed(self, seen: _Seen) -> Tensor:
+        """The pruned norm's output before its weight and bias, `[B, r, H, W]`."""
+        norm = self.layers.norm
+        return functional.group_norm(
+            seen.inner[:, self.kept.to(seen.inner.device)].float(), norm.num_groups, eps=norm.eps
+        )
+
+    def hidden(self, seen: _Seen) -> Tensor:
+        """What the slim conv2 receives, `[B, r, H, W]`."""
+        weight, bias = (
+            self.weights[f"norm2.{n}"].to(seen.inner.device).float()[:, None, None] for n in ("weight", "bias")
+        )
+        x = self.normed(seen) * weight + bias
+        if seen.scale_shift is not None:
+            scale, shift = seen.scale_shift.float()[:, :, None, None].chunk(2, dim=1)
+            kept = self.kept.to(x.device)
+            x = x * (1 + scale[:, kept]) + shift[:, kept]
+        return self.block.nonlinearity(x)  # type: ignore[operator]
+
+    def see_norm(self, _half: int, seen: _Seen) -> None:
+        x = self.normed(seen).double()
+        y = seen.normed[:, self.kept.to(x.device)].double()
+        found = torch.stack([t.sum((0, 2, 3)) for t in (torch.ones_like(x), x, y, x * x, x * y)])
+        self.sums = found if self.sums is None else self.sums + found
+
+    def solve_norm(self) -> None:
+        """Per channel, the line through (pruned norm's output, dense norm's output)."""
+        count, x, y, xx, xy = self.sums.cpu()
+        spread = xx / count - (x / count).square()
+        slope = torch.where(spread > 1e-12, (xy / count - x * y / count**2) / spread.clamp(min=1e-12), 0.0)
+        self.weights |= {"norm2.weight": slope, "norm2.bias": (y - slope * x) / count}
+        self.sums = None
+
+    def see_channels(self, half: int, seen: _Seen) -> None:
+        x, y = (t.float().transpose(0, 1).flatten(1) for t in (self.hidden(seen), seen.hidden))
+        if self.sums is None:
+            self.sums = [Sums.zeros(len(x), len(y), x) for _ in range(2)]
+        self.sums[half].add(x, y)
+
+    def solve_channels(self, ridge: float | None) -> None:
+        """conv2 of the dense channels as they are best made of the kept ones, for every pixel alike.
+
+        A constant goes into the bias: exact but at the borders, where the padding is zero for both.
+        """
+        second = self.layers.second
+        prior = torch.zeros(len(self.kept), second.in_channels, dtype=torch.float64)
+        prior[torch.arange(len(self.kept)), self.kept] = 1.0
+        mix, constant = solve(self.sums, prior, ridge)
+        weight = second.weight.double().cpu()
+        self.weights["conv2.weight"] = torch.einsum("rc,ochw->orhw", mix, weight)
+        bias = dict(second.named_parameters())["bias"].double().cpu()
+        self.weights["conv2.bias"] = bias + torch.einsum("c,ochw->o", constant, weight)
+        self.sums = None
+
+    def see_patches(self, half: int, seen: _Seen) -> None:
+        hidden, output = self.hidden(seen), seen.output.float()
+        if self.sums is None:
+            self.sums = [Sums.zeros(self.unknowns, output.shape[1], hidden) for _ in range(2)]
+        step = max(1, _MOST_PIXELS // hidden[0, 0].numel())
+        for x, y in zip(hidden.split(step), output.split(step), strict=True):
+            patches = functional.unfold(x, 3, padding=1)
+            self.sums[half].add(patches.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1))
+
+    def solve_patches(self, ridge: float | None) -> None:
+        """conv2 by least squares against the dense one's output."""
+        weight, bias = solve(self.sums, self.weights["conv2.weight"].double().flatten(1).T, ridge)
+        self.weights |= {"conv2.weight": weight.T.unflatten(1, (-1, 3, 3)), "conv2.bias": bias}
+        self.sums = None
+
+
+def _waves(fits: Sequence[_Fit], memory: float) -> Iterator[list[_Fit]]:
+    """Fits whose patches memory holds, as many together as it can: each half's sums, and one solution in float64."""
+
+    def need(wave: Sequence[_Fit]) -> int:
+        sizes = [fit.sum_bytes for fit in wave]
+        return 2 * sum(sizes) + 5 * max(sizes)
+
+    wave: list[_Fit] = []
+    for fit in fits:
+        if need([fit]) > memory:
+            continue
+        if wave and need([*wave, fit]) > memory:
+            yield wave
+            wave = []
+        wave.append(fit)
+    if wave:
+        yield wave
+
+
+def _halves(calls: Sequence[Call]) -> list[list[Call]]:
+    """Two lists, by images: every other trajectory; the first and the last calls if there is only one."""
+    starts = [i for i, call in enumerate(calls) if i == 0 or call.step <= calls[i - 1].step]
+    if len(starts) == 1:
+        starts.append(-(-len(calls) // 2))
+    trajectories = [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
+    return [[call for some in trajectories[half::2] for call in some] for half in range(2)]
+
+
+def _pass(
+    denoiser: nn.Module,
+    fits: Sequence[_Fit],
+    calls: Sequence[Call],
+    see: Callable[[_Fit, int, _Seen], None],
+    progress: str | None,
+) -> None:
+    """Run the dense model on every call, and show each resnet to its fit, with the half that the call belongs to."""
+    with tqdm(total=len(calls), desc=progress, disable=progress is None, unit="call") as bar:
+        for half, some in enumerate(_halves(calls)):
+            handles = [handle for fit in fits for handle in _watch(fit, partial(see, fit, half))]
+            try:
+                for call in some:
+                    predict(denoiser, call)
+                    bar.update()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+def _watch(fit: _Fit, see: Callable[[_Seen], None]) -> list[Any]:
+    layers, at = fit.layers, {}
+
+    def of_norm(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        at["inner"], at["normed"] = args[0], output
+
+    def of_time(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        at["scale_shift"] = output
+
+    def of_second(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not torch.isfinite(output).all():
+            raise InputError(f"{fit.site.name} gives values that are not finite: the model overflows; use float32")
+        see(_Seen(at.pop("inner"), at.pop("normed"), at.pop("scale_shift", None), args[0], output))
+
+    handles = [layers.norm.register_forward_hook(of_norm), layers.second.register_forward_hook(of_second)]
+    if layers.time is not None and layers.parts == 2:
+        handles.append(layers.time.register_forward_hook(of_time))
+    return handles

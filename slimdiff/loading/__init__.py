@@ -1,0 +1,1 @@
+"""Loading: opening what a user names, once it has been looked through."""

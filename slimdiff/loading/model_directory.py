@@ -1,0 +1,183 @@
+"""What a diffusers directory may ask of whoever opens it: classes that are known, and weights that are tensors alone.
+
+diffusers and transformers take class names, modules to import, files of weights and kernels to fetch from the JSON that
+lies in the directory. Here all of it is looked at before they see it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import diffusers.pipelines
+import transformers
+from diffusers.image_processor import VaeImageProcessor
+from safetensors import safe_open
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.image_processing_utils import ImageProcessingMixin
+
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers", "slimdiff.models")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# transformers' Auto classes and diffusers' AutoModel are none of these: they take the class from yet another file.
+_MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
+_CONFIGURED = (
+    diffusers.SchedulerMixin,
+    transformers.PreTrainedTokenizerBase,
+    transformers.ProcessorMixin,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    VaeImageProcessor,
+)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `model_index.json`.
+
+    Raises:
+        InputError: if there is none, or it is no JSON object.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        raise InputError(f"{folder} is not a diffusers pipeline directory: it has no {INDEX}")
+    content = manifest.read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object")
+    return content
+
+
+def check_model_directory(folder: Path) -> None:
+    """Refuse what could run code, leave the directory or is not whole; see `read_index` too.
+
+    A directory with a manifest is checked against it.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    index = read_index(folder)
+    if (folder / manifest.MANIFEST).is_file():
+        manifest.verify_manifest(folder)
+    if (folder / "None.py").exists():  # diffusers takes it for the pipeline's own code where none is named
+        raise InputError(f"{folder / 'None.py'} would be run by diffusers: refused")
+    pipeline_class(index.get("_class_name"), folder / INDEX)
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        library_class(entry, folder / INDEX, _MODELS + _CONFIGURED)
+        if not manifest.is_inside(name) or "/" in name:
+            raise InputError(f"{folder / INDEX} names a component {name!r}, which is outside the directory: refused")
+        if (folder / name).is_dir():
+            _check_component(folder / name)
+
+
+def pipeline_class(name: Any, where: Path) -> type[diffusers.DiffusionPipeline]:
+    """diffusers' pipeline class of that name.
+
+    Raises:
+        InputError: if it has none; classes of the directory's own are not taken.
+    """
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise InputError(f"{where} names the pipeline {name!r}, which this diffusers does not have")
+    return kind
+
+
+def library_class(entry: Any, where: Path, bases: tuple[type, ...] = _CONFIGURED) -> Any:
+    """The class that an entry `[library, class]` of `model_index.json` names.
+
+    Args:
+        entry: from the file.
+        where: the file, for errors.
+        bases: of which it must be a subclass; by default what has no weights.
+
+    Raises:
+        InputError: for other libraries than diffusers and transformers, or for another kind of class.
+    """
+    two = isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+    if not two:
+        raise InputError(f"{where} names {entry!r} where a library and its class are named")
+    library, name = entry
+    module = importlib.import_module(library) if library in LIBRARIES else _pipeline_module(library)
+    if module is None:
+        raise InputError(f"{where} asks for {library}.{name}; taken are {', '.join(LIBRARIES)}: no other code is run")
+    found = getattr(module, name, None)
+    if found is None and library == "transformers":  # what was a feature extractor is an image processor now
+        found = getattr(module, name.replace("FeatureExtractor", "ImageProcessor"), None)
+    if found is None:
+        raise InputError(f"{where} asks for {library}.{name}, which this {library} does not have")
+    if not (inspect.isclass(found) and issubclass(found, bases)):
+        raise InputError(f"{where} asks for {library}.{name}, which is no class that belongs there: refused")
+    return found
+
+
+def _pipeline_module(library: str) -> ModuleType | None:
+    """A module of `diffusers.pipelines`, such as that of Stable Diffusion's safety checker."""
+    found = getattr(diffusers.pipelines, library, None)
+    inside = isinstance(found, ModuleType) and found.__name__ == f"diffusers.pipelines.{library}"
+    return found if inside else None
+
+
+def _check_component(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter_config.json, which names another model: fuse the adapter first")
+    if (folder / "config.json").exists():
+        for value in _values(manifest.read_json(folder / "config.json"), "attn_implementation"):
+            if not isinstance(value, str) or not value.isidentifier():  # a repository of kernels, to be fetched and run
+                raise InputError(f"{folder / 'config.json'} asks for the attention {value!r}: refused")
+    for shards in sorted(folder.glob("*.safetensors.index.json")):
+        _check_shards(shards)
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        check_safetensors(file)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles and not weights:
+        raise InputError(
+            f"{folder / pickles[0]} is a pickle, which can run code when opened: refused; "
+            "save the model again with safe_serialization=True"
+        )
+
+
+def _check_shards(index: Path) -> None:
+    content = manifest.read_json(index)
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict):
+        raise InputError(f"{index} has no table of weights (weight_map)")
+    for name in dict.fromkeys(str(value) for value in table.values()):
+        if not manifest.is_inside(name) or "/" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}: weights are safetensors files beside it, refused")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index} names {name}, which is not beside it: copy the directory whole")
+
+
+def check_safetensors(file: Path) -> None:
+    """See that a file's header is sound and its tensors fill the file; reads the header alone.
+
+    Raises:
+        InputError: if not.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except Exception as error:  # safetensors has an exception of its own, below Exception alone
+        raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
+
+
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """Everything that is said under a key, or the same with an underscore, at any depth of a configuration."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if name.removeprefix("_") == key and value is not None:
+                yield value
+            else:
+                yield from _values(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)

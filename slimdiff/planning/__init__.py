@@ -1,0 +1,1 @@
+"""Planning: one rank per site under a budget."""

@@ -1,0 +1,164 @@
+"""What a model costs: parameters, multiply-accumulates, bytes; and tables of what it costs by the ranks it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, resnet_layers
+
+CostName = Literal["parameters", "macs", "latency_ms"]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What a denoiser costs by the ranks of its layers. Layers' costs add up; what is in no layer never changes.
+
+    Attributes:
+        name: the unit: `parameters`, `macs` (of one call at batch 1) or `latency_ms`.
+        dense: what the whole dense model costs.
+        layers: module path -> rank -> what the layer costs with it; the largest rank is the dense one. Between
+            ranks, costs are interpolated linearly. A constant in all of a layer's costs cancels.
+        made_from: for a measured table, on what: `runtime`, `machine` and the like.
+    """
+
+    name: CostName
+    dense: float
+    layers: Mapping[str, Mapping[int, float]]
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def savings(self, path: str, ranks: Sequence[int]) -> np.ndarray:
+        """What a layer costs less than dense at each of these ranks."""
+        known = sorted(self.layers[path])
+        costs = [self.layers[path][rank] for rank in known]
+        return costs[-1] - np.interp(ranks, known, costs)
+
+    def of(self, ranks: Mapping[str, int]) -> float:
+        """What the whole model costs with these ranks (by module path); layers not named or not known are dense."""
+        known = {path: rank for path, rank in ranks.items() if path in self.layers}
+        return self.dense - sum(float(self.savings(path, [rank])[0]) for path, rank in known.items())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, in the dtype they are held in."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def count_macs(denoiser: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of one call, for its whole batch: linears, convolutions and attention products."""
+    counter = FlopCounterMode(display=False)
+    parameter = next(denoiser.parameters())
+    # The counter knows attention by its plain products; which kernel runs does not change how many there are.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)
+    return counter.get_total_flops() // 2
+
+
+def batch_of(call: Call) -> int:
+    """Samples in a call, both branches of guidance counted."""
+    name = next(k for k in ("sample", "hidden_states") if k in call.arguments)
+    return int(call.arguments[name].shape[0])
+
+
+def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
+    """Parameters by rank."""
+    layers: dict[str, dict[int, float]] = {}
+    for site in sites:
+        layer = layers.setdefault(site.path, {0: 0, site.dense_rank: 0})
+        layer[site.dense_rank] += site.cost * site.dense_rank
+    return CostTable("parameters", count_parameters(denoiser), layers)
+
+
+def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
+    """Multiply-accumulates by rank, of one call at batch 1 with the shapes of `call`.
+
+    Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
+    """
+    per_rank: dict[str, int] = {site.path: 0 for site in sites}
+    with _counting(denoiser, sites, per_rank):
+        predict(denoiser, call)
+    batch = batch_of(call)
+    ranks = {site.path: site.dense_rank for site in sites}
+    layers = {path: {0: 0.0, ranks[path]: macs * ranks[path] / batch} for path, macs in per_rank.items()}
+    return CostTable("macs", count_macs(denoiser, call) / batch, layers)
+
+
+@contextmanager
+def _counting(denoiser: nn.Module, sites: Sequence[Site], per_rank: dict[str, int]) -> Iterator[None]:
+    """Add to `per_rank`, by module path, the multiply-accumulates that one unit of rank costs in every call."""
+    handles = []
+
+    def linear(path: str, layer: nn.Module, channels: int, *, shrinks: Literal["input", "output"]) -> None:
+        """For every token, the width of the side that stays, times the channels that one unit of rank is."""
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            stays = args[0].shape[-1] if shrinks == "output" else output.shape[-1]
+            per_rank[path] += args[0].numel() // args[0].shape[-1] * stays * channels
+
+        handles.append(layer.register_forward_hook(hook))
+
+    def convolution(path: str, layer: nn.Conv2d, stays: int) -> None:
+        """For every output pixel and tap, the channels of the side that stays."""
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            per_rank[path] += output.numel() // output.shape[1] * layer.weight[0, 0].numel() * stays
+
+        handles.append(layer.register_forward_hook(hook))
+
+    def scores(path: str, heads: int, query: nn.Module, key: nn.Module) -> None:
+        """Q K^T and A V: for each head, every query with every key, once each."""
+        queries: list[int] = []
+
+        def of_query(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            queries[:] = output.shape[:2]
+
+        def of_key(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            batch, count = queries
+            per_rank[path] += 2 * batch * heads * count * output.shape[1]
+
+        handles.append(query.register_forward_hook(of_query))
+        handles.append(key.register_forward_hook(of_key))
+
+    for site in sites:
+        module = denoiser.get_submodule(site.path)
+        if site.group == "feed_forward":
+            up, down, gated = feed_forward_linears(module)
+            linear(site.path, up, 2 if gated else 1, shrinks="output")
+            linear(site.path, down, 1, shrinks="input")
+            continue
+        if site.group == "resnet":
+            layers = resnet_layers(module)
+            convolution(site.path, layers.first, layers.first.in_channels)
+            convolution(site.path, layers.second, layers.second.out_channels)
+            if layers.time is not None:
+                linear(site.path, layers.time, layers.parts, shrinks="output")
+            continue
+        query, key, value, output = attention_linears(module)
+        if site.group == "query_key":
+            linear(site.path, query, site.heads, shrinks="output")
+            linear(site.path, key, site.heads, shrinks="output")
+            scores(site.path, site.heads, query, key)
+        else:
+            linear(site.path, value, site.heads, shrinks="output")
+            linear(site.path, output, site.heads, shrinks="input")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

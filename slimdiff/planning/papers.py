@@ -1,0 +1,53 @@
+"""How much each block changes what goes through it: the score of the papers' allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from slimdiff.denoising.trajectory import Call, predict
+
+
+@torch.no_grad()
+def block_influences(denoiser: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> list[float]:
+    """Block influence per layer: 1 - E[cos(x, y)] over the tokens of a block's input and output (MoDeGPT).
+
+    A layer's block is the transformer block that it is part of, else the layer itself.
+
+    Args:
+        paths: module paths of the layers.
+        calls: recorded denoiser calls.
+    """
+    blocks = [_block(denoiser, path) for path in paths]
+    sums: dict[str, list[float]] = {block: [] for block in blocks}
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            sums[name].append(float(1 - _cosine(before, after)))
+
+        return seen
+
+    with ExitStack() as stack:
+        for block in sums:
+            handle = denoiser.get_submodule(block).register_forward_hook(hook(block), with_kwargs=True)
+            stack.callback(handle.remove)
+        for call in calls:
+            predict(denoiser, call)
+    return [sum(sums[block]) / max(1, len(sums[block])) for block in blocks]
+
+
+def _block(denoiser: nn.Module, path: str) -> str:
+    parent = path.rpartition(".")[0]
+    return parent if parent and isinstance(denoiser.get_submodule(parent), BasicTransformerBlock) else path
+
+
+def _cosine(before: Tensor, after: Tensor) -> Tensor:
+    channels = 1 if before.ndim == 4 else -1  # pictures [B, C, H, W], else tokens [B, T, C]
+    return torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=channels).mean()

@@ -1,0 +1,114 @@
+"""How much each site matters: the change of the noise prediction when it alone is slimmed, by forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimdiff.algebra.closed_forms import Forms
+from slimdiff.calibration import distributed
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError
+from slimdiff.groups.resnet import ResnetSettings, exchanged_resnet
+from slimdiff.groups.sites import Site
+from slimdiff.slimming.slim import Factors, emulated_weights, fit_resnets
+from slimdiff.statistics import Statistics
+
+
+def measure_sensitivities(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    sites: Sequence[Site],
+    factors: Factors,
+    calls: Sequence[Call],
+    progress: str | None = None,
+    forms: Forms | None = None,
+    *,
+    fitting_calls: Sequence[Call] = (),
+    resnet_settings: ResnetSettings | None = None,
+) -> dict[str, float]:
+    """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
+
+    Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
+    arguments, and each returns all of them.
+
+    Returns:
+        by site name: relative mean squared change of the noise prediction over the relative local error.
+
+    Raises:
+        InputError: if the dense model predicts nothing, or something that is not finite.
+    """
+    rank, size = distributed.world()
+    failure, own = None, {}
+    try:
+        own = _measured(
+            denoiser,
+            statistics,
+            sites[rank::size],
+            factors,
+            calls,
+            progress if rank == 0 else None,
+            forms,
+            fitting_calls,
+            resnet_settings,
+        )
+    except InputError as error:
+        failure = str(error)
+    everyone = {name: value for told in distributed.agree(failure, own) for name, value in told.items()}
+    return {site.name: everyone[site.name] for site in sites}
+
+
+@torch.no_grad()
+def _measured(
+    denoiser: nn.Module,
+    statistics: Statistics,
+    sites: Sequence[Site],
+    factors: Factors,
+    calls: Sequence[Call],
+    progress: str | None,
+    forms: Forms | None,
+    fitting_calls: Sequence[Call],
+    resnet_settings: ResnetSettings | None,
+) -> dict[str, float]:
+    """What `measure_sensitivities` says, of these sites by this process."""
+    modules = dict(denoiser.named_modules())
+    reference = [predict(denoiser, call) for call in calls]
+    energy = sum(float(r.double().square().sum()) for r in reference)
+    if not 0 < energy < math.inf:
+        what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
+        raise InputError(f"the dense model's noise prediction is {what}")
+    halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
+    fitted = fit_resnets(denoiser, factors, halves, fitting_calls, resnet_settings, progress)
+    result = {}
+    for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
+        module = modules[site.path]
+        if site.name in fitted:
+            slim = exchanged_resnet(module, fitted[site.name])
+        else:
+            slim = exchanged(module, emulated_weights(module, site, rank, factors[site.name], statistics, forms))
+        with slim:
+            changed = sum(
+                float((predict(denoiser, call) - r).double().square().sum())
+                for call, r in zip(calls, reference, strict=True)
+            )
+        # A site that loses nothing at half rank locally tells nothing about its slope; the floor keeps it finite.
+        result[site.name] = (changed / energy) / max(float(factors[site.name].tail[rank]), 1e-9)
+    return result
+
+
+@contextmanager
+def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with other weights of the same shapes (by parameter name), for the length of a block."""
+    before = {name: module.get_parameter(name).data for name in weights}
+    try:
+        for name, tensor in weights.items():
+            module.get_parameter(name).data = tensor.to(before[name])
+        yield
+    finally:
+        for name, data in before.items():
+            module.get_parameter(name).data = data

@@ -1,0 +1,1 @@
+"""Slimming: from a dense denoiser, its statistics and a plan to the slim denoiser."""

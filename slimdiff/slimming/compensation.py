@@ -1,0 +1,163 @@
+"""Error compensation: linear layers behind what was slimmed, solved again for what they receive in the slim model.
+
+Local forms take what a layer receives in the dense model for granted; in the slim one, what comes before it has changed
+that already. So a layer is solved by least squares to give out what it gives out in the dense model,
+`W' = argmin |Y - W' X' - c|^2 + lambda |W' - W|^2`, with X' from the slim model and Y from the dense one (sequential
+re-solving is MoDeGPT's and SlimGPT's; which layers are worth it, and the ridge that other calls choose, are ours).
+
+What pays is the projection at the end of a transformer: it sees the sum of all that its blocks got wrong, and the
+stream that tells much of it. The last linears themselves, after their local solution, gain next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimdiff.algebra.least_squares import Sums, solve
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError
+from slimdiff.groups.sites import last_linear, output_projection
+from slimdiff.plan import Plan
+
+Compensation = Literal["none", "projections", "sequential"]
+
+# Most memory for what the dense layers gave: of larger models, evenly spread tokens of each call are taken.
+OUTPUT_BYTES = 512 * 2**20
+
+
+class _Reached(Exception):
+    """The last layer that is watched has run: the rest of the forward pass is of no interest."""
+
+
+Stages = list[list[str]]
+
+
+def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[Call]) -> Stages:
+    """Paths of the layers that are solved again: those of a stage together, the stages one after the other.
+
+    Args:
+        denoiser: the dense model.
+        how: `projections`: those behind slimmed blocks, in one stage; `sequential`: in the order in which they run,
+            each block's last linears, and each transformer's projection after its blocks.
+
+    Raises:
+        InputError: if there is no call.
+    """
+    cut = {site.path for site in plan.sites.values() if site.group != "resnet" and site.rank < site.dense_rank}
+    if how == "none" or not cut:
+        return []
+    if not calls:
+        raise InputError("errors are compensated on recorded denoiser calls: give some (slimdiff.trajectory)")
+    projections = {path: output_projection(denoiser, path) for path in sorted(cut)}
+    if how == "projections":
+        found = dict.fromkeys(projection for projection in projections.values() if projection is not None)
+        return [list(found)] if found else []
+    lasts = {last_linear(denoiser, path): path for path in sorted(cut)}
+    order = list(_watch(denoiser, [*lasts, *(p for p in dict.fromkeys(projections.values()) if p)], calls[0]))
+    result: Stages = []
+    block = None
+    for name in order:
+        here = lasts[name].rpartition(".")[0] if name in lasts else name
+        if here == block:
+            result[-1].append(name)
+        else:
+            result.append([name])
+        block = here
+    return result
+
+
+class DenseOutputs:
+    """What a dense model's layers give out in recorded calls, kept for other slim models of the same layers."""
+
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
+        self.denoiser = denoiser
+        self.calls = calls
+        self._known: dict[tuple[str, ...], list[dict[str, Tensor]]] = {}
+
+    @torch.no_grad()
+    def rows(self, stages: Stages, progress: str | None = None) -> list[dict[str, Tensor]]:
+        """By call and layer, `[R, m]`: rows of evenly spread tokens, float32 on the CPU."""
+        names = tuple(name for stage in stages for name in stage)
+        if names not in self._known:
+            widths = sum(self.denoiser.get_parameter(f"{name}.weight").shape[0] for name in names)
+            most = OUTPUT_BYTES // (4 * widths * len(self.calls))
+            found = []
+            for number, call in enumerate(tqdm(self.calls, desc=progress, disable=progress is None, unit="call")):
+                seen = _watch(self.denoiser, names, call)
+                found.append({name: _rows(output, number, most).float().cpu() for name, (_, output) in seen.items()})
+            self._known = {names: found}
+        return self._known[names]
+
+
+@torch.no_grad()
+def compensate(
+    slim: nn.Module,
+    stages: Stages,
+    outputs: Sequence[Mapping[str, Tensor]],
+    calls: Sequence[Call],
+    progress: str | None = None,
+) -> None:
+    """Mend a slim model in place.
+
+    Args:
+        slim: whose layers of these stages get weights of their own, and biases where they have some.
+        outputs: `DenseOutputs.rows` of the same stages and calls.
+        calls: recorded denoiser calls, with many more tokens in them than a layer has inputs.
+    """
+    with tqdm(total=len(stages) * len(calls), desc=progress, disable=progress is None, unit="call") as bar:
+        for names in stages:
+            halves: dict[str, tuple[Sums, Sums]] = {}
+            for number, call in enumerate(calls):
+                for name, (received, _) in _watch(slim, names, call).items():
+                    wanted = outputs[number][name]
+                    x = _rows(received, number, len(wanted)).float()
+                    if name not in halves:
+                        halves[name] = tuple(Sums.zeros(x.shape[1], wanted.shape[1], x) for _ in range(2))  # type: ignore[assignment]
+                    halves[name][number % 2].add(x.T, wanted.to(x.device).T)
+                bar.update()
+            for name in names:
+                _solve(slim.get_submodule(name), halves[name])
+
+
+def _solve(layer: nn.Module, halves: tuple[Sums, Sums]) -> None:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    solved, constant = solve(halves, weight.double().flatten(1).T, None, constant=layer.bias is not None)
+    # New parameters: what did not change is shared with the dense model.
+    layer.weight = nn.Parameter(solved.T.reshape(weight.shape).to(weight), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(constant.to(weight), requires_grad=False)
+
+
+def _rows(tensor: Tensor, number: int, most: int) -> Tensor:
+    """At most so many tokens of `[..., n]` or `[B, n, H, W]`, as `[R, n]`: evenly spread, others at each call."""
+    flat = tensor.movedim(1, -1).flatten(0, -2) if tensor.ndim == 4 else tensor.flatten(0, -2)
+    if len(flat) <= most:
+        return flat
+    step = len(flat) / most
+    picks = (torch.arange(most, dtype=torch.float64) * step + number % max(int(step), 1)).long() % len(flat)
+    return flat[picks.to(flat.device)]
+
+
+def _watch(denoiser: nn.Module, names: Sequence[str], call: Call) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """What layers receive and give in one call, in the order in which they run."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str, _module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        seen[name] = (args[0] if args else named["input"], output)
+        if len(seen) == len(names):
+            raise _Reached
+
+    with ExitStack() as stack:
+        for name in names:
+            layer = denoiser.get_submodule(name)
+            stack.callback(layer.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+        with suppress(_Reached):
+            predict(denoiser, call)
+    return seen

@@ -1,0 +1,1 @@
+"""Storage: files and folders that appear whole, and the manifests that describe them."""

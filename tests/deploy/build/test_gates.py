@@ -1,0 +1,85 @@
+"""Gates: what passes, what fails, and what cannot be told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deploy.build.chain import _sentence
+from deploy.build.gates import EXIT_CODE, judge, overall
+from deploy.recipe.recipe import Gates, Recipe
+
+
+def results(**changes: Any) -> dict[str, dict[str, Any]]:
+    check = {"tensor": "out", "metric": "cosine", "value": 1.0, "bound": 0.999, "passed": True}
+    found: dict[str, dict[str, Any]] = {
+        "validate": {"passed": True, "checks": [check]},
+        "compare": {
+            "noise_error": {"relative_mse": 1e-3},
+            "images": {"psnr_db": 35.0},
+            "quality": {"caption_accuracy": {"dense": 0.93, "slim": 0.92, "count": 100}},
+        },
+        "bench": {"speedup": {"median": 1.1, "low": 1.08, "high": 1.12}},
+    }
+    return {**found, **changes}
+
+
+@pytest.mark.parametrize(
+    ("gates", "verdict"),
+    [
+        (Gates(parity=False), "pass"),
+        (Gates(), "pass"),
+        (Gates(min_speedup=1.05), "pass"),
+        (Gates(min_speedup=1.1), "inconclusive"),
+        (Gates(min_speedup=1.2), "fail"),
+        (Gates(max_quality_loss=1.5), "pass"),
+        (Gates(max_quality_loss=0.5), "fail"),
+        (Gates(max_noise_error=1e-3), "pass"),
+        (Gates(max_noise_error=9e-4), "fail"),
+        (Gates(min_psnr_db=35), "pass"),
+        (Gates(min_psnr_db=36), "fail"),
+        (Gates(min_psnr_db=36, min_speedup=1.1), "fail"),
+    ],
+)
+def test_verdicts(gates, verdict):
+    assert overall(judge(gates, results())) == verdict
+
+
+def test_exit_codes():
+    assert EXIT_CODE == {"pass": 0, "fail": 1, "inconclusive": 4}
+
+
+def test_only_gates_that_are_asked_for_are_judged():
+    assert [g["gate"] for g in judge(Gates(min_speedup=1.0), results())] == ["parity", "speedup"]
+
+
+def test_failed_parity_names_the_check():
+    check = {"tensor": "out@t=1", "metric": "cosine", "value": 0.5, "bound": 0.999, "passed": False}
+    gate = judge(Gates(), results(validate={"passed": False, "checks": [check]}))[0]
+    assert gate["verdict"] == "fail" and "cosine of out@t=1 is 0.5, bound 0.999" in gate["detail"]
+
+
+def test_what_was_not_measured_is_inconclusive():
+    quality = {"noise_error": {"relative_mse": 0.0}, "images": {"psnr_db": None}, "quality": {}}
+    found = results(bench={"skipped": "no runtime"}, compare=quality)
+    assert overall(judge(Gates(min_speedup=1.0), found)) == "inconclusive"
+    assert overall(judge(Gates(max_quality_loss=1.0), found)) == "inconclusive"
+
+
+def test_identical_images_pass_and_an_undefined_error_fails():
+    found = {"noise_error": {"relative_mse": None}, "images": {"psnr_db": None}, "quality": {}}
+    assert overall(judge(Gates(min_psnr_db=40), results(compare=found))) == "pass"
+    assert overall(judge(Gates(max_noise_error=1.0), results(compare=found))) == "fail"
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "said"),
+    [(1.1, 1.2, 1.3, "1.20 times faster"), (0.9, 1.05, 1.2, "not settled"), (0.7, 0.8, 0.9, "slower")],
+)
+def test_the_sentence_claims_no_speed_that_was_not_measured(low, median, high, said):
+    results = {
+        "slim": {"parameters": {"dense": 100, "slim": 88}, "sites": 3},
+        "bench": {"speedup": {"low": low, "median": median, "high": high}, "runtime": "ONNX Runtime"},
+    }
+    assert said in _sentence(Recipe.model_validate({"model": "demo", "budget": {"reduce": "12%"}}), results)

@@ -1,0 +1,153 @@
+"""Every option of the closed forms and of the allocation, on a real tiny pipeline."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import PROMPTS, SAMPLING
+
+from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
+from slimdiff.algebra.closed_forms import PAPERS, Forms
+from slimdiff.denoising.trajectory import predict, record_calls
+from slimdiff.fidelity import noise_error
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.knapsack import softmax_weights
+from slimdiff.planning.papers import block_influences
+from slimdiff.slimming import compensation
+from slimdiff.slimming.slim import slim_weights
+
+
+@pytest.fixture(scope="module")
+def calls(pipeline):
+    return record_calls(pipeline, PROMPTS, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def slimmed(pipeline, compression, calls):
+    """A function from settings to (plan, slim model) at 20 % fewer parameters."""
+
+    def make(**settings):
+        planning = PlanSettings(align=4, **settings)
+        plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4], progress=None)
+        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None, fitting_calls=calls[:4])
+
+    return make
+
+
+def error(dense, slim, calls) -> float:
+    return noise_error(lambda c: predict(dense, c), lambda c: predict(slim, c), calls)["relative_mse"]
+
+
+@pytest.mark.parametrize("allocation", ["local", "softmax"])
+def test_other_allocations_meet_the_budget_too(pipeline, slimmed, calls, allocation):
+    plan, slim = slimmed(allocation=allocation)
+    removed = plan.parameters["dense"] - plan.parameters["slim"]
+    asked = plan.parameters["dense"] - plan.parameters["budget"]
+    assert asked <= removed <= 1.005 * asked
+    assert error(pipeline.unet, slim, calls) > 0
+
+
+def test_our_forms_beat_the_papers(pipeline, slimmed, calls):
+    ours, papers = (slimmed(allocation="uniform", forms=forms)[1] for forms in (Forms(), PAPERS))
+    assert error(pipeline.unet, ours, calls) < error(pipeline.unet, papers, calls)
+
+
+def test_a_plan_carries_its_forms_to_where_it_is_applied(pipeline, slimmed, compression):
+    plan, slim = slimmed(allocation="uniform", forms=PAPERS)
+    again = type(plan).model_validate_json(plan.model_dump_json())
+    assert again.forms == PAPERS
+    other = slim_denoiser(pipeline.unet, compression.statistics, again, progress=None)
+    for name, tensor in slim.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name])
+
+
+def test_raw_key_moments_are_centred_ones_and_those_of_the_means(pipeline, calls):
+    """The parallel axis theorem, on what the hooks collect."""
+    from slimdiff.calibration.calibrate import calibrate_on_calls
+
+    site = next(s for s in find_sites(pipeline.unet)[0] if s.group == "query_key")
+    key = pipeline.unet.get_submodule(site.path).to_k
+    rows = []
+    handle = key.register_forward_hook(lambda _m, _a, output: rows.append(output.detach().double().flatten(0, 1)))
+    statistics = calibrate_on_calls(pipeline.unet, calls[:2])
+    handle.remove()
+    k = torch.cat(rows).reshape(-1, site.heads, site.dense_rank).transpose(0, 1)
+    raw = k.mT @ k / k.shape[1]
+    found = statistics.mean(f"{site.name}.key") + statistics.mean(f"{site.name}.key_mean")
+    torch.testing.assert_close(found, raw, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["value_output", "feed_forward"])
+def test_a_constant_column_keeps_the_mean_of_what_goes(pipeline, compression, group):
+    """With the constant carried, the slim layer's mean output is the dense layer's."""
+    statistics, forms = compression.statistics, Forms(constant=True)
+    from slimdiff.slimming.slim import factorise
+
+    site = next(s for s in find_sites(pipeline.unet)[0] if s.group == group)
+    module = pipeline.unet.get_submodule(site.path)
+    factor = factorise(pipeline.unet, statistics, [site], forms=forms)[site.name]
+    rank = site.dense_rank // 4
+    weights = slim_weights(module, site, rank, factor, statistics, forms)
+    first = statistics.first(site.name)
+    if group == "feed_forward":
+        last, kept = module.net[2], factor.order[:rank].sort().values
+        slim = weights["net.2.weight"] @ first[kept] + weights["net.2.bias"]
+    else:
+        last = module.to_out[0]
+        received = torch.block_diag(*factor.left[..., :rank]).T @ first
+        slim = weights["to_out.0.weight"] @ received + weights["to_out.0.bias"]
+    dense = last.weight.double() @ first + last.bias.double()
+    torch.testing.assert_close(slim, dense, atol=1e-8, rtol=1e-6)
+
+
+def test_softmax_takes_most_from_the_least_influential():
+    weights = softmax_weights([0.5, 0.1, 0.3], 0.1)
+    assert weights[1] > weights[2] > weights[0] > 0
+    assert sum(weights) == pytest.approx(3)
+    assert softmax_weights([0.5, 0.1, 0.3], 1e6) == pytest.approx([1, 1, 1], rel=1e-5)
+
+
+def test_a_block_that_does_nothing_has_no_influence(pipeline, calls):
+    unet = copy.deepcopy(pipeline.unet)
+    paths = [s.path for s in find_sites(unet)[0] if s.group == "feed_forward"]
+    block = unet.get_submodule(paths[0].rpartition(".")[0])
+    for last in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]):
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    found = block_influences(unet, paths, calls[:2])
+    assert abs(found[0]) < 1e-6
+    assert min(found[1:]) > 1e-4
+
+
+def test_the_softmax_allocation_needs_calls(pipeline, compression):
+    with pytest.raises(InputError, match="softmax allocation measures how much"):
+        make_plan(
+            pipeline.unet, compression.statistics, Budget("10%"), PlanSettings(allocation="softmax"), progress=None
+        )
+
+
+@pytest.mark.parametrize("how", ["projections", "sequential"])
+def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, calls, how):
+    local, mended = (slimmed(allocation="uniform", forms=Forms(compensate=name))[1] for name in ("none", how))
+    assert error(pipeline.unet, mended, calls[:4]) < 0.98 * error(pipeline.unet, local, calls[:4])
+    changed = {name for name, value in mended.state_dict().items() if not torch.equal(value, local.state_dict()[name])}
+    projections = {name for name in changed if ".proj_out." in name}
+    assert projections and (changed == projections) == (how == "projections")
+
+
+def test_compensation_needs_calls(pipeline, compression):
+    with pytest.raises(InputError, match="recorded denoiser calls"):
+        slim_denoiser(pipeline.unet, compression.statistics, compression.plan, progress=None)
+
+
+def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):
+    names = [["down_blocks.1.attentions.0.proj_out"]]
+    whole = compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names)
+    width = whole[0][names[0][0]].shape[1]
+    monkeypatch.setattr(compensation, "OUTPUT_BYTES", 4 * width * 2 * 10)
+    for all_rows, few in zip(whole, compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names), strict=True):
+        (rows,), (picked,) = all_rows.values(), few.values()
+        assert len(picked) == 10 < len(rows)
+        assert all((row == rows).all(1).any() for row in picked)
