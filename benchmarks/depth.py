@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from exporters.machine import machine_name
 from slimdiff import embedded
-from slimdiff.denoising.trajectory import Sampling, predict, record_calls
+from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.settings import Sampling
 
 DEAD = 1e-4
 """Relative mean squared change of the noise prediction below which a block would be called dead."""

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet, uniform_ranks
-from exporters.graphs.export import ExportSettings, _UNet, export_unet, unet_inputs, write_config
-from exporters.latency.paired import LatencySettings, paired_latency
+from exporters.graphs.export import _UNet, export_unet, unet_inputs, write_config
+from exporters.latency.paired import paired_latency
 from exporters.machine import machine_name
 from exporters.runtimes.opening import version_of
 from exporters.runtimes.unet import UNet
+from exporters.settings import ExportSettings, LatencySettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import SlimdiffError
 from slimdiff.slimming.skeleton import skeleton

@@ -26,14 +26,14 @@ from torch import nn
 
 from exporters.machine import machine_name, peak_memory
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
-from slimdiff.algebra.closed_forms import Forms
-from slimdiff.calibration.calibrate import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
+from slimdiff.calibration.calibrate import calibrate_on_calls, moment_bytes, turns
 from slimdiff.calibration.observer import Observer
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.planning.planner import Planner, chosen_sites
 from slimdiff.planning.sensitivity import measure_sensitivities
+from slimdiff.settings import Forms, StatisticsSettings
 from slimdiff.slimming.slim import factorise
 
 PLANNED_CALLS = 64 * 20

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from benchmarks.full_size import MODELS, Clock, peak_bytes
 from benchmarks.random_models import random_pipeline, uniform_ranks
-from exporters.graphs.export import DTYPES, ExportSettings, unet_inputs
+from exporters.graphs.export import DTYPES, unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.graphs.shapes import leftover_dims, shapes_in_graph
 from exporters.machine import machine_name
+from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters

@@ -27,9 +27,10 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from exporters.latency.measure import BenchSettings, bench
+from exporters.latency.measure import bench
 from exporters.latency.pair import Job
 from exporters.machine import machine_name
+from exporters.settings import BenchSettings
 from slimdiff.storage import manifest
 
 WIDTH, DEPTH = 64, 8

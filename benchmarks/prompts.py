@@ -21,7 +21,6 @@ from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
 from deploy.build.workshop import source_hash
 from exporters.machine import machine_name
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embedded, make_plan, slim_denoiser
-from slimdiff.algebra.closed_forms import Forms
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.compression import sensitivity_calls
 from slimdiff.denoising.trajectory import record_calls
@@ -29,6 +28,7 @@ from slimdiff.embedded.card import transformer_parameters
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.search import Judge
 from slimdiff.prompts.selection import embed, select
+from slimdiff.settings import Forms
 from slimdiff.storage import manifest
 
 CUT = 0.25

@@ -25,22 +25,23 @@ import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
 from deploy.build.workshop import source_hash
-from exporters.graphs.export import ExportSettings, export_unet
-from exporters.latency.paired import LatencySettings, paired_latency
+from exporters.graphs.export import export_unet
+from exporters.latency.paired import paired_latency
 from exporters.machine import machine_name
 from exporters.runtimes.unet import UNet
+from exporters.settings import ExportSettings, LatencySettings
 from slimdiff import Budget, CalibrationSettings, PlanSettings, embedded
-from slimdiff.algebra.closed_forms import PAPERS, Forms
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.compression import fitting_calls, sensitivity_calls, with_denoiser
-from slimdiff.denoising.trajectory import Call, Sampling, predict, record_calls, sample_images
+from slimdiff.denoising.trajectory import Call, predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
-from slimdiff.groups.sites import GROUPS, Group, find_sites
+from slimdiff.groups.sites import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import count_macs, count_parameters
-from slimdiff.planning.planner import Allocation, Planner
+from slimdiff.planning.planner import Planner
+from slimdiff.settings import GROUPS, PAPERS, Allocation, Forms, Group, Sampling
 from slimdiff.slimming.slim import Factors, factorise
 from slimdiff.storage import manifest
 

@@ -25,7 +25,8 @@ from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import CostTable, count_parameters, parameter_costs
 from slimdiff.planning.feasibility import most_removable, removed_within
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers
-from slimdiff.planning.planner import PlanSettings, chosen_sites
+from slimdiff.planning.planner import chosen_sites
+from slimdiff.settings import PlanSettings
 
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}

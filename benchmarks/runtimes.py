@@ -30,10 +30,11 @@ from torch import nn
 from benchmarks.full_size import MODELS, peak_bytes, random_calls
 from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
 from exporters.graphs.export import export_unet
-from exporters.latency.paired import LatencySettings, paired_latency
-from exporters.latency.table import TableSettings, measure_latency
+from exporters.latency.paired import paired_latency
+from exporters.latency.table import measure_latency
 from exporters.machine import machine_name, usable_cores
 from exporters.runtimes.unet import UNet
+from exporters.settings import LatencySettings, TableSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.planning.costs import CostTable, count_parameters
 from slimdiff.slimming.skeleton import skeleton

@@ -6,13 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimdiff.budget import Budget
-    from slimdiff.calibration.calibrate import CalibrationSettings, calibrate
+    from slimdiff.calibration.calibrate import calibrate
     from slimdiff.compression import Compression, compress
-    from slimdiff.denoising.trajectory import Sampling
     from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
     from slimdiff.plan import Plan
-    from slimdiff.planning.planner import PlanSettings, make_plan
+    from slimdiff.planning.planner import make_plan
+    from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
     from slimdiff.slimming.slim import slim_denoiser
     from slimdiff.statistics import Statistics
 
@@ -34,8 +33,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "budget",
-    "CalibrationSettings": "calibration.calibrate",
+    "Budget": "settings",
+    "CalibrationSettings": "settings",
     "calibrate": "calibration.calibrate",
     "Compression": "compression",
     "compress": "compression",
@@ -43,11 +42,11 @@ _HOMES = {
     "MissingPackageError": "errors",
     "SlimdiffError": "errors",
     "Plan": "plan",
-    "PlanSettings": "planning.planner",
+    "PlanSettings": "settings",
     "make_plan": "planning.planner",
     "slim_denoiser": "slimming.slim",
     "Statistics": "statistics",
-    "Sampling": "denoising.trajectory",
+    "Sampling": "settings",
 }
 
 

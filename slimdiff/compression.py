@@ -10,15 +10,15 @@ from typing import TypedDict
 
 from diffusers import DiffusionPipeline
 
-from slimdiff.budget import Budget
-from slimdiff.calibration.calibrate import CalibrationSettings, calibrate
-from slimdiff.denoising.trajectory import Call, Inputs, Sampling, denoiser_name, record_calls, usable_inputs
+from slimdiff.calibration.calibrate import calibrate
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, record_calls, usable_inputs
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import find_sites
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable
-from slimdiff.planning.planner import MEASURED, Planner, PlanSettings, check_budgets, chosen_sites, is_measured
+from slimdiff.planning.planner import MEASURED, Planner, check_budgets, chosen_sites, is_measured
+from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
 from slimdiff.slimming.slim import Factors, factorise, slim_denoiser
 from slimdiff.statistics import Statistics
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slimdiff.algebra.closed_forms import Forms
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Group, Site
+from slimdiff.groups.sites import Site
+from slimdiff.settings import Forms, Group
 from slimdiff.storage.manifest import replacing
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
 
 from benchmarks import export_variants
 from benchmarks.export_variants import VARIANTS, measure, table
-from exporters.latency.paired import LatencySettings
+from exporters.settings import LatencySettings
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ pytest.importorskip("optimum.onnxruntime", reason="ORTDiffusionPipeline needs th
 from benchmarks.full_size import MODELS
 from benchmarks.full_size_export import measure, table
 from benchmarks.random_models import random_pipeline, uniform_ranks
-from exporters.graphs.export import ExportSettings
+from exporters.settings import ExportSettings
 from slimdiff.planning.costs import count_parameters
 from slimdiff.slimming.skeleton import skeleton
 

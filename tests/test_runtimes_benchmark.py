@@ -14,8 +14,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
 from benchmarks.full_size import MODELS
 from benchmarks.random_models import random_unet, ranks_for_speedup
 from benchmarks.runtimes import RUNTIMES, Settings, main, measure, table
-from exporters.latency.paired import LatencySettings
-from exporters.latency.table import TableSettings
+from exporters.settings import LatencySettings, TableSettings
 from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import CostTable, parameter_costs
 

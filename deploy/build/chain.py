@@ -196,7 +196,7 @@ def _stage(
 def sweep_stages(shop: Workshop) -> list[Stage]:
     """The frontier: a stage for each point and one that puts them together, if the recipe asks for it."""
     from deploy.build import sweep
-    from exporters.latency.table import TableSettings
+    from exporters.settings import TableSettings
 
     recipe, asked = shop.recipe, shop.recipe.sweep
     if asked is None:

@@ -18,10 +18,11 @@ from deploy.recipe.prompts import described
 from deploy.recipe.recipe import point_budget
 from slimdiff import Plan, calibrate, make_plan, slim_denoiser
 from slimdiff.compression import fitting_calls, planning_calls, with_denoiser
-from slimdiff.denoising.trajectory import Sampling, predict, record_calls, sample_images
+from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.models import slim_class_of
 from slimdiff.planning.planner import check_budgets, keeps_measured
+from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
 
@@ -90,7 +91,8 @@ def plan_step(shop: Workshop, folder: Path) -> None:
     recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, statistics)
     latency = None
     if budget.kind == "speedup":
-        from exporters.latency.table import TableSettings, measure_latency
+        from exporters.latency.table import measure_latency
+        from exporters.settings import TableSettings
 
         table = TableSettings(runtime=recipe.budget.runtime)
         latency = measure_latency(denoiser, shop.trajectory[0], recipe.plan, table, progress="plan: latency")
@@ -194,8 +196,9 @@ def engine_step(shop: Workshop, folder: Path) -> None:
         log.info("engine: skipped, %s", reason)
         write_result(folder, "engine", {"skipped": reason})
         return
-    from exporters.engine import EngineSettings, request_engine
+    from exporters.engine import request_engine
     from exporters.graphs.export import export_unet
+    from exporters.settings import EngineSettings
 
     graph = shop.folder / "export" / "slim" / "model.onnx"
     if shop.recipe.export.precision != shop.engine_precision:

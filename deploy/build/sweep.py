@@ -31,9 +31,10 @@ from deploy.cli.lock import locked
 from deploy.recipe.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe.recipe import point_budget
 from exporters.graphs.pipeline import example_call
-from exporters.latency.paired import LatencySettings, paired_latency
-from exporters.latency.table import TableSettings, measure_latency, whole_run
+from exporters.latency.paired import paired_latency
+from exporters.latency.table import measure_latency, whole_run
 from exporters.machine import machine_name
+from exporters.settings import LatencySettings, TableSettings
 from slimdiff import CalibrationSettings, PlanSettings, Statistics, calibrate
 from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, with_denoiser
 from slimdiff.denoising.trajectory import sample_images

@@ -11,10 +11,11 @@ from deploy.artifacts import build_folder
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
 from deploy.recipe.recipe import Recipe
 from slimdiff import Plan, Statistics, embedded
-from slimdiff.denoising.trajectory import Call, Sampling, denoiser_name, record_calls
+from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import find_sites
 from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.settings import Sampling
 from slimdiff.slimming.slim import factorise
 from slimdiff.storage import manifest
 

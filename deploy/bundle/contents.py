@@ -16,7 +16,7 @@ from deploy.bundle.readme import write_readme
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Source
 from exporters.engine.check import ENGINE, REPORT, runs_on
-from exporters.runtimes import GRAPH_RUNTIMES
+from exporters.settings import GRAPH_RUNTIMES
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exporters.runtimes import EngineRuntime, GraphRuntime
+from exporters.settings import EngineRuntime, GraphRuntime
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 

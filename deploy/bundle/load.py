@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from deploy.cli.console import log
-from exporters.runtimes import ENGINE_RUNTIMES, GRAPH_RUNTIMES, RUNTIMES
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
+from exporters.settings import ENGINE_RUNTIMES, GRAPH_RUNTIMES, RUNTIMES
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 if TYPE_CHECKING:

@@ -109,8 +109,8 @@ class TorchRest:
         self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
     ) -> None:
         """See `Rest`."""
-        from exporters.graphs.export import ExportSettings
         from exporters.graphs.pipeline import example_call, export_pipeline
+        from exporters.settings import ExportSettings
 
         settings = ExportSettings(precision=precision)  # type: ignore[arg-type]
         unwanted = ["unet"] if encoder else ["unet", "vae_encoder"]

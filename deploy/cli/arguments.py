@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
-    from slimdiff.planning.planner import PlanSettings
+    from slimdiff.settings import PlanSettings
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -40,7 +40,7 @@ def settings(kind: type[S], args: argparse.Namespace, *names: str, **more: Any) 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
     """How ranks are chosen, and by which forms: what `deploy.cli.flags.add_calibration` asks for."""
-    from slimdiff.planning.planner import PlanSettings  # with torch, which not every command needs
+    from slimdiff.settings import PlanSettings  # with torch, which not every command needs
 
     forms = given(
         centre_keys=False if args.raw_keys else None,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimdiff import Plan
-    from slimdiff.denoising.trajectory import Call, Sampling
+    from slimdiff.denoising.trajectory import Call
+    from slimdiff.settings import Sampling
 
 ENGINE_REPORT = "engine.json"
 
@@ -219,7 +220,7 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
         raise InputError(f"{name} holds several engines: name one of them ({there})")
     if kind not in ("onnx", "engine", ENGINE_PIPELINE):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
-    from exporters.runtimes import GRAPH_RUNTIMES
+    from exporters.settings import GRAPH_RUNTIMES
 
     takes: tuple[str, ...] = GRAPH_RUNTIMES
     if kind != "onnx":

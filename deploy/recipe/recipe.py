@@ -21,15 +21,9 @@ from pydantic import (
 from deploy.cli.flags import POINTS
 from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
-from exporters.engine import EngineSettings
-from exporters.graphs.export import ExportSettings
-from exporters.latency.paired import LatencySettings
-from exporters.runtimes import GRAPH_RUNTIMES, TableRuntime
-from slimdiff.budget import Budget
-from slimdiff.calibration.calibrate import CalibrationSettings
-from slimdiff.denoising.trajectory import Sampling
+from exporters.settings import GRAPH_RUNTIMES, EngineSettings, ExportSettings, LatencySettings, TableRuntime
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.planning.planner import PlanSettings
+from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
 
 BUDGETS = ("reduce", "macs", "speedup", "max_error")
 """The keys of a recipe's budget, of which there is one."""

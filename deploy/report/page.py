@@ -351,7 +351,7 @@ def _sites(planned: Mapping[str, Mapping[str, Any]]) -> Sites:
             )
         )
     totals = []
-    from slimdiff.groups.sites import GROUPS  # with torch, which other pages do without
+    from slimdiff.settings import GROUPS  # with torch, which other pages do without
 
     for group in dict.fromkeys([*GROUPS, *(s["group"] for s in sites.values())]):
         members = [s for s in sites.values() if s["group"] == group]

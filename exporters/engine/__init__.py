@@ -8,7 +8,7 @@ from exporters.engine.backends import EXTRAS, MODULES, available_backend
 from exporters.engine.build import EngineRequest, build_engine, request_engine
 from exporters.engine.check import check_engine, choose_profile
 from exporters.engine.gpu import Gpu, gpu_here, has_gpu
-from exporters.engine.settings import EngineSettings, ShapeRange
+from exporters.settings import EngineSettings, ShapeRange
 
 __all__ = [
     "EXTRAS",

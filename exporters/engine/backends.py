@@ -10,7 +10,7 @@ from exporters.engine.gpu import AskGpu, gpu_here
 from slimdiff.errors import InputError, MissingPackageError
 
 if TYPE_CHECKING:
-    from exporters.engine.settings import EngineSettings
+    from exporters.settings import EngineSettings
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -20,10 +20,10 @@ from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts, key_of, weight_files
 from exporters.engine.memory import available_memory, demand_memory
-from exporters.engine.settings import EngineSettings
 from exporters.engine.shapes import engine_shapes, inputs_of
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims, read_graph
+from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.storage import manifest
 

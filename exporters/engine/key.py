@@ -15,7 +15,7 @@ from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.engine.gpu import Gpu
-    from exporters.engine.settings import EngineSettings
+    from exporters.settings import EngineSettings
     from slimdiff import Plan
 
 _BUILDER = ("worker.py", "network.py", "layers.py")

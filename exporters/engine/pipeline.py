@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from exporters.engine.build import EngineRequest, request_engine
 from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.settings import EngineSettings, ShapeRange
 from exporters.engine.shapes import inputs_of, profiles_of
 from exporters.graphs.naming import read_graph
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale
+from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 

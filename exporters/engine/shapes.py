@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
-    from exporters.engine.settings import EngineSettings
+    from exporters.settings import EngineSettings
 
 Dims = Mapping[str, Sequence[int | str]]
 """Per input, its dims; an open one by its name in the graph."""

@@ -10,39 +10,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from exporters.graphs.naming import check_reduced_dims, dims_in_graph, name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 
-__all__ = ["ExportSettings", "check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
+__all__ = ["check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-class ExportSettings(BaseModel):
-    """How a module becomes a graph."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    precision: Literal["fp32", "fp16"] = "fp32"
-    """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
-    opset: int = Field(default=22, ge=21, le=22)
-    """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
-    keep_fp32: list[str] = Field(default_factory=list)
-    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
-    dynamic_batch: bool = False
-    """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
-    dynamic_size: bool = False
-    """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
 
 
 class _UNet(nn.Module):

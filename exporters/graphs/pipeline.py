@@ -14,19 +14,12 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exporters.graphs.export import (
-    DTYPES,
-    ExportSettings,
-    export_module,
-    export_unet,
-    in_precision,
-    in_steps,
-    open_size,
-    write_config,
-)
+from exporters.graphs.export import DTYPES, export_module, export_unet, in_precision, in_steps, open_size, write_config
 from exporters.layout import CONFIGURED, INDEX
-from slimdiff.denoising.trajectory import Call, Sampling, denoiser_name, record_calls
+from exporters.settings import ExportSettings
+from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.settings import Sampling
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}

@@ -10,25 +10,16 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 from tqdm import tqdm
 
 from exporters.latency.decision import Interval, interval, looks
-from exporters.latency.pair import Job, PairSettings, PairTimes, SideTimes, measure_pair
+from exporters.latency.pair import Job, PairTimes, SideTimes, measure_pair
 from exporters.latency.paired import Gate, Verdict
 from exporters.machine import fingerprint, machine_name
+from exporters.settings import BenchSettings, PairSettings
 
 PREEMPTED = 0.2
 """Share of runs that lost their core, above which the result says so."""
-
-
-class BenchSettings(PairSettings):
-    """How a pair of processes is timed, and for how long pairs are added."""
-
-    processes: int | None = Field(default=None, ge=2)
-    """Process pairs; by default as many as a verdict takes, 6 to 28, and 6 without a gate."""
-    max_seconds: float = Field(default=140, gt=0)
-    """No pair is begun that would end later; two are always measured."""
 
 
 @dataclass(frozen=True)

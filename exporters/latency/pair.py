@@ -18,8 +18,8 @@ from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
 
+from exporters.settings import LEAST_ROUNDS, PairSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 BLOCK_MS = 15.0
@@ -28,7 +28,7 @@ what makes a machine slow for a while, which on shared hosts is often no more th
 PAIR_MS = 2000.0
 """What the blocks of a pair take together, or as long as its processes took to open, if that is more: beyond that,
 another pair tells more than further rounds of this one."""
-ROUNDS, LEAST_ROUNDS = 60, 3
+ROUNDS = 60
 FEW = 3
 """Undisturbed rounds that make a pair."""
 TRIM = 1 / 3
@@ -48,22 +48,6 @@ class Job:
     """A model's directory or id, a graph's file, an engine's folder."""
     kind: Literal["model", "onnx", "engine"]
     runtime: str
-
-
-class PairSettings(BaseModel):
-    """How a pair of processes is timed."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    threads: int = Field(default=1, ge=0)
-    """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
-    the least disturbed."""
-    batch: int = Field(default=2, ge=1)
-    """Samples in a call, where the artifact does not fix it."""
-    warmup: int = Field(default=3, ge=1)
-    """Runs, at least, before a process counts as warm."""
-    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
-    """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
 
 
 @dataclass

@@ -12,26 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from exporters.machine import machine_name
+from exporters.settings import LatencySettings
 from slimdiff.errors import InputError
 
 Verdict = Literal["pass", "fail", "inconclusive"]
-
-
-class LatencySettings(BaseModel):
-    """How much is measured."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rounds: int = Field(default=30, ge=6)
-    """Pairs of runs. Below 6 a 95 % interval of a median does not exist."""
-    warmup: int = Field(default=3, ge=0)
-    """Runs of each side that are not counted: the first ones allocate and compile."""
-    seed: int = 0
-    """Of the bootstrap."""
 
 
 @dataclass(frozen=True)

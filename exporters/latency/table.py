@@ -26,22 +26,22 @@ import numpy as np
 import psutil
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from exporters.engine.memory import available_memory
-from exporters.graphs.export import ExportSettings, export_module, export_unet, unet_inputs
+from exporters.graphs.export import export_module, export_unet, unet_inputs
 from exporters.machine import machine_name, usable_cores
-from exporters.runtimes import TableRuntime
 from exporters.runtimes.opening import open_session, version_of
 from exporters.runtimes.unet import UNet
+from exporters.settings import ExportSettings, TableSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, find_layers
-from slimdiff.planning.planner import PlanSettings, chosen_sites
+from slimdiff.planning.planner import chosen_sites
+from slimdiff.settings import PlanSettings
 from slimdiff.slimming.skeleton import skeleton
 from slimdiff.storage import manifest
 
@@ -50,21 +50,6 @@ CACHE = "SLIMDIFF_CACHE"
 _Run = Callable[[], Any]
 _Job = tuple[str, str]
 """A layer's key and rank; of a whole model, nothing and its name."""
-
-
-class TableSettings(BaseModel):
-    """How the table is measured."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    runtime: TableRuntime = "onnxruntime"
-    """Where latency counts."""
-    threads: int | None = Field(None, ge=1)
-    """Threads of the runtime; its own choice if not given."""
-    ranks: int = Field(6, ge=2)
-    """Ranks measured per layer, spread evenly from the smallest to the dense one; between them, lines."""
-    rounds: int = Field(40, ge=3)
-    """Runs of every layer and of the whole models; the median counts."""
 
 
 def measure_latency(

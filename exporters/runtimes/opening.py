@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 from exporters.graphs.naming import external_data, read_graph, refuse_outside
 from exporters.layout import GRAPH
-from exporters.runtimes import RUNTIMES, EngineRuntime, GraphRuntime
 from exporters.runtimes.openvino_session import OpenVinoSession
 from exporters.runtimes.ort_session import OnnxRuntimeSession
 from exporters.runtimes.session import Session
+from exporters.settings import RUNTIMES, EngineRuntime, GraphRuntime
 from slimdiff.errors import InputError, require
 
 _PROVIDERS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "tensorrt"}

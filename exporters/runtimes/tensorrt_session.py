@@ -11,8 +11,8 @@ from torch import Tensor
 from exporters.engine import EXTRAS, MODULES, choose_profile
 from exporters.engine.check import ENGINE, check_engine
 from exporters.engine.refit import needs_weights
-from exporters.runtimes import EngineRuntime
 from exporters.runtimes.session import PRECISIONS, Shape, open_dim
+from exporters.settings import EngineRuntime
 from slimdiff.errors import InputError, MissingPackageError, require
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimdiff.denoising.trajectory import Call, Inputs, Sampling, denoiser_name, sample_images
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
 from slimdiff.errors import InputError, require
+from slimdiff.settings import Sampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

@@ -7,10 +7,8 @@ Sources: SlimDiff (arXiv 2509.21498), MoDeGPT (arXiv 2408.09632); the forms in h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 # Text moments are singular (77 padded tokens): directions below this share of the largest eigenvalue carry nothing.
@@ -22,42 +20,6 @@ EXACT_CHANNELS = 1024
 STEPS = 32
 # Ridge of the leverage scores, as a share of the mean diagonal: far smaller, and all channels score alike.
 LEVERAGE_RIDGE = 1e-1
-
-
-class Forms(BaseModel):
-    """Which form slims each group. The defaults measured best (`python -m benchmarks.quality --ablation`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    centre_keys: bool = True
-    """query_key: take key moments about each image's mean key, which softmax does not see."""
-    value_moments: Literal["attended", "values"] = "attended"
-    """value_output: whiten by what the output projection receives, or (the papers) by the values before attention."""
-    joint_output: bool = True
-    """value_output: solve the output projection again over all heads at once; else each head keeps its own part."""
-    channels: Literal["elimination", "ridge_leverage"] = "elimination"
-    """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
-    constant: bool = True
-    """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
-    compensate: Literal["none", "projections", "sequential"] = "projections"
-    """Afterwards, solve again on what is received in the slim model (`slimdiff.slimming.compensation`): the projections
-    behind slimmed transformer blocks; or, in the order in which they run, those and each block's last linears; or
-    nothing."""
-
-    def local(self) -> Forms:
-        """Without what is done afterwards: what bases, orders and sensitivities depend on."""
-        return self.model_copy(update={"compensate": "none"})
-
-
-PAPERS = Forms(
-    centre_keys=False,
-    value_moments="values",
-    joint_output=False,
-    channels="ridge_leverage",
-    constant=False,
-    compensate="none",
-)
-"""SlimDiff's and MoDeGPT's local forms, as we read them."""
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from tqdm import tqdm
 
 from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
-from slimdiff.calibration.weighting import TimestepWeights, timestep_weigher
-from slimdiff.denoising.trajectory import Call, Inputs, Sampling, denoiser_name, predict, sample_images, usable_inputs
+from slimdiff.calibration.weighting import timestep_weigher
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_images, usable_inputs
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import Site, find_sites
+from slimdiff.settings import CalibrationSettings, StatisticsSettings
 from slimdiff.statistics import Statistics, Stored, read_metadata, triangle_size
 from slimdiff.storage import manifest
 
@@ -31,30 +31,6 @@ log = logging.getLogger("slimdiff")
 # Seconds between records of an unfinished calibration, and how many times longer than writing one that must be.
 RECORD_EVERY = 60.0
 RECORD_SHARE = 20
-
-
-class StatisticsSettings(BaseModel):
-    """What is collected of each forward pass."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    timestep_weights: TimestepWeights = "uniform"
-    """How much each timestep counts; all but `uniform` need a scheduler with `alphas_cumprod`."""
-    tokens_per_dimension: int | None = Field(64, ge=1)
-    """Tokens that a site sees in all, per dimension of its width, where there are more: an even selection of each
-    call's. Null takes every token."""
-    memory_limit: float = Field(2.0, gt=0)
-    """GiB that moments may take at a time. Sites that need more are watched in turns, each turn by its share of the
-    prompts: it costs no forward pass, but each site sees fewer prompts."""
-
-
-class CalibrationSettings(StatisticsSettings):
-    """What the denoiser is watched doing, and what is collected of it."""
-
-    samples: int = Field(64, ge=1)
-    """How many prompts, taken from the front of the list."""
-    sampling: Sampling = Sampling()
-    """How their images are made."""
 
 
 def weights_hash(module: nn.Module) -> str:

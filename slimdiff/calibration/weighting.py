@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from slimdiff.errors import InputError
+from slimdiff.settings import TimestepWeights
 
-TimestepWeights = Literal["uniform", "min_snr", "inverse_snr"]
 # gamma of Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
 MIN_SNR = 5.0
 

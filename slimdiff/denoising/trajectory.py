@@ -26,35 +26,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.errors import InputError
+from slimdiff.settings import Sampling
 
 # One image's inputs: a prompt, or arguments of the pipeline's call by name.
 Inputs = str | Mapping[str, Any]
-
-
-class Sampling(BaseModel):
-    """How images are made wherever a trajectory is needed."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int = Field(20, ge=1, le=1000)
-    """Scheduler steps per image."""
-    guidance: float = Field(5.0, ge=0)
-    """Classifier-free guidance scale, where the pipeline has one; above 1 the denoiser runs on both branches."""
-    batch: int = Field(8, ge=1)
-    """Prompts per denoising batch (with guidance, twice as many samples go through the denoiser)."""
-    seed: int = 0
-    """Prompt i starts from the noise of seed + i, whatever the batch size."""
-    height: int | None = None
-    """Image height in pixels; the pipeline's own default if not given."""
-    width: int | None = None
-    """Image width in pixels; the pipeline's own default if not given."""
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
-    """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
 
 
 @dataclass

@@ -13,13 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from slimdiff import embedded
-from slimdiff.calibration.calibrate import CalibrationSettings, calibrate
-from slimdiff.denoising.trajectory import Sampling, predict, record_calls, sample_images
+from slimdiff.calibration.calibrate import calibrate
+from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.groups.sites import find_sites
 from slimdiff.plan import Plan, site_plan
 from slimdiff.planning.costs import count_parameters
+from slimdiff.settings import GROUPS, CalibrationSettings, Sampling
 from slimdiff.slimming.slim import factorise, slim_denoiser
 
 EVALUATION = Sampling(steps=25, guidance=5.0, batch=10, seed=1_000_000)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -26,27 +25,10 @@ from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import ResnetLayers, Site, resnet_layers
 from slimdiff.models import resize_resnet
+from slimdiff.settings import ResnetSettings
 
 # Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
 _MOST_PIXELS = 8192
-
-
-class ResnetSettings(BaseModel):
-    """How slim resnets are fitted to the dense ones."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    solve: Literal["im2col", "channels", "none"] = "im2col"
-    """How conv2 is solved again. `channels`: its input channels are mixed anew. `im2col`: every weight is free, drawn
-    towards those of `channels`; sites for which memory does not suffice fall back to `channels`. `none`: the
-    kept channels' weights stay as they are."""
-    affine: bool = True
-    """Fit the norm's weight and bias first, so that its kept channels come closest to the dense norm's."""
-    ridge: float | None = Field(None, gt=0)
-    """Of the least squares, as a share of the mean square of conv2's inputs: draws `im2col` towards `channels`, and
-    that towards `none`. If not given, each site's own: the one whose fit on half of the images errs least on others."""
-    memory_gib: float = Field(2.0, gt=0)
-    """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
 
 
 def channel_order(moment: Tensor, second: Tensor, groups: int) -> tuple[Tensor, Tensor]:

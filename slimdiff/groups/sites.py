@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
 
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -12,9 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import nn
 
-Group = Literal["query_key", "value_output", "feed_forward", "resnet"]
-GROUPS: tuple[Group, ...] = ("query_key", "value_output", "feed_forward")
-"""The groups of a transformer block, which are slimmed unless something else is said."""
+from slimdiff.settings import Group
 
 _GATED = ("GEGLU", "SwiGLU")
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")

@@ -9,8 +9,8 @@ from slimdiff.errors import InputError
 from slimdiff.planning.knapsack import Layer
 
 if TYPE_CHECKING:
-    from slimdiff.budget import Budget
     from slimdiff.planning.costs import CostTable
+    from slimdiff.settings import Budget
 
 _NOUN = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies"}
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from slimdiff.algebra.closed_forms import Forms
-from slimdiff.budget import Budget
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
-from slimdiff.groups.resnet import ResnetSettings
-from slimdiff.groups.sites import GROUPS, Group, Site, find_sites
+from slimdiff.groups.sites import Site, find_sites
 from slimdiff.plan import Plan, site_plan
 from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.planning.feasibility import most_removable, removed_within
@@ -23,43 +18,13 @@ from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, so
 from slimdiff.planning.papers import block_influences
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
+from slimdiff.settings import Budget, Forms, PlanSettings
 from slimdiff.slimming.compensation import DenseOutputs
 from slimdiff.slimming.slim import Factors, check_statistics, factorise, slim_denoiser
 from slimdiff.statistics import Statistics
 
 # What allocations measure by forward passes, and therefore need recorded calls for.
 MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
-
-
-Allocation = Literal["global", "local", "uniform", "softmax"]
-
-
-class PlanSettings(BaseModel):
-    """How ranks are chosen."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    allocation: Allocation = "global"
-    """`global`: the knapsack on local errors times measured sensitivities; `local`: on local errors alone; `uniform`:
-    the same share of every site; `softmax`: shares by block influence (the papers)."""
-    forms: Forms = Forms()
-    """The closed forms that slim each group."""
-    softmax_temperature: float = Field(0.1, gt=0)
-    """Of the softmax allocation: the lower, the more the least influential blocks lose."""
-    align: int = Field(8, ge=1)
-    """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
-    groups: tuple[Group, ...] = GROUPS
-    """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
-    sensitivity_calls: int = Field(16, ge=1)
-    """Recorded denoiser calls on which sensitivities are measured."""
-    resnets: ResnetSettings = ResnetSettings()
-    """How slim resnets are fitted."""
-    fitting_calls: int = Field(64, ge=1)
-    """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
-
-    def fits(self) -> bool:
-        """Whether slim models are fitted on recorded calls."""
-        return "resnet" in self.groups or self.forms.compensate != "none"
 
 
 def make_plan(

@@ -14,8 +14,8 @@ from slimdiff.fidelity import noise_error
 from slimdiff.plan import Plan
 
 if TYPE_CHECKING:
-    from slimdiff.budget import Budget
     from slimdiff.planning.planner import Planner
+    from slimdiff.settings import Budget
 
 # Sizes that are considered: this many equal steps from the dense model to the smallest there is.
 STEPS = 128

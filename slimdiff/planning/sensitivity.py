@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimdiff.algebra.closed_forms import Forms
 from slimdiff.calibration import distributed
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.groups.resnet import ResnetSettings, exchanged_resnet
+from slimdiff.groups.resnet import exchanged_resnet
 from slimdiff.groups.sites import Site
+from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, emulated_weights, fit_resnets
 from slimdiff.statistics import Statistics
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.algebra import closed_forms
-from slimdiff.algebra.closed_forms import Forms, HeadBases
+from slimdiff.algebra.closed_forms import HeadBases
 from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import resnet
-from slimdiff.groups.resnet import ResnetSettings
 from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
 from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
+from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.compensation import DenseOutputs, compensate, stages
 from slimdiff.statistics import Statistics
 

@@ -141,7 +141,8 @@ def exported(tmp_path_factory, dense, slim_and_plan, calls) -> dict[str, Path]:
     """`model.onnx` of the dense UNet in fp32, fp16 and with an open batch, and of the slim one in fp32 and fp16."""
     pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.graphs.export import ExportSettings, export_unet
+    from exporters.graphs.export import export_unet
+    from exporters.settings import ExportSettings
 
     folder = tmp_path_factory.mktemp("onnx")
     wanted = {
@@ -164,7 +165,8 @@ def rtx() -> None:
 @pytest.fixture(scope="session")
 def slim_engine(rtx, tmp_path_factory, exported, slim_and_plan) -> tuple[Path, dict]:
     """Folder and report of the slim UNet's engine in fp16, for sm89."""
-    from exporters.engine import EngineSettings, build_engine
+    from exporters.engine import build_engine
+    from exporters.settings import EngineSettings
 
     folder = tmp_path_factory.mktemp("engine")
     settings = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])
@@ -186,7 +188,8 @@ def sharp_graphs(tmp_path_factory, sharp, calls) -> dict[str, Path]:
     """`model.onnx` of it, by precision."""
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
     pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
-    from exporters.graphs.export import ExportSettings, export_unet
+    from exporters.graphs.export import export_unet
+    from exporters.settings import ExportSettings
 
     folder = tmp_path_factory.mktemp("sharp")
     return {p: export_unet(sharp, folder / p, calls[0], ExportSettings(precision=p)) for p in ("fp32", "fp16")}
@@ -240,8 +243,8 @@ def onnx_xl_folder(tmp_path_factory, xl_pipeline) -> Path:
 
 def _exported(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.graphs.export import ExportSettings
     from exporters.graphs.pipeline import export_pipeline
+    from exporters.settings import ExportSettings
 
     export_pipeline(pipeline, folder, ExportSettings(dynamic_batch=True))
     return folder

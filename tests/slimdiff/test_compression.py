@@ -13,13 +13,13 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors import safe_open
 
 from slimdiff import Budget, InputError, Plan, PlanSettings, Statistics, compress, make_plan, slim_denoiser
-from slimdiff.algebra.closed_forms import PAPERS, Forms
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.sensitivity import exchanged, measure_sensitivities
+from slimdiff.settings import GROUPS, PAPERS, Forms
 from slimdiff.slimming.slim import emulated_weights, factorise
 
 

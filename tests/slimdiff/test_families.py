@@ -40,8 +40,9 @@ from slimdiff.calibration.calibrate import calibrate_on_calls, weights_hash
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.trajectory import Call, denoiser_name, predict, record_calls, sample_images
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import count_macs, count_parameters
+from slimdiff.settings import GROUPS
 from slimdiff.slimming.slim import factorise
 
 
@@ -157,7 +158,8 @@ def test_slim_model_becomes_a_graph(case, tmp_path):
     """Tracing takes most of it, a quarter to a minute for a UNet: but for two, `make test-slow` does it."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the graph is run in ONNX Runtime")
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
-    from exporters.graphs.export import ExportSettings, export_module
+    from exporters.graphs.export import export_module
+    from exporters.settings import ExportSettings
 
     module = OfTensors(case.slim, case.calls[0].arguments)
     inputs = {f"input_{i}": tensor for i, tensor in enumerate(module.inputs)}

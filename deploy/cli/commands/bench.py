@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.runtimes import GRAPH_RUNTIMES, RUNTIMES
+from exporters.settings import GRAPH_RUNTIMES, RUNTIMES
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
@@ -108,7 +108,8 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from deploy.cli.outputs import check_writable
     from deploy.history import results, summary
     from deploy.report import trend
-    from exporters.latency.measure import BenchSettings, bench
+    from exporters.latency.measure import bench
+    from exporters.settings import BenchSettings
     from slimdiff.errors import InputError
 
     names = ("threads", "batch", "warmup", "rounds", "processes", "max_seconds")

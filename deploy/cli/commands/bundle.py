@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from exporters.runtimes import RUNTIMES
+from exporters.settings import RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff bundle demo --target edge --out circles

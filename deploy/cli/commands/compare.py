@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, result
     from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
-    from slimdiff.denoising.trajectory import Sampling, sample_images
+    from slimdiff.denoising.trajectory import sample_images
     from slimdiff.errors import InputError
+    from slimdiff.settings import Sampling
 
     if args.images < 1 or args.trajectories < 1:
         raise InputError("--images and --trajectories must be at least 1")

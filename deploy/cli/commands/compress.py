@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli.flags import add_calibration
-from exporters.runtimes import TABLE_RUNTIMES
+from exporters.settings import TABLE_RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         check_budgets(denoiser_of(pipeline), [budget], planning, call=one_call)
     latency = None
     if args.speedup is not None:
-        from exporters.latency.table import TableSettings, measure_latency
+        from exporters.latency.table import measure_latency
+        from exporters.settings import TableSettings
 
         chosen = settings(TableSettings, args, "runtime", "threads")
         progress = None if args.quiet else "latency"

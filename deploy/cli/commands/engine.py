@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporters.engine import EngineRequest, EngineSettings
+    from exporters.engine import EngineRequest
+    from exporters.settings import EngineSettings
 
 EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     """Per engine, by the name of its folder (empty if there is one engine), how it is built."""
     from deploy.cli.arguments import settings
-    from exporters.engine import EngineSettings
+    from exporters.settings import EngineSettings
     from slimdiff.errors import InputError
 
     ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ("min", "opt", "max")}

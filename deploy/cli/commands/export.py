@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.licenses import copy_licenses
     from deploy.build.steps import shapes
     from deploy.build.workshop import model_hash
-    from exporters.graphs.export import ExportSettings
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
+    from exporters.settings import ExportSettings
     from slimdiff.loading.pipelines import load_pipeline
 
     settings = ExportSettings(

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from exporters.runtimes import RUNTIMES
+from exporters.settings import RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff generate demo --prompt "a large red circle top left, on a gray background" --out circle.png
@@ -41,8 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, log, result
-    from slimdiff.denoising.trajectory import Sampling, sample_images
+    from slimdiff.denoising.trajectory import sample_images
     from slimdiff.errors import InputError
+    from slimdiff.settings import Sampling
     from slimdiff.storage import manifest
 
     out = Path(args.out)

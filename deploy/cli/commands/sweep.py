@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli.flags import POINTS, add_calibration
-from exporters.runtimes import TABLE_RUNTIMES
+from exporters.settings import TABLE_RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff sweep demo --out demo-sweep
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import plan_settings, settings
     from deploy.cli.outputs import check_folder
     from deploy.recipe.prompts import default_source
-    from exporters.latency.paired import LatencySettings
-    from exporters.latency.table import TableSettings
+    from exporters.settings import LatencySettings, TableSettings
     from slimdiff import CalibrationSettings, Sampling
     from slimdiff.errors import InputError
     from slimdiff.storage.manifest import LOCK

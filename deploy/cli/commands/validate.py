@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from exporters.runtimes import RUNTIMES
+from exporters.settings import RUNTIMES
 
 EXAMPLE = """examples:
   slimdiff validate slim slim-onnx
@@ -45,8 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, log, result
-    from slimdiff.denoising.trajectory import Sampling, record_calls
+    from slimdiff.denoising.trajectory import record_calls
     from slimdiff.errors import InputError, require
+    from slimdiff.settings import Sampling
 
     if args.calls < 1:
         raise InputError(f"--calls must be at least 1, got {args.calls}")

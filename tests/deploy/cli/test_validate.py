@@ -23,8 +23,9 @@ def validate(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def graphs(workspace, pipeline, tmp_path_factory) -> dict[str, Path]:
-    from exporters.graphs.export import ExportSettings, export_unet
+    from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
+    from exporters.settings import ExportSettings
 
     folder = tmp_path_factory.mktemp("graphs")
     call = example_call(pipeline)

@@ -18,15 +18,15 @@ import deploy
 from deploy.cli.app import main
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
-from exporters.engine import EngineSettings
 from exporters.engine.check import runs_on
 from exporters.engine.key import key_of
 from exporters.engine.shapes import engine_shapes, inputs_of
-from exporters.graphs.export import ExportSettings, export_unet
+from exporters.graphs.export import export_unet
 from exporters.graphs.naming import read_graph
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.runtimes.ort_session import inference_session
 from exporters.runtimes.pipeline import load_pipeline
+from exporters.settings import EngineSettings, ExportSettings
 from exporters.validation.parity import image_psnr
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest

@@ -23,11 +23,13 @@ import pytest
 from PIL import Image
 
 from deploy.triton import TritonSettings, write_repository
-from exporters.graphs.export import ExportSettings, export_unet
+from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call
 from exporters.runtimes.pipeline import load_pipeline
+from exporters.settings import ExportSettings
 from exporters.validation.parity import image_psnr
-from slimdiff.denoising.trajectory import Sampling, sample_images
+from slimdiff.denoising.trajectory import sample_images
+from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
 PACKAGES = Path(os.environ.get("TRITON_PACKAGES", ""))

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 
-from exporters.engine import EngineSettings, Gpu, ShapeRange, check_engine, choose_profile
+from exporters.engine import Gpu, check_engine, choose_profile
 from exporters.engine.check import runs_on
 from exporters.engine.key import key_of
 from exporters.engine.shapes import engine_shapes
+from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest
 

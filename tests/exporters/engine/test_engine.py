@@ -8,23 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporters.engine import (
-    EngineSettings,
-    ShapeRange,
-    available_backend,
-    backends,
-    build,
-    build_engine,
-    choose_profile,
-    request_engine,
-)
+from exporters.engine import available_backend, backends, build, build_engine, choose_profile, request_engine
 from exporters.engine.check import read_engine
 from exporters.engine.errors import explain, explain_open
 from exporters.engine.gpu import Gpu
 from exporters.engine.layers import dims_by_node
 from exporters.engine.memory import available_memory, build_memory, demand_memory
 from exporters.engine.sites import compare_layers
-from exporters.graphs.export import ExportSettings, export_unet
+from exporters.graphs.export import export_unet
+from exporters.settings import EngineSettings, ExportSettings, ShapeRange
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 RTX = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])

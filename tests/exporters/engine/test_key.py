@@ -9,10 +9,11 @@ import shutil
 import onnx
 import pytest
 
-from exporters.engine import EngineSettings, Gpu, ShapeRange, request_engine
+from exporters.engine import Gpu, request_engine
 from exporters.engine.check import read_engine
 from exporters.engine.key import differences, key_of
 from exporters.engine.refit import check_weights, needs_weights
+from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 
 RTX = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])

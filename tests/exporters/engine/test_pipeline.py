@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from exporters.engine import EngineSettings, ShapeRange, choose_profile
+from exporters.engine import choose_profile
 from exporters.engine.pipeline import component_shapes, request_pipeline
 from exporters.engine.shapes import engine_shapes
 from exporters.layout import GRAPHS
+from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 
 pytest.importorskip("onnx", reason="engines are built from ONNX")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.engine import EngineSettings, ShapeRange
 from exporters.engine.shapes import engine_shapes, inputs_of
 from exporters.engine.worker import network_shape
 from exporters.graphs.naming import read_graph
+from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 
 OPEN = {

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from exporters.graphs.export import ExportSettings, export_unet
+from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.runtimes.pipeline import load_pipeline as runtime_pipeline
 from exporters.runtimes.unet import UNet
-from slimdiff.denoising.trajectory import Sampling, record_calls
+from exporters.settings import ExportSettings
+from slimdiff.denoising.trajectory import record_calls
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import find_sites
 from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.settings import Sampling
 from slimdiff.slimming.skeleton import skeleton
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")

@@ -13,9 +13,10 @@ onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx"
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 
-from exporters.graphs.export import ExportSettings, export_unet  # noqa: E402
+from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.precision import fp32_islands, paths_to_keep  # noqa: E402
 from exporters.runtimes.unet import UNet  # noqa: E402
+from exporters.settings import ExportSettings  # noqa: E402
 from exporters.validation.divergence import graph_inputs, own_errors  # noqa: E402
 from exporters.validation.fragments import OnnxFragments  # noqa: E402
 from exporters.validation.overflow import explain_overflow, first_not_finite  # noqa: E402

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from exporters.latency.decision import ERROR, LOOKS, interval, looks
-from exporters.latency.measure import BenchSettings, hints, sample, summary
+from exporters.latency.measure import hints, sample, summary
 from exporters.latency.pair import PairTimes, SideTimes
 from exporters.latency.paired import Gate
+from exporters.settings import BenchSettings
 
 GATE = Gate.parse("latency<=1.05")
 FOREVER = BenchSettings(max_seconds=1e9)

@@ -13,8 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from exporters.latency.pair import Job, PairSettings, Worker, idle_cores, measure_pair
+from exporters.latency.pair import Job, Worker, idle_cores, measure_pair
 from exporters.latency.worker import noise, timed, warm
+from exporters.settings import PairSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")

@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from exporters.latency.paired import Gate, LatencySettings, paired_latency
+from exporters.latency.paired import Gate, paired_latency
 from exporters.machine import machine_name
+from exporters.settings import LatencySettings
 from slimdiff.errors import InputError
 
 QUICK = LatencySettings(rounds=16, warmup=1)

@@ -9,7 +9,8 @@ import pytest
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from exporters.latency import table as latency_table
-from exporters.latency.table import TableSettings, _monotone, measure_latency
+from exporters.latency.table import _monotone, measure_latency
+from exporters.settings import TableSettings
 from slimdiff import PlanSettings
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.errors import MissingPackageError

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from exporters.engine import gpu_here
-from exporters.runtimes import GRAPH_RUNTIMES
 from exporters.runtimes.opening import check_weights, open_session
 from exporters.runtimes.session import answer
 from exporters.runtimes.unet import UNet
+from exporters.settings import GRAPH_RUNTIMES
 from slimdiff.errors import InputError, MissingPackageError
 
 HERE = ["onnxruntime", "openvino-fp32"]
@@ -146,7 +146,8 @@ def built(exported, tmp_path_factory):
     for module in ("tensorrt_rtx", "polygraphy"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: engines need the extra tensorrt-rtx")
-    from exporters.engine import EngineSettings, build_engine
+    from exporters.engine import build_engine
+    from exporters.settings import EngineSettings
 
     folder = tmp_path_factory.mktemp("engine")
     build_engine(exported["dense-fp16"], folder, EngineSettings(backend="tensorrt-rtx", targets=["sm89"]))

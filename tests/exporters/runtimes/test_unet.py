@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from exporters.runtimes.unet import UNet
-from slimdiff.denoising.trajectory import Call, Sampling, denoiser_name, predict, record_calls
+from slimdiff.denoising.trajectory import Call, denoiser_name, predict, record_calls
 from slimdiff.errors import InputError
+from slimdiff.settings import Sampling
 
 HERE = ["onnxruntime", "openvino-fp32"]
 

@@ -16,11 +16,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Statistics, calibrate, slim_denoiser
 from slimdiff.calibration import calibrate as calibration_module
-from slimdiff.calibration.calibrate import StatisticsSettings, calibrate_on_calls, moment_bytes, turns
+from slimdiff.calibration.calibrate import calibrate_on_calls, moment_bytes, turns
 from slimdiff.compression import fitting_calls, measure
 from slimdiff.denoising.trajectory import predict, record_calls
-from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.groups.sites import find_sites
 from slimdiff.planning.planner import Planner
+from slimdiff.settings import GROUPS, StatisticsSettings
 from slimdiff.statistics import STRIP, triangle_size
 
 SPREAD = CalibrationSettings(samples=4, sampling=SAMPLING, tokens_per_dimension=2)

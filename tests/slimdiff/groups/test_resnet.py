@@ -15,10 +15,11 @@ from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.compression import fitting_calls
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.resnet import ResnetSettings, channel_order, exchanged_resnet, refit
-from slimdiff.groups.sites import GROUPS, find_sites
+from slimdiff.groups.resnet import channel_order, exchanged_resnet, refit
+from slimdiff.groups.sites import find_sites
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
+from slimdiff.settings import GROUPS, ResnetSettings
 from slimdiff.slimming.slim import factorise
 
 ALL = (*GROUPS, "resnet")

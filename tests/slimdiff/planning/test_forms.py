@@ -9,12 +9,12 @@ import torch
 from conftest import PROMPTS, SAMPLING
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
-from slimdiff.algebra.closed_forms import PAPERS, Forms
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups.sites import find_sites
 from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
+from slimdiff.settings import PAPERS, Forms
 from slimdiff.slimming import compensation
 from slimdiff.slimming.slim import slim_weights
 

@@ -1,0 +1,171 @@
+"""Every knob of exports, engines and measurements on one page. Imports neither torch nor a runtime."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+LEAST_ROUNDS = 3
+"""Blocks of each side of a process pair, at least: a trimmed mean needs them."""
+
+GraphRuntime = Literal[
+    "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "openvino-fp32", "openvino-bf16"
+]
+"""What runs an ONNX graph. `onnxruntime` is its CPU provider; `openvino` computes in the precision that it takes for
+the fastest on this CPU (bf16 where the CPU has that), the other two in the one that they name."""
+EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
+"""What runs an engine."""
+TableRuntime = Literal["torch", GraphRuntime]
+"""Where a latency table can be measured: torch, and whatever takes a graph."""
+
+GRAPH_RUNTIMES: tuple[GraphRuntime, ...] = get_args(GraphRuntime)
+ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = get_args(EngineRuntime)
+TABLE_RUNTIMES: tuple[TableRuntime, ...] = get_args(TableRuntime)
+RUNTIMES = (*TABLE_RUNTIMES, *ENGINE_RUNTIMES)
+
+
+class ExportSettings(BaseModel):
+    """How a module becomes a graph."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
+    opset: int = Field(default=22, ge=21, le=22)
+    """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
+    keep_fp32: list[str] = Field(default_factory=list)
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
+    dynamic_batch: bool = False
+    """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
+    dynamic_size: bool = False
+    """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
+
+
+def _shape(value: Any) -> Any:
+    """`2x4x64x64`, as trtexec and Polygraphy write shapes."""
+    return [int(n) if n.isdigit() else n for n in value.split("x")] if isinstance(value, str) else value
+
+
+Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_shape)]
+
+
+class ShapeRange(BaseModel):
+    """One optimisation profile: the shapes that an engine takes, and those that it is fastest at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    min: dict[str, Shape]
+    """Smallest shape, by input. Inputs whose open dims are named alike in the graph (`batch`) follow."""
+    opt: dict[str, Shape]
+    """The shape that kernels are chosen for."""
+    max: dict[str, Shape]
+    """Largest shape."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ShapeRange:
+        if not self.min.keys() == self.opt.keys() == self.max.keys():
+            raise ValueError("min, opt and max of a profile name the same inputs")
+        for name, low in self.min.items():
+            best, high = self.opt[name], self.max[name]
+            if not len(low) == len(best) == len(high) or any(
+                not a <= b <= c for a, b, c in zip(low, best, high, strict=True)
+            ):
+                raise ValueError(f"a profile goes up from min over opt to max, and {name}'s does not")
+        return self
+
+
+class EngineSettings(BaseModel):
+    """What an engine is built with, and for which GPUs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    """`auto` takes what is installed; TensorRT-RTX where there is no GPU, as TensorRT builds on none but its own."""
+    targets: list[str] = []
+    """Compute capabilities to build for (`sm89`, `sm120`), TensorRT-RTX only; none: the GPU that is here."""
+    batch: int | None = Field(default=None, ge=1)
+    """Batch of the engine, for graphs that leave it open; with guidance, twice the images."""
+    shapes: dict[str, Shape] = {}
+    """Fixed shapes by input (`sample: 2x4x64x64`), for graphs that leave more open; inputs whose open dims are named
+    alike in the graph follow."""
+    profiles: list[ShapeRange] = []
+    """Ranges of shapes in place of fixed ones. A static engine is faster: build one per shape if there are few."""
+    workspace_gib: float | None = Field(default=None, gt=0)
+    """Most memory that a layer may use while it runs, GiB; TensorRT's own default if not given."""
+    tf32: bool = False
+    """Whether fp32 products may round their factors to TF32's 10 bits; then fp32 parity bounds do not hold."""
+    strip_weights: bool = False
+    """Leave the weights out of the engine and fill them in from the ONNX graph whenever it is opened; needs a GPU."""
+    check_memory: bool = True
+    """Refuse a build that is estimated to need more memory than there is."""
+
+    @field_validator("targets")
+    @classmethod
+    def _names(cls, targets: list[str]) -> list[str]:
+        for target in targets:
+            if not re.fullmatch(r"sm\d{2,3}", target):
+                raise ValueError(f"a target is named like sm89, not {target!r}")
+        return targets
+
+    @field_validator("shapes", "profiles")
+    @classmethod
+    def _one_way(cls, value: Any, info: ValidationInfo) -> Any:
+        others = [name for name in ("batch", "shapes") if name != info.field_name and info.data.get(name)]
+        if value and others:
+            raise ValueError(f"shapes are said in one way, and {' and '.join(others)} is given too")
+        return value
+
+
+class LatencySettings(BaseModel):
+    """How much is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rounds: int = Field(default=30, ge=6)
+    """Pairs of runs. Below 6 a 95 % interval of a median does not exist."""
+    warmup: int = Field(default=3, ge=0)
+    """Runs of each side that are not counted: the first ones allocate and compile."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+class PairSettings(BaseModel):
+    """How a pair of processes is timed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int = Field(default=1, ge=0)
+    """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
+    the least disturbed."""
+    batch: int = Field(default=2, ge=1)
+    """Samples in a call, where the artifact does not fix it."""
+    warmup: int = Field(default=3, ge=1)
+    """Runs, at least, before a process counts as warm."""
+    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
+    """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
+
+
+class BenchSettings(PairSettings):
+    """How a pair of processes is timed, and for how long pairs are added."""
+
+    processes: int | None = Field(default=None, ge=2)
+    """Process pairs; by default as many as a verdict takes, 6 to 28, and 6 without a gate."""
+    max_seconds: float = Field(default=140, gt=0)
+    """No pair is begun that would end later; two are always measured."""
+
+
+class TableSettings(BaseModel):
+    """How the table is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    runtime: TableRuntime = "onnxruntime"
+    """Where latency counts."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of the runtime; its own choice if not given."""
+    ranks: int = Field(6, ge=2)
+    """Ranks measured per layer, spread evenly from the smallest to the dense one; between them, lines."""
+    rounds: int = Field(40, ge=3)
+    """Runs of every layer and of the whole models; the median counts."""
