@@ -443,7 +443,7 @@ def test_compress_killed_while_it_writes(forks, workshop, undisturbed, tmp_path)
 
 WORKER = """
 import sys, time
-from exporters.gate.pair import Job, Worker
+from exporters.latency.pair import Job, Worker
 with Worker(Job("x", {path!r}, "onnx", "onnxruntime")) as worker:
     worker.ask("prepare", path={path!r}, kind="onnx", runtime="onnxruntime", batch=2, threads=1)
     worker.send("open", cores=None, warmup=10**9)
