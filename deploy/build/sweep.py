@@ -27,7 +27,6 @@ from deploy.build.sensitivity import deciding, measured, write_sensitivity
 from deploy.build.stages import Stage, run_stages
 from deploy.build.workshop import denoiser_of, model_hash, public_name, source_hash
 from deploy.cli.console import log
-from deploy.cli.lock import locked
 from deploy.recipe.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe.recipe import point_budget
 from exporters.graphs.pipeline import example_call
@@ -44,6 +43,7 @@ from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.planner import Planner, check_budgets
 from slimdiff.planning.search import Judge
 from slimdiff.storage import manifest
+from slimdiff.storage.lock import locked
 
 JSON, PAGE = "sweep.json", "sweep.html"
 _UNSEEN_CAPTIONS = 1  # the seed of the embedded model's captions that its images are compared on
