@@ -39,6 +39,7 @@ from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, w
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
+from slimdiff.groups import is_fitted
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.planner import Planner, check_budgets
 from slimdiff.planning.search import Judge
@@ -101,7 +102,7 @@ class Sweep:
         calls, fitted_on = [], []
         if not statistics.sensitivities:
             calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
-        if self.planning.fits():
+        if is_fitted(self.planning):
             fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
         latency = None
         if self.by == "speedup":
