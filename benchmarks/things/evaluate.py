@@ -49,7 +49,9 @@ def sample(
 def noise_for(count: int, first: int) -> Tensor:
     """Noise of pictures `first` to `first + count`, each of its own seed, the same on every machine."""
     shape = (4, models.UNET["sample_size"], models.UNET["sample_size"])
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1_000_000 + first + i)) for i in range(count)]
+    rows = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1_000_000 + first + i)) for i in range(count)
+    ]
     return torch.stack(rows)
 
 

@@ -27,7 +27,15 @@ class Judge(nn.Module):
         # Channels of each layer; a layer before 0 is halved.
         layers: list[nn.Module] = []
         before = 3
-        for channels, halve in ((48, False), (48, True), (96, False), (96, True), (192, False), (192, True), (192, False)):
+        for channels, halve in (
+            (48, False),
+            (48, True),
+            (96, False),
+            (96, True),
+            (192, False),
+            (192, True),
+            (192, False),
+        ):
             layers += [nn.Conv2d(before, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] * halve
             before = channels

@@ -186,9 +186,7 @@ def standardise_latents(vae: AutoencoderKL, latents: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def save_pipeline(
-    folder: Path, unet: nn.Module, vae: nn.Module, encoder: nn.Module, tokenizer: CLIPTokenizer
-) -> None:
+def save_pipeline(folder: Path, unet: nn.Module, vae: nn.Module, encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
     """Write a StableDiffusionPipeline of fp16 weights; the folder changes in one step."""
 
     def half(module: nn.Module) -> nn.Module:

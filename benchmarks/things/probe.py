@@ -83,7 +83,11 @@ def report(trainer: Trainer, *, compiled: bool, seconds: float = 2.0) -> None:
     scenes = trainer.scenes(many)
     say(stage="render", samples_per_s=_speed(trainer, lambda: trainer.painter(scenes), many, seconds / 2))
     say(stage="encode", samples_per_s=_speed(trainer, lambda: trainer.encode(scenes), many, seconds / 2))
-    for name, modules in (("text", (trainer.encoder, trainer.reader)), ("vae", (trainer.vae,)), ("judge", (trainer.judge,))):
+    for name, modules in (
+        ("text", (trainer.encoder, trainer.reader)),
+        ("vae", (trainer.vae,)),
+        ("judge", (trainer.judge,)),
+    ):
         work = training(getattr(trainer, f"{name}_loss"), *modules)
         batch = trainer.batches[name]
         say(stage=name, batch=batch, samples_per_s=_speed(trainer, work, batch, seconds))

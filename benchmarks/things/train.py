@@ -226,7 +226,9 @@ def stage_judge(trainer: Trainer) -> None:
 
     def again(scenes: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():
-            return trainer.vae.decode(trainer.vae.encode(trainer.painter(scenes)).latent_dist.mode()).sample.clamp(-1, 1)
+            return trainer.vae.decode(trainer.vae.encode(trainer.painter(scenes)).latent_dist.mode()).sample.clamp(
+                -1, 1
+            )
 
     count = {"count": 1024 if trainer.device.type == "cuda" else 192, "batch": 64, "names": trainer.names}
     rendered = evaluate.measure(lambda scenes, noise: trainer.painter(scenes), trainer.judge, **count)
@@ -303,11 +305,13 @@ def main() -> int:
     sprites = load(arguments.sprites)
     run = Run(arguments.work, arguments.minutes, arguments.samples, arguments.device)
     trainer = Trainer(run, sprites, names=arguments.names, batch=arguments.batch)
+    if arguments.tiny:
+        trainer.batches = {"text": 32, "vae": 4, "judge": 8, "unet": arguments.batch or 4}
     if arguments.probe:
         probe.report(trainer, compiled=arguments.compile)
         return 0
     restore(trainer)
-    sizes = {"bank": 512, "count": 16} if arguments.tiny else {"bank": 4096, "count": 192}
+    sizes = {"bank": 128, "count": 16} if arguments.tiny else {"bank": 4096, "count": 192}
     if cuda and not arguments.tiny:
         sizes = {"bank": 131_072, "count": 2048}
     stages = {
