@@ -48,9 +48,9 @@ def locked(folder: Path, work: str = "build", out: Path | None = None, *, stays:
         try:
             yield
         finally:
-            if stays:
+            if stays and file.is_file():  # the work may have removed its folder
                 file.write_text("", encoding="utf-8")
-            else:  # a process that waits for it sees that it is gone, and makes another
+            elif not stays:  # a process that waits for it sees that it is gone, and makes another
                 file.unlink(missing_ok=True)
     finally:
         lock.release()

@@ -298,7 +298,8 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from conftest import PROMPTS, SAMPLING, tiny_pipeline
-from slimdiff import CalibrationSettings, PlanSettings, calibrate, distributed
+from slimdiff import CalibrationSettings, PlanSettings, calibrate
+from slimdiff.calibration import distributed
 from slimdiff.compression import measure
 pipeline = tiny_pipeline()
 ran = []
