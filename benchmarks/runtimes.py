@@ -4,8 +4,8 @@
 table. Each runtime and batch is a process of its own, and its table of latencies another before it, so that memory is
 given back in between. What is measured is kept in `--out`, and not measured again: run it in parts, or after a crash.
 
-Dense and slim run in turn, in pairs. "Predicted" is what the runtime's own table of layers (`exporters/latency_table`)
-says of the same ranks; torch in bf16 and torch compiled have no table, and are cut by eager float32's. Weights are
+Dense and slim run in turn, in pairs. "Predicted" is what the runtime's own table of layers (`exporters/latency`) says
+of the same ranks; torch in bf16 and torch compiled have no table, and are cut by eager float32's. Weights are
 random and slim models are cut without calibration: that costs the same.
 """
 

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.things import judge as judges
 from benchmarks.things import models, world
@@ -24,9 +25,7 @@ SEED = 7  # of the scenes, and of the noise
 
 
 @torch.no_grad()
-def sample(
-    unet: nn.Module, vae: nn.Module, states: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float
-) -> Tensor:
+def sample(unet: Any, vae: Any, states: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
     """Pictures by DDIM, as StableDiffusionPipeline makes them.
 
     Args:
@@ -48,11 +47,9 @@ def sample(
 
 def noise_for(count: int, first: int) -> Tensor:
     """Noise of pictures `first` to `first + count`, each of its own seed, the same on every machine."""
-    shape = (4, models.UNET["sample_size"], models.UNET["sample_size"])
-    rows = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1_000_000 + first + i)) for i in range(count)
-    ]
-    return torch.stack(rows)
+    side = world.IMAGE_SIZE // 4
+    seeds = range(SEED + 1_000_000 + first, SEED + 1_000_000 + first + count)
+    return torch.stack([torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def measure(
@@ -62,7 +59,8 @@ def measure(
     """Accuracy over `count` held-out scenes, or as many as the time allows; `draw` takes scenes and noise."""
     device = next(judge.parameters()).device
     scenes = world.sample_scenes(count, SEED, held=True, names=names)
-    began, hits, done = time.time(), [], 0
+    hits: list[dict[str, Tensor]] = []
+    began, done = time.time(), 0
     while done < count and (not hits or time.time() - began < seconds):
         some = scenes[done : done + batch].to(device)
         hits.append(judges.attribute_hits(judge, draw(some, noise_for(len(some), done).to(device)), some))

@@ -6,9 +6,11 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -189,7 +191,7 @@ def standardise_latents(vae: AutoencoderKL, latents: Tensor) -> None:
 def save_pipeline(folder: Path, unet: nn.Module, vae: nn.Module, encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
     """Write a StableDiffusionPipeline of fp16 weights; the folder changes in one step."""
 
-    def half(module: nn.Module) -> nn.Module:
+    def half(module: Any) -> Any:
         return copy.deepcopy(module).to("cpu", torch.float16, memory_format=torch.contiguous_format).eval()
 
     pipeline = StableDiffusionPipeline(
@@ -207,6 +209,10 @@ def save_pipeline(folder: Path, unet: nn.Module, vae: nn.Module, encoder: nn.Mod
     pipeline.save_pretrained(partial, max_shard_size=SHARD)
     for name in ("vocab.json", "merges.txt"):  # newer tokenizers write one file of their own instead
         shutil.copy(tokenizer_folder(folder) / name, partial / "tokenizer" / name)
+    # transformers 5 leaves the prefix out, and 4 then takes random weights in their place; both read the names with it.
+    file = partial / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -103,7 +103,9 @@ def optimise(
     `loss_of(step)` computes one batch's loss; `rates` holds each module's peak learning rate.
     """
     cuda = run.device.type == "cuda"
-    groups = [{"params": list(m.parameters()), "peak": rates[name], "lr": 0.0} for name, m in modules.items()]
+    groups: list[dict[str, Any]] = [
+        {"params": list(m.parameters()), "peak": rates[name], "lr": 0.0} for name, m in modules.items()
+    ]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=decay, fused=cuda)
     parameters = [p for group in groups for p in group["params"]]
     checkpoint, step = run.work / f"{stage}.checkpoint", 0
@@ -116,7 +118,7 @@ def optimise(
         return int(state["step"])
 
     def keep() -> None:
-        state = {name: module.state_dict() for name, module in modules.items()}
+        state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
         state |= {"optimiser": optimiser.state_dict(), "step": step}
         write_atomically(checkpoint, lambda p: torch.save(state, p))
         run.save()

@@ -110,7 +110,7 @@ def reader(archive: tarfile.TarFile) -> Callable[[str], bytes]:
         try:
             return archive.extractfile(members[f"package/{name}"]).read()  # type: ignore[union-attr]
         except (KeyError, AttributeError):
-            raise DataError(f"{archive.name} holds no {name}") from None
+            raise DataError(f"{archive.name!s} holds no {name}") from None
 
     return read
 

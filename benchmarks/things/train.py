@@ -52,7 +52,7 @@ class Trainer:
         self.pool, self.used = torch.empty(0, world.COLUMNS, dtype=torch.long), 0
         self.bank: tuple[Tensor, Tensor] | None = None
 
-    def _place(self, *modules: nn.Module) -> list[Any]:
+    def _place(self, *modules: Any) -> list[Any]:
         return [m.to(self.device, memory_format=self.format) for m in modules]
 
     def autocast(self) -> torch.autocast:
@@ -161,8 +161,8 @@ class Trainer:
         noise = noise.contiguous(memory_format=self.format)
         with self.autocast():
             states = self.encoder(torch.cat([self.table(scenes), self.table.empty]))[0]
-            guided = {"steps": steps, "guidance": evaluate.GUIDANCE}
-            return evaluate.sample(self.unet, self.vae, states[:-1], states[-1:], noise, **guided)
+            told, empty = states[:-1], states[-1:]
+            return evaluate.sample(self.unet, self.vae, told, empty, noise, steps=steps, guidance=evaluate.GUIDANCE)
 
     def publish(self, count: int, steps: int) -> dict[str, Any]:
         """Write the pipeline, a grid of held-out scenes and the archives as things stand; the grid's accuracy."""

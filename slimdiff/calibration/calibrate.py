@@ -114,7 +114,9 @@ def calibrate_on_calls(
     """
     settings = settings or StatisticsSettings()
     if not calls:
-        raise InputError("there is no call to calibrate with: record at least one (slimdiff.trajectory.record_calls)")
+        raise InputError(
+            "there is no call to calibrate with: record at least one (slimdiff.denoising.trajectory.record_calls)"
+        )
 
     def run(numbers: Sequence[int]) -> None:
         for number in numbers:

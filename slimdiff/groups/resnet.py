@@ -141,7 +141,7 @@ def refit(
     settings = settings or ResnetSettings()
     if not calls:
         raise InputError(
-            "slim resnets are fitted on recorded denoiser calls: give some (slimdiff.trajectory.record_calls)"
+            "slim resnets are fitted on recorded denoiser calls: give some (slimdiff.denoising.trajectory.record_calls)"
         )
     modules = dict(denoiser.named_modules())
     fits = [_Fit(site, modules[site.path], channels.sort().values) for site, channels in kept.items()]

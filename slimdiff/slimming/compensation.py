@@ -55,7 +55,9 @@ def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[C
     if how == "none" or not cut:
         return []
     if not calls:
-        raise InputError("errors are compensated on recorded denoiser calls: give some (slimdiff.trajectory)")
+        raise InputError(
+            "errors are compensated on recorded denoiser calls: give some (slimdiff.denoising.trajectory.record_calls)"
+        )
     projections = {path: _output_projection(denoiser, path) for path in sorted(cut)}
     if how == "projections":
         found = dict.fromkeys(projection for projection in projections.values() if projection is not None)
