@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -54,7 +55,6 @@ def compress(
     planning: PlanSettings | None = None,
     statistics: Statistics | None = None,
     release_dense: bool = False,
-    progress: bool = True,
 ) -> Compression:
     """Slim a pipeline's denoiser without a gradient step.
 
@@ -88,7 +88,7 @@ def compress(
     clock.append(time.perf_counter())
     slim = work.slim(plan, release_dense=release_dense)
     clock.append(time.perf_counter())
-    seconds = dict(zip(("calibrate", "plan", "slim"), (b - a for a, b in zip(clock, clock[1:])), strict=True))
+    seconds = dict(zip(("calibrate", "plan", "slim"), (b - a for a, b in pairwise(clock)), strict=True))
     return Compression(work.pipeline_with(slim), plan.recount(), statistics, seconds)
 
 

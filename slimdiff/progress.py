@@ -11,7 +11,10 @@ _hidden: dict[str, bool] = {}
 
 
 def show_progress(shown: bool) -> None:
-    """Show progress bars, or none in this process. tqdm's own switch, `TQDM_DISABLE=1` in the environment, works too."""
+    """Show progress bars in this process, or none.
+
+    tqdm's own switch, `TQDM_DISABLE=1` in the environment, works too.
+    """
     _hidden.clear()
     if not shown:
         _hidden["disable"] = True

@@ -149,10 +149,6 @@ class PlanSettings(BaseModel):
     fitting_calls: int = Field(64, ge=1)
     """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
 
-    def fits(self) -> bool:
-        """Whether slim models are fitted on recorded calls."""
-        return "resnet" in self.groups or self.forms.compensate != "none"
-
 
 @dataclass(frozen=True)
 class BudgetKind:

@@ -39,9 +39,7 @@ class Calls:
         self.planning = planning or PlanSettings()
 
     @classmethod
-    def of(
-        cls, sensitivity: Sequence[Call] = (), *, fitting: Sequence[Call] = (), held: Sequence[Call] = ()
-    ) -> Calls:
+    def of(cls, sensitivity: Sequence[Call] = (), *, fitting: Sequence[Call] = (), held: Sequence[Call] = ()) -> Calls:
         """Calls that are there already, for a denoiser without a pipeline; an empty list is missing."""
         calls = cls(None)
         ready = {"sensitivity": sensitivity, "fitting": fitting, "held": held}

@@ -63,7 +63,6 @@ def make_plan(
     calls: Calls | Sequence[Call] = (),
     latency: CostTable | None = None,
     factors: Factors | None = None,
-    progress: str | None = "plan",
 ) -> Plan:
     """Choose ranks so that the budget is met with the least predicted error.
 
