@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -18,10 +18,13 @@ from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
+from slimdiff.groups.sites import find_sites
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
+from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
-from slimdiff.planning.planner import Planner, check_budgets
+from slimdiff.planning.knapsack import find_layers
+from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
@@ -140,18 +143,29 @@ class Compressor:
 
     def check(
         self,
-        budgets: Iterable[Budget],
+        budgets: Sequence[Budget],
         *,
         call: Callable[[], Call | None] = lambda: None,
         latency: CostTable | None = None,
     ) -> None:
-        """Refuse a model that cannot be slimmed and budgets that cannot be met (`check_budgets`): before the long work.
+        """Refuse a model that cannot be slimmed and budgets that no plan can meet, before the long work.
+
+        What cannot be known yet passes: an error; MACs without `call`; a speedup without `latency`; and sites that
+        never run in calibration are taken for ones that do.
+
+        Args:
+            call: gives a denoiser call to count MACs of, if there is a budget of them.
 
         Raises:
             InputError: saying why.
         """
         slim_class_of(self.denoiser)
-        check_budgets(self.denoiser, budgets, self.planning, call=call, latency=latency)
+        if not budgets:
+            return
+        sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)
+        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), call=call, latency=latency)
+        for budget in budgets:
+            PLANNED[budget.kind].check(costs, budget)
 
     def measure(self) -> None:
         """Add to the statistics what planning measures by forward passes: any budget then needs none."""

@@ -174,41 +174,28 @@ class BudgetKind:
         return f"--{(self.key or self.name).replace('_', '-')}"
 
 
+_SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+
+
 def read_amount(value: Any) -> str:
     """A count such as `100M` or a share such as `12%`, as it was written."""
-    _amount(str(value))
+    if not re.fullmatch(r"-?\s*\d+(\.\d+)?\s*[kMGBT%]?", str(value).strip()):
+        raise InputError(f"budget {str(value)!r}: write a count such as 100M or a share such as 25%")
     return str(value)
 
 
 def removed_amount(value: str, total: float, noun: str) -> int:
-    """How many of all `total` a count or a share is.
-
-    Raises:
-        InputError: if it is none of them, or all.
-    """
-    number, unit = _amount(value)
-    removed = round(number * (total / 100 if unit == "%" else _SCALES[unit]))
+    """How many of `total` an amount is; an InputError if none of them, or all."""
+    text = value.strip().removeprefix("-")
+    number = float(text.rstrip("kMGBT% "))
+    removed = round(number * (total / 100 if text.endswith("%") else _SCALES[text.lstrip("0123456789. ")]))
     if not 0 < removed < total:
         raise InputError(f"budget {value!r} is {removed:,} of {total:,.0f} {noun}: it must lie between")
     return removed
 
 
-_SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-
-
-def _amount(text: str) -> tuple[float, str]:
-    match = re.fullmatch(r"-?\s*(\d+(?:\.\d+)?)\s*([kMGBT%]?)", text.strip())
-    if not match:
-        raise InputError(f"budget {text!r}: write a count such as 100M or a share such as 25%")
-    return float(match[1]), match[2]
-
-
 def read_number(value: Any, least: float, what: str) -> float:
-    """A finite number above `least`.
-
-    Raises:
-        InputError: saying `what` it must be.
-    """
+    """A finite number above `least`; an error says `what` it must be."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,8 +1,4 @@
-"""How a kind of budget is planned: the half that needs a model (`slimdiff.settings.BUDGETS` has the other).
-
-A kind is counted in a cost table, of which an amount goes with the least predicted error (`ByTable`), or its plan is
-searched for by measuring models (`BySearch`).
-"""
+"""How a kind of budget is planned: the half that needs a model (`slimdiff.settings.BUDGETS` has the other)."""
 
 from __future__ import annotations
 
@@ -45,9 +41,11 @@ class Costs:
         self.denoiser = denoiser
         self.layers = layers
         self.sites = [site for layer in layers for site in layer.sites]
-        self.known = known or {}
         self.call = call
         self.latency = latency
+        if known and {"", *(layer.path for layer in layers)} <= known.keys():
+            ranks = {layer.path: {0: 0.0, layer.dense_rank: known[layer.path]} for layer in layers}
+            self.macs = CostTable("macs", known[""], ranks)
 
     @cached_property
     def parameters(self) -> CostTable:
@@ -56,16 +54,13 @@ class Costs:
     @cached_property
     def macs(self) -> CostTable | None:
         """Multiply-accumulates, None without a call."""
-        if self.knows_macs:
-            ranks = {layer.path: {0: 0.0, layer.dense_rank: self.known[layer.path]} for layer in self.layers}
-            return CostTable("macs", self.known[""], ranks)
         call = self.call()
         return None if call is None else mac_costs(self.denoiser, self.sites, call)
 
     @property
     def knows_macs(self) -> bool:
         """Whether MACs take no forward pass."""
-        return "macs" in vars(self) or {"", *(layer.path for layer in self.layers)} <= self.known.keys()
+        return "macs" in vars(self)
 
 
 class Cutter(Protocol):
@@ -91,23 +86,27 @@ class Cutter(Protocol):
 
 
 @dataclass(frozen=True)
-class ByTable:
-    """An amount goes out of a cost table.
+class PlannedBy:
+    """How one kind of budget is planned: out of a table goes what it says; or its plan is searched for.
 
     Attributes:
-        table: out of the costs; None where it is not known.
+        table: what it is counted in, out of the costs; None where that is not known.
         missing: what an error then says.
+        search: the plan among a cutter's; whether there is one shows only then.
     """
 
-    table: Callable[[Costs], CostTable | None]
+    table: Callable[[Costs], CostTable | None] = lambda _: None
     missing: str = ""
+    search: Callable[[Cutter, Budget], Plan] | None = None
 
     def plan(self, cutter: Cutter, budget: Budget) -> Plan:
         """The plan within the budget.
 
         Raises:
-            InputError: if the table is missing, or as `removed_within` does.
+            InputError: if there is none, or the table is missing.
         """
+        if self.search is not None:
+            return self.search(cutter, budget)
         table = self.table(cutter.costs)
         if table is None:
             raise InputError(self.missing)
@@ -118,20 +117,6 @@ class ByTable:
         table = self.table(costs)
         if table is not None:
             removed_within(budget, table, costs.layers)
-
-
-@dataclass(frozen=True)
-class BySearch:
-    """A plan is searched for among those of a cutter: whether there is one shows only then."""
-
-    search: Callable[[Cutter, Budget], Plan]
-
-    def plan(self, cutter: Cutter, budget: Budget) -> Plan:
-        """The plan that was found."""
-        return self.search(cutter, budget)
-
-    def check(self, costs: Costs, budget: Budget) -> None:
-        """Nothing is known beforehand."""
 
 
 def most_removable(table: CostTable, layers: Sequence[Layer]) -> float:

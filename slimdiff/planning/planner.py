@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups.sites import Site, find_sites
 from slimdiff.plan import Plan, SitePlan, site_plan
-from slimdiff.planning.budgets import BySearch, ByTable, Costs
+from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
@@ -27,18 +27,20 @@ from slimdiff.statistics import Statistics
 # What allocations measure by forward passes, and therefore need recorded calls for.
 MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
 
-PLANNED: dict[str, ByTable | BySearch] = {
-    "parameters": ByTable(lambda costs: costs.parameters),
-    "macs": ByTable(
+PLANNED: dict[str, PlannedBy] = {
+    "parameters": PlannedBy(lambda costs: costs.parameters),
+    "macs": PlannedBy(
         lambda costs: costs.macs, "a budget of MACs needs a recorded denoiser call: it shows how many tokens there are"
     ),
-    "speedup": ByTable(lambda costs: costs.latency, "a speedup is planned on a measured table of latencies: give one"),
-    "max_error": BySearch(smallest_within),
+    "speedup": PlannedBy(
+        lambda costs: costs.latency, "a speedup is planned on a measured table of latencies: give one"
+    ),
+    "max_error": PlannedBy(search=smallest_within),
 }
 """How each kind of budget is planned, by name."""
 
 
-def register_budget(kind: BudgetKind, planned: ByTable | BySearch) -> None:
+def register_budget(kind: BudgetKind, planned: PlannedBy) -> None:
     """Add a kind of budget: `Budget(<name>=...)` is then read by the one half and planned by the other.
 
     Raises:
@@ -251,31 +253,6 @@ class Planner:
             dense_outputs=self.dense_outputs if fitted else None,
             release_dense=release_dense,
         )
-
-
-def check_budgets(
-    denoiser: nn.Module,
-    budgets: Iterable[Budget],
-    settings: PlanSettings,
-    *,
-    call: Callable[[], Call | None] = lambda: None,
-    latency: CostTable | None = None,
-) -> None:
-    """Refuse a budget that no plan can meet, before the long work: no statistics are asked for.
-
-    What cannot be known yet passes: an error; MACs without `call`; a speedup without `latency`; and sites that never
-    run in calibration are taken for ones that do.
-
-    Args:
-        call: gives a denoiser call to count MACs of, if there is a budget of them.
-
-    Raises:
-        InputError: as `Planner.plan` does.
-    """
-    layers = find_layers(chosen_sites(find_sites(denoiser)[0], settings), settings.align)
-    costs = Costs(denoiser, layers, call=call, latency=latency)
-    for budget in budgets:
-        PLANNED[budget.kind].check(costs, budget)
 
 
 def keeps_measured(settings: PlanSettings) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from conftest import PROMPTS
 
 from slimdiff import Budget, InputError, Plan, PlanSettings, compress
-from slimdiff.planning.budgets import ByTable, Costs
+from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.planner import register_budget, unregister_budget
 from slimdiff.settings import BUDGETS, BudgetKind, read_amount, removed_amount
@@ -25,7 +25,7 @@ def table(costs: Costs) -> CostTable:
 
 @pytest.fixture
 def registered():
-    register_budget(KIND, ByTable(table))
+    register_budget(KIND, PlannedBy(table))
     yield
     unregister_budget("bytes")
 
@@ -43,7 +43,7 @@ def test_a_registered_budget_compresses_and_its_plan_opens_again(
     with pytest.raises(InputError, match="99%.* bytes, but at most .* bytes"):
         compress(pipeline, [], Budget(bytes="99%"), **settings)
     with pytest.raises(InputError, match="there is a budget bytes already"):
-        register_budget(KIND, ByTable(table))
+        register_budget(KIND, PlannedBy(table))
     made.plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == made.plan and made.plan.budget == {"bytes": "-300k"}
 
