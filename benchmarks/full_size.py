@@ -26,8 +26,9 @@ from torch import nn
 
 from exporters.machine import machine_name, peak_memory
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
-from slimdiff.calibration.calibrate import calibrate_on_calls, turns
+from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.calibration.observer import Observer
+from slimdiff.calibration.turns import moment_bytes, split_into_turns
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.costs import count_bytes, count_parameters
@@ -127,7 +128,7 @@ class Clock:
 
 def overhead(denoiser: nn.Module, calls: list[Call], settings: StatisticsSettings, pairs: int) -> dict[str, float]:
     """Plain seconds per call, and the share of processor time that collecting adds, from calls in turn."""
-    groups = turns(find_sites(denoiser)[0], settings)
+    groups = split_into_turns(find_sites(denoiser)[0], settings)
     plain, shares = [], []
     for number, group in enumerate(groups):
         observer = Observer(
@@ -172,14 +173,14 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     weights = count_bytes(denoiser)
     settings = StatisticsSettings()
     sites, _ = find_sites(denoiser)
-    groups = turns(sites, settings)
+    groups = split_into_turns(sites, settings)
     calls = random_calls(model, max(2, len(groups)))
     row: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch."), "parameters": model.parameters}
     row |= {"weights": weights, "sites": len(sites), "latents": model.latents, "batch": model.batch}
     row |= overhead(denoiser, calls, settings, pairs)
-    row["at_a_time"] = max(sum(GROUPS[site.group].moment_bytes(site) for site in group) for group in groups)
-    row["statistics"] = sum(GROUPS[site.group].moment_bytes(site) for site in sites)
-    statistics = calibrate_on_calls(denoiser, calls, settings, progress=f"{name}: statistics")
+    row["at_a_time"] = max(sum(moment_bytes(site) for site in group) for group in groups)
+    row["statistics"] = sum(moment_bytes(site) for site in sites)
+    statistics = calibrate_on_calls(denoiser, calls, settings)
     row["peak_collecting"] = peak_bytes() / weights
     peak_bytes(reset=True)
     statistics.sensitivities = {site.name: 1.0 for site in sites}
@@ -194,7 +195,7 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
         clock.wall -= row["plain"]  # the reference, which all sites share
     budget = Budget(model.budget)
     with clocks.setdefault("knapsack", Clock()):
-        plan = Planner(denoiser, statistics, planning, factors=factors, progress=None).plan(budget)
+        plan = Planner(denoiser, statistics, planning, factors=factors).plan(budget)
     with clocks.setdefault("slim", Clock()):
         slim = slim_denoiser(denoiser, statistics, plan, factors, f"{name}: slim", release_dense=True)
     row |= {step: clock.wall for step, clock in clocks.items()}

@@ -22,11 +22,11 @@ from deploy.build.workshop import source_hash
 from exporters.machine import machine_name
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embedded, make_plan, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate
-from slimdiff.compression import sensitivity_calls
+from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.embedded.card import transformer_parameters
+from slimdiff.fidelity import HeldError
 from slimdiff.loading.pipelines import load_pipeline
-from slimdiff.planning.search import Judge
 from slimdiff.prompts.selection import embed, select
 from slimdiff.settings import Forms
 from slimdiff.storage import manifest
@@ -48,15 +48,17 @@ class Bench:
         held = record_calls(
             self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=4, progress="record"
         )
-        self.judge = Judge(self.unet, held)
+        self.held_error = HeldError(self.unet, held)
         prompts = embedded.captions(PLANNED_ON, 4)
         self.plan = make_plan(
             self.unet,
             self.calibrated(prompts, 0, "plan: calibrate"),
             Budget(round(CUT * transformer_parameters(self.unet))),
             PlanSettings(forms=Forms().local()),  # what is fitted afterwards takes calls, not statistics
-            calls=sensitivity_calls(
-                self.pipeline, prompts, self.sampling.model_copy(update={"batch": 2}), PlanSettings()
+            calls=Calls(
+                self.pipeline,
+                prompts,
+                CalibrationSettings(sampling=self.sampling.model_copy(update={"batch": 2})),
             ),
         )
 
@@ -64,10 +66,10 @@ class Bench:
         """Statistics of prompts whose noise is that of places `first`, `first + 1`, ... of a longer list."""
         sampling = self.sampling.model_copy(update={"seed": self.sampling.seed + first})
         settings = CalibrationSettings(samples=len(prompts), sampling=sampling, tokens_per_dimension=None)
-        return calibrate(self.pipeline, prompts, settings, progress=name)
+        return calibrate(self.pipeline, prompts, settings)
 
     def error(self, statistics: Statistics) -> float:
-        return self.judge.error(slim_denoiser(self.unet, statistics, self.plan, progress=None))
+        return self.held_error.of(slim_denoiser(self.unet, statistics, self.plan, progress=None))
 
     def along(self, order: Sequence[int], counts: Sequence[int], name: str) -> Iterator[tuple[int, float]]:
         """Errors with the first `count` prompts of an order of the pool: statistics are sums, so they only grow."""

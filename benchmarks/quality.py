@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,9 @@ from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings, LatencySettings
 from slimdiff import Budget, CalibrationSettings, PlanSettings, embedded
 from slimdiff.calibration.calibrate import calibrate
-from slimdiff.compression import fitting_calls, sensitivity_calls, with_denoiser
-from slimdiff.denoising.trajectory import Call, predict, record_calls, sample_images
+from slimdiff.compression import with_denoiser
+from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
@@ -137,7 +138,7 @@ class Bench:
         self.unet = self.pipeline.unet
         self.prompts = embedded.captions(CALIBRATION.samples, 1)
         self.statistics = calibrate(self.pipeline, self.prompts, CALIBRATION)
-        self.sensitive = sensitivity_calls(self.pipeline, self.prompts, CALIBRATION.sampling, PlanSettings())
+        self.recorded = Calls(self.pipeline, self.prompts, CALIBRATION)
         self.calls = record_calls(
             self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2, progress="record"
         )
@@ -151,10 +152,6 @@ class Bench:
     def factors(self, forms: Forms) -> Factors:
         return factorise(self.unet, self.statistics, find_sites(self.unet)[0], "factorise", forms)
 
-    @cached_property
-    def fitted_on(self) -> list[Call]:
-        return fitting_calls(self.pipeline, self.prompts, CALIBRATION, PlanSettings())
-
     @cache  # noqa: B019
     def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
         """One planner per way to plan; sensitivities of the usual forms are measured once."""
@@ -163,8 +160,7 @@ class Bench:
             self.unet,
             self.statistics,
             settings,
-            calls=self.sensitive,
-            fitting_calls=self.fitted_on if is_fitted(settings) else (),
+            calls=self.recorded,
             factors=self.factors(forms.local()),
         )
         if allocation == "global":

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimdiff.calibration.calibrate import calibrate
-    from slimdiff.compression import Compression, compress
+    from slimdiff.compression import Compression, Compressor, compress
     from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+    from slimdiff.fidelity import compare
+    from slimdiff.loading.pipelines import load_pipeline
     from slimdiff.plan import Plan
     from slimdiff.planning.planner import make_plan
-    from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
+    from slimdiff.progress import show_progress
+    from slimdiff.settings import PAPERS, Budget, CalibrationSettings, Forms, PlanSettings, Sampling
     from slimdiff.slimming.slim import slim_denoiser
     from slimdiff.statistics import Statistics
 
@@ -19,34 +22,46 @@ __all__ = [
     "Budget",
     "CalibrationSettings",
     "Compression",
+    "Compressor",
+    "Forms",
     "InputError",
     "MissingPackageError",
+    "PAPERS",
     "Plan",
     "PlanSettings",
     "Sampling",
     "SlimdiffError",
     "Statistics",
     "calibrate",
+    "compare",
     "compress",
+    "load_pipeline",
     "make_plan",
+    "show_progress",
     "slim_denoiser",
 ]
 
 _HOMES = {
     "Budget": "settings",
     "CalibrationSettings": "settings",
-    "calibrate": "calibration.calibrate",
     "Compression": "compression",
-    "compress": "compression",
+    "Compressor": "compression",
+    "Forms": "settings",
     "InputError": "errors",
     "MissingPackageError": "errors",
-    "SlimdiffError": "errors",
+    "PAPERS": "settings",
     "Plan": "plan",
     "PlanSettings": "settings",
-    "make_plan": "planning.planner",
-    "slim_denoiser": "slimming.slim",
-    "Statistics": "statistics",
     "Sampling": "settings",
+    "SlimdiffError": "errors",
+    "Statistics": "statistics",
+    "calibrate": "calibration.calibrate",
+    "compare": "fidelity",
+    "compress": "compression",
+    "load_pipeline": "loading.pipelines",
+    "make_plan": "planning.planner",
+    "show_progress": "progress",
+    "slim_denoiser": "slimming.slim",
 }
 
 

@@ -1,25 +1,32 @@
-"""Calibrate, plan, slim: the three steps in one call."""
+"""Calibrate, plan, slim: the only orchestration of the three steps, and all of them in one call."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, record_calls, usable_inputs
+from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
 from slimdiff.errors import InputError
-from slimdiff.groups import GROUPS, find_sites, is_fitted
+from slimdiff.fidelity import HeldError
+from slimdiff.groups.sites import find_sites
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
+from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
-from slimdiff.planning.planner import MEASURED, Planner, check_budgets, chosen_sites, is_measured
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
-from slimdiff.slimming.slim import Factors, factorise, slim_denoiser
+from slimdiff.planning.knapsack import find_layers
+from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
+from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
+from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
 
 
@@ -51,7 +58,6 @@ def compress(
     planning: PlanSettings | None = None,
     statistics: Statistics | None = None,
     release_dense: bool = False,
-    progress: bool = True,
 ) -> Compression:
     """Slim a pipeline's denoiser without a gradient step.
 
@@ -71,149 +77,127 @@ def compress(
     """
     if (budget is None) == (plan is None):
         raise InputError("give either a budget or a plan")
-    calibration, planning = calibration or CalibrationSettings(), planning or PlanSettings()
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    slim_class_of(denoiser)  # refuse before the long work, not after
-    if budget is not None:
-        check_budgets(denoiser, [budget], planning, latency=latency)
-    wanted = chosen_sites(find_sites(denoiser)[0], planning) if plan is None else []
-    started = time.perf_counter()
-    seconds = {}
-
-    def lap(step: str) -> None:
-        nonlocal started
-        seconds[step], started = time.perf_counter() - started, time.perf_counter()
-
-    if statistics is None:
-        statistics = calibrate(pipeline, prompts, calibration, progress="calibrate" if progress else None)
-    lap("calibrate")
-    factors = None
-    recorded: PlanningCalls = {}
+    work = Compressor(pipeline, prompts, calibration, planning)
+    work.check([] if budget is None else [budget], latency=latency)
+    clock = [time.perf_counter()]
+    if statistics is not None:
+        work.statistics = statistics
+    statistics = work.statistics
+    clock.append(time.perf_counter())
     if plan is None:
         assert budget is not None
-        factors = factorise(denoiser, statistics, wanted, "plan: factorise" if progress else None, planning.forms)
-        recorded = planning_calls(pipeline, prompts, budget, calibration, planning, statistics)
-        planner = Planner(
-            denoiser,
-            statistics,
-            planning,
-            **recorded,
-            latency=latency,
-            factors=factors,
-            progress="plan" if progress else None,
-        )
-        plan = planner.plan(budget)
-        planner.remember(statistics)
-    lap("plan")
-    fitted_on = recorded.get("fitting_calls", [])
-    if plan.is_fitted() and not fitted_on:
-        fitted_on = fitting_calls(pipeline, prompts, calibration, planning)
-    slim = slim_denoiser(
-        denoiser,
-        statistics,
-        plan,
-        factors,
-        "slim" if progress else None,
-        fitting_calls=fitted_on,
-        resnet_settings=planning.resnets,
-        release_dense=release_dense,
-    )
-    lap("slim")
-    return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
+        plan = work.plan(budget, latency)
+        work.planner.remember(statistics)
+    clock.append(time.perf_counter())
+    slim = work.slim(plan, release_dense=release_dense)
+    clock.append(time.perf_counter())
+    seconds = dict(zip(("calibrate", "plan", "slim"), (b - a for a, b in pairwise(clock)), strict=True))
+    return Compression(work.pipeline_with(slim), plan.recount(), statistics, seconds)
 
 
-class PlanningCalls(TypedDict, total=False):
-    """Recorded denoiser calls, as `make_plan` takes them."""
+class Compressor:
+    """One pipeline on its way to slim ones: every step is made when first asked for, and once.
 
-    calls: list[Call]
-    held: list[Call]
-    fitting_calls: list[Call]
-
-
-def planning_calls(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[Inputs],
-    budget: Budget,
-    calibration: CalibrationSettings,
-    planning: PlanSettings,
-    statistics: Statistics,
-) -> PlanningCalls:
-    """Record what planning under this budget needs and the statistics do not hold, and no more.
-
-    A plan that has to be fitted needs `fitting_calls` afterwards too.
-    """
-    recorded: PlanningCalls = {}
-    wanted = [s for s in find_sites(getattr(pipeline, denoiser_name(pipeline)))[0] if s.group in planning.groups]
-    covered = [s for s in wanted if GROUPS[s.group].covers(s, statistics)]
-    unmeasured = planning.allocation in MEASURED and not is_measured(statistics, covered, planning)
-    if unmeasured or (budget.kind != "parameters" and not statistics.macs):
-        recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
-    if budget.kind == "max_error":
-        recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
-    if is_fitted(planning) and (budget.kind == "max_error" or unmeasured):
-        recorded["fitting_calls"] = fitting_calls(pipeline, prompts, calibration, planning)
-    return recorded
-
-
-def measure(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[Inputs],
-    calibration: CalibrationSettings,
-    planning: PlanSettings,
-    statistics: Statistics,
-    factors: Factors | None = None,
-    *,
-    progress: str | None = "sensitivity",
-) -> None:
-    """Add to statistics what planning measures by forward passes: any budget then needs none.
+    Any number of budgets share the statistics, the recorded calls, and what was measured by forward passes.
 
     Args:
-        factors: from `factorise` on all sites that may be slimmed, if they are there already.
+        prompts: as `compress` takes them.
+        unfinished: a folder for a calibration that may be interrupted (see `calibrate`).
     """
-    planner = Planner(
-        getattr(pipeline, denoiser_name(pipeline)),
-        statistics,
-        planning,
-        calls=sensitivity_calls(pipeline, prompts, calibration.sampling, planning),
-        fitting_calls=fitting_calls(pipeline, prompts, calibration, planning)
-        if any(GROUPS[g].fitted for g in planning.groups)
-        else [],
-        factors=factors,
-        progress=progress,
-    )
-    planner.remember(statistics)
 
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[Inputs],
+        calibration: CalibrationSettings | None = None,
+        planning: PlanSettings | None = None,
+        *,
+        unfinished: Path | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.calibration = calibration or CalibrationSettings()
+        self.planning = planning or PlanSettings()
+        self.unfinished = unfinished
+        self.calls = Calls(pipeline, prompts, self.calibration, self.planning)
 
-def sensitivity_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling, planning: PlanSettings
-) -> list[Call]:
-    """Denoiser calls spread evenly over one batch of trajectories, as many as the settings say (at most one a step)."""
-    calls = record_calls(pipeline, usable_inputs(prompts)[: sampling.batch], sampling)
-    count = min(planning.sensitivity_calls, len(calls))
-    return [calls[i * len(calls) // count] for i in range(count)]
+    @property
+    def denoiser(self) -> nn.Module:
+        """The dense unet or transformer."""
+        return getattr(self.pipeline, denoiser_name(self.pipeline))
 
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Calibrated now, unless statistics of an earlier calibration were assigned before anything was planned."""
+        return calibrate(self.pipeline, self.prompts, self.calibration, unfinished=self.unfinished)
 
-def fitting_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], calibration: CalibrationSettings, planning: PlanSettings
-) -> list[Call]:
-    """Denoiser calls to fit a slim model on, as many as the settings say, spread over the calibration's images."""
-    chosen, sampling = usable_inputs(prompts)[: calibration.samples], calibration.sampling
-    total = -(-len(chosen) // sampling.batch) * sampling.steps
-    return record_calls(pipeline, chosen, sampling, every=-(-total // planning.fitting_calls), staggered=True)
+    @cached_property
+    def planner(self) -> Planner:
+        """What plans have in common."""
+        return Planner(self.denoiser, self.statistics, self.planning, calls=self.calls)
 
+    @cached_property
+    def held_error(self) -> HeldError:
+        """Measures slim models on calls that calibration has not seen."""
+        return HeldError(self.denoiser, self.calls.held)
 
-def held_calls(
-    pipeline: DiffusionPipeline, prompts: Sequence[Inputs], calibration: CalibrationSettings, planning: PlanSettings
-) -> list[Call]:
-    """Denoiser calls that calibration has not seen: prompts beyond its own if there are any, and noise of its own.
+    def check(
+        self,
+        budgets: Sequence[Budget],
+        *,
+        call: Callable[[], Call | None] = lambda: None,
+        latency: CostTable | None = None,
+    ) -> None:
+        """Refuse a model that cannot be slimmed and budgets that no plan can meet, before the long work.
 
-    As many as sensitivities are measured on, spread evenly over one batch of trajectories.
-    """
-    given = usable_inputs(prompts)
-    fresh = given[calibration.samples :] or given
-    noise = calibration.sampling.model_copy(update={"seed": calibration.sampling.seed + len(given)})
-    return sensitivity_calls(pipeline, fresh, noise, planning)
+        What cannot be known yet passes: an error; MACs without `call`; a speedup without `latency`; and sites that
+        never run in calibration are taken for ones that do.
+
+        Args:
+            call: gives a denoiser call to count MACs of, if there is a budget of them.
+
+        Raises:
+            InputError: saying why.
+        """
+        slim_class_of(self.denoiser)
+        if not budgets:
+            return
+        sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)
+        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), call=call, latency=latency)
+        for budget in budgets:
+            PLANNED[budget.kind].check(costs, budget)
+
+    def measure(self) -> None:
+        """Add to the statistics what planning measures by forward passes: any budget then needs none."""
+        self.planner.remember(self.statistics, macs_too=True)
+
+    def plan(self, budget: Budget, latency: CostTable | None = None) -> Plan:
+        """Ranks within a budget (`make_plan`).
+
+        Args:
+            latency: measured milliseconds by layer and rank; kept for further plans.
+        """
+        if latency is not None:
+            self.planner.costs.latency = latency
+        return self.planner.plan(budget)
+
+    def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
+        """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`)."""
+        planner = vars(self).get("planner")
+        if planner is not None and planner.knows(plan):
+            return planner.slim(plan, release_dense=release_dense)
+        return slim_denoiser(
+            self.denoiser,
+            self.statistics,
+            plan,
+            fitting_calls=self.calls.fitting if plan.is_fitted() else (),
+            resnet_settings=self.planning.resnets,
+            release_dense=release_dense,
+        )
+
+    def pipeline_with(self, denoiser: object) -> DiffusionPipeline:
+        """A pipeline like the dense one with another denoiser (`with_denoiser`)."""
+        return with_denoiser(self.pipeline, denoiser)
 
 
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from slimdiff.denoising.trajectory import Call
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
+from slimdiff.settings import Sampling
 
 
 def noise_error(
@@ -27,7 +30,7 @@ def noise_error(
         `relative_mse` over all calls, and `by_timestep` as `[[t, value], ...]`, falling in t.
     """
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for call in tqdm(calls, desc=progress, disable=progress is None, unit="call"):
+    for call in bar(calls, progress, "call"):
         expected = dense(call).double()
         difference = slim(call).double() - expected
         sums[call.timestep][0] += float(difference.square().sum())
@@ -35,6 +38,73 @@ def noise_error(
     total = [sum(s[0] for s in sums.values()), sum(s[1] for s in sums.values())]
     by_timestep = [[t, sums[t][0] / sums[t][1]] for t in sorted(sums, reverse=True)]
     return {"relative_mse": total[0] / total[1], "by_timestep": by_timestep}
+
+
+class HeldError:
+    """Noise-prediction errors of slim models against one dense model, on calls that calibration never saw."""
+
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.reference: dict[int, Tensor] = {id(call): predict(denoiser, call) for call in calls}
+
+    def of(self, slim: nn.Module) -> float:
+        """Relative mean squared change of the noise prediction over all calls."""
+        error = noise_error(lambda call: self.reference[id(call)], partial(predict, slim), self.calls)
+        return float(error["relative_mse"])
+
+
+def compare(
+    dense: DiffusionPipeline,
+    slim: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    sampling: Sampling | None = None,
+    *,
+    images: int | None = None,
+    trajectories: int = 2,
+    quality: Callable[[list[Any], list[Any]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Fidelity of a slim pipeline against its dense one: noise prediction, and images of the same prompts and noise.
+
+    Args:
+        prompts: that calibration has not seen, or the figures flatter.
+        images: how many of them images are made of; all if not given.
+        trajectories: how many of them the noise error is taken over.
+        quality: measures of both sets of images, dense and slim.
+
+    Returns:
+        `noise_error` (`noise_error`), `images` (`image_fidelity`), `quality` and `sampling`.
+
+    Raises:
+        RuntimeError: if the dense model does not reproduce its own record: the figures would mean nothing.
+    """
+    sampling = sampling or Sampling(steps=25, seed=10_000)
+    noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
+    before = sample_images(dense, prompts[:images], sampling, progress="compare: dense")
+    after = sample_images(slim, prompts[:images], sampling, progress="compare: slim")
+    return {
+        "noise_error": noise,
+        "images": image_fidelity(before, after),
+        "quality": quality(before, after) if quality else {},
+        "sampling": sampling.model_dump(),
+    }
+
+
+def compare_noise(
+    dense: DiffusionPipeline, slim: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling
+) -> dict[str, Any]:
+    """`noise_error` of slim on the dense model's trajectories, which the dense model must reproduce itself.
+
+    Raises:
+        RuntimeError: if it does not.
+    """
+    calls = record_calls(dense, prompts, sampling, progress="compare: trajectories")
+    reference, candidate = (partial(predict, getattr(p, denoiser_name(p))) for p in (dense, slim))
+    itself = noise_error(reference, reference, calls[:1])["relative_mse"]
+    if not itself <= 1e-12:
+        raise RuntimeError(
+            f"the dense model does not reproduce itself (relative error {itself}): its figures mean nothing"
+        )
+    return noise_error(reference, candidate, calls, "compare: noise error")
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:

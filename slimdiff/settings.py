@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from slimdiff.errors import InputError
 
@@ -144,74 +147,133 @@ class PlanSettings(BaseModel):
     """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
 
 
-BudgetKind = Literal["parameters", "macs", "speedup", "max_error"]
-KINDS: tuple[BudgetKind, ...] = ("parameters", "macs", "speedup", "max_error")
-_NOUN = {"parameters": "parameters", "macs": "MACs"}
+@dataclass(frozen=True)
+class BudgetKind:
+    """What a budget may be counted in: the half of it that needs no model. `slimdiff.planning.budgets` has the other.
+
+    Attributes:
+        name: as `Budget` and plans have it.
+        help: one line for its flag on the command line.
+        read: the value in its plain form, text or a number; raises InputError if it is none.
+        removed: how much of a total the value takes out; None if that shows only when models are measured.
+        key: its name in recipes and its flag without dashes, if that is another.
+    """
+
+    name: str
+    help: str
+    read: Callable[[Any], str | float]
+    removed: Callable[[Any, float], int | float] | None = None
+    key: str = ""
+
+    @property
+    def flag(self) -> str:
+        """Its flag on the command line."""
+        return f"--{(self.key or self.name).replace('_', '-')}"
 
 
-class Budget(BaseModel):
-    """How much goes out of the denoiser: exactly one of four.
+_SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+
+
+def read_amount(value: Any) -> str:
+    """A count such as `100M` or a share such as `12%`, as it was written."""
+    if not re.fullmatch(r"-?\s*\d+(\.\d+)?\s*[kMGBT%]?", str(value).strip()):
+        raise InputError(f"budget {str(value)!r}: write a count such as 100M or a share such as 25%")
+    return str(value)
+
+
+def removed_amount(value: str, total: float, noun: str) -> int:
+    """How many of `total` an amount is; an InputError if none of them, or all."""
+    text = value.strip().removeprefix("-")
+    number = float(text.rstrip("kMGBT% "))
+    removed = round(number * (total / 100 if text.endswith("%") else _SCALES[text.lstrip("0123456789. ")]))
+    if not 0 < removed < total:
+        raise InputError(f"budget {value!r} is {removed:,} of {total:,.0f} {noun}: it must lie between")
+    return removed
+
+
+def read_number(value: Any, least: float, what: str) -> float:
+    """A finite number above `least`; an error says `what` it must be."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{what}, not {value!r}") from None
+    if not least < number < math.inf:
+        raise InputError(f"{what}, not {number:g}")
+    return number
+
+
+BUDGETS: dict[str, BudgetKind] = {
+    kind.name: kind
+    for kind in (
+        BudgetKind(
+            "parameters",
+            "what goes out of the denoiser: a count of parameters (100M) or a share of all of them (12%)",
+            read_amount,
+            partial(removed_amount, noun="parameters"),
+            key="reduce",
+        ),
+        BudgetKind(
+            "macs",
+            "what goes out of one call at batch 1: a count of multiply-accumulates (50G) or a share of all (20%)",
+            read_amount,
+            partial(removed_amount, noun="MACs"),
+        ),
+        BudgetKind(
+            "speedup",
+            "dense latency over slim latency, such as 1.35, by a measured table of latencies",
+            partial(read_number, least=1, what="a speedup is dense latency over slim latency, such as 1.35"),
+            lambda value, total: total * (1 - 1 / value),
+        ),
+        BudgetKind(
+            "max_error",
+            "the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
+            partial(read_number, least=0, what="max_error is a relative squared error above 0, such as 1e-4"),
+        ),
+    )
+}
+"""The kinds that there are, by name; `slimdiff.planning.budgets.register_budget` adds one."""
+
+
+class Budget:
+    """How much goes out of the denoiser: a value of exactly one kind of `BUDGETS`.
 
     `parameters` and `macs` are counts (`100M`, `2.5G`, `30k`, `1500000`) or shares of *all* the denoiser's parameters
     or multiply-accumulates (`12%`); a leading minus is allowed, for what is said is what goes. MACs are those of one
     call at batch 1. `speedup` is the dense model's latency over the slim one's, by a measured table of latencies.
     `max_error` bounds the relative mean squared change of the noise prediction: the smallest model below it is sought.
 
+    Attributes:
+        kind: the name of its kind.
+        value: text or a number, as `BudgetKind.read` gives it.
+
     Raises:
-        InputError: unless exactly one is given, or for a speedup not above 1, or an error not above 0.
+        InputError: unless exactly one is given, or if its value is none of its kind.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    parameters: str | None = None
-    macs: str | None = None
-    speedup: float | None = None
-    max_error: float | None = None
-
-    def __init__(self, parameters: str | int | None = None, *, macs: str | int | None = None, **data: Any) -> None:
-        def text(value: str | int | None) -> str | None:
-            return None if value is None else str(value)
-
-        super().__init__(parameters=text(parameters), macs=text(macs), **data)
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Budget:
-        given = [name for name in KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
+    def __init__(self, parameters: str | int | None = None, **others: Any) -> None:
+        values = {"parameters": parameters, **others}
+        given = [name for name, value in values.items() if value is not None]
+        if len(given) != 1 or given[0] not in BUDGETS:
             seen = " and ".join(given) or "none"
-            raise InputError(f"a budget is exactly one of {', '.join(KINDS)}; given: {seen}")
-        if self.speedup is not None and not (1 < self.speedup < math.inf):
-            raise InputError(f"a speedup is dense latency over slim latency, such as 1.35, not {self.speedup:g}")
-        if self.max_error is not None and not (0 < self.max_error < math.inf):
-            raise InputError(f"max_error is a relative squared error above 0, such as 1e-4, not {self.max_error:g}")
-        return self
+            raise InputError(f"a budget is exactly one of {', '.join(BUDGETS)}; given: {seen}")
+        self.kind = given[0]
+        self.value = BUDGETS[self.kind].read(values[self.kind])
 
-    @property
-    def kind(self) -> BudgetKind:
-        """Which of the four it is."""
-        return cast(BudgetKind, next(name for name in KINDS if getattr(self, name) is not None))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and str(self) == str(other)
 
     def __str__(self) -> str:
-        return f"{self.kind} {getattr(self, self.kind)}"
+        return f"{self.kind} {self.value}"
+
+    __repr__ = __str__
 
     def removed(self, total: float) -> int | float:
-        """How much of `total` must go: parameters or MACs (whole numbers), or milliseconds for a speedup.
+        """How much of `total` must go, in the unit of the kind: parameters, MACs, milliseconds.
 
         Raises:
-            InputError: if the text is no amount, or asks for nothing, or for everything, or the budget is `max_error`.
+            InputError: if that is nothing or everything, or shows only when models are measured.
         """
-        if self.speedup is not None:
-            return total * (1 - 1 / self.speedup)
-        text = self.parameters if self.parameters is not None else self.macs
-        if text is None:
-            raise InputError("max_error bounds the error: what it removes shows only when models are measured")
-        match = re.fullmatch(r"-?\s*(\d+(?:\.\d+)?)\s*([kMGBT%]?)", text.strip())
-        if not match:
-            raise InputError(f"budget {text!r}: write a count such as 100M or a share such as 25%")
-        number, unit = float(match[1]), match[2]
-        scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": total / 100}[unit]
-        removed = round(number * scale)
-        if not 0 < removed < total:
-            noun = _NOUN[self.kind]
-            raise InputError(f"budget {text!r} is {removed:,} of {total:,.0f} {noun}: it must lie between")
-        return removed
+        removed = BUDGETS[self.kind].removed
+        if removed is None:
+            raise InputError(f"{self.kind} bounds the error: what it removes shows only when models are measured")
+        return removed(self.value, total)

@@ -16,7 +16,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from slimdiff import Budget, CalibrationSettings, Compression, PlanSettings, Sampling, compress
+from slimdiff import Budget, CalibrationSettings, Compression, PlanSettings, Sampling, compress, show_progress
+
+show_progress(False)
 
 PROMPTS = [
     "a large red circle top left, on a gray background",
@@ -97,9 +99,7 @@ def calibration() -> CalibrationSettings:
 @pytest.fixture(scope="session")
 def compression(pipeline, calibration) -> Compression:
     """The tiny pipeline with a tenth of its denoiser gone, by the default allocation."""
-    return compress(
-        pipeline, PROMPTS, Budget("10%"), calibration=calibration, planning=PlanSettings(align=4), progress=False
-    )
+    return compress(pipeline, PROMPTS, Budget("10%"), calibration=calibration, planning=PlanSettings(align=4))
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def test_a_baseline_has_the_plans_size_and_is_worse(pipeline, compression, calls
         pytest.importorskip("torch_pruning", reason="Torch-Pruning needs the extra dev")
     statistics = compression.statistics
     settings = PlanSettings(allocation="uniform", align=4)
-    plan = make_plan(pipeline.unet, statistics, Budget("20%"), settings, progress=None)
+    plan = make_plan(pipeline.unet, statistics, Budget("20%"), settings)
     other = method(pipeline.unet, plan)
     ours = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls)
     assert count_parameters(other) == count_parameters(ours) == plan.parameters["slim"]

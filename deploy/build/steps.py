@@ -11,18 +11,15 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import costs, side_by_side
 from deploy.artifacts.files import save_pipeline
 from deploy.artifacts.licenses import copy_licenses
-from deploy.build.sensitivity import measured, write_sensitivity
+from deploy.build.sensitivity import recall, write_sensitivity
 from deploy.build.workshop import Workshop, denoiser_of, public_name, spread
 from deploy.cli.console import log
 from deploy.recipe.prompts import described
 from deploy.recipe.recipe import point_budget
-from slimdiff import Plan, calibrate, make_plan, slim_denoiser
-from slimdiff.compression import fitting_calls, planning_calls, with_denoiser
-from slimdiff.denoising.trajectory import predict, record_calls, sample_images
-from slimdiff.fidelity import image_fidelity, noise_error
-from slimdiff.models import slim_class_of
-from slimdiff.planning.planner import check_budgets, keeps_measured
-from slimdiff.settings import Sampling
+from slimdiff import Plan
+from slimdiff.compression import with_denoiser
+from slimdiff.denoising.trajectory import sample_images
+from slimdiff.fidelity import compare_noise, image_fidelity
 from slimdiff.storage import manifest
 
 
@@ -34,13 +31,11 @@ def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
 def calibrate_step(shop: Workshop, folder: Path) -> None:
     """Statistics of the dense model's trajectories."""
     settings = shop.recipe.calibration
-    slim_class_of(denoiser_of(shop.dense))  # refuse before the long work, not after
     refuse_impossible(shop)
     start = time.perf_counter()
     origin, steps = described(shop.prompts_from), settings.sampling.steps
     log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), origin, steps)
-    statistics = calibrate(shop.dense, shop.prompts, settings)
-    statistics.save(folder / Path(build_folder.STATISTICS).name)
+    shop.new_compressor().statistics.save(folder / Path(build_folder.STATISTICS).name)
     source = shop.prompts_from
     sampling = settings.sampling
     write_result(
@@ -69,17 +64,13 @@ def refuse_impossible(shop: Workshop) -> None:
     if recipe.sweep is not None:
         budgets += [point_budget(recipe.sweep.by, text) for text in recipe.sweep.budgets()]
     call = partial(example_call, shop.dense, height=sampling.height, width=sampling.width)
-    check_budgets(denoiser_of(shop.dense), budgets, recipe.plan, call=call)
+    shop.new_compressor().check(budgets, call=call)
 
 
 def sensitivity_step(shop: Workshop, folder: Path) -> None:
     """What planning measures by forward passes, whatever the budget."""
     refuse_impossible(shop)
-    recipe = shop.recipe
-    factors = shop.factors if keeps_measured(recipe.plan) else None
-    write_sensitivity(
-        shop.dense, shop.prompts_and_more, recipe.calibration, recipe.plan, shop.statistics, folder, factors
-    )
+    write_sensitivity(shop.compressor, folder)
 
 
 def plan_step(shop: Workshop, folder: Path) -> None:
@@ -87,46 +78,30 @@ def plan_step(shop: Workshop, folder: Path) -> None:
     recipe = shop.recipe
     budget = recipe.budget.budget()
     refuse_impossible(shop)
-    denoiser, statistics = denoiser_of(shop.dense), measured(shop.folder)
-    recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, statistics)
+    recall(shop.statistics, shop.folder)
     latency = None
     if budget.kind == "speedup":
         from exporters.latency.table import measure_latency
         from exporters.settings import TableSettings
 
         table = TableSettings(runtime=recipe.budget.runtime)
-        latency = measure_latency(denoiser, shop.trajectory[0], recipe.plan, table, progress="plan: latency")
+        latency = measure_latency(
+            denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table, progress="plan: latency"
+        )
         write_result(
             folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
         )
-    plan = make_plan(
-        denoiser,
-        statistics,
-        budget,
-        recipe.plan,
-        latency=latency,
-        factors=shop.factors,
-        **recorded,
-    )
-    plan.save(folder / Path(build_folder.PLAN).name)
+    shop.compressor.plan(budget, latency).save(folder / Path(build_folder.PLAN).name)
 
 
 def slim_step(shop: Workshop, folder: Path) -> None:
     """The slim model, a diffusers pipeline directory."""
     plan, dense = shop.plan, denoiser_of(shop.dense)
     recipe = shop.recipe
-    calls = fitting_calls(shop.dense, shop.prompts, recipe.calibration, recipe.plan) if plan.is_fitted() else []
     start = time.perf_counter()
-    slim = slim_denoiser(
-        dense,
-        shop.statistics,
-        plan,
-        shop.factors,
-        fitting_calls=calls,
-        resnet_settings=recipe.plan.resnets,
-    )
+    slim = shop.compressor.slim(plan)
     seconds = round(time.perf_counter() - start, 3)
-    save_pipeline(with_denoiser(shop.dense, slim), folder)
+    save_pipeline(shop.compressor.pipeline_with(slim), folder)
     copy_licenses(recipe.model, folder)
     call = shop.trajectory[0]
     calibrated, sensitivity, planned = (
@@ -299,7 +274,7 @@ def compare_step(shop: Workshop, folder: Path) -> None:
     settings = shop.recipe.compare
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
-    noise = fidelity_of_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
+    noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
     images = {
         name: sample_images(pipeline, captions, settings.sampling, progress=f"compare: {name}")
         for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
@@ -328,21 +303,6 @@ def compare_step(shop: Workshop, folder: Path) -> None:
             "pictures": pictures,
         },
     )
-
-
-def fidelity_of_noise(dense: Any, slim: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]:
-    """Noise-prediction error of slim on the dense model's trajectories.
-
-    The dense model is held against its own record first: anything but zero would make the figure worthless.
-    """
-    calls = record_calls(dense, prompts, sampling, progress="compare: trajectories")
-    reference, candidate = partial(predict, denoiser_of(dense)), partial(predict, denoiser_of(slim))
-    itself = noise_error(reference, reference, calls[:1])["relative_mse"]
-    if not itself <= 1e-12:
-        raise RuntimeError(
-            f"the dense model does not reproduce itself (relative error {itself}): its figures mean nothing"
-        )
-    return noise_error(reference, candidate, calls, progress="compare: noise error")
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:

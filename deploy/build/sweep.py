@@ -34,15 +34,14 @@ from exporters.latency.paired import paired_latency
 from exporters.latency.table import measure_latency, whole_run
 from exporters.machine import machine_name
 from exporters.settings import LatencySettings, TableSettings
-from slimdiff import CalibrationSettings, PlanSettings, Statistics, calibrate
-from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, with_denoiser
+from slimdiff import CalibrationSettings, PlanSettings, Statistics
+from slimdiff.compression import Compressor, with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.groups import is_fitted
 from slimdiff.loading.pipelines import load_pipeline
-from slimdiff.planning.planner import Planner, check_budgets
-from slimdiff.planning.search import Judge
+from slimdiff.planning.costs import CostTable
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
 
@@ -94,28 +93,27 @@ class Sweep:
             InputError: if a point's budget cannot be met.
         """
         budgets = [point_budget(self.by, text) for text in self.points]
-        check_budgets(denoiser_of(self.pipeline), budgets, self.planning, call=lambda: self.call)
+        self.new_compressor().check(budgets, call=lambda: self.call)
+
+    def new_compressor(self) -> Compressor:
+        """The dense model before calibration."""
+        return Compressor(self.pipeline, self.prompts, self.calibration, self.planning)
 
     @cached_property
-    def planner(self) -> Planner:
-        statistics = measured(self.folder)
-        calls, fitted_on = [], []
-        if not statistics.sensitivities:
-            calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
-        if is_fitted(self.planning):
-            fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
-        latency = None
-        if self.by == "speedup":
-            denoiser = denoiser_of(self.pipeline)
-            latency = measure_latency(denoiser, self.call, self.planning, self.runtime, progress="latency")
-        return Planner(
-            denoiser_of(self.pipeline), statistics, self.planning, calls=calls, fitting_calls=fitted_on, latency=latency
-        )
+    def compressor(self) -> Compressor:
+        """What plans and slims every point."""
+        compressor = self.new_compressor()
+        compressor.statistics = measured(self.folder)
+        compressor.measure()  # MACs, where the stage `sensitivity` keeps nothing
+        return compressor
 
     @cached_property
-    def judge(self) -> Judge:
-        held = held_calls(self.pipeline, self.prompts, self.calibration, self.planning)
-        return Judge(denoiser_of(self.pipeline), held)
+    def latency(self) -> CostTable | None:
+        """What points by speedup are planned on."""
+        if self.by != "speedup":
+            return None
+        denoiser = denoiser_of(self.pipeline)
+        return measure_latency(denoiser, self.call, self.planning, self.runtime, progress="latency")
 
     @cached_property
     def dense_images(self) -> list[Any]:
@@ -227,19 +225,20 @@ def _calibrate(work: Sweep, folder: Path) -> None:
     log.info(
         "sweep: %d prompts %s, %d steps each", len(used), described(work.prompts_from), work.calibration.sampling.steps
     )
-    calibrate(work.pipeline, used, work.calibration).save(folder / Path(build_folder.STATISTICS).name)
+    work.new_compressor().statistics.save(folder / Path(build_folder.STATISTICS).name)
 
 
 def _sensitivity(work: Sweep, folder: Path) -> None:
-    statistics = Statistics.load(work.folder / build_folder.STATISTICS)
-    write_sensitivity(work.pipeline, work.prompts, work.calibration, work.planning, statistics, folder)
+    compressor = work.new_compressor()
+    compressor.statistics = Statistics.load(work.folder / build_folder.STATISTICS)
+    write_sensitivity(compressor, folder)
 
 
 def _point(work: Sweep, text: str, folder: Path) -> None:
     work.refuse_impossible()
-    plan = work.planner.plan(point_budget(work.by, text))
+    plan = work.compressor.plan(point_budget(work.by, text), work.latency)
     dense = denoiser_of(work.pipeline)
-    slim = work.planner.slim(plan)
+    slim = work.compressor.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
         runs: list[Callable[[], Any]] = [
@@ -255,7 +254,7 @@ def _point(work: Sweep, text: str, folder: Path) -> None:
         "dense_latency_ms": paired["baseline"]["median_ms"],
         "speedup": paired["speedup"],
         "predicted": plan.costs,
-        "noise_error": work.judge.error(slim),
+        "noise_error": work.compressor.held_error.of(slim),
         "images": work.fidelity(slim, text),
         "dense": costs(dense, work.call),
         "runtime": paired["runtime"],

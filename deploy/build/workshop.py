@@ -11,12 +11,11 @@ from deploy.artifacts import build_folder
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
 from deploy.recipe.recipe import Recipe
 from slimdiff import Plan, Statistics, embedded
+from slimdiff.compression import Compressor
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
-from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.settings import Sampling
-from slimdiff.slimming.slim import factorise
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -101,11 +100,15 @@ class Workshop:
         return Plan.load(self.shared / build_folder.PLAN)
 
     @cached_property
-    def factors(self) -> Any:
-        """Every site's basis or order, for planning and for slimming."""
-        denoiser = denoiser_of(self.dense)
-        wanted = [s for s in find_sites(denoiser)[0] if s.group in self.recipe.plan.groups]
-        return factorise(denoiser, self.statistics, wanted, "plan: factorise", self.recipe.plan.forms)
+    def compressor(self) -> Compressor:
+        """The dense model on its way, with the statistics of the calibrate stage."""
+        compressor = self.new_compressor()
+        compressor.statistics = self.statistics
+        return compressor
+
+    def new_compressor(self) -> Compressor:
+        """The same before calibration."""
+        return Compressor(self.dense, self.prompts_and_more, self.recipe.calibration, self.recipe.plan)
 
 
 def denoiser_of(pipeline: Any) -> Any:

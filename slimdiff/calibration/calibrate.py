@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,17 @@ from tqdm import tqdm
 from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
+from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_images, usable_inputs
 from slimdiff.errors import InputError
-from slimdiff.groups import GROUPS, find_sites
-from slimdiff.groups.group import Site
+from slimdiff.groups.sites import Site, find_sites
+from slimdiff.progress import bar
 from slimdiff.settings import CalibrationSettings, StatisticsSettings
-from slimdiff.statistics import Statistics, Stored, read_metadata
+from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
-
-# Seconds between records of an unfinished calibration, and how many times longer than writing one that must be.
-RECORD_EVERY = 60.0
-RECORD_SHARE = 20
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -49,7 +45,6 @@ def calibrate(
     settings: CalibrationSettings | None = None,
     *,
     unfinished: Path | None = None,
-    progress: str | None = "calibrate",
 ) -> Statistics:
     """Collect statistics while the pipeline makes images of the prompts (both branches of guidance, every timestep).
 
@@ -79,19 +74,10 @@ def calibrate(
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
         made_from["fused_adapters"] = fused
-    collection = _Collection(
-        getattr(pipeline, denoiser_name(pipeline)),
-        settings,
-        timestep_weigher(settings.timestep_weights, getattr(pipeline, "scheduler", None)),
-        run,
-        items=len(chosen),
-        batch=sampling.batch,
-        calls=sampling.steps,
-        made_from=made_from,
-        unfinished=unfinished,
-        identity=[str(prompt) for prompt in chosen],
-    )
-    return collection.collect(progress)
+    identity = [str(prompt) for prompt in chosen]
+    items = _Items(run, len(chosen), sampling.batch, sampling.steps, identity=identity)
+    denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
+    return _collect(denoiser, items, settings, scheduler, made_from, unfinished)
 
 
 def calibrate_on_calls(
@@ -100,7 +86,6 @@ def calibrate_on_calls(
     settings: StatisticsSettings | None = None,
     *,
     scheduler: Any = None,
-    progress: str | None = None,
 ) -> Statistics:
     """Collect statistics from calls of the denoiser alone, for models whose pipeline cannot be run or does not exist.
 
@@ -123,210 +108,101 @@ def calibrate_on_calls(
             predict(denoiser, calls[number])
 
     own = {name: getattr(settings, name) for name in StatisticsSettings.model_fields}
-    collection = _Collection(
-        denoiser,
-        settings,
-        timestep_weigher(settings.timestep_weights, scheduler),
-        run,
-        items=len(calls),
-        batch=1,
-        calls=1,
-        made_from={"calls": len(calls), "settings": own},
-        successive=True,
-    )
-    return collection.collect(progress)
+    made_from = {"calls": len(calls), "settings": own}
+    return _collect(denoiser, _Items(run, len(calls), successive=True), settings, scheduler, made_from)
 
 
-class _Collection:
-    """One calibration: items (prompts or calls), dealt over turns of sites, over processes, and over batches.
+@dataclass
+class _Items:
+    """Prompts or recorded calls to calibrate with.
 
-    Args:
+    Attributes:
         run: makes the denoiser do what it does for the items of these numbers.
-        items: how many there are.
+        count: how many there are.
         batch: at a time.
         calls: denoiser calls per batch.
-        successive: whether items are steps of a trajectory, instead of each passing through all of them.
+        successive: whether items are steps of one trajectory, instead of each passing through all of them.
         identity: what tells these items from others, for going on with an unfinished calibration.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        settings: StatisticsSettings,
-        weigh: Callable[[float], float],
-        run: Callable[[Sequence[int]], None],
-        *,
-        items: int,
-        batch: int,
-        calls: int,
-        made_from: dict[str, Any],
-        successive: bool = False,
-        unfinished: Path | None = None,
-        identity: Any = None,
-    ) -> None:
-        refuse_adapters(denoiser)
-        sites, left_dense = find_sites(denoiser)
-        if not sites:
-            reasons = "; ".join(sorted({d["reason"] for d in left_dense})) or (
-                "it has no attention or feed-forward module"
-            )
-            raise InputError(f"{type(denoiser).__name__} has nothing to slim: {reasons}")
-        self.denoiser = denoiser
-        self.settings = settings
-        self.weigh = weigh
-        self.run = run
-        self.items, self.batch, self.calls, self.successive = items, batch, calls, successive
-        self.made_from = made_from
-        self.rank, self.size = distributed.world()
-        self.turns = turns(sites, settings)
-        if len(self.turns) > items:
-            raise InputError(
-                f"moments of {len(sites)} sites need {len(self.turns)} turns of {settings.memory_limit:g} GiB each, "
-                f"but there are {items} prompts to share out: raise memory_limit, or give more prompts"
-            )
-        self.model_hash = weights_hash(denoiser)
-        self.temporary = None
-        if unfinished is None and len(self.turns) > 1:
-            self.temporary = tempfile.TemporaryDirectory(prefix="slimdiff-")
-            unfinished = Path(self.temporary.name)
-        self.folder = unfinished
-        self.key = manifest.fingerprint([self.model_hash, made_from, identity, batch, self.rank, self.size])
-
-    def collect(self, progress: str | None) -> Statistics:
-        """All turns, and the sums over all processes."""
-        parts: list[Statistics] = []
-        failure = None
-        mine = sum(len(self._dealt(turn)[self.rank :: self.size]) for turn in range(len(self.turns)))
-        try:
-            with tqdm(total=mine, desc=progress, disable=progress is None or self.rank > 0, unit="image") as bar:
-                for turn in range(len(self.turns)):
-                    parts.append(self._turn(turn, bar))
-        except InputError as error:
-            failure = str(error)
-        told = distributed.agree(failure, self.model_hash)
-        if len(set(told)) > 1:
-            raise InputError("the processes calibrate different weights: load the same model in each")
-        if self.size > 1:
-            parts = [self._over_all(part, turn) for turn, part in enumerate(parts)]
-        whole = parts[0].merge(*parts[1:]) if len(parts) > 1 else parts[0]
-        whole.made_from = self.made_from
-        _warn_of_few_tokens(whole)
-        return whole
-
-    def _dealt(self, turn: int) -> range:
-        """Numbers of the items that a turn's sites are watched with."""
-        return range(turn, self.items, len(self.turns))
-
-    def _turn(self, turn: int, bar: Any) -> Statistics:
-        dealt = self._dealt(turn)
-        mine = dealt[self.rank :: self.size]
-        file = self.folder / f"process-{self.rank}-turn-{turn}.safetensors" if self.folder else None
-        statistics, done = self._recorded(file, len(mine))
-        bar.update(min(done, len(mine)))
-        observer = Observer(
-            statistics,
-            tokens_per_dimension=self.settings.tokens_per_dimension,
-            weigh=self.weigh,
-        )
-        wait, written = RECORD_EVERY, time.monotonic()
-        with observer.watching(self.denoiser, self.turns[turn]):
-            for start in range(done, len(mine), self.batch):
-                numbers = mine[start : start + self.batch]
-                first = numbers[0] if self.successive else 0
-                observer.begin_trajectory(first, len(dealt) * self.calls / len(numbers))
-                self.run(numbers)
-                bar.update(len(numbers))
-                if file and time.monotonic() - written > wait and start + self.batch < len(mine):
-                    begun = time.monotonic()
-                    statistics.save(file, done=start + self.batch, key=self.key)
-                    written = time.monotonic()
-                    wait = max(RECORD_EVERY, RECORD_SHARE * (written - begun))
-        if file is None or done >= len(mine):
-            return statistics
-        statistics.save(file, done=len(mine), key=self.key)
-        return self._opened(file) if len(self.turns) > 1 else statistics
-
-    def _recorded(self, file: Path | None, wanted: int) -> tuple[Statistics, int]:
-        """What an interrupted run of the same calibration left of a turn, and how many of its items that is."""
-        try:
-            meta = read_metadata(file) if file is not None and file.is_file() else {}
-        except InputError:  # of another version, or not whole: no reason to refuse what can be done again
-            meta = {}
-        if file is None or meta.get("key") != self.key:
-            return Statistics(self.model_hash), 0
-        found, done = self._opened(file), meta["done"]
-        if done < wanted or len(self.turns) == 1:
-            device = next(self.denoiser.parameters()).device
-            found.moments, found.firsts = (
-                {name: tensor.to(device, copy=True) for name, tensor in stored.items()}
-                for stored in (found.moments, found.firsts)
-            )
-        return found, done
-
-    def _opened(self, file: Path) -> Statistics:
-        found = Statistics.load(file)
-        for stored in (found.moments, found.firsts):
-            assert isinstance(stored, Stored)
-            stored.owner = self.temporary
-        return found
-
-    def _over_all(self, part: Statistics, turn: int) -> Statistics:
-        """A turn's sums over all processes."""
-        counts = ("tokens", "weights", "population")
-        own = {
-            **{kind: getattr(part, kind) for kind in counts},
-            "moments": _shapes(part.moments),
-            "firsts": _shapes(part.firsts),
-        }
-        everyone = distributed.agree(None, own)
-        shapes = {kind: {n: s for told in everyone for n, s in told[kind].items()} for kind in ("moments", "firsts")}
-        total = Statistics(
-            self.model_hash,
-            distributed.AllReduced(part.moments, shapes["moments"], torch.float32),
-            distributed.AllReduced(part.firsts, shapes["firsts"], torch.float64),
-            **{
-                kind: {n: sum(told[kind].get(n, 0) for told in everyone) for told in everyone for n in told[kind]}
-                for kind in counts
-            },
-        )
-        if len(self.turns) == 1 or self.folder is None:
-            total.moments, total.firsts = dict(total.moments), dict(total.firsts)
-            return total
-        file = self.folder / f"process-{self.rank}-sum-{turn}.safetensors"
-        total.save(file)
-        return self._opened(file)
+    run: Callable[[Sequence[int]], None]
+    count: int
+    batch: int = 1
+    calls: int = 1
+    successive: bool = False
+    identity: Any = None
 
 
-def turns(sites: Sequence[Site], settings: StatisticsSettings) -> list[list[Site]]:
-    """Sites in as few groups as the memory limit allows, in the model's order and of about the same size.
+def _collect(
+    denoiser: nn.Module,
+    items: _Items,
+    settings: StatisticsSettings,
+    scheduler: Any,
+    made_from: dict[str, Any],
+    unfinished: Path | None = None,
+) -> Statistics:
+    """Statistics over all items, dealt over turns of sites and over processes."""
+    refuse_adapters(denoiser)
+    weigh = timestep_weigher(settings.timestep_weights, scheduler)
+    groups = _turns(denoiser, items.count, settings)
+    process, processes = distributed.world()
+    own_hash = weights_hash(denoiser)
+    key = manifest.fingerprint([own_hash, made_from, items.identity, items.batch, process, processes])
+    records = Records(unfinished, key, process, len(groups))
+    dealt = [range(turn, items.count, len(groups)) for turn in range(len(groups))]
 
-    A site that needs more than the limit makes a group of its own.
+    def take(turn: int, progress_bar: tqdm) -> Statistics:
+        """The sums of one turn's sites over this process's share of its items."""
+        mine = dealt[turn][process::processes]
+        statistics, done = records.begin(turn, len(mine), next(denoiser.parameters()).device)
+        statistics = statistics or Statistics(own_hash)
+        progress_bar.update(min(done, len(mine)))
+        observer = Observer(statistics, tokens_per_dimension=settings.tokens_per_dimension, weigh=weigh)
+        with observer.watching(denoiser, groups[turn]):
+            for start in range(done, len(mine), items.batch):
+                numbers = mine[start : start + items.batch]
+                first = numbers[0] if items.successive else 0
+                observer.begin_trajectory(first, len(dealt[turn]) * items.calls / len(numbers))
+                items.run(numbers)
+                progress_bar.update(len(numbers))
+                if start + items.batch < len(mine):
+                    records.keep(statistics, turn, start + items.batch)
+        return statistics if done >= len(mine) else records.finish(statistics, turn, len(mine))
+
+    failure, parts = None, []
+    total = sum(len(turn[process::processes]) for turn in dealt)
+    try:
+        with bar(name="calibrate" if process == 0 else None, unit="image", total=total) as progress_bar:
+            parts = [take(turn, progress_bar) for turn in range(len(groups))]
+    except InputError as error:
+        failure = str(error)
+    if len(set(distributed.agree(failure, own_hash))) > 1:
+        raise InputError("the processes calibrate different weights: load the same model in each")
+    if processes > 1:
+        parts = [records.total(distributed.sum_statistics(part), turn) for turn, part in enumerate(parts)]
+    whole = parts[0].merge(*parts[1:]) if len(parts) > 1 else parts[0]
+    whole.made_from = made_from
+    _warn_of_few_tokens(whole)
+    return whole
+
+
+def _turns(denoiser: nn.Module, items: int, settings: StatisticsSettings) -> list[list[Site]]:
+    """The denoiser's sites by turn.
+
+    Raises:
+        InputError: if there is nothing to slim, or there are more turns than items.
     """
-    needs = [GROUPS[site.group].moment_bytes(site) for site in sites]
-
-    def filled(limit: float) -> list[list[Site]]:
-        groups: list[list[Site]] = [[]]
-        used = 0
-        for site, need in zip(sites, needs, strict=True):
-            if groups[-1] and used + need > limit:
-                groups.append([])
-                used = 0
-            groups[-1].append(site)
-            used += need
-        return groups
-
-    limit = settings.memory_limit * 2**30
-    fewest = len(filled(limit))
-    even = sum(needs) / fewest
-    while even < limit and len(filled(even)) > fewest:
-        even *= 1.02
-    return filled(min(even, limit))
-
-
-def _shapes(tensors: Any) -> dict[str, list[int]]:
-    if isinstance(tensors, Stored):
-        return {name: tensors.shape(name) for name in tensors}
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+    sites, left_dense = find_sites(denoiser)
+    if not sites:
+        reasons = "; ".join(sorted({d["reason"] for d in left_dense})) or "it has no attention or feed-forward module"
+        raise InputError(f"{type(denoiser).__name__} has nothing to slim: {reasons}")
+    groups = split_into_turns(sites, settings)
+    if len(groups) > items:
+        raise InputError(
+            f"moments of {len(sites)} sites need {len(groups)} turns of {settings.memory_limit:g} GiB each, "
+            f"but there are {items} prompts to share out: raise memory_limit, or give more prompts"
+        )
+    return groups
 
 
 def _warn_of_few_tokens(statistics: Statistics) -> None:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimdiff.errors import InputError
-from slimdiff.statistics import Lazy
+from slimdiff.statistics import Lazy, Statistics, Stored
 
 
 def world() -> tuple[int, int]:
-    """This process's rank, and how many processes there are: `(0, 1)` unless a launcher started several.
+    """This process's number, and how many processes there are: `(0, 1)` unless a launcher started several.
 
     Joins the others first if a launcher's environment variables are there and nobody has yet: by NCCL where each
     process has a GPU, else by gloo.
@@ -34,21 +34,44 @@ def world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def agree(failure: str | None, told: Any) -> list[Any]:
-    """What every process has to tell, by rank; any process's failure is everyone's, so that none waits for the dead.
+def agree(failure: str | None, own: Any) -> list[Any]:
+    """What every process says, by number; any process's failure is everyone's, so that none waits for the dead.
 
     Raises:
         InputError: if a process failed.
     """
     _, size = world()
-    everyone: list[tuple[str | None, Any]] = [(failure, told)]
+    everyone: list[tuple[str | None, Any]] = [(failure, own)]
     if size > 1:
         everyone = [(None, None)] * size
-        dist.all_gather_object(everyone, (failure, told))
-    for rank, (failed, _) in enumerate(everyone):
+        dist.all_gather_object(everyone, (failure, own))
+    for process, (failed, _) in enumerate(everyone):
         if failed is not None:
-            raise InputError(failed if size == 1 else f"process {rank} of {size}: {failed}")
-    return [told for _, told in everyone]
+            raise InputError(failed if size == 1 else f"process {process} of {size}: {failed}")
+    return [value for _, value in everyone]
+
+
+def sum_statistics(own: Statistics) -> Statistics:
+    """Sums over all processes, each tensor's taken when it is read (`AllReduced`): all must read the same ones."""
+    counts = ("tokens", "weights", "population")
+    tensors = {"moments": _shapes(own.moments), "firsts": _shapes(own.firsts)}
+    everyone = agree(None, {**{kind: getattr(own, kind) for kind in counts}, **tensors})
+    shapes = {kind: {n: s for one in everyone for n, s in one[kind].items()} for kind in tensors}
+    return Statistics(
+        own.model_hash,
+        AllReduced(own.moments, shapes["moments"], torch.float32),
+        AllReduced(own.firsts, shapes["firsts"], torch.float64),
+        **{
+            kind: {n: sum(one[kind].get(n, 0) for one in everyone) for one in everyone for n in one[kind]}
+            for kind in counts
+        },
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    if isinstance(tensors, Stored):
+        return {name: tensors.shape(name) for name in tensors}
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 class AllReduced(Lazy):

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from slimdiff.denoising.hooks import watching
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
 # One image's inputs: a prompt, or arguments of the pipeline's call by name.
@@ -98,6 +99,7 @@ def sample_images(
             without a batch dimension) and anything else is handed over as a list.
         numbers: the prompts' numbers, where they are a part of a longer list; 0, 1, ... if not given.
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
+        progress: a bar's name; no bar if not given.
 
     Returns:
         one image (or one video: a list of frames) per prompt.
@@ -107,14 +109,14 @@ def sample_images(
     """
     pipeline.set_progress_bar_config(disable=True)
     images: list[Any] = []
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="image") as bar:
+    with bar(name=progress, unit="image", total=len(prompts)) as done:
         for start in range(0, len(prompts), sampling.batch):
             batch = list(prompts[start : start + sampling.batch])
             own = range(start, start + len(batch)) if numbers is None else numbers[start : start + len(batch)]
             noise = [torch.Generator().manual_seed(sampling.seed + number) for number in own]
             result = pipeline(generator=noise, **_arguments(pipeline, batch, sampling, output_type))
             images += list(result[0])
-            bar.update(len(batch))
+            done.update(len(batch))
     return images
 
 
@@ -159,15 +161,13 @@ def watch_calls(denoiser: nn.Module, seen: Callable[[dict[str, Any]], None]) -> 
     """Tell `seen` the arguments of every call of the denoiser, by parameter name."""
     signature = inspect.signature(denoiser.forward)
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         seen({k: v for k, v in bound.items() if v is not None and k != "return_dict"})
 
-    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with watching() as hooks:
+        hooks.before(denoiser, see)
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, predict
 
 
@@ -26,18 +27,14 @@ def block_influences(denoiser: nn.Module, paths: Sequence[str], calls: Sequence[
     blocks = [_block(denoiser, path) for path in paths]
     sums: dict[str, list[float]] = {block: [] for block in blocks}
 
-    def hook(name: str) -> Callable[..., None]:
-        def seen(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            sums[name].append(float(1 - _cosine(before, after)))
+    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        sums[name].append(float(1 - _cosine(before, after)))
 
-        return seen
-
-    with ExitStack() as stack:
+    with watching() as hooks:
         for block in sums:
-            handle = denoiser.get_submodule(block).register_forward_hook(hook(block), with_kwargs=True)
-            stack.callback(handle.remove)
+            hooks.after(denoiser.get_submodule(block), partial(see, block))
         for call in calls:
             predict(denoiser, call)
     return [sum(sums[block]) / max(1, len(sums[block])) for block in blocks]

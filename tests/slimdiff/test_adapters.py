@@ -38,8 +38,8 @@ def test_an_attached_adapter_is_refused_with_what_to_do(fresh_pipeline, calibrat
     attention.to_q = LoraLinear(attention.to_q)
     call = Call(0, 1, {"sample": torch.zeros(1, 4, 8, 8), "timestep": torch.tensor(1)})
     for attempt in (
-        lambda: compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, progress=False),
-        lambda: calibrate(fresh_pipeline, PROMPTS, calibration, progress=None),
+        lambda: compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration),
+        lambda: calibrate(fresh_pipeline, PROMPTS, calibration),
         lambda: calibrate_on_calls(fresh_pipeline.unet, [call]),
         lambda: slim_class_of(fresh_pipeline.unet),
     ):
@@ -53,7 +53,7 @@ def test_a_layer_of_another_kind_stays_dense_with_its_reason(fresh_pipeline, cal
 
     attention = fresh_pipeline.unet.get_submodule(ADAPTED)
     attention.to_q.__class__ = Scaled
-    made = compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, planning=UNIFORM, progress=False)
+    made = compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, planning=UNIFORM)
     assert made.plan.left_dense == [{"site": ADAPTED, "reason": "a projection is not a plain linear layer"}]
     assert f"{ADAPTED}.query_key" not in made.plan.sites
 

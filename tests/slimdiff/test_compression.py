@@ -100,7 +100,7 @@ def test_global_allocation_beats_uniform(pipeline, statistics, calls):
     errors = {}
     for allocation in ("uniform", "global"):
         settings = PlanSettings(allocation=allocation, align=4)
-        plan = make_plan(pipeline.unet, statistics, Budget("10%"), settings, calls=calls[:4], progress=None)
+        plan = make_plan(pipeline.unet, statistics, Budget("10%"), settings, calls=calls[:4])
         slim = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls)
         errors[allocation] = error(pipeline.unet, slim, calls)
     assert errors["global"] < errors["uniform"]
@@ -110,7 +110,7 @@ def test_global_allocation_beats_uniform(pipeline, statistics, calls):
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_budget_is_met_and_the_prediction_is_the_files(pipeline, statistics, calls, tmp_path, budget, allocation):
     settings = PlanSettings(allocation=allocation, align=4)
-    plan = make_plan(pipeline.unet, statistics, Budget(budget), settings, calls=calls[:1], progress=None)
+    plan = make_plan(pipeline.unet, statistics, Budget(budget), settings, calls=calls[:1])
     slim = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls[:2])
     dense = count_parameters(pipeline.unet)
     wanted = Budget(budget).removed(dense)
@@ -124,7 +124,7 @@ def test_budget_is_met_and_the_prediction_is_the_files(pipeline, statistics, cal
 
 def test_dense_model_is_left_as_it_was(pipeline, calibration, calls):
     before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
-    compress(pipeline, PROMPTS, Budget("5%"), calibration=calibration, planning=PlanSettings(align=4), progress=False)
+    compress(pipeline, PROMPTS, Budget("5%"), calibration=calibration, planning=PlanSettings(align=4))
     after = pipeline.unet.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not pipeline.unet._forward_hooks and type(pipeline.unet).__name__ == "UNet2DConditionModel"
@@ -227,12 +227,12 @@ def test_an_edited_plan_that_is_wrong_is_refused(compression, changes, message):
 @pytest.mark.parametrize("text", ["0", "100%", "10M", "lots", "-0%", "5 apples", ""])
 def test_an_impossible_budget_is_refused(pipeline, statistics, calls, text):
     with pytest.raises(InputError, match="budget"):
-        make_plan(pipeline.unet, statistics, Budget(text), PlanSettings(align=4), calls=calls[:1], progress=None)
+        make_plan(pipeline.unet, statistics, Budget(text), PlanSettings(align=4), calls=calls[:1])
 
 
 def test_more_than_the_sites_hold_is_refused_with_what_they_hold(pipeline, statistics, calls):
     with pytest.raises(InputError, match="at most"):
-        make_plan(pipeline.unet, statistics, Budget("90%"), PlanSettings(align=4), calls=calls[:1], progress=None)
+        make_plan(pipeline.unet, statistics, Budget("90%"), PlanSettings(align=4), calls=calls[:1])
 
 
 def test_statistics_of_other_weights_are_refused(fresh_pipeline, statistics, compression):
@@ -243,27 +243,27 @@ def test_statistics_of_other_weights_are_refused(fresh_pipeline, statistics, com
 
 def test_slimming_twice_is_refused(compression, calibration):
     with pytest.raises(InputError, match="slim already"):
-        compress(compression.pipeline, PROMPTS, Budget("5%"), calibration=calibration, progress=False)
+        compress(compression.pipeline, PROMPTS, Budget("5%"), calibration=calibration)
 
 
 def test_no_prompts(pipeline, calibration):
     with pytest.raises(InputError, match="no prompt"):
-        calibrate(pipeline, ["", "  "], calibration, progress=None)
+        calibrate(pipeline, ["", "  "], calibration)
 
 
 def test_nothing_to_slim(fresh_pipeline, calibration):
     plain = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "mid_block_type": None}
     fresh_pipeline.unet = tiny_unet(**plain)
     with pytest.raises(InputError, match="nothing to slim in query_key.*: this model has sites in resnet"):
-        compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, progress=False)
+        compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration)
     fresh_pipeline.unet = tiny_unet(**plain, block_out_channels=(32, 32, 32), norm_num_groups=32)
     with pytest.raises(InputError, match="nothing to slim"):
-        calibrate(fresh_pipeline, PROMPTS, calibration, progress=None)
+        calibrate(fresh_pipeline, PROMPTS, calibration)
 
 
 def test_calibration_does_not_depend_on_the_batch_size(pipeline, calibration, statistics):
     other = calibration.model_copy(update={"sampling": SAMPLING.model_copy(update={"batch": 4})})
-    again = calibrate(pipeline, PROMPTS, other, progress=None)
+    again = calibrate(pipeline, PROMPTS, other)
     for name in statistics.moments:
         torch.testing.assert_close(again.mean(name), statistics.mean(name), atol=1e-4, rtol=1e-3)
 

@@ -120,7 +120,7 @@ def error(dense: nn.Module, slim: nn.Module, calls: list) -> float:
 def test_a_spoilt_model_is_planned_and_slimmed_like_any_other(unet, calls, spoil: Callable):
     spoil(unet)
     statistics = calibrate_on_calls(unet, calls)
-    plan = make_plan(unet, statistics, Budget("10%"), PlanSettings(align=4), calls=calls[:1], progress=None)
+    plan = make_plan(unet, statistics, Budget("10%"), PlanSettings(align=4), calls=calls[:1])
     slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
     assert all(torch.isfinite(p).all() for p in slim.parameters())
     assert error(unet, slim, calls) < 0.05
@@ -164,7 +164,7 @@ def test_a_prediction_that_overflows_is_told_so(unet, calls):
     unet.half()
     statistics = calibrate_on_calls(unet, calls[:1])
     with pytest.raises(InputError, match="not finite"):
-        make_plan(unet, statistics, Budget("5%"), PlanSettings(align=4), calls=calls[:1], progress=None)
+        make_plan(unet, statistics, Budget("5%"), PlanSettings(align=4), calls=calls[:1])
 
 
 def test_heads_that_do_not_divide_the_inner_dimensions_stay_dense():
@@ -179,7 +179,7 @@ def test_heads_that_do_not_divide_the_inner_dimensions_stay_dense():
 def test_a_head_dimension_that_the_alignment_does_not_divide(calls):
     unet = tiny_unet(attention_head_dim=(1, 4, 4), block_out_channels=(32, 80, 80))  # heads of 20
     statistics = calibrate_on_calls(unet, calls)
-    plan = make_plan(unet, statistics, Budget("5%"), PlanSettings(align=8), calls=calls[:1], progress=None)
+    plan = make_plan(unet, statistics, Budget("5%"), PlanSettings(align=8), calls=calls[:1])
     assert all(s.rank % 8 == 0 or s.rank == s.dense_rank for s in plan.sites.values())
     assert error(unet, slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls), calls) < 0.05
 
@@ -205,4 +205,4 @@ def test_a_plan_for_another_architecture_is_refused(compression, calls):
 def test_statistics_of_another_architecture_are_refused(compression, calls):
     other = tiny_unet(block_out_channels=(32, 96, 96), attention_head_dim=(1, 2, 2), norm_num_groups=8)
     with pytest.raises(InputError, match="taken on another model"):
-        make_plan(other, compression.statistics, Budget("5%"), PlanSettings(align=4), calls=calls[:1], progress=None)
+        make_plan(other, compression.statistics, Budget("5%"), PlanSettings(align=4), calls=calls[:1])

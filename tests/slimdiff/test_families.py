@@ -83,10 +83,10 @@ def make_case(name: str) -> Case:
         pipeline, dense = made, getattr(made, denoiser_name(made))
         calls = record_calls(pipeline, family.inputs, family.sampling)
         settings = CalibrationSettings(samples=2, sampling=family.sampling)
-        statistics = calibrate(pipeline, family.inputs, settings, progress=None)
+        statistics = calibrate(pipeline, family.inputs, settings)
     factors = factorise(dense, statistics, find_sites(dense)[0])
     uniform = PlanSettings(allocation="uniform", align=4)
-    plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform, factors=factors, progress=None), 0.5)
+    plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform, factors=factors), 0.5)
     slim = slim_denoiser(dense, statistics, plan, factors, progress=None, fitting_calls=calls)
     return Case(family, pipeline, dense, calls, statistics, plan, slim)
 
@@ -206,7 +206,6 @@ def test_a_slim_unet_takes_what_controlnets_and_adapters_give(make, residuals, t
         Budget("5%"),
         calibration=CalibrationSettings(samples=2, sampling=sampling),
         planning=PlanSettings(align=4),
-        progress=False,
     )
     call = record_calls(pipeline, inputs, sampling)[0]
     assert residuals in call.arguments
@@ -227,8 +226,8 @@ def test_compress_measures_sensitivities_for_every_kind_of_pipeline(name):
     pipeline = family.make()
     dense = getattr(pipeline, denoiser_name(pipeline))
     settings = CalibrationSettings(samples=2, sampling=family.sampling)
-    planning = PlanSettings(align=4, sensitivity_calls=1, groups=(*TRANSFORMER_GROUPS, "resnet"))
-    made = compress(pipeline, family.inputs, Budget("3%"), calibration=settings, planning=planning, progress=False)
+    planning = PlanSettings(align=4, sensitivity_calls=1, groups=(*GROUPS, "resnet"))
+    made = compress(pipeline, family.inputs, Budget("3%"), calibration=settings, planning=planning)
     wanted = Budget("3%").removed(count_parameters(dense))
     assert made.plan.parameters["dense"] - made.plan.parameters["slim"] >= wanted
     assert all(site.sensitivity is not None for site in made.plan.sites.values())
@@ -241,7 +240,7 @@ def test_a_configuration_with_keys_that_the_class_does_not_know():
     dense, calls = family.make(), family.calls()
     dense.register_to_config(left_over=1)
     statistics = calibrate_on_calls(dense, calls)
-    plan = make_plan(dense, statistics, Budget("1%"), PlanSettings(allocation="uniform"), progress=None)
+    plan = make_plan(dense, statistics, Budget("1%"), PlanSettings(allocation="uniform"))
     slim = slim_denoiser(dense, statistics, plan, progress=None, fitting_calls=calls)
     assert count_parameters(slim) == plan.parameters["slim"]
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from conftest import PROMPTS, SAMPLING
 from PIL import Image
 
-from slimdiff import InputError
+from slimdiff import InputError, compare
 from slimdiff.denoising.trajectory import Call
 from slimdiff.fidelity import image_fidelity, noise_error, psnr_db, ssim
+
+
+def test_pipelines_are_compared_on_the_dense_ones_trajectories(pipeline, compression):
+    value = compare(pipeline, compression.pipeline, PROMPTS, SAMPLING, images=1, quality=lambda a, b: {"n": len(a + b)})
+    assert value["noise_error"]["relative_mse"] > 0 and len(value["noise_error"]["by_timestep"]) == SAMPLING.steps
+    assert value["images"]["count"] == 1 and value["quality"] == {"n": 2} and value["sampling"]["steps"] == 4
+    same = compare(pipeline, pipeline, PROMPTS[:1], SAMPLING, trajectories=1)
+    assert same["noise_error"]["relative_mse"] == 0 and same["images"]["psnr_db"] == float("inf")
+    unsteady = copy.deepcopy(pipeline)
+    unsteady.unet.register_forward_hook(lambda _m, _a, output: tuple(o + torch.randn_like(o) for o in output))
+    with pytest.raises(RuntimeError, match="does not reproduce itself"):
+        compare(unsteady, pipeline, PROMPTS[:1], SAMPLING)
 
 
 def noise(seed: int) -> np.ndarray:

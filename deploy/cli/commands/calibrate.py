@@ -106,19 +106,18 @@ def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_writ
     source = args.prompts or default_source(args.model)
     prompts = calibration_prompts(source, calibration.samples)
     calm_libraries()
-    from slimdiff import PlanSettings, calibrate
-    from slimdiff.compression import measure
-    from slimdiff.loading.pipelines import load_pipeline
+    from slimdiff import Compressor, load_pipeline, show_progress
 
     pipeline = load_pipeline(args.model)
     if distributed.world()[0] == 0:
         until_written.enter_context(locked(unfinished, "calibration", out))
         until_written.callback(remove_empty, unfinished)
     log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
-    progress = None if args.quiet else "calibrate"
-    statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished, progress=progress)
+    show_progress(not args.quiet)
+    work = Compressor(pipeline, prompts, calibration, unfinished=unfinished)
+    statistics = work.statistics
     if args.sensitivities:
-        measure(pipeline, prompts, calibration, PlanSettings(), statistics, progress=progress)
+        work.measure()
     distributed.agree(None, None)  # until every process has what it needs of the others
     return statistics
 

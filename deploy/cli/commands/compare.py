@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, result
     from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
-    from slimdiff.denoising.trajectory import sample_images
     from slimdiff.errors import InputError
     from slimdiff.settings import Sampling
 
@@ -58,22 +57,21 @@ def run(args: argparse.Namespace) -> int:
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
-    from deploy.build.steps import fidelity_of_noise, quality
-    from slimdiff.fidelity import image_fidelity
-    from slimdiff.loading.pipelines import load_pipeline
+    from functools import partial
 
-    dense, slim = load_pipeline(args.dense), load_pipeline(args.slim)
-    captions = prompts[: args.images]
-    noise = fidelity_of_noise(dense, slim, prompts[: args.trajectories], sampling)
-    progress = [None if args.quiet else f"compare: {name}" for name in ("dense", "slim")]
-    seen = sample_images(dense, captions, sampling, progress=progress[0])
-    made = sample_images(slim, captions, sampling, progress=progress[1])
-    value = {
-        "noise_error": noise,
-        "images": image_fidelity(seen, made),
-        "quality": quality(seen, made, CAPTIONS_SEED) if source == EMBEDDED else {},
-        "sampling": sampling.model_dump(),
-    }
+    from deploy.build.steps import quality
+    from slimdiff import compare, load_pipeline, show_progress
+
+    show_progress(not args.quiet)
+    value = compare(
+        load_pipeline(args.dense),
+        load_pipeline(args.slim),
+        prompts,
+        sampling,
+        images=args.images,
+        trajectories=args.trajectories,
+        quality=partial(quality, seed=CAPTIONS_SEED) if source == EMBEDDED else None,
+    )
     result(value, _text(value), args.json)
     return 0
 

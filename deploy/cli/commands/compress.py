@@ -83,15 +83,14 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build.steps import compression_result
     from deploy.build.workshop import denoiser_of
     from exporters.graphs.pipeline import example_call
-    from slimdiff import compress
+    from slimdiff import Compressor, compress, show_progress
     from slimdiff.calibration import distributed
     from slimdiff.loading.pipelines import load_pipeline
-    from slimdiff.planning.planner import check_budgets
 
+    show_progress(not args.quiet)
     pipeline = load_pipeline(args.model)
     one_call = partial(example_call, pipeline, height=sampling.height, width=sampling.width)
-    if budget is not None:
-        check_budgets(denoiser_of(pipeline), [budget], planning, call=one_call)
+    Compressor(pipeline, prompts, calibration, planning).check([] if budget is None else [budget], call=one_call)
     latency = None
     if args.speedup is not None:
         from exporters.latency.table import measure_latency
@@ -114,7 +113,6 @@ def run(args: argparse.Namespace) -> int:
         planning=planning,
         statistics=statistics,
         release_dense=True,  # its costs are known
-        progress=not args.quiet,
     )
     if distributed.world()[0] > 0:  # every process has made the same model
         return 0

@@ -16,8 +16,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Statistics, calibrate, slim_denoiser
 from slimdiff.calibration import calibrate as calibration_module
-from slimdiff.calibration.calibrate import calibrate_on_calls, turns
-from slimdiff.compression import fitting_calls, measure
+from slimdiff.calibration import turns as turns_module
+from slimdiff.calibration.calibrate import calibrate_on_calls
+from slimdiff.calibration.turns import moment_bytes, split_into_turns
+from slimdiff.compression import Compressor
+from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.planner import Planner
@@ -34,7 +37,7 @@ def calls(pipeline):
 
 @pytest.fixture(scope="module")
 def whole(pipeline, calibration) -> Statistics:
-    return calibrate(pipeline, PROMPTS, calibration, progress=None)
+    return calibrate(pipeline, PROMPTS, calibration)
 
 
 def assert_same(one: Statistics, other: Statistics, rtol: float = 1e-5) -> None:
@@ -94,7 +97,7 @@ def test_parts_merge_to_the_whole(pipeline, calibration, whole, tmp_path):
     for start in (0, 2):
         sampling = SAMPLING.model_copy(update={"seed": SAMPLING.seed + start})
         settings = calibration.model_copy(update={"sampling": sampling})
-        parts.append(calibrate(pipeline, PROMPTS[start : start + 2], settings, progress=None))
+        parts.append(calibrate(pipeline, PROMPTS[start : start + 2], settings))
     merged = parts[0].merge(parts[1])
     assert_same(whole, merged)
     assert merged.made_from["prompts"] == 4
@@ -113,7 +116,7 @@ def test_a_selection_of_tokens_weighs_what_it_was_selected_from(pipeline, whole)
     def part(start: int, stop: int, tokens_per_dimension: int | None = 2) -> Statistics:
         sampling = SAMPLING.model_copy(update={"seed": SAMPLING.seed + start})
         settings = CalibrationSettings(samples=4, sampling=sampling, tokens_per_dimension=tokens_per_dimension)
-        return calibrate(pipeline, PROMPTS[start:stop], settings, progress=None)
+        return calibrate(pipeline, PROMPTS[start:stop], settings)
 
     one, three = part(0, 1), part(1, 4)
     merged = one.merge(three)
@@ -129,9 +132,9 @@ def test_a_selection_of_tokens_weighs_what_it_was_selected_from(pipeline, whole)
 
 
 def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, whole):
-    selected = calibrate(pipeline, PROMPTS, SPREAD, progress=None)
+    selected = calibrate(pipeline, PROMPTS, SPREAD)
     one = SPREAD.model_copy(update={"sampling": SAMPLING.model_copy(update={"batch": 1})})
-    assert_same(selected, calibrate(pipeline, PROMPTS, one, progress=None), 1e-4)
+    assert_same(selected, calibrate(pipeline, PROMPTS, one), 1e-4)
     fewer = [name for name in whole.tokens if selected.tokens[name] < whole.tokens[name]]
     assert len(fewer) > len(whole.tokens) / 2
     for site in find_sites(pipeline.unet)[0]:
@@ -151,7 +154,7 @@ def test_sites_take_turns_within_the_memory_limit_and_every_call_runs_once(pipel
     sites, _ = find_sites(pipeline.unet)
     need = sum(GROUPS[site.group].moment_bytes(site) for site in sites)
     settings = StatisticsSettings(memory_limit=0.6 * need / 2**30)
-    groups = turns(sites, settings)
+    groups = split_into_turns(sites, settings)
     assert len(groups) == 2 and [s for group in groups for s in group] == sites
     assert all(sum(GROUPS[s.group].moment_bytes(s) for s in group) <= 0.6 * need for group in groups)
     ran = []
@@ -225,14 +228,14 @@ def test_an_overflow_is_told_at_once_with_its_site(fresh_pipeline, calibration):
     site = next(s for s in find_sites(fresh_pipeline.unet)[0] if s.group == "feed_forward")
     fresh_pipeline.unet.get_submodule(site.path).net[0].proj.weight.data[0, 0] = torch.inf
     with pytest.raises(InputError, match=f"{site.name} are not finite"):
-        calibrate(fresh_pipeline, PROMPTS, calibration, progress=None)
+        calibrate(fresh_pipeline, PROMPTS, calibration)
 
 
 def test_a_site_that_never_ran_stays_dense_with_its_reason(pipeline, whole):
     site = next(s for s in find_sites(pipeline.unet)[0] if s.group == "feed_forward")
     without = copy.copy(whole)
     without.tokens = {name: count for name, count in whole.tokens.items() if name != site.name}
-    planner = Planner(pipeline.unet, without, PlanSettings(allocation="uniform", align=4), progress=None)
+    planner = Planner(pipeline.unet, without, PlanSettings(allocation="uniform", align=4))
     plan = planner.plan(Budget("5%"))
     assert plan.sites[site.name].rank == site.dense_rank
     assert {"site": site.path, "reason": "it never ran in calibration"} in plan.left_dense
@@ -242,13 +245,13 @@ def test_a_site_that_never_ran_stays_dense_with_its_reason(pipeline, whole):
 
 
 def test_another_budget_needs_no_forward_pass(pipeline, whole, calls):
-    planner = Planner(pipeline.unet, whole, PlanSettings(align=4), calls=calls[:1], progress=None)
+    planner = Planner(pipeline.unet, whole, PlanSettings(align=4), calls=calls[:1])
     first = planner.plan(Budget("8%"))
     known = copy.copy(whole)
     planner.remember(known)
     ran = []
     handle = pipeline.unet.register_forward_hook(lambda *_: ran.append(1))
-    again = Planner(pipeline.unet, known, PlanSettings(align=4), progress=None)
+    again = Planner(pipeline.unet, known, PlanSettings(align=4))
     plans = [again.plan(Budget("8%")), again.plan(Budget(macs="8%"))]
     handle.remove()
     assert not ran
@@ -259,7 +262,7 @@ def test_releasing_the_dense_weights_makes_the_same_slim_model(fresh_pipeline, c
     statistics, dense = compression.statistics, fresh_pipeline.unet
     expected = predict(compression.pipeline.unet, calls[0])
     before = sum(p.numel() for p in dense.parameters())
-    fitted_on = fitting_calls(fresh_pipeline, PROMPTS, calibration, PlanSettings())
+    fitted_on = Calls(fresh_pipeline, PROMPTS, calibration).fitting
     slim = slim_denoiser(
         dense, statistics, compression.plan, progress=None, fitting_calls=fitted_on, release_dense=True
     )
@@ -269,10 +272,10 @@ def test_releasing_the_dense_weights_makes_the_same_slim_model(fresh_pipeline, c
 
 
 def test_an_interrupted_calibration_goes_on(pipeline, calibration, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_module, "RECORD_EVERY", 0.0)
-    monkeypatch.setattr(calibration_module, "RECORD_SHARE", 0)
+    monkeypatch.setattr(turns_module, "RECORD_EVERY", 0.0)
+    monkeypatch.setattr(turns_module, "RECORD_SHARE", 0)
     settings = calibration.model_copy(update={"sampling": SAMPLING.model_copy(update={"batch": 1})})
-    expected = calibrate(pipeline, PROMPTS, settings, progress=None)
+    expected = calibrate(pipeline, PROMPTS, settings)
     original, made = calibration_module.sample_images, []
 
     def interrupted(*args, numbers, **options):
@@ -283,14 +286,14 @@ def test_an_interrupted_calibration_goes_on(pipeline, calibration, whole, tmp_pa
 
     monkeypatch.setattr(calibration_module, "sample_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path, progress=None)
-    found = calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path, progress=None)
+        calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path)
+    found = calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path)
     assert made == [0, 1, 2, 2, 3]
     assert_same(expected, found, 0.0)
     made.clear()
     other = settings.model_copy(update={"timestep_weights": "min_snr"})
     monkeypatch.setattr(calibration_module, "sample_images", original)
-    assert calibrate(pipeline, PROMPTS, other, unfinished=tmp_path, progress=None).made_from["prompts"] == 4
+    assert calibrate(pipeline, PROMPTS, other, unfinished=tmp_path).made_from["prompts"] == 4
 
 
 WORKER = """
@@ -300,7 +303,7 @@ sys.path[:0] = {paths!r}
 from conftest import PROMPTS, SAMPLING, tiny_pipeline
 from slimdiff import CalibrationSettings, PlanSettings, calibrate
 from slimdiff.calibration import distributed
-from slimdiff.compression import measure
+from slimdiff.compression import Compressor
 pipeline = tiny_pipeline()
 ran = []
 pipeline.unet.register_forward_hook(lambda *_: ran.append(1))
@@ -309,7 +312,9 @@ for name, limit in (("one", 2.0), ("turns", {limit!r})):
     found = calibrate(pipeline, PROMPTS, settings)
     if name == "one":
         ran.clear()
-        measure(pipeline, PROMPTS, settings, PlanSettings(groups={groups!r}), found, progress=None)
+        work = Compressor(pipeline, PROMPTS, settings, PlanSettings(groups={groups!r}))
+        work.statistics = found
+        work.measure()
         found.made_from["forward_passes"] = len(ran)
     found.save(Path({folder!r}) / f"{{name}}-{{distributed.world()[0]}}.safetensors")
 """
@@ -349,7 +354,7 @@ def test_two_processes_make_the_statistics_and_sensitivities_of_one(pipeline, tm
     request.addfinalizer(pipeline.unet.register_forward_hook(lambda *_: ran.append(1)).remove)
     for name, memory in (("one", 2.0), ("turns", limit)):
         settings = CalibrationSettings(samples=3, sampling=SAMPLING, memory_limit=memory)
-        expected = calibrate(pipeline, PROMPTS, settings, progress=None)
+        expected = calibrate(pipeline, PROMPTS, settings)
         found = [Statistics.load(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
         assert_same(found[0], found[1], 0.0)
         assert_same(expected, found[0], 1e-6)
@@ -357,7 +362,9 @@ def test_two_processes_make_the_statistics_and_sensitivities_of_one(pipeline, tm
             alone = Statistics.load(tmp_path / f"{name}-0.safetensors")
             alone.sensitivities = {}
             ran.clear()
-            measure(pipeline, PROMPTS, settings, PlanSettings(groups=groups), alone, progress=None)
+            work = Compressor(pipeline, PROMPTS, settings, PlanSettings(groups=groups))
+            work.statistics = alone
+            work.measure()
             assert len(alone.sensitivities) == len(find_sites(pipeline.unet)[0])
             # Rounding of the prediction (float32, other thread counts) against changes as small as 3e-4 of it.
             for part in found:

@@ -70,9 +70,9 @@ def test_continuous_times_are_recorded_as_they_are():
 
 def test_no_mapping_is_taken_for_a_blank_prompt():
     settings = CalibrationSettings(samples=2, sampling=SAMPLING)
-    assert calibrate(unconditional(), [{}, {}], settings, progress=None).made_from["prompts"] == 2
+    assert calibrate(unconditional(), [{}, {}], settings).made_from["prompts"] == 2
     with pytest.raises(InputError, match="no prompt"):
-        calibrate(unconditional(), [" "], settings, progress=None)
+        calibrate(unconditional(), [" "], settings)
 
 
 def test_a_calls_tensors_are_cast_wherever_they_are():

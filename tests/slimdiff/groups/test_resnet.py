@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimdiff import Budget, InputError, PlanSettings, compress, make_plan, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate_on_calls
-from slimdiff.compression import fitting_calls
+from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import find_sites
@@ -162,7 +162,7 @@ def test_half_the_channels_with_scale_and_shift_run_and_stay_close():
     calls = own_calls(unet)
     statistics = calibrate_on_calls(unet, calls)
     settings = PlanSettings(groups=("resnet",), align=16, allocation="uniform")
-    plan = at_share(make_plan(unet, statistics, Budget("20%"), settings, progress=None), 0.5)
+    plan = at_share(make_plan(unet, statistics, Budget("20%"), settings), 0.5)
     slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
     assert count_parameters(slim) == plan.parameters["slim"] < 0.8 * count_parameters(unet)
     sliced = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls, resnet_settings=PLAIN)
@@ -209,7 +209,6 @@ def made(pipeline, calibration, statistics):
         calibration=calibration,
         planning=planning,
         statistics=statistics,
-        progress=False,
     )
 
 
@@ -247,9 +246,8 @@ def test_the_graph_has_the_plans_channels(made, tmp_path):
 @pytest.mark.slow  # ranks of resnets alone rarely hit a size, and the solver takes long to prove it
 def test_the_error_that_is_asked_for_is_kept_with_resnets(pipeline, statistics, calls, held):
     settings = PlanSettings(align=16, groups=("resnet",), resnets=ResnetSettings(solve="channels"))
-    planner = Planner(
-        pipeline.unet, statistics, settings, calls=calls[:2], held=held[:2], fitting_calls=calls[:4], progress=None
-    )
+    recorded = Calls.of(calls[:2], held=held[:2], fitting=calls[:4])
+    planner = Planner(pipeline.unet, statistics, settings, calls=recorded)
     plan = planner.plan(Budget(max_error=2e-2))
     assert 0 < error(pipeline.unet, planner.slim(plan), held[:2]) <= 2e-2
     assert plan.noise_error == pytest.approx(error(pipeline.unet, planner.slim(plan), held[:2]))
@@ -300,7 +298,7 @@ def test_an_overflowing_model_is_named(pipeline, sites, calls):
 def test_what_is_fitted_on_is_as_much_as_was_asked_for(pipeline, calibration):
     for most in (2, 4, 100):
         settings = PlanSettings(fitting_calls=most)
-        found = fitting_calls(pipeline, PROMPTS, calibration, settings)
+        found = Calls(pipeline, PROMPTS, calibration, settings).fitting
         assert 0 < len(found) <= most
     text = [c.arguments["encoder_hidden_states"] for c in found]
     assert len({t.data_ptr() for t in text}) == 2  # one per batch, however many calls

@@ -6,17 +6,19 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
-from slimdiff.compression import held_calls, sensitivity_calls
+from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
-from slimdiff.groups import find_sites
+from slimdiff.fidelity import HeldError
+from slimdiff.groups.sites import find_sites
+from slimdiff.planning.budgets import most_removable
 from slimdiff.planning.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import TOLERANCE, _nearest, choose, find_layers
 from slimdiff.planning.planner import Planner
-from slimdiff.planning.search import STEPS, Judge
+from slimdiff.planning.search import STEPS
+from slimdiff.settings import BUDGETS
 from slimdiff.slimming.skeleton import skeleton
 
 
@@ -27,9 +29,8 @@ def calls(pipeline):
 
 @pytest.fixture(scope="module")
 def planner(pipeline, compression, calls):
-    settings = PlanSettings(align=4)
-    given, fitted_on = calls[:2], calls[:2]
-    return Planner(pipeline.unet, compression.statistics, settings, calls=given, fitting_calls=fitted_on, progress=None)
+    recorded = Calls.of(calls[:2], fitting=calls[:2])
+    return Planner(pipeline.unet, compression.statistics, PlanSettings(align=4), calls=recorded)
 
 
 def table_of_milliseconds(planner: Planner) -> CostTable:
@@ -83,9 +84,7 @@ def test_predicted_costs_are_counted_costs(calls, changes):
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_budget_of_macs_is_met_and_counted(pipeline, compression, calls, planner, allocation):
     settings = PlanSettings(align=4, allocation=allocation)
-    own = Planner(
-        pipeline.unet, compression.statistics, settings, calls=calls[:1], factors=planner.factors, progress=None
-    )
+    own = Planner(pipeline.unet, compression.statistics, settings, calls=calls[:1], factors=planner.factors)
     plan = own.plan(Budget(macs="10%"))
     slim = slim_denoiser(
         pipeline.unet, compression.statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2]
@@ -99,23 +98,23 @@ def test_a_budget_of_macs_is_met_and_counted(pipeline, compression, calls, plann
 
 def test_each_budget_is_cheapest_in_its_own_unit(planner):
     """Plans for parameters, MACs and latency are different plans of the same knapsack."""
-    planner.latency = table_of_milliseconds(planner)
+    planner.costs.latency = table_of_milliseconds(planner)
     plans = [planner.plan(b) for b in (Budget("8%"), Budget(macs="8%"), Budget(speedup=1.1))]
     assert len({tuple(p.ranks().values()) for p in plans}) == 3
 
 
 @pytest.mark.parametrize("speedup", [1.03, 1.15])
 def test_a_speedup_is_met_by_the_tables_own_prediction(planner, speedup):
-    planner.latency = table_of_milliseconds(planner)
+    planner.costs.latency = table_of_milliseconds(planner)
     plan = planner.plan(Budget(speedup=speedup))
     costs = plan.costs["latency_ms"]
-    assert costs["slim"] == pytest.approx(planner.latency.of(plan.ranks()))
+    assert costs["slim"] == pytest.approx(planner.costs.latency.of(plan.ranks()))
     assert costs["dense"] / costs["slim"] >= speedup * (1 - 1e-9)
     assert costs["budget"] == pytest.approx(costs["dense"] / speedup)
 
 
 def test_more_than_can_go_is_refused_in_its_own_unit(planner):
-    planner.latency = table_of_milliseconds(planner)
+    planner.costs.latency = table_of_milliseconds(planner)
     with pytest.raises(InputError, match=r"9x is .* ms, but at most"):
         planner.plan(Budget(speedup=9.0))
     with pytest.raises(InputError, match="MACs, but at most"):
@@ -127,18 +126,18 @@ def test_more_than_can_go_is_refused_before_calibration(pipeline, planner):
     table = table_of_milliseconds(planner)
     for budget in (Budget("70%"), Budget(speedup=9.0)):
         with pytest.raises(InputError, match="but at most") as early:
-            compress(pipeline, [], budget, planning=PlanSettings(align=4), latency=table, progress=False)
-        planner.latency = table
+            compress(pipeline, [], budget, planning=PlanSettings(align=4), latency=table)
+        planner.costs.latency = table
         with pytest.raises(InputError) as late:
             planner.plan(budget)
         assert str(early.value) == str(late.value)
 
 
 def test_a_speedup_needs_the_models_own_table(pipeline, compression, calls):
-    own = Planner(pipeline.unet, compression.statistics, PlanSettings(align=4), calls=calls[:1], progress=None)
+    own = Planner(pipeline.unet, compression.statistics, PlanSettings(align=4), calls=calls[:1])
     with pytest.raises(InputError, match="measured table"):
         own.plan(Budget(speedup=1.1))
-    own.latency = CostTable("latency_ms", 10.0, {"elsewhere": {8: 1.0, 16: 2.0}})
+    own.costs.latency = CostTable("latency_ms", 10.0, {"elsewhere": {8: 1.0, 16: 2.0}})
     with pytest.raises(InputError, match="does not know"):
         own.plan(Budget(speedup=1.1))
 
@@ -210,60 +209,50 @@ def held(pipeline):
     return record_calls(pipeline, PROMPTS[2:], SAMPLING.model_copy(update={"seed": 77}))
 
 
-def test_the_smallest_model_below_an_error(pipeline, compression, calls, planner, held):
+def test_the_smallest_model_below_an_error(pipeline, planner, held):
     """It holds, and what is one step smaller does not."""
-    planner.held = held[:2]
-    statistics, judge = compression.statistics, Judge(pipeline.unet, held[:2])
-    limits = []
-    for share in (20, 100):
-        ranks = planner.ranks(planner.parameters, planner.most(planner.parameters) * share / STEPS)
-        plan = planner.written(ranks, Budget("1%"), {})
-        limits.append(
-            judge.error(
-                slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2])
-            )
-        )
+    planner.calls.held, held_error = held[:2], HeldError(pipeline.unet, held[:2])
+    table = planner.costs.parameters
+    step = most_removable(table, planner.layers) / STEPS
+
+    def plan_of(steps: int):
+        return planner.cut(table, steps * step, Budget("1%"))
+
+    limits = [held_error.of(planner.slim(plan_of(steps))) for steps in (20, 100)]
     assert limits[0] < limits[1]
     bound = (limits[0] * limits[1]) ** 0.5
     plan = planner.plan(Budget(max_error=bound))
-    slim = slim_denoiser(pipeline.unet, statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2])
-    assert judge.error(slim) == pytest.approx(plan.noise_error) and plan.noise_error <= bound
+    slim = planner.slim(plan)
+    assert held_error.of(slim) == pytest.approx(plan.noise_error) and plan.noise_error <= bound
     assert slim.config["slim_plan"]["noise_error"] == plan.noise_error
-    removed = planner.parameters.dense - plan.parameters["slim"]
-    step = planner.most(planner.parameters) / STEPS
-    ranks = planner.ranks(planner.parameters, (round(removed / step) + 1) * step)
-    smaller = planner.written(ranks, Budget("1%"), {})
+    smaller = plan_of(round((table.dense - plan.parameters["slim"]) / step) + 1)
     assert smaller.parameters["slim"] < plan.parameters["slim"]
-    assert (
-        judge.error(
-            slim_denoiser(pipeline.unet, statistics, smaller, planner.factors, progress=None, fitting_calls=calls[:2])
-        )
-        > bound
-    )
+    assert held_error.of(planner.slim(smaller)) > bound
     assert planner.plan(Budget(max_error=bound)) == plan
 
 
 def test_the_smallest_model_there_is_if_the_error_allows_it(planner, held):
-    planner.held = held[:1]
+    planner.calls.held = held[:1]
     plan = planner.plan(Budget(max_error=1e6))
     ranks = plan.ranks()
     assert all(ranks[layer.path] == layer.candidates[0] for layer in planner.layers)
 
 
 def test_an_error_that_nothing_keeps_is_refused_with_what_the_least_step_costs(planner, held):
-    planner.held = held[:1]
+    planner.calls.held = held[:1]
     with pytest.raises(InputError, match=r"1e-13 cannot be kept: the smallest step, [\d,]+ parameters"):
         planner.plan(Budget(max_error=1e-13))
-    planner.held = ()
-    with pytest.raises(InputError, match="measured"):
+    del planner.calls.held
+    with pytest.raises(InputError, match="max_error is measured on recorded denoiser calls"):
         planner.plan(Budget(max_error=1e-3))
 
 
-def test_held_calls_are_not_the_calibrations(pipeline, calibration, calls):
-    settings = calibration.model_copy(update={"samples": 2})
-    held = held_calls(pipeline, PROMPTS, settings, PlanSettings())
-    seen = sensitivity_calls(pipeline, PROMPTS, settings.sampling, PlanSettings())
-    assert len(held) == len(seen)
-    for ours, theirs in zip(held, seen, strict=True):
-        assert not torch.allclose(ours.arguments["sample"], theirs.arguments["sample"])
-        assert not torch.allclose(ours.arguments["encoder_hidden_states"], theirs.arguments["encoder_hidden_states"])
+def test_a_budget_that_is_none_is_refused_when_it_is_written():
+    for text in ("lots", "5 apples", ""):
+        with pytest.raises(InputError, match=f"budget '{text}': write a count such as 100M or a share such as 25%"):
+            Budget(text)
+    with pytest.raises(InputError, match="a speedup is dense latency over slim latency, such as 1.35, not 'fast'"):
+        Budget(speedup="fast")
+    with pytest.raises(InputError, match="exactly one of parameters, macs, speedup, max_error; given: size"):
+        Budget(size="5%")
+    assert [kind.flag for kind in BUDGETS.values()] == ["--reduce", "--macs", "--speedup", "--max-error"]

@@ -29,7 +29,7 @@ def slimmed(pipeline, compression, calls):
 
     def make(**settings):
         planning = PlanSettings(align=4, **settings)
-        plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4], progress=None)
+        plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4])
         return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None, fitting_calls=calls[:4])
 
     return make
@@ -122,9 +122,7 @@ def test_a_block_that_does_nothing_has_no_influence(pipeline, calls):
 
 def test_the_softmax_allocation_needs_calls(pipeline, compression):
     with pytest.raises(InputError, match="softmax allocation measures how much"):
-        make_plan(
-            pipeline.unet, compression.statistics, Budget("10%"), PlanSettings(allocation="softmax"), progress=None
-        )
+        make_plan(pipeline.unet, compression.statistics, Budget("10%"), PlanSettings(allocation="softmax"))
 
 
 @pytest.mark.parametrize("how", ["projections", "sequential"])

@@ -1,0 +1,93 @@
+"""Recorded calls of one denoiser for each purpose, made when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from diffusers import DiffusionPipeline
+
+from slimdiff.denoising.trajectory import Call, Inputs, record_calls, usable_inputs
+from slimdiff.errors import InputError
+from slimdiff.settings import CalibrationSettings, PlanSettings, Sampling
+
+# What each kind of recorded calls is for, as an error says it.
+PURPOSES = {
+    "sensitivity": "sensitivities, block influences and MACs are measured",
+    "fitting": "slim resnets are fitted and errors compensated",
+    "held": "max_error is measured",
+}
+
+
+class Calls:
+    """What a pipeline's denoiser is called with: recorded once, when first asked for.
+
+    Args:
+        prompts: `calibration.samples` of them that calibration sees, and more that it does not, if there are any.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline | None,
+        prompts: Sequence[Inputs] = (),
+        calibration: CalibrationSettings | None = None,
+        planning: PlanSettings | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.prompts = usable_inputs(prompts)
+        self.calibration = calibration or CalibrationSettings()
+        self.planning = planning or PlanSettings()
+
+    @classmethod
+    def of(cls, sensitivity: Sequence[Call] = (), *, fitting: Sequence[Call] = (), held: Sequence[Call] = ()) -> Calls:
+        """Calls that are there already, for a denoiser without a pipeline; an empty list is missing."""
+        calls = cls(None)
+        ready = {"sensitivity": sensitivity, "fitting": fitting, "held": held}
+        vars(calls).update({name: list(some) for name, some in ready.items() if some})
+        return calls
+
+    def has(self, name: str) -> bool:
+        """Whether calls of this name are recorded already."""
+        return name in vars(self)
+
+    def gives(self, name: str) -> bool:
+        """Whether calls of this name are recorded, or can be."""
+        return self.has(name) or (self.pipeline is not None and bool(self.prompts))
+
+    @cached_property
+    def sensitivity(self) -> list[Call]:
+        """`planning.sensitivity_calls` of them (at most one a step), spread evenly over one batch of trajectories.
+
+        Raises:
+            InputError: if they are not there and no pipeline can make them; so do `fitting` and `held`.
+        """
+        return self._spread("sensitivity", self.prompts, self.calibration.sampling)
+
+    @cached_property
+    def fitting(self) -> list[Call]:
+        """`planning.fitting_calls` of them, spread over all images of the calibration."""
+        chosen, sampling = self.prompts[: self.calibration.samples], self.calibration.sampling
+        source = self._source("fitting")
+        total = -(-len(chosen) // sampling.batch) * sampling.steps
+        return record_calls(source, chosen, sampling, every=-(-total // self.planning.fitting_calls), staggered=True)
+
+    @cached_property
+    def held(self) -> list[Call]:
+        """As many as for sensitivities, of what calibration has not seen: its own noise, and other prompts if any."""
+        fresh = self.prompts[self.calibration.samples :] or self.prompts
+        sampling = self.calibration.sampling
+        noise = sampling.model_copy(update={"seed": sampling.seed + len(self.prompts)})
+        return self._spread("held", fresh, noise)
+
+    def _spread(self, name: str, prompts: Sequence[Inputs], sampling: Sampling) -> list[Call]:
+        calls = record_calls(self._source(name), prompts[: sampling.batch], sampling)
+        count = min(self.planning.sensitivity_calls, len(calls))
+        return [calls[i * len(calls) // count] for i in range(count)]
+
+    def _source(self, name: str) -> DiffusionPipeline:
+        if self.pipeline is None:
+            where = f"slimdiff.denoising.calls.Calls.of({name}=...)"
+            raise InputError(f"{PURPOSES[name]} on recorded denoiser calls: give some ({where})")
+        if not self.prompts:
+            raise InputError(f"{PURPOSES[name]} on recorded denoiser calls: give at least one non-empty prompt")
+        return self.pipeline

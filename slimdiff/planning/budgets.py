@@ -1,0 +1,149 @@
+"""How a kind of budget is planned: the half that needs a model (`slimdiff.settings.BUDGETS` has the other)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import nn
+
+from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import InputError
+from slimdiff.plan import Plan
+from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
+from slimdiff.planning.knapsack import Layer
+from slimdiff.settings import Budget
+
+_NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies"}
+
+
+class Costs:
+    """What a model costs by the ranks of its layers, in each unit: counted when first asked for.
+
+    Args:
+        known: `Statistics.macs`, which save the counting.
+        call: gives a denoiser call to count MACs of, or None: how many tokens there are shows in a call alone.
+        latency: measured milliseconds by layer and rank.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layers: Sequence[Layer],
+        *,
+        known: Mapping[str, float] | None = None,
+        call: Callable[[], Call | None] = lambda: None,
+        latency: CostTable | None = None,
+    ) -> None:
+        self.denoiser = denoiser
+        self.layers = layers
+        self.sites = [site for layer in layers for site in layer.sites]
+        self.call = call
+        self.latency = latency
+        if known and {"", *(layer.path for layer in layers)} <= known.keys():
+            ranks = {layer.path: {0: 0.0, layer.dense_rank: known[layer.path]} for layer in layers}
+            self.macs = CostTable("macs", known[""], ranks)
+
+    @cached_property
+    def parameters(self) -> CostTable:
+        return parameter_costs(self.denoiser, self.sites)
+
+    @cached_property
+    def macs(self) -> CostTable | None:
+        """Multiply-accumulates, None without a call."""
+        call = self.call()
+        return None if call is None else mac_costs(self.denoiser, self.sites, call)
+
+    @property
+    def knows_macs(self) -> bool:
+        """Whether MACs take no forward pass."""
+        return "macs" in vars(self)
+
+
+class Cutter(Protocol):
+    """What gives plans of one model at any size, and their slim models: a `Planner`."""
+
+    denoiser: nn.Module
+    calls: Calls
+
+    @property
+    def costs(self) -> Costs:
+        """What its layers cost."""
+
+    def cut(self, table: CostTable, removed: float, budget: Budget, *, bounds: bool = False) -> Plan:
+        """The plan by which `removed` goes, in the table's unit, with the least predicted error.
+
+        Args:
+            budget: what was asked for.
+            bounds: whether that bounds the cost by this table, for the plan to say.
+        """
+
+    def slim(self, plan: Plan) -> nn.Module:
+        """A plan's slim model."""
+
+
+@dataclass(frozen=True)
+class PlannedBy:
+    """How one kind of budget is planned: out of a table goes what it says; or its plan is searched for.
+
+    Attributes:
+        table: what it is counted in, out of the costs; None where that is not known.
+        missing: what an error then says.
+        search: the plan among a cutter's; whether there is one shows only then.
+    """
+
+    table: Callable[[Costs], CostTable | None] = lambda _: None
+    missing: str = ""
+    search: Callable[[Cutter, Budget], Plan] | None = None
+
+    def plan(self, cutter: Cutter, budget: Budget) -> Plan:
+        """The plan within the budget.
+
+        Raises:
+            InputError: if there is none, or the table is missing.
+        """
+        if self.search is not None:
+            return self.search(cutter, budget)
+        table = self.table(cutter.costs)
+        if table is None:
+            raise InputError(self.missing)
+        return cutter.cut(table, removed_within(budget, table, cutter.costs.layers), budget, bounds=True)
+
+    def check(self, costs: Costs, budget: Budget) -> None:
+        """Refuse a budget that cannot be met, as far as that is known."""
+        table = self.table(costs)
+        if table is not None:
+            removed_within(budget, table, costs.layers)
+
+
+def most_removable(table: CostTable, layers: Sequence[Layer]) -> float:
+    """The most that can go, in the table's unit: every layer at its smallest candidate."""
+    return sum(float(table.savings(layer.path, layer.candidates[:1])[0]) for layer in layers)
+
+
+def removed_within(budget: Budget, table: CostTable, layers: Sequence[Layer]) -> float:
+    """What the budget takes out of the model, in the table's unit.
+
+    Raises:
+        InputError: if that is more than can go, or no amount at all, or the table is another model's.
+    """
+    noun = _NOUNS.get(table.name, table.name)
+    missing = [layer.path for layer in layers if layer.path not in table.layers]
+    if missing:
+        raise InputError(f"the table of {noun} does not know {missing[0]}: measure it for this model")
+    removed, most = budget.removed(table.dense), most_removable(table, layers)
+    if removed > most:
+
+        def amount(value: float) -> str:
+            return f"{value:.3g} ms" if table.name == "latency_ms" else f"{value:,.0f} {noun}"
+
+        words = f"{budget.value:g}x" if budget.kind == "speedup" else repr(budget.value)
+        groups = dict.fromkeys(site.group for layer in layers for site in layer.sites)
+        raise InputError(
+            f"budget {words} is {amount(removed)}, but at most {amount(most)} ({most / table.dense:.1%}) can go from "
+            f"the {sum(len(layer.sites) for layer in layers)} sites in {', '.join(groups)}"
+        )
+    return removed
