@@ -38,7 +38,7 @@ from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
-from slimdiff.groups import find_sites, is_fitted
+from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.planner import Planner

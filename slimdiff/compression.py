@@ -18,7 +18,7 @@ from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.planning.budgets import Costs

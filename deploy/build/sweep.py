@@ -39,7 +39,6 @@ from slimdiff.compression import Compressor, with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
-from slimdiff.groups import is_fitted
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import CostTable
 from slimdiff.storage import manifest

@@ -21,7 +21,8 @@ from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_images, usable_inputs
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site, find_sites
+from slimdiff.groups import find_sites
+from slimdiff.groups.group import Site
 from slimdiff.progress import bar
 from slimdiff.settings import CalibrationSettings, StatisticsSettings
 from slimdiff.statistics import Statistics

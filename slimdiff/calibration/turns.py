@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site
+from slimdiff.groups import GROUPS
+from slimdiff.groups.group import Site
 from slimdiff.settings import StatisticsSettings
-from slimdiff.statistics import Statistics, Stored, read_metadata, triangle_size
+from slimdiff.statistics import Statistics, Stored, read_metadata
 
 # Seconds between records of an unfinished calibration, and how many times longer than writing one that must be.
 RECORD_EVERY = 60.0
@@ -24,7 +25,7 @@ def split_into_turns(sites: Sequence[Site], settings: StatisticsSettings) -> lis
 
     A site that needs more than the limit makes a group of its own.
     """
-    needs = [moment_bytes(site) for site in sites]
+    needs = [GROUPS[site.group].moment_bytes(site) for site in sites]
 
     def filled(limit: float) -> list[list[Site]]:
         groups: list[list[Site]] = [[]]
@@ -43,14 +44,6 @@ def split_into_turns(sites: Sequence[Site], settings: StatisticsSettings) -> lis
     while even < limit and len(filled(even)) > fewest:
         even *= 1.02
     return filled(min(even, limit))
-
-
-def moment_bytes(site: Site) -> int:
-    """Memory that a site's moments take while they are collected."""
-    width, per_head = site.heads * site.dense_rank, 4 * site.heads * site.dense_rank**2
-    if site.group == "query_key":
-        return 3 * per_head
-    return 4 * triangle_size(width) + 8 * width + (per_head if site.group == "value_output" else 0)
 
 
 class Records:

@@ -11,7 +11,8 @@ from torch import nn
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site, find_sites
+from slimdiff.groups import GROUPS, fault_in, find_sites
+from slimdiff.groups.group import Site
 from slimdiff.plan import Plan, SitePlan, site_plan
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable

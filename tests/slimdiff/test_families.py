@@ -226,7 +226,7 @@ def test_compress_measures_sensitivities_for_every_kind_of_pipeline(name):
     pipeline = family.make()
     dense = getattr(pipeline, denoiser_name(pipeline))
     settings = CalibrationSettings(samples=2, sampling=family.sampling)
-    planning = PlanSettings(align=4, sensitivity_calls=1, groups=(*GROUPS, "resnet"))
+    planning = PlanSettings(align=4, sensitivity_calls=1, groups=(*TRANSFORMER_GROUPS, "resnet"))
     made = compress(pipeline, family.inputs, Budget("3%"), calibration=settings, planning=planning)
     wanted = Budget("3%").removed(count_parameters(dense))
     assert made.plan.parameters["dense"] - made.plan.parameters["slim"] >= wanted

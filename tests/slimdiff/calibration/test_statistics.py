@@ -18,7 +18,7 @@ from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Stat
 from slimdiff.calibration import calibrate as calibration_module
 from slimdiff.calibration import turns as turns_module
 from slimdiff.calibration.calibrate import calibrate_on_calls
-from slimdiff.calibration.turns import moment_bytes, split_into_turns
+from slimdiff.calibration.turns import split_into_turns
 from slimdiff.compression import Compressor
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import predict, record_calls

@@ -12,7 +12,7 @@ from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.fidelity import HeldError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.budgets import most_removable
 from slimdiff.planning.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import TOLERANCE, _nearest, choose, find_layers
