@@ -1,4 +1,4 @@
-"""`python -m deploy` is the command `slimdiff`, as `python -m slimdiff` is, which says what comes off the import path."""
+"""`python -m deploy` is the command `slimdiff`, as `python -m slimdiff` is; see there what leaves the import path."""
 
 import os
 import sys
