@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and the switch for all of them."""
+"""Progress bars on stderr, and the one switch that turns them off."""
 
 from __future__ import annotations
 
@@ -11,18 +11,34 @@ _shown = True
 
 
 def show_progress(on: bool) -> None:
-    """Show progress bars from now on, or none. The environment's `TQDM_DISABLE` is heeded, too."""
+    """Whether this process shows progress bars on stderr. tqdm's own switch, `TQDM_DISABLE=1`, works too.
+
+    Args:
+        on: True, the default, shows them.
+    """
     global _shown
     _shown = on
 
 
-def bar(iterable: Iterable[Any] | None = None, *, total: int | None = None, name: str, unit: str = "it", **more: Any):
-    """tqdm's bar: around an iterable, or moved on by its `update`.
+def bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: float | None = None,
+    name: str,
+    unit: str = "it",
+    hidden: bool = False,
+    **more: Any,
+) -> Any:
+    """A progress bar: tqdm's.
 
     Args:
-        name: in front of the bar.
-        more: of tqdm's own arguments. A bar that is disabled by `disable` stays so.
+        iterable: to go through; without one, call `update` on the bar.
+        total: number of steps; that of the iterable if not given.
+        name: stands before the bar.
+        unit: what a step is called.
+        hidden: whether this bar stays away: another process shows the same one.
+        more: further arguments of `tqdm.tqdm`.
     """
-    if not _shown:
-        more["disable"] = True
+    if hidden or not _shown:
+        more["disable"] = True  # not given otherwise: it would override TQDM_DISABLE
     return tqdm(iterable, total=total, desc=name, unit=unit, **more)

@@ -25,7 +25,7 @@ QUICK = BenchSettings(processes=2, rounds=3, warmup=1)
 
 @pytest.fixture(scope="module")
 def slim(dense):
-    from slimdiff.groups.sites import find_sites
+    from slimdiff.groups import find_sites
 
     return skeleton(dense, {site.path: site.dense_rank // 2 for site in find_sites(dense)[0]}).eval()
 
