@@ -6,10 +6,9 @@ named. `exporters/runtimes/session.py` says what a session is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -42,11 +41,16 @@ class Runtime:
     options: Mapping[str, Any] = field(default_factory=dict)
     light: str = ""
     """Like `opens`, for processes that are timed: its session takes numpy's arrays, says dtypes in numpy's words, and
-    needs no torch. None: such a process loads torch."""
+    needs no torch. Without it, such a process loads torch."""
     distributions: tuple[str, ...] = ()
     """That bring the module; by default one that is called like it."""
     remedy: str = ""
     """What to do where it is missing; by default to install the extra."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions that bring the module, the usual one first."""
+        return self.distributions or (self.module,)
 
     def require(self) -> ModuleType:
         """Import its module.
@@ -56,66 +60,46 @@ class Runtime:
         """
         return require(self.module, self.extra)
 
-    def installed(self) -> bool:
-        """Whether its module can be found."""
-        try:
-            return find_spec(self.module) is not None
-        except ImportError:  # a parent package that is not there
-            return False
-
     def load(self, entry: str) -> Any:
         """The function of `opens` or `light`; imports what it lies in."""
         module, _, function = entry.partition(":")
         return getattr(import_module(module), function)
 
 
-def _onnxruntime(provider: str, rank: int) -> Runtime:
-    on_cpu = provider == "cpu"
-    return Runtime(
-        name="onnxruntime" if on_cpu else f"onnxruntime-{provider}",
-        takes="graph",
-        module="onnxruntime",
-        opens="exporters.runtimes.ort_session:OnnxRuntimeSession",
-        title="ONNX Runtime",
-        extra="onnx" if on_cpu else "gpu",
-        device="cpu" if on_cpu else "gpu",
-        rank=rank,
-        options={"provider": provider},
-        light="exporters.runtimes.ort:ArraySession",
-        distributions=("onnxruntime", "onnxruntime-gpu"),
-    )
-
-
-def _openvino(precision: Literal["fp32", "bf16"] | None, rank: int) -> Runtime:
-    return Runtime(
-        name=f"openvino-{precision}" if precision else "openvino",
-        takes="graph",
-        module="openvino",
-        opens="exporters.runtimes.openvino_session:OpenVinoSession",
-        title="OpenVINO",
-        extra="openvino",
-        precision=precision,
-        rank=rank,
-        options={"precision": precision},
-    )
-
-
-def _tensorrt(name: str, title: str, extra: str, rank: int, distributions: Iterable[str], remedy: str) -> Runtime:
-    return Runtime(
-        name=name,
-        takes="engine",
-        module=name.replace("-", "_"),
-        opens="exporters.runtimes.tensorrt_session:EngineSession",
-        title=title,
-        extra=extra,
-        device="gpu",
-        rank=rank,
-        options={"backend": name},
-        distributions=tuple(distributions),
-        remedy=f"pip install 'slimdiff[{extra}]'{remedy}",
-    )
-
-
+_ONNXRUNTIME = Runtime(
+    "onnxruntime",
+    "graph",
+    "onnxruntime",
+    "exporters.runtimes.ort_session:OnnxRuntimeSession",
+    "ONNX Runtime",
+    "onnx",
+    rank=7,
+    options={"provider": "cpu"},
+    light="exporters.runtimes.ort:ArraySession",
+    distributions=("onnxruntime", "onnxruntime-gpu"),
+)
+_ON_GPU = replace(_ONNXRUNTIME, extra="gpu", device="gpu")
+_OPENVINO = Runtime(  # bf16 by itself where the CPU has that, which is the fastest
+    "openvino",
+    "graph",
+    "openvino",
+    "exporters.runtimes.openvino_session:OpenVinoSession",
+    "OpenVINO",
+    "openvino",
+    rank=5,
+)
+_TENSORRT = Runtime(
+    "tensorrt",
+    "engine",
+    "tensorrt",
+    "exporters.runtimes.tensorrt_session:EngineSession",
+    "TensorRT",
+    "gpu",
+    device="gpu",
+    rank=0,
+    options={"backend": "tensorrt"},
+    remedy="pip install 'slimdiff[gpu]', on Linux or Windows with an NVIDIA GPU",
+)
 _ROWS = (
     Runtime(
         "torch",
@@ -126,22 +110,24 @@ _ROWS = (
         rank=8,
         remedy="comes with slimdiff: pip install slimdiff",
     ),
-    _onnxruntime("cpu", 7),
-    # Ranks are by speed. ONNX Runtime's TensorRT provider builds an engine at the first call, for minutes.
-    _onnxruntime("cuda", 3),
-    _onnxruntime("tensorrt", 2),
-    # On its own it computes in bf16 where the CPU has that, which is the fastest.
-    _openvino(None, 5),
-    _openvino("fp32", 6),
-    _openvino("bf16", 4),
-    _tensorrt("tensorrt", "TensorRT", "gpu", 0, ["tensorrt"], ", on Linux or Windows with an NVIDIA GPU"),
-    _tensorrt(
-        "tensorrt-rtx",
-        "TensorRT-RTX",
-        "tensorrt-rtx",
-        1,
-        ["tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"],
-        "; builds engines without a GPU, running them needs an RTX GPU",
+    _ONNXRUNTIME,
+    replace(_ON_GPU, name="onnxruntime-cuda", rank=3, options={"provider": "cuda"}),
+    # Its rank is by speed alone: at the first call it builds an engine, for minutes.
+    replace(_ON_GPU, name="onnxruntime-tensorrt", rank=2, options={"provider": "tensorrt"}),
+    _OPENVINO,
+    replace(_OPENVINO, name="openvino-fp32", precision="fp32", rank=6, options={"precision": "fp32"}),
+    replace(_OPENVINO, name="openvino-bf16", precision="bf16", rank=4, options={"precision": "bf16"}),
+    _TENSORRT,
+    replace(
+        _TENSORRT,
+        name="tensorrt-rtx",
+        module="tensorrt_rtx",
+        title="TensorRT-RTX",
+        extra="tensorrt-rtx",
+        rank=1,
+        options={"backend": "tensorrt-rtx"},
+        distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+        remedy="pip install 'slimdiff[tensorrt-rtx]'; builds engines without a GPU, running them needs an RTX GPU",
     ),
 )
 _REGISTERED = {row.name: row for row in _ROWS}
@@ -180,7 +166,7 @@ def runtime_of(name: str, *takes: Takes) -> Runtime:
     return _REGISTERED[name]
 
 
-def packages() -> list[tuple[str, str, tuple[str, ...], str]]:
+def installable() -> list[tuple[str, str, tuple[str, ...], str]]:
     """What is to be installed for the runtimes, each once.
 
     Returns:
@@ -189,5 +175,5 @@ def packages() -> list[tuple[str, str, tuple[str, ...], str]]:
     found: dict[str, tuple[str, str, tuple[str, ...], str]] = {}
     for row in _REGISTERED.values():
         remedy = row.remedy or f"pip install 'slimdiff[{row.extra}]'"
-        found.setdefault(row.module, (row.name, row.module, row.distributions or (row.module,), remedy))
+        found.setdefault(row.module, (row.name, row.module, row.packages, remedy))
     return list(found.values())

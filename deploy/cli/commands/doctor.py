@@ -8,7 +8,7 @@ import importlib.util
 import platform
 from typing import Any
 
-from exporters.registry import packages
+from exporters.registry import installable
 
 EXAMPLE = """example:
   slimdiff doctor"""
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.figures import machine
     from slimdiff.storage import manifest
 
-    runtimes = [_runtime(*entry) for entry in (*packages(), *TOOLS)]
+    runtimes = [_runtime(*entry) for entry in (*installable(), *TOOLS)]
     here = machine()
     value = {
         "python": platform.python_version(),

@@ -38,7 +38,7 @@ plan: {sensitivity_calls: 1, allocation: local}
 engine: {enabled: false}
 validate: {calls: 1}
 compare: {images: 1, shown: 1, trajectories: 1, sampling: {steps: 1, batch: 1}}
-bench: {processes: 2, rounds: 3, warmup: 1}
+bench: {processes: 3, rounds: 3, warmup: 1}
 gates: {parity: true, min_speedup: 0.0001, max_noise_error: 0.9}
 """
 SMALLEST = {
