@@ -1,9 +1,9 @@
 """What the ways to write a graph cost: opset, attention in pieces or as one node, torch's exporters.
 
 `python -m benchmarks.export_variants [--model sd15] [--runtime onnxruntime,openvino]` prints a Markdown table: the slim
-UNet (the model's budget of parameters, random weights) in every variant, in pairs with the graph that `slimdiff export`
-writes, on one thread, and how far their outputs are apart. `exporters.graphs.export.ExportSettings` follows this table.
-What is measured is kept in `--out`, and not measured again.
+UNet (the model's budget of parameters, random weights) in every variant, in process pairs with the graph that
+`slimdiff export` writes, on one thread, and how far their outputs are apart. `exporters.settings.ExportSettings`
+follows this table. What is measured is kept in `--out`, and not measured again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from tqdm import tqdm
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet, uniform_ranks
 from exporters.graphs.export import _UNet, export_unet, unet_inputs, write_config
-from exporters.latency.paired import paired_latency
+from exporters.latency.measure import bench
+from exporters.latency.pair import Job
 from exporters.machine import machine_name
 from exporters.runtimes.opening import version_of
 from exporters.runtimes.unet import UNet
-from exporters.settings import ExportSettings, LatencySettings
+from exporters.settings import BenchSettings, ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import SlimdiffError
 from slimdiff.slimming.skeleton import skeleton
@@ -141,7 +142,7 @@ def _drop_unread(graph: Any) -> None:
 
 
 def measure(
-    name: str, runtimes: Sequence[str], settings: LatencySettings, kept: Path, scratch: Path | None
+    name: str, runtimes: Sequence[str], settings: BenchSettings, kept: Path, scratch: Path | None
 ) -> list[dict[str, Any]]:
     """Rows of the table: per variant its name, seconds of the export, and per runtime what was measured, or why not.
 
@@ -178,14 +179,15 @@ def measure(
     return rows
 
 
-def _paired(ours: Path, other: Path, runtime: str, call: Call, settings: LatencySettings) -> dict[str, Any]:
+def _paired(ours: Path, other: Path, runtime: str, call: Call, settings: BenchSettings) -> dict[str, Any]:
     try:
         a, b = (UNet.open(file, runtime, 1) for file in (ours, other))
     except SlimdiffError as error:
         return {"refused": str(error)}
     expected, found = a.predict(call), b.predict(call)
-    times = paired_latency(lambda: a.predict(call), lambda: b.predict(call), settings, clock=time.process_time)
-    return {"error": float((found - expected).norm() / expected.norm()), **times}
+    del a, b
+    jobs = Job("ours", str(ours), runtime), Job("variant", str(other), runtime)
+    return {"error": float((found - expected).norm() / expected.norm()), **bench(*jobs, settings)}
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
@@ -214,12 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", choices=tuple(MODELS))
     parser.add_argument("--runtime", default="onnxruntime,openvino", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=8, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=6, help="process pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="blocks of each side in a pair (default: by their length)")
     parser.add_argument("--out", type=Path, default=Path("runs/export-variants"), help="default: %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the graphs go meanwhile (default: the system's)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    settings = LatencySettings(rounds=args.rounds, warmup=1)
+    settings = BenchSettings(processes=args.processes, rounds=args.rounds, warmup=1, max_seconds=3600)
     print(table(args.model, measure(args.model, args.runtime.split(","), settings, args.out, args.scratch)))
     return 0
 

@@ -89,9 +89,9 @@ def plant(graph: Path, out: Path, units: int) -> Path:
 
 def slowdown(dense: Path, slower: Path, pairs: int) -> dict[str, float]:
     """Time of one graph over another's, over process pairs: `ratio`, `low`, `high` (95 %)."""
-    jobs = [Job(path.parent.name, str(path), "onnx", "onnxruntime") for path in (dense, slower)]
+    jobs = [Job(path.parent.name, str(path), "onnxruntime") for path in (dense, slower)]
     settings = BenchSettings(processes=pairs, max_seconds=3600)
-    found = bench(jobs[0], jobs[1], settings, progress="calibrate")
+    found = bench(jobs[0], jobs[1], settings)
     speedup = found["speedup"]
     return {"ratio": exp(fmean(found["log_ratios"])), "low": 1 / speedup["high"], "high": 1 / speedup["low"]}
 

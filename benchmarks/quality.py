@@ -26,10 +26,11 @@ import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
 from deploy.build.workshop import source_hash
 from exporters.graphs.export import export_unet
-from exporters.latency.paired import paired_latency
+from exporters.latency.decision import LOOKS
+from exporters.latency.measure import bench as bench_pairs
+from exporters.latency.pair import Job
 from exporters.machine import machine_name
-from exporters.runtimes.unet import UNet
-from exporters.settings import ExportSettings, LatencySettings
+from exporters.settings import BenchSettings, ExportSettings
 from slimdiff import Budget, CalibrationSettings, PlanSettings, embedded
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.compression import with_denoiser
@@ -223,22 +224,17 @@ def dense_images(bench: Bench, file: Path) -> list[Any]:
 
 
 def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[str, float]:
-    """Dense over slim, median of pairs in ONNX Runtime on the CPU, one guided call for one image."""
+    """Dense over slim, median of process pairs in ONNX Runtime on the CPU, one guided call for one image."""
     call = bench.one_call
-    runners = []
+    jobs = []
     for name in ("dense", f"{method.label.rpartition(' ')[2]}-{cut.percent:g}"):
         if not (folder / name / "model.onnx").is_file():
             module = bench.unet if name == "dense" else bench.make(method, cut)
             with manifest.replacing(folder / name) as temporary:
                 export_unet(module, temporary, call, ExportSettings())
-        runners.append(UNet.open(folder / name))
-    result = paired_latency(
-        lambda: runners[0].predict(call),
-        lambda: runners[1].predict(call),
-        LatencySettings(rounds=1000),
-        progress=f"bench {method.label} {cut}",
-    )
-    return result["speedup"]
+        jobs.append(Job(name, str(folder / name / "model.onnx"), "onnxruntime"))
+    settings = BenchSettings(processes=LOOKS[-1].pairs, threads=0)
+    return bench_pairs(jobs[0], jobs[1], settings, name=f"bench {method.label} {cut}")["speedup"]
 
 
 def readme_table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -4,9 +4,9 @@
 table. Each runtime and batch is a process of its own, and its table of latencies another before it, so that memory is
 given back in between. What is measured is kept in `--out`, and not measured again: run it in parts, or after a crash.
 
-Dense and slim run in turn, in pairs. "Predicted" is what the runtime's own table of layers (`exporters/latency`) says
-of the same ranks; torch in bf16 and torch compiled have no table, and are cut by eager float32's. Weights are
-random and slim models are cut without calibration: that costs the same.
+Dense and slim run in turn, in pairs of processes. "Predicted" is what the runtime's own table of layers
+(`exporters.latency.table`) says of the same ranks; torch in bf16 and torch compiled have no table, and are cut by eager
+float32's. Weights are random and slim models are cut without calibration: that costs the same.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,27 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from benchmarks.full_size import MODELS, peak_bytes, random_calls
+from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
-from exporters.graphs.export import export_unet
-from exporters.latency.paired import paired_latency
+from exporters.latency.jobs import write_job
+from exporters.latency.measure import bench
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name, usable_cores
-from exporters.runtimes.unet import UNet
-from exporters.settings import LatencySettings, TableSettings
-from slimdiff.denoising.trajectory import Call, predict
+from exporters.registry import register, runtime_of
+from exporters.settings import BenchSettings, TableSettings
 from slimdiff.planning.costs import CostTable, count_parameters
 from slimdiff.slimming.skeleton import skeleton
 from slimdiff.storage import manifest
 
-IN_TORCH = {"torch": torch.float32, "torch-bf16": torch.bfloat16, "torch-compile": torch.float32}
+register(replace(runtime_of("torch"), name="torch-bf16", options={"dtype": "bfloat16"}))
+register(replace(runtime_of("torch"), name="torch-compile", options={"compiled": True}))
+IN_TORCH = ("torch", "torch-bf16", "torch-compile")
 """Eager in two precisions, and compiled."""
 GRAPHS = ("onnxruntime", "openvino", "openvino-fp32")
 RUNTIMES = (*IN_TORCH, *GRAPHS)
 OWN_TABLE = ("torch", *GRAPHS)
 BAR = 0.9
 """How much of the speedup that a runtime's own table predicts is to be reached."""
-Opened = Callable[[], Any]
 
 
 class Settings(BaseModel):
@@ -57,8 +56,8 @@ class Settings(BaseModel):
 
     threads: int
     """Of the runtime."""
-    latency: LatencySettings
-    """Of the pairs."""
+    latency: BenchSettings
+    """Of the process pairs; `threads` is set to the above."""
     table: TableSettings
     """Of the latency tables; `runtime` and `threads` are set for each."""
     speedup: float
@@ -70,7 +69,7 @@ def latency_table(name: str, batch: int, runtime: str, settings: Settings, cache
     where = {"runtime": runtime if runtime in GRAPHS else "torch", "threads": settings.threads}
     wanted = TableSettings.model_validate({**settings.table.model_dump(), **where})
     call = random_calls(replace(MODELS[name], batch=batch), 1)[0]
-    return measure_latency(unet, call, None, wanted, cache=cache, progress=f"{name}, batch {batch}, {runtime}")
+    return measure_latency(unet, call, None, wanted, cache=cache)
 
 
 def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path, scratch: Path) -> dict[str, Any]:
@@ -85,10 +84,9 @@ def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path
         scratch: folder for graphs.
 
     Returns:
-        `variants`: per slim model, its `parameters` and `ranks`, `paired_latency`'s result and, if the runtime has a
+        `variants`: per slim model, its `parameters` and `ranks`, `bench`'s result and, if the runtime has a
         table, the speedup `predicted` and the share of it `reached`; beside what it was measured with.
     """
-    torch.set_num_threads(settings.threads)
     model = replace(MODELS[name], batch=batch)
     unet, call = random_unet(model), random_calls(model, 1)[0]
     table = latency_table(name, batch, runtime, settings, cache, unet)
@@ -98,24 +96,24 @@ def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path
     }
     models = {"dense": unet, **{told: skeleton(unet, chosen) for told, chosen in ranks.items()}}
     counts = {told: count_parameters(each) for told, each in models.items()}
-    del unet
-    # As the table is measured: on one thread, processor time is latency without the waits for others on that core.
-    clock = time.process_time if settings.threads == 1 else time.perf_counter
+    timing = settings.latency.model_copy(update={"threads": settings.threads})
     variants = {}
     with tempfile.TemporaryDirectory(dir=scratch, prefix="slimdiff-runtimes-") as folder:
-        openers = _openers(models, call, runtime, Path(folder), settings.threads)
-        dense = openers["dense"]()
+        places = [Path(folder) / str(number) for number in range(len(models))]
+        jobs = {
+            told: write_job(told, each, call, runtime, place)
+            for (told, each), place in zip(models.items(), places, strict=True)
+        }
+        models.clear()
+        del unet
+        gc.collect()
         for told, chosen in ranks.items():
-            slim = openers[told]()
-            label = f"{name}, batch {batch}, {runtime}: {told}"
-            found = paired_latency(dense, slim, settings.latency, runtime=runtime, progress=label, clock=clock)
+            found = bench(jobs["dense"], jobs[told], timing, name=f"{name}, batch {batch}, {runtime}: {told}")
             row = {"parameters": counts[told], "ranks": chosen, **found}
             if runtime in OWN_TABLE:
                 row["predicted"] = table.dense / table.of(chosen)
                 row["reached"] = found["speedup"]["median"] / row["predicted"]
             variants[told] = row
-            del slim
-            gc.collect()
     return {
         "model": name,
         "batch": batch,
@@ -123,32 +121,9 @@ def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path
         "parameters": counts["dense"],
         "variants": variants,
         "table": dict(table.made_from),
-        "clock": clock.__name__,
-        "peak": peak_bytes(),
+        "threads": settings.threads,
+        "peak": max(v[side]["peak_memory_bytes"] or 0 for v in variants.values() for side in ("baseline", "candidate")),
     }
-
-
-def _openers(
-    models: dict[str, nn.Module], call: Call, runtime: str, folder: Path, threads: int
-) -> dict[str, Callable[[], Opened]]:
-    """Per model, what makes a function that runs it once. For graphs, all are exported and let go of first."""
-
-    def in_torch(told: str) -> Opened:
-        module = models[told].to(IN_TORCH[runtime])
-        if runtime == "torch-compile":
-            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
-        return lambda: predict(module, call)
-
-    def in_runtime(file: Path) -> Opened:
-        unet = UNet.open(file, runtime, threads)
-        return lambda: unet.predict(call)
-
-    if runtime in IN_TORCH:
-        return {told: lambda told=told: in_torch(told) for told in models}  # type: ignore[misc]
-    files = {told: export_unet(module, folder / str(i), call) for i, (told, module) in enumerate(models.items())}
-    models.clear()
-    gc.collect()
-    return {told: lambda file=file: in_runtime(file) for told, file in files.items()}  # type: ignore[misc]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -169,8 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines += ["", f"Slim is faster in {sum(r['speedup']['low'] > 1 for r in told)} of {len(told)} rows, 95 % sure."]
     if reached:
         lines.append(f"{sum(r >= BAR for r in reached)} of {len(reached)} reach {BAR:g} of what their table predicts.")
-    clocks = sorted({row["clock"] for row in rows})
-    lines.append(f"{machine_name()}; {rows[0]['table']['threads']} threads; {', '.join(clocks)}; random weights.")
+    lines.append(f"{machine_name()}; {rows[0]['threads']} threads; random weights.")
     return "\n".join(lines)
 
 
@@ -180,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", default="1,2", help="samples per call (default: %(default)s)")
     parser.add_argument("--runtime", default=",".join(RUNTIMES), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: the cores there are")
-    parser.add_argument("--rounds", type=int, default=10, help="pairs of dense and slim (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="process pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="blocks of each side in a pair (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="runs before them (default: %(default)s)")
     parser.add_argument("--speedup", type=float, default=1.2, help="to cut for by table (default: %(default)s)")
     parser.add_argument("--table-ranks", type=int, default=4, help="ranks measured per layer (default: %(default)s)")
@@ -190,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = Settings(
         threads=args.threads,
-        latency=LatencySettings(rounds=args.rounds, warmup=args.warmup),
+        latency=BenchSettings(
+            processes=args.processes, rounds=args.rounds, warmup=args.warmup, batch=1, max_seconds=3600
+        ),
         table=TableSettings(ranks=args.table_ranks, rounds=args.table_rounds),
         speedup=args.speedup,
     )

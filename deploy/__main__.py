@@ -1,4 +1,4 @@
-"""`python -m deploy` is the command `slimdiff`; `python -m slimdiff` is the same, and says why the path changes."""
+"""`python -m deploy` is the command `slimdiff`, as `python -m slimdiff` is; see there what leaves the import path."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
 """What figures were measured on: names for people, and a fingerprint that tells two machines apart.
 
-Needs nothing beyond the standard library, so that a process which is to be timed can be small.
+Loads nothing beyond the standard library for a process that is to be timed: it can then be small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import platform
 import re
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,15 @@ _PACKAGES = ("slimdiff", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu",
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
+def core_numbers() -> list[int] | None:
+    """Numbers of the cores that this process may run on; None where processes cannot be kept on cores."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may run on."""
+    numbers = core_numbers()
+    return os.cpu_count() or 1 if numbers is None else len(numbers)
 
 
 def machine_name() -> str:
@@ -42,7 +47,9 @@ def fingerprint() -> dict[str, Any]:
         driver of each, as `nvidia-smi` has them) and `id`, a hash of these: what has the same id may be compared.
         Beside them `usable_cores`, `kernel`, `python` and `versions`, which change on one machine: not in the id.
     """
-    found: dict[str, Any] = {
+    from slimdiff.storage import manifest
+
+    facts: dict[str, Any] = {
         "cpu": _cpu(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
@@ -52,10 +59,10 @@ def fingerprint() -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": manifest.versions(_PACKAGES),
     }
-    text = json.dumps({name: found[name] for name in _HARDWARE}, sort_keys=True)
-    return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], **found}
+    text = json.dumps({name: facts[name] for name in _HARDWARE}, sort_keys=True)
+    return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], **facts}
 
 
 def peak_memory() -> int | None:
@@ -89,17 +96,7 @@ def _gpus() -> list[str]:
         return []
     command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # the tool without its driver
         return []
-    return [line.strip() for line in told.splitlines() if line.strip()]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return [line.strip() for line in said.splitlines() if line.strip()]

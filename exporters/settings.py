@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from exporters.registry import names
 
 LEAST_ROUNDS = 3
 """Blocks of each side of a process pair, at least: a trimmed mean needs them."""
 
-GraphRuntime = Literal[
-    "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "openvino-fp32", "openvino-bf16"
-]
-"""What runs an ONNX graph. `onnxruntime` is its CPU provider; `openvino` computes in the precision that it takes for
-the fastest on this CPU (bf16 where the CPU has that), the other two in the one that they name."""
-EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
-"""What runs an engine."""
-TableRuntime = Literal["torch", GraphRuntime]
+
+@dataclass(frozen=True)
+class OneOf:
+    """Of a field: a name that is among `choices()` when the value is checked; else the error is a `Literal`'s."""
+
+    choices: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, core_schema.str_schema(strict=True))
+
+    def _check(self, value: str) -> str:
+        if value not in (known := self.choices()):
+            *first, last = map(repr, known)
+            raise PydanticCustomError(
+                "literal_error", "Input should be {expected}", {"expected": f"{', '.join(first)} or {last}"}
+            )
+        return value
+
+
+SessionRuntime = Annotated[str, OneOf(partial(names, "graph", "engine"))]
+"""What runs a graph or an engine; see `exporters.registry`."""
+TableRuntime = Annotated[str, OneOf(lambda: ("torch", *names("graph")))]
 """Where a latency table can be measured: torch, and whatever takes a graph."""
 
-GRAPH_RUNTIMES: tuple[GraphRuntime, ...] = get_args(GraphRuntime)
-ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = get_args(EngineRuntime)
-TABLE_RUNTIMES: tuple[TableRuntime, ...] = get_args(TableRuntime)
-RUNTIMES = (*TABLE_RUNTIMES, *ENGINE_RUNTIMES)
+if TYPE_CHECKING:
+    GRAPH_RUNTIMES: tuple[str, ...]
+    ENGINE_RUNTIMES: tuple[str, ...]
+    TABLE_RUNTIMES: tuple[str, ...]
+    RUNTIMES: tuple[str, ...]
+else:
+
+    def __getattr__(name: str) -> tuple[str, ...]:
+        """The runtimes that are registered when it is asked for."""
+        takes = {"GRAPH_RUNTIMES": ("graph",), "ENGINE_RUNTIMES": ("engine",), "RUNTIMES": ()}
+        if name == "TABLE_RUNTIMES":
+            return ("torch", *names("graph"))
+        if name not in takes:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return names(*takes[name])
 
 
 class ExportSettings(BaseModel):
@@ -116,19 +147,6 @@ class EngineSettings(BaseModel):
         if value and others:
             raise ValueError(f"shapes are said in one way, and {' and '.join(others)} is given too")
         return value
-
-
-class LatencySettings(BaseModel):
-    """How much is measured."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rounds: int = Field(default=30, ge=6)
-    """Pairs of runs. Below 6 a 95 % interval of a median does not exist."""
-    warmup: int = Field(default=3, ge=0)
-    """Runs of each side that are not counted: the first ones allocate and compile."""
-    seed: int = 0
-    """Of the bootstrap."""
 
 
 class PairSettings(BaseModel):

@@ -14,13 +14,13 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
 from benchmarks.full_size import MODELS
 from benchmarks.random_models import random_unet, ranks_for_speedup
 from benchmarks.runtimes import RUNTIMES, Settings, main, measure, table
-from exporters.settings import LatencySettings, TableSettings
+from exporters.settings import BenchSettings, TableSettings
 from slimdiff.groups import find_sites
 from slimdiff.planning.costs import CostTable, parameter_costs
 
 FEW = Settings(
     threads=1,
-    latency=LatencySettings(rounds=6, warmup=1),
+    latency=BenchSettings(processes=2, rounds=3, warmup=1),
     table=TableSettings(ranks=2, rounds=3),
     speedup=1.03,
 )
@@ -39,7 +39,7 @@ def test_a_row_is_measured_and_told(cache, tmp_path, runtime):
         assert found["parameters"] < row["parameters"] == MODELS["tiny"].parameters
         assert found["speedup"]["low"] <= found["speedup"]["median"] <= found["speedup"]["high"]
         assert ("predicted" in found) == ("reached" in found) == (runtime != "torch-bf16")
-    assert row["table"]["threads"] == 1 and row["peak"] > 0
+    assert row["table"]["threads"] == row["threads"] == 1 and row["peak"] > 0
     assert not list(tmp_path.iterdir())  # no graph is left
     text = table([row])
     assert f"| {runtime} | 1 | tiny, -10% |" in text and "of 2 rows" in text
@@ -56,7 +56,7 @@ def test_ranks_keep_what_the_table_promises():
 
 
 def test_what_was_measured_is_kept(tmp_path, capsys):
-    argv = ["--model=tiny", "--batch=1", "--runtime=torch-bf16", "--threads=1", "--rounds=6", "--speedup=1.03"]
+    argv = ["--model=tiny", "--batch=1", "--runtime=torch-bf16", "--threads=1", "--processes=2", "--speedup=1.03"]
     argv += ["--table-ranks=2", "--table-rounds=3", f"--out={tmp_path}"]
     assert main([*argv, "--only=row"]) == 0
     (kept,) = tmp_path.glob("tiny-batch1-torch-bf16-*.json")
@@ -73,7 +73,7 @@ def test_what_was_measured_is_kept(tmp_path, capsys):
 def test_all_runtimes_one_after_the_other(tmp_path):
     """As a user runs it: every step a process of its own."""
     pytest.importorskip("openvino", reason="OpenVINO is an extra")
-    command = [sys.executable, "-m", "benchmarks.runtimes", "--model=tiny", "--threads=1", "--rounds=6"]
+    command = [sys.executable, "-m", "benchmarks.runtimes", "--model=tiny", "--threads=1", "--processes=2"]
     command += ["--table-ranks=2", "--table-rounds=3", "--speedup=1.03", f"--out={tmp_path}"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert all(f"| {runtime} | {batch} | tiny, -10% |" in said for runtime in RUNTIMES for batch in (1, 2))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.recipe.recipe import Gates
-from exporters.latency.paired import Gate
+from exporters.latency.decision import Gate
 
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 

@@ -85,9 +85,7 @@ def plan_step(shop: Workshop, folder: Path) -> None:
         from exporters.settings import TableSettings
 
         table = TableSettings(runtime=recipe.budget.runtime)
-        latency = measure_latency(
-            denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table, progress="plan: latency"
-        )
+        latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
         write_result(
             folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
         )
@@ -325,14 +323,16 @@ def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
 
 def bench_step(shop: Workshop, folder: Path) -> None:
     """Paired latency of the dense and the slim graph in ONNX Runtime."""
-    from exporters.latency.paired import paired_latency
-    from exporters.runtimes.unet import UNet
+    from exporters.graphs.export import unet_inputs
+    from exporters.latency.decision import Gate
+    from exporters.latency.measure import bench
+    from exporters.latency.pair import Job
 
     call = shop.trajectory[len(shop.trajectory) // 2]
-    dense, slim = (UNet.open(shop.folder / "export" / name, shop.runtime) for name in ("dense", "slim"))
+    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}  # where the graphs are open
+    dense, slim = (
+        Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, shapes) for name in ("dense", "slim")
+    )
     bound = shop.recipe.gates.min_speedup
-    gate = None if bound is None else f"speedup>={bound:g}"
-    runtime = f"{slim.session.runtime}, {slim.session.precision}"
-    sides = partial(dense.predict, call), partial(slim.predict, call)
-    result = paired_latency(*sides, shop.recipe.bench, gate=gate, runtime=runtime, progress="bench")
+    result = bench(dense, slim, shop.recipe.bench, gate=None if bound is None else Gate("speedup", bound))
     write_result(folder, "bench", result)

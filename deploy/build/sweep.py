@@ -30,10 +30,11 @@ from deploy.cli.console import log
 from deploy.recipe.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe.recipe import point_budget
 from exporters.graphs.pipeline import example_call
-from exporters.latency.paired import paired_latency
-from exporters.latency.table import measure_latency, whole_run
+from exporters.latency.jobs import write_job
+from exporters.latency.measure import bench
+from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
-from exporters.settings import LatencySettings, TableSettings
+from exporters.settings import BenchSettings, TableSettings
 from slimdiff import CalibrationSettings, PlanSettings, Statistics
 from slimdiff.compression import Compressor, with_denoiser
 from slimdiff.denoising.trajectory import sample_images
@@ -59,7 +60,7 @@ class Sweep:
     calibration: CalibrationSettings
     planning: PlanSettings
     runtime: TableSettings
-    bench: LatencySettings
+    bench: BenchSettings
     images: int
     folder: Path
     opened: Callable[[str], Any] = load_pipeline
@@ -112,7 +113,7 @@ class Sweep:
         if self.by != "speedup":
             return None
         denoiser = denoiser_of(self.pipeline)
-        return measure_latency(denoiser, self.call, self.planning, self.runtime, progress="latency")
+        return measure_latency(denoiser, self.call, self.planning, self.runtime)
 
     @cached_property
     def dense_images(self) -> list[Any]:
@@ -240,11 +241,11 @@ def _point(work: Sweep, text: str, folder: Path) -> None:
     slim = work.compressor.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
-        runs: list[Callable[[], Any]] = [
-            whole_run(model, work.call, Path(scratch) / name, work.runtime)
+        before, after = (
+            write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name)
             for name, model in (("dense", dense), ("slim", slim))
-        ]
-        paired = paired_latency(runs[0], runs[1], work.bench, runtime=work.runtime.runtime, progress=f"{text}: bench")
+        )
+        paired = bench(before, after, work.bench, name=f"{text}: bench")
     plan.save(folder / "plan.json")
     value = {
         "budget": text,

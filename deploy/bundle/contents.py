@@ -16,7 +16,7 @@ from deploy.bundle.readme import write_readme
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Source
 from exporters.engine.check import ENGINE, REPORT, runs_on
-from exporters.settings import GRAPH_RUNTIMES
+from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 
@@ -26,8 +26,6 @@ _GRAPHS_ON_SERVERS = {
     "fp16": ["onnxruntime-cuda", "openvino", "onnxruntime"],
 }
 _GRAPHS_ON_EDGES = ["openvino"]  # the fastest on CPUs: `python -m benchmarks.runtimes`
-_EXTRAS = {"onnxruntime": "onnx", "tensorrt": "gpu", "tensorrt-rtx": "tensorrt-rtx"}
-_DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 # What a machine reads of an engine's report; the rest of it is about how it was built.
 _READ_OF_ENGINES = ("backend", "version", "targets", "precision", "bytes", "inputs", "outputs", "key", "parts")
 
@@ -64,7 +62,7 @@ def choose(source: Source, target: Target, wanted: Wanted) -> tuple[list[Candida
 
 def _fits(candidate: Candidate, scale: int, wanted: Wanted, target: Target) -> bool:
     if wanted.runtime is not None:
-        runs_in = [candidate.backend] if candidate.is_engine else list(GRAPH_RUNTIMES)
+        runs_in = [candidate.backend] if candidate.is_engine else names("graph")
         if wanted.runtime not in runs_in:
             return False
     if wanted.capabilities:
@@ -180,7 +178,7 @@ def make_lean(folder: Path) -> None:
 
 def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     """What the machine needs: slimdiff with an extra for every runtime, and an engine's runtime in its very version."""
-    extras = {_extra(runtime) for d in denoisers for runtime in d.runtimes}
+    extras = {runtime_of(runtime).extra for d in denoisers for runtime in d.runtimes}
     if any(d.is_engine for d in denoisers):
         extras.add("onnx")  # in which text encoders and VAE are
     if "onnx" in extras:
@@ -189,14 +187,8 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     found = {f"slimdiff[{','.join(sorted(extras))}]": f">={version}"}
     for denoiser in denoisers:
         if denoiser.is_engine and denoiser.version:
-            found[_DISTRIBUTIONS[denoiser.runtimes[0]]] = f"=={denoiser.version}"
+            found[runtime_of(denoiser.runtimes[0]).packages[0]] = f"=={denoiser.version}"
     return found
-
-
-def _extra(runtime: str) -> str:
-    if runtime.startswith("openvino"):
-        return "openvino"
-    return _EXTRAS.get(runtime, "gpu")  # ONNX Runtime's providers for GPUs
 
 
 def _python() -> str:

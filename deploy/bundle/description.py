@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exporters.settings import EngineRuntime, GraphRuntime
+from exporters.settings import SessionRuntime
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 
@@ -29,7 +29,7 @@ class Denoiser(BaseModel):
     """Below the bundle, with `model.onnx` or `model.engine`, and `config.json`."""
     vae: str
     """Below the bundle (or `.`), with a `vae_decoder` for images of this size."""
-    runtimes: list[GraphRuntime | EngineRuntime] = Field(min_length=1)
+    runtimes: list[SessionRuntime] = Field(min_length=1)
     """What it is meant to run in, best first."""
     precision: Literal["fp32", "fp16"]
     batch: int | None = Field(ge=1)

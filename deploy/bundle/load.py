@@ -12,26 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from deploy.cli.console import log
+from exporters.registry import names, runtime_of
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
-from exporters.settings import ENGINE_RUNTIMES, GRAPH_RUNTIMES, RUNTIMES
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-# Fastest first. ONNX Runtime's TensorRT provider builds an engine at the first call, for minutes: only where asked for.
-_ORDER = (
-    *ENGINE_RUNTIMES,
-    "onnxruntime-tensorrt",
-    "onnxruntime-cuda",
-    "openvino-bf16",
-    "openvino",
-    "openvino-fp32",
-    "onnxruntime",
-)
-_ON_GPU = (*ENGINE_RUNTIMES, "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ def open_bundle(
             failed.append(error)
             passed_over.append(f"{denoiser.name} in {name}: {error}")
             continue
-        beside = "onnxruntime-cuda" if name in _ON_GPU and _has_cuda_provider() else _rest_runtime(name)
+        beside = "onnxruntime-cuda" if _on_gpu(name) and _has_cuda_provider() else _rest_runtime(name)
         vae = VAE.open(bundle.folder / denoiser.vae, beside, threads)
         pipeline: Any = load_pipeline(bundle.folder, beside, threads=threads, unet=unet, vae=vae, checked=True)
         chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, name, runtime, failed), tuple(passed_over))
@@ -129,8 +117,9 @@ def ranked(
     Raises:
         InputError: if there is none for that runtime or size.
     """
-    if runtime is not None and runtime not in RUNTIMES[1:]:
-        raise InputError(f"there is no runtime {runtime!r} for bundles; there is {', '.join(RUNTIMES[1:])}")
+    known = names("graph", "engine")
+    if runtime is not None and runtime not in known:
+        raise InputError(f"there is no runtime {runtime!r} for bundles; there is {', '.join(known)}")
     denoisers = bundle.description.denoisers
     fitting = [d for d in denoisers if d.height in (None, height or d.height) and d.width in (None, width or d.width)]
     if not fitting:
@@ -141,13 +130,17 @@ def ranked(
         there = ", ".join(dict.fromkeys(r for d in fitting for r in d.runtimes))
         raise InputError(f"{bundle.folder} has nothing that {runtime} runs; it is meant for {there}")
     # In half precision GPUs are faster, and CPUs slower.
-    return sorted(ways, key=lambda way: (_ORDER.index(way[1]), (way[0].precision == "fp16") != (way[1] in _ON_GPU)))
+    return sorted(ways, key=lambda way: (runtime_of(way[1]).rank, (way[0].precision == "fp16") != _on_gpu(way[1])))
+
+
+def _on_gpu(runtime: str) -> bool:
+    return runtime_of(runtime).device == "gpu"
 
 
 def _runtimes(denoiser: Denoiser, wanted: str | None) -> Sequence[str]:
     if wanted is None:
         return denoiser.runtimes
-    return [wanted] if wanted in (denoiser.runtimes if denoiser.is_engine else GRAPH_RUNTIMES) else []
+    return [wanted] if wanted in (denoiser.runtimes if denoiser.is_engine else names("graph")) else []
 
 
 def _why(denoiser: Denoiser, name: str, wanted: str | None, failed: Sequence[SlimdiffError]) -> str:
@@ -169,7 +162,7 @@ def _has_cuda_provider() -> bool:
 
 
 def _rest_runtime(name: str) -> str:
-    return name if name in GRAPH_RUNTIMES else "onnxruntime"
+    return name if name in names("graph") else "onnxruntime"
 
 
 def _from_archive(

@@ -21,7 +21,8 @@ from pydantic import (
 from deploy.cli.flags import POINTS
 from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
-from exporters.settings import GRAPH_RUNTIMES, EngineSettings, ExportSettings, LatencySettings, TableRuntime
+from exporters.registry import names
+from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 
@@ -203,8 +204,8 @@ class MatrixStage(Settings):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for target in value:
-            if target not in GRAPH_RUNTIMES and not re.fullmatch(r"sm\d{2,3}", target):
-                raise ValueError(f"a target is a GPU such as sm89, or one of {', '.join(GRAPH_RUNTIMES)}")
+            if target not in names("graph") and not re.fullmatch(r"sm\d{2,3}", target):
+                raise ValueError(f"a target is a GPU such as sm89, or one of {', '.join(names('graph'))}")
         return value
 
 
@@ -245,8 +246,8 @@ class Recipe(Settings):
     """Parity."""
     compare: CompareStage = CompareStage()
     """Fidelity."""
-    bench: LatencySettings = LatencySettings()
-    """Paired latency."""
+    bench: BenchSettings = BenchSettings()
+    """Paired latency, in pairs of processes."""
     sweep: SweepStage | None = None
     """The frontier, as a stage of the build and a section of the report; without it there is none."""
     matrix: MatrixStage | None = None

@@ -10,13 +10,12 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from exporters.latency.decision import Interval, interval, looks
+from exporters.latency.decision import Gate, Interval, Verdict, interval, looks
 from exporters.latency.pair import Job, PairTimes, SideTimes, measure_pair
-from exporters.latency.paired import Gate, Verdict
 from exporters.machine import fingerprint, machine_name
-from exporters.settings import BenchSettings, PairSettings
+from exporters.settings import BenchSettings
+from slimdiff.progress import bar
 
 PREEMPTED = 0.2
 """Share of runs that lost their core, above which the result says so."""
@@ -38,7 +37,7 @@ def bench(
     settings: BenchSettings | None = None,
     *,
     gate: Gate | None = None,
-    progress: str | None = None,
+    name: str = "bench",
 ) -> dict[str, Any]:
     """Measure process pairs until a gate's verdict is certain; see `exporters.latency.decision` for what it means.
 
@@ -47,11 +46,11 @@ def bench(
         candidate: takes the same inputs.
         settings: threads, batch, warm-up, rounds; process pairs and seconds.
         gate: what the verdict is about; without one nothing can fail, and it is `pass`.
-        progress: name of the progress bar on stderr; None: no bar.
+        name: of the progress bar.
 
     Returns:
         `verdict`, `gate` (text or None), `speedup` (`median` of the pairs' speedups, baseline over candidate; `low` and
-        `high` bound its interval, of 95 % or more), `cpu_speedup` (likewise of CPU time), `baseline` and `candidate`
+        `high` bound its interval, of 95 % or more), `cpu_speedup` (the same of CPU time), `baseline` and `candidate`
         (`summary`'s keys with `name`), `runtime` and `runtimes`, `machine` and `fingerprint`, `threads`, `batch`,
         `process_pairs`, `log_ratios` of each, `scatter` (their standard deviation), `confidence` (of the interval),
         `seconds`, and `hints` for people.
@@ -61,9 +60,9 @@ def bench(
     """
     settings = settings or BenchSettings()
     start = time.perf_counter()
-    turn = partial(measure_pair, baseline, candidate, PairSettings(**settings.model_dump(include=set(_PAIR))))
-    with tqdm(desc=progress, disable=progress is None, unit="pair") as bar:
-        pairs, judged = sample(turn, settings, gate, time.perf_counter, bar)
+    turn = partial(measure_pair, baseline, candidate, settings)
+    with bar(name=name, unit="pair") as shown:
+        pairs, judged = sample(turn, settings, gate, time.perf_counter, shown.update)
     cpu = interval([pair.cpu_log_ratio for pair in pairs], judged.error)
     log_ratios = [pair.log_ratio for pair in pairs]
     sides = [summary([pair.sides[side] for pair in pairs]) for side in (0, 1)]
@@ -95,7 +94,7 @@ def sample(
     settings: BenchSettings,
     gate: Gate | None,
     clock: Callable[[], float],
-    bar: Any = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[list[PairTimes], Judged]:
     """Measure pairs, look by look.
 
@@ -104,7 +103,7 @@ def sample(
         settings: process pairs and seconds.
         gate: decides when it is enough.
         clock: seconds.
-        bar: is moved on by each pair.
+        advance: is called after each pair.
     """
     fixed = settings.processes if gate else settings.processes or next(looks()).pairs
     start = clock()
@@ -115,8 +114,7 @@ def sample(
             if len(pairs) >= 2 and spent + spent / len(pairs) > settings.max_seconds:
                 break
             pairs.append(turn(first=len(pairs) % 2))
-            if bar is not None:
-                bar.update()
+            advance()
         speedup = interval([pair.log_ratio for pair in pairs], look.error)
         verdict = gate.verdict(speedup.low, speedup.high) if gate else "pass"
         judged = Judged(verdict, speedup, look.error)
@@ -149,25 +147,22 @@ def summary(sides: Sequence[SideTimes]) -> dict[str, Any]:
 
 def hints(judged: Judged, cpu: Interval, pairs: Sequence[PairTimes], gate: Gate | None) -> list[str]:
     """What people should know before they believe the verdict, or when there is none."""
-    told = []
+    said = []
     by_cpu = gate.verdict(cpu.low, cpu.high) if gate else judged.verdict
     if {by_cpu, judged.verdict} == {"pass", "fail"} or cpu.low > judged.speedup.high or cpu.high < judged.speedup.low:
-        told.append(
+        said.append(
             f"by CPU time the speedup is {cpu.median:.3f}x ({cpu.low:.3f} to {cpu.high:.3f}): the rest of the "
             "difference is waiting, for threads, a device, or other work on this machine"
         )
     lost = fmean(side.preempted / len(side.wall_ms) for pair in pairs for side in pair.sides)
     if lost > PREEMPTED:
-        told.append(f"{lost:.0%} of the runs lost their core to other work: the machine was busy")
+        said.append(f"{lost:.0%} of the runs lost their core to other work: the machine was busy")
     if judged.verdict == "inconclusive" and gate is not None:
         needed = np.log(gate.bound if gate.metric == "speedup" else 1 / gate.bound)
         speedups = [-pair.log_ratio for pair in pairs]
         gap, scatter = abs(fmean(speedups) - needed), stdev(speedups)
-        told.append(
+        said.append(
             f"{len(pairs)} process pairs scatter by {scatter:.1%}, and their mean is {gap:.1%} from the bound: "
             + ("give it more --max-seconds or a quieter machine" if gap > scatter / 4 else "it sits on the bound")
         )
-    return told
-
-
-_PAIR = PairSettings.model_fields
+    return said

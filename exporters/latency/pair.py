@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import log
 from statistics import fmean, median
 from tempfile import TemporaryFile
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
+from exporters.machine import core_numbers
 from exporters.process import worker_command
+from exporters.registry import runtime_of
 from exporters.settings import LEAST_ROUNDS, PairSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
@@ -33,7 +34,6 @@ FEW = 3
 TRIM = 1 / 3
 """Share of the rounds that are left out at either end: their mean is as safe from outliers as the median and scatters
 less, and of three rounds it is the median."""
-CPU_RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-fp32", "openvino-bf16")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class Job:
     """For people."""
     path: str
     """A model's directory or id, a graph's file, an engine's folder."""
-    kind: Literal["model", "onnx", "engine"]
     runtime: str
+    """Of `exporters.registry`, one that takes such an artifact."""
+    shapes: dict[str, list[int]] | None = None
+    """Of a graph's inputs, where it leaves them open; by default, open dims are as large as the batch."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class PairTimes:
     log_ratio: float
     """Trimmed mean over rounds of log(candidate's block / baseline's), wall time; a block is the median of its runs."""
     cpu_log_ratio: float
-    """Likewise of the processes' CPU time."""
+    """The same of the processes' CPU time."""
     cores: list[int] | None
     """Where they were kept."""
 
@@ -132,9 +134,9 @@ class Worker:
         if not line:
             code = self._process.wait()
             self._stderr.seek(0)
-            told = self._stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            said = self._stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
             why = "killed, perhaps for memory" if code == -9 else f"exit code {code}"
-            raise SlimdiffError(f"the process that ran {self.job.name} died ({why}): {told[-1]}")
+            raise SlimdiffError(f"the process that ran {self.job.name} died ({why}): {said[-1]}")
         answer = json.loads(line)
         if "error" in answer:
             kinds = {kind.exit_code: kind for kind in (InputError, MissingPackageError)}
@@ -157,7 +159,7 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
 
     Args:
         baseline: what the candidate is held against.
-        candidate: likewise in shape.
+        candidate: takes inputs of the same shapes.
         settings: threads, batch, warm-up, rounds.
         first: 0 if the baseline is opened and timed first, 1 if the candidate: take turns, for the first process may
             find the better memory.
@@ -168,13 +170,14 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
         SlimdiffError: if a process died.
     """
     jobs = (baseline, candidate)
-    on_cpu = all(job.runtime in CPU_RUNTIMES for job in jobs)
+    rows = [runtime_of(job.runtime) for job in jobs]
+    on_cpu = all(row.device == "cpu" for row in rows)
     start = time.perf_counter()
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(job, pauses=on_cpu)) for job in jobs]
-        for job, worker in zip(jobs, workers, strict=True):
-            arguments = {"path": job.path, "kind": job.kind, "runtime": job.runtime, "batch": settings.batch}
-            worker.send("prepare", **arguments, threads=settings.threads or None)
+        for job, row, worker in zip(jobs, rows, workers, strict=True):
+            arguments = {"threads": settings.threads or None, "batch": settings.batch, "shapes": job.shapes}
+            worker.send("prepare", path=job.path, runtime=asdict(row), **arguments)
         for worker in workers:
             worker.answer()
         cores = idle_cores(settings.threads) if settings.threads and on_cpu else None
@@ -182,8 +185,8 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
         for side in (first, 1 - first):
             opened[side] = workers[side].ask("open", cores=cores, warmup=settings.warmup)
         if opened[0]["shapes"] != opened[1]["shapes"]:
-            told = " and ".join(str(side["shapes"]) for side in opened)
-            raise InputError(f"the two take calls of different shapes, {told}: say --batch")
+            shapes = " and ".join(str(side["shapes"]) for side in opened)
+            raise InputError(f"the two take calls of different shapes, {shapes}: say --batch")
         run_ms = fmean(side["run_ms"] for side in opened)
         count = max(1, round(BLOCK_MS / run_ms))
         lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice
@@ -210,9 +213,9 @@ def idle_cores(count: int) -> list[int] | None:
     Raises:
         InputError: for more than there are.
     """
-    if not hasattr(os, "sched_setaffinity"):
+    usable = core_numbers()
+    if usable is None:
         return None
-    usable = sorted(os.sched_getaffinity(0))
     if count > len(usable):
         raise InputError(f"--threads {count}: this process may use {len(usable)} cores; 0 leaves it to the runtime")
     busy = psutil.cpu_percent(interval=0.1, percpu=True)

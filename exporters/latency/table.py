@@ -4,9 +4,9 @@ A layer (an attention or feed-forward module with the norm before it and the res
 fuses what it fuses in the model; or a resnet, which has them inside) is run alone, at a few ranks. All layers take
 turns in changing order, one run each, and the whole dense model among them: a layer then finds the caches as cold as in
 the model, and whatever slows the machine down for a while slows all of them. Where they do not fit into memory at once,
-the layers come in groups. One more model, cut to half its ranks,
-tells how much of the difference that layers show alone the whole model shows (the anchor). Layers of the same shape are
-measured once; what was measured is kept in a file per machine, runtime, versions and thread count.
+the layers come in groups. One more model, cut to half its ranks, shows how much of the difference that layers show
+alone the whole model shows (the anchor). Layers of the same shape are measured once; what was measured is kept in a
+file per machine, runtime, versions and thread count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,6 @@ import psutil
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from exporters.engine.memory import available_memory
 from exporters.graphs.export import export_module, export_unet, unet_inputs
@@ -41,6 +41,7 @@ from slimdiff.groups.group import Group
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, find_layers
 from slimdiff.planning.planner import chosen_sites
+from slimdiff.progress import bar
 from slimdiff.settings import PlanSettings
 from slimdiff.slimming.skeleton import skeleton
 from slimdiff.storage import manifest
@@ -59,7 +60,6 @@ def measure_latency(
     settings: TableSettings | None = None,
     *,
     cache: Path | None = None,
-    progress: str | None = None,
 ) -> CostTable:
     """Milliseconds of one call by layer and rank; measures what the cache does not hold.
 
@@ -69,7 +69,6 @@ def measure_latency(
         planning: which ranks there are to choose from.
         settings: runtime, threads, how much is measured.
         cache: folder of the measurements; by default `slimdiff` in the user's cache folder, or `$SLIMDIFF_CACHE`.
-        progress: name of the progress bars on stderr; None: no bars.
 
     Returns:
         a table whose `made_from` has `runtime`, `machine`, `threads`, `measured` (how many shapes were measured now,
@@ -93,8 +92,8 @@ def measure_latency(
     missing = {key: layer for key, layer in one_of.items() if key not in known["layers"]}
     halved = {layer.path: _half(layer) for layer in layers}
     if missing or whole not in known["models"]:
-        found = _measure(denoiser, call, inputs, missing, thinned, halved, settings, progress)
-        for (key, name), milliseconds in found.items():
+        times = _measure(denoiser, call, inputs, missing, thinned, halved, settings)
+        for (key, name), milliseconds in times.items():
             table = known["layers" if key else "models"]
             table.setdefault(key or whole, {})[name] = milliseconds
         manifest.write_json(file, {**known, **where})
@@ -120,12 +119,11 @@ def cache_folder() -> Path:
 def _conditions(settings: TableSettings) -> dict[str, Any]:
     """All that latency depends on beside the model; also checks that the runtime is here."""
     version = torch.__version__ if settings.runtime == "torch" else version_of(settings.runtime)
-    threads = _threads(settings)
     return {
         "schema": 1,
         "runtime": f"{settings.runtime} {version}",
         "machine": machine_name(),
-        "threads": threads,
+        "threads": _threads(settings),
         "rounds": settings.rounds,
         "exporter": torch.__version__,
     }
@@ -231,15 +229,14 @@ def _measure(
     ranks: Mapping[str, Sequence[int]],
     halved: Mapping[str, int],
     settings: TableSettings,
-    progress: str | None,
 ) -> dict[_Job, float]:
     """Median milliseconds by (layer's key, rank), and of the whole models by ("", "dense") and ("", "half")."""
-    with TemporaryDirectory(prefix="slimdiff-latency-") as scratch:
+    with TemporaryDirectory(prefix="slimdiff-latency-") as scratch, _torch_threads(settings):
         folder = Path(scratch)
 
         def whole(name: str) -> _Run:
             model = denoiser if name == "dense" else skeleton(denoiser, halved)
-            return whole_run(model, call, folder / name, settings)
+            return _whole_run(model, call, folder / name, settings)
 
         def alone(key: str, layer: Layer, rank: int) -> _Run:
             module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
@@ -248,53 +245,23 @@ def _measure(
         openers: list[dict[_Job, Callable[[], _Run]]] = [{("", n): partial(whole, n) for n in ("dense", "half")}]
         for key, layer in layers.items():
             openers.append({(key, str(rank)): partial(alone, key, layer, rank) for rank in ranks[layer.path]})
-        return _median_times(openers, settings, progress)
+        return _median_times(openers, settings)
 
 
-def _median_times(
-    openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings, progress: str | None
-) -> dict[_Job, float]:
-    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds.
-
-    Args:
-        openers: job -> what opens it; those of one mapping are open together.
-    """
-    found: dict[_Job, float] = {}
-    runs: dict[_Job, _Run] = {}
-    most, process = available_memory() / 2, psutil.Process()
-    before = process.memory_info().rss
-    label = progress and f"{progress}: prepare"
-    with tqdm(total=sum(map(len, openers)), desc=label, disable=progress is None) as bar:
-        for together in openers:
-            for job, opener in together.items():
-                runs[job] = opener()
-                runs[job]()  # first runs allocate
-                bar.update()
-            if process.memory_info().rss - before > most:
-                found |= _take_turns(runs, settings, progress)
-                runs.clear()
-                gc.collect()
-    return found | (_take_turns(runs, settings, progress) if runs else {})
+@contextmanager
+def _torch_threads(settings: TableSettings) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if settings.runtime == "torch" and settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _take_turns(runs: Mapping[_Job, _Run], settings: TableSettings, progress: str | None) -> dict[_Job, float]:
-    # On one thread, processor time is latency without the waits for whoever else is on that core.
-    clock = time.process_time if _threads(settings) == 1 else time.perf_counter
-    jobs, times = list(runs), {job: [] for job in runs}  # type: ignore[var-annotated]
-    shuffle = np.random.default_rng(0)  # so that nobody always runs after the same neighbour
-    label = progress and f"{progress}: time"
-    for _ in tqdm(range(settings.rounds), desc=label, disable=progress is None, leave=False):
-        for index in shuffle.permutation(len(jobs)):
-            start = clock()
-            runs[jobs[index]]()
-            times[jobs[index]].append(clock() - start)
-    return {job: float(np.median(seconds) * 1e3) for job, seconds in times.items()}
-
-
-def whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSettings) -> _Run:
-    """One denoiser call in the runtime, as a function; a graph for it is exported into `folder`."""
+def _whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSettings) -> _Run:
     if settings.runtime == "torch":
-        return _in_threads(lambda: predict(model, call), settings)
+        return lambda: predict(model, call)
     unet = UNet.open(export_unet(model, folder, call), settings.runtime, settings.threads)
     return lambda: unet.predict(call)
 
@@ -312,20 +279,44 @@ def _layer_run(
     if not group.stands_alone:
         wrapped = _Residual(wrapped, x.shape[-1], len(inputs) > 1, sequence)
     if settings.runtime == "torch":
-        return _in_threads(lambda: wrapped(*inputs.values()), settings)
+        return torch.no_grad()(lambda: wrapped(*inputs.values()))
     file = export_module(wrapped, dict(inputs), ["output"], folder, ExportSettings())
     session = open_session(file, settings.runtime, settings.threads)
     return lambda: session.run(inputs)
 
 
-def _in_threads(run: _Run, settings: TableSettings) -> _Run:
-    @torch.no_grad()
-    def inside() -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(settings.threads or before)
-        try:
-            run()
-        finally:
-            torch.set_num_threads(before)
+def _median_times(openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings) -> dict[_Job, float]:
+    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds.
 
-    return inside
+    Args:
+        openers: job -> what opens it; those of one mapping are open together.
+    """
+    times: dict[_Job, float] = {}
+    runs: dict[_Job, _Run] = {}
+    most, process = available_memory() / 2, psutil.Process()
+    before = process.memory_info().rss
+    with bar(total=sum(map(len, openers)), name="latency: prepare") as shown:
+        for together in openers:
+            for job, opener in together.items():
+                runs[job] = opener()
+                runs[job]()  # first runs allocate
+                shown.update()
+            if process.memory_info().rss - before > most:
+                times |= _take_turns(runs, settings)
+                runs.clear()
+                gc.collect()
+    return times | (_take_turns(runs, settings) if runs else {})
+
+
+def _take_turns(runs: Mapping[_Job, _Run], settings: TableSettings) -> dict[_Job, float]:
+    # On one thread, processor time is latency without the waits for whoever else is on that core.
+    clock = time.process_time if _threads(settings) == 1 else time.perf_counter
+    jobs = list(runs)
+    times: dict[_Job, list[float]] = {job: [] for job in jobs}
+    shuffle = np.random.default_rng(0)  # so that nobody always runs after the same neighbour
+    for _ in bar(range(settings.rounds), name="latency: time", leave=False):
+        for index in shuffle.permutation(len(jobs)):
+            start = clock()
+            runs[jobs[index]]()
+            times[jobs[index]].append(clock() - start)
+    return {job: float(np.median(seconds) * 1e3) for job, seconds in times.items()}

@@ -2,10 +2,10 @@
 
 Commands are lines of JSON on stdin, answers on stdout:
 
-    {"do": "prepare", "path", "kind", "runtime", "threads", "batch"}   import what the artifact runs in
-    {"do": "open", "cores": [1] or null, "warmup": 3}                  open it there, run it until it is warm
-    {"do": "run", "count": 10}                                         time so many runs
-    {"do": "end"}                                                      peak memory
+    {"do": "prepare", "path", "runtime": a row of the registry, "threads", "batch", "shapes"}   import what it runs in
+    {"do": "open", "cores": [1] or null, "warmup": 3}             open it on these cores, run it until it is warm
+    {"do": "run", "count": 10}                                    time that many runs
+    {"do": "end"}                                                 peak memory
 
 It ends with its stdin and with the process that started it, so none is left behind. ONNX Runtime needs neither torch
 nor diffusers: a process then starts in a fraction of a second, and more of them can be had in the same time.
@@ -14,7 +14,6 @@ nor diffusers: a process then starts in a fraction of a second, and more of them
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from exporters.machine import peak_memory
+from exporters.registry import Runtime
 from slimdiff.errors import InputError, SlimdiffError
 
 WARM_SECONDS = 2.0
@@ -37,10 +37,6 @@ STEADY = 0.02
 LOST = 0.01
 """Share of a run's time that threads must have waited for a core, for it to count as disturbed. The process that asks
 for the run is on the same core at times, and takes some hundredths of a millisecond of nearly every one."""
-
-_NUMPY = {"float": "float32", "double": "float64"}
-"""ONNX Runtime's words for dtypes, where they are not numpy's."""
-_PROVIDERS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "tensorrt"}
 
 
 @dataclass
@@ -54,70 +50,51 @@ class Opened:
     """Of the inputs."""
 
 
-def opener(job: Mapping[str, Any]) -> Callable[[], Opened]:
-    """Import what the artifact runs in; what is returned opens it."""
-    if job["kind"] == "model":
-        return _torch_opener(job)
-    if job["runtime"] in _PROVIDERS:
-        return _ort_opener(job)
-    return _session_opener(job)
+def opener(
+    path: str,
+    runtime: Runtime,
+    threads: int | None = None,
+    batch: int = 2,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Callable[[], Opened]:
+    """Import what an artifact runs in.
 
+    Args:
+        path: of the artifact.
+        runtime: that takes it.
+        threads: of a runtime on the CPU; its own choice if not given.
+        batch: samples in a call, where the artifact does not fix it and `shapes` says nothing.
+        shapes: of a graph's inputs, where it leaves them open.
 
-def _ort_opener(job: Mapping[str, Any]) -> Callable[[], Opened]:
-    from exporters.runtimes.ort import inference_session
-    from slimdiff.errors import require
+    Returns:
+        what opens it.
+    """
+    if runtime.takes != "engine":  # whose folder is looked at first
+        runtime.require()
+    opens = runtime.load(runtime.light or runtime.opens)
 
-    provider = _PROVIDERS[job["runtime"]]
-    version = require("onnxruntime", "onnx" if provider == "cpu" else "gpu").__version__
+    def open_model() -> Opened:
+        model = opens(path, threads, batch=batch, **runtime.options)
+        return Opened(model.run, model.runtime, model.shapes)
 
-    def open_it() -> Opened:
-        session = inference_session(Path(job["path"]), provider, job["threads"])
-        dtypes = {i.name: i.type.removeprefix("tensor(").rstrip(")") for i in session.get_inputs()}
-        wanted = {i.name: (i.shape, _NUMPY.get(dtypes[i.name], dtypes[i.name])) for i in session.get_inputs()}
-        feed = noise(wanted, job["batch"])
-        title = f"ONNX Runtime {version}, {'CPU' if provider == 'cpu' else provider}"
-        return Opened(partial(session.run, None, feed), title, _shapes(feed))
+    def open_session() -> Opened:
+        session = opens(Path(path), threads, **runtime.options) if runtime.light else opened(path, runtime, threads)
+        dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in session.dtypes.items()}
+        feed: dict[str, Any] = noise(
+            {name: ((shapes or {}).get(name, shape), dtypes[name]) for name, shape in session.inputs.items()}, batch
+        )
+        sizes = {name: list(array.shape) for name, array in feed.items()}
+        if not runtime.light:
+            feed = {name: from_numpy(array) for name, array in feed.items()}
+        return Opened(partial(session.run, feed), session.runtime, sizes)
 
-    return open_it
+    if runtime.takes == "model":
+        return open_model
+    if not runtime.light:
+        from torch import from_numpy
 
-
-def _session_opener(job: Mapping[str, Any]) -> Callable[[], Opened]:
-    import torch
-
-    from exporters.runtimes.opening import open_session
-
-    if job["runtime"].startswith("openvino"):
-        importlib.import_module("openvino")
-
-    def open_it() -> Opened:
-        session = open_session(job["path"], job["runtime"], job["threads"])
-        wanted = {name: (shape, str(session.dtypes[name]).split(".")[1]) for name, shape in session.inputs.items()}
-        feed = noise(wanted, job["batch"])
-        tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
-        return Opened(partial(session.run, tensors), session.runtime, _shapes(feed))
-
-    return open_it
-
-
-def _torch_opener(job: Mapping[str, Any]) -> Callable[[], Opened]:
-    import torch
-
-    from exporters.graphs.export import unet_inputs
-    from exporters.graphs.pipeline import example_call
-    from slimdiff.denoising.trajectory import denoiser_name, predict
-    from slimdiff.loading.pipelines import load_pipeline
-
-    if job["threads"] is not None:
-        torch.set_num_threads(job["threads"])
-
-    def open_it() -> Opened:
-        pipeline = load_pipeline(job["path"])
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
-        call = example_call(pipeline, batch=job["batch"])
-        shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
-        return Opened(partial(predict, denoiser, call), f"torch {torch.__version__.partition('+')[0]}", shapes)
-
-    return open_it
+        from exporters.runtimes.opening import open_session as opened
+    return open_session
 
 
 def noise(inputs: Mapping[str, tuple[Sequence[int | str | None], str]], batch: int) -> dict[str, np.ndarray]:
@@ -133,10 +110,6 @@ def noise(inputs: Mapping[str, tuple[Sequence[int | str | None], str]], batch: i
             generator.standard_normal(sizes).astype(dtype) if dtype.startswith("float") else np.ones(sizes, dtype)
         )
     return arrays
-
-
-def _shapes(feed: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
-    return {name: list(array.shape) for name, array in feed.items()}
 
 
 def timed(run: Callable[[], Any], count: int) -> dict[str, Any]:
@@ -197,10 +170,10 @@ class Side:
 
     name = "the artifact"
 
-    def prepare(self, **job: Any) -> dict[str, Any]:
+    def prepare(self, path: str, runtime: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         """Import what the artifact runs in."""
-        self.name = job["path"]
-        self.open_it = opener(job)
+        self.name = path
+        self.open_it = opener(path, Runtime(**runtime), **arguments)
         return {}
 
     def open(self, cores: list[int] | None, warmup: int) -> dict[str, Any]:
@@ -224,7 +197,7 @@ class Side:
         }
 
     def run(self, count: int) -> dict[str, Any]:
-        """Time so many runs."""
+        """Time that many runs."""
         return timed(self.opened.run, count)
 
     def end(self) -> dict[str, Any]:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
 
 from exporters.graphs.naming import external_data, read_graph, refuse_outside
 from exporters.layout import GRAPH
-from exporters.runtimes.openvino_session import OpenVinoSession
-from exporters.runtimes.ort_session import OnnxRuntimeSession
+from exporters.registry import Runtime, runtime_of
 from exporters.runtimes.session import Session
-from exporters.settings import RUNTIMES, EngineRuntime, GraphRuntime
-from slimdiff.errors import InputError, require
-
-_PROVIDERS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "tensorrt"}
-_PRECISIONS: dict[str, Any] = {"openvino": None, "openvino-fp32": "fp32", "openvino-bf16": "bf16"}
+from slimdiff.errors import InputError
 
 
-def open_session(path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> Session:
+def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threads: int | None = None) -> Session:
     """Open a graph or an engine.
 
     Args:
         path: a folder with `model.onnx`, or the file itself; for TensorRT, a folder with `model.engine`.
-        runtime: one of `exporters.runtimes`.
+        runtime: one of `exporters.registry`, or its name.
         threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
@@ -31,18 +25,12 @@ def open_session(path: Path | str, runtime: str = "onnxruntime", threads: int | 
         MissingPackageError: if the runtime, its provider or its GPU is not here; it never takes another instead.
     """
     path = Path(path)
-    if runtime in get_args(EngineRuntime):
-        from exporters.runtimes.tensorrt_session import EngineSession
-
-        return EngineSession(path, runtime)  # type: ignore[arg-type]
-    if runtime not in get_args(GraphRuntime):
-        raise InputError(f"there is no runtime {runtime!r} for graphs; there is {', '.join(RUNTIMES[1:])}")
-    file = path / GRAPH if path.is_dir() else path
-    version_of(runtime)
-    check_weights(file)
-    if runtime in _PRECISIONS:
-        return OpenVinoSession(file, _PRECISIONS[runtime], threads)
-    return OnnxRuntimeSession(file, _PROVIDERS[runtime], threads)
+    row = runtime if isinstance(runtime, Runtime) else runtime_of(runtime, "graph", "engine")
+    if row.takes == "graph":
+        path = path / GRAPH if path.is_dir() else path
+        row.require()
+        check_weights(path)
+    return row.load(row.opens)(path, threads, **row.options)
 
 
 def version_of(runtime: str) -> str:
@@ -51,9 +39,7 @@ def version_of(runtime: str) -> str:
     Raises:
         MissingPackageError: if it is not here.
     """
-    module, _, provider = runtime.partition("-")
-    extra = module if module == "openvino" else "gpu" if provider else "onnx"
-    return str(require(module, extra).__version__).partition("-")[0]
+    return str(runtime_of(runtime).require().__version__).partition("-")[0]
 
 
 def check_weights(file: Path) -> None:

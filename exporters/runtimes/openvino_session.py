@@ -27,15 +27,15 @@ class OpenVinoSession:
 
     Args:
         file: the graph, its weights beside it.
-        precision: of the arithmetic; `None`: OpenVINO's own choice, bf16 where the CPU computes in it, else fp32.
         threads: its own choice if not given, which is the cores that may be used.
+        precision: of the arithmetic; `None`: OpenVINO's own choice, bf16 where the CPU computes in it, else fp32.
 
     Raises:
         InputError: for a graph that OpenVINO does not load.
         MissingPackageError: if OpenVINO is not here, or this CPU does not compute in that precision.
     """
 
-    def __init__(self, file: Path, precision: Literal["fp32", "bf16"] | None = None, threads: int | None = None):
+    def __init__(self, file: Path, threads: int | None = None, *, precision: Literal["fp32", "bf16"] | None = None):
         ov = require("openvino", "openvino")
         self._core = ov.Core()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from exporters.machine import usable_cores
 from slimdiff.errors import InputError, MissingPackageError, require
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_TITLES = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
+_NUMPY = {"float": "float32", "double": "float64"}
+"""ONNX Runtime's words for dtypes, where they are not numpy's."""
+
+
+class ArraySession:
+    """A graph in ONNX Runtime, with numpy's arrays. Data go through the CPU on every provider: next to a UNet that is
+    nothing.
+
+    Arguments and errors are `inference_session`'s.
+
+    Attributes:
+        runtime: what runs it, for people: `ONNX Runtime 1.31.1, CPU`.
+        inputs: name -> shape, open dims by their names.
+        outputs: likewise.
+        dtypes: name -> numpy's name of the dtype, of inputs and outputs.
+    """
+
+    def __init__(self, file: Path, threads: int | None = None, *, provider: str = "cpu"):
+        self._session = inference_session(file, provider, threads)
+        self.runtime = f"ONNX Runtime {require('onnxruntime', 'onnx').__version__}, {_TITLES[provider]}"
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs: dict[str, tuple[int | str, ...]] = {i.name: tuple(i.shape) for i in inputs}
+        self.outputs: dict[str, tuple[int | str, ...]] = {o.name: tuple(o.shape) for o in outputs}
+        words = {t.name: t.type.removeprefix("tensor(").rstrip(")") for t in (*inputs, *outputs)}
+        self.dtypes = {name: _NUMPY.get(word, word) for name, word in words.items()}
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs, in the order of `outputs`, for all inputs."""
+        return self._session.run(None, feed)
 
 
 def inference_session(file: Path, provider: str = "cpu", threads: int | None = None) -> Any:
@@ -25,10 +58,10 @@ def inference_session(file: Path, provider: str = "cpu", threads: int | None = N
         MissingPackageError: if ONNX Runtime is not here, or would have fallen back to another provider.
     """
     ort = require("onnxruntime", "onnx" if provider == "cpu" else "gpu")
-    wanted = PROVIDERS[provider]
-    if wanted not in ort.get_available_providers():
+    needed = PROVIDERS[provider]
+    if needed not in ort.get_available_providers():
         raise MissingPackageError(
-            f"this onnxruntime has no {wanted}: pip install 'slimdiff[gpu]' in an environment of its own"
+            f"this onnxruntime has no {needed}: pip install 'slimdiff[gpu]' in an environment of its own"
         )
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what is wrong comes as an exception
@@ -38,15 +71,15 @@ def inference_session(file: Path, provider: str = "cpu", threads: int | None = N
     if threads is not None:
         options.intra_op_num_threads = threads
     # What TensorRT does not take runs in CUDA.
-    providers = [wanted] if provider != "tensorrt" else [wanted, PROVIDERS["cuda"]]
+    providers = [needed] if provider != "tensorrt" else [needed, PROVIDERS["cuda"]]
     try:
         session = ort.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base
         raise InputError(f"ONNX Runtime does not load {file}: {str(error).splitlines()[0]}") from error
     # A provider whose libraries are missing is replaced by the CPU without an error.
-    if session.get_providers()[0] != wanted:
+    if session.get_providers()[0] != needed:
         raise MissingPackageError(
-            f"{wanted} could not start (are its libraries missing?); ONNX Runtime would run on "
+            f"{needed} could not start (are its libraries missing?); ONNX Runtime would run on "
             f"{', '.join(session.get_providers())} instead"
         )
     session.disable_fallback()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporters.engine import EXTRAS, MODULES, choose_profile
+from exporters.engine import choose_profile
 from exporters.engine.check import ENGINE, check_engine
 from exporters.engine.refit import needs_weights
+from exporters.registry import runtime_of
 from exporters.runtimes.session import PRECISIONS, Shape, open_dim
-from exporters.settings import EngineRuntime
-from slimdiff.errors import InputError, MissingPackageError, require
+from slimdiff.errors import InputError, MissingPackageError
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
-_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 class EngineSession:
@@ -29,30 +29,30 @@ class EngineSession:
 
     Args:
         folder: with `model.engine` and `engine.json`.
-        runtime: that it was built with.
+        threads: is not used: it runs on a GPU.
+        backend: that it was built with.
 
     Raises:
         InputError: if the folder is not what its manifest says, or the engine is for another runtime, version or GPU.
         MissingPackageError: if the runtime, or a GPU that torch sees, is not here.
     """
 
-    def __init__(self, folder: Path, runtime: EngineRuntime):
-        self._report = check_engine(folder, runtime)
+    def __init__(self, folder: Path, threads: int | None = None, *, backend: str):
+        runtime = runtime_of(backend)
+        self._report = check_engine(folder, backend)
         if needs_weights(self._report):
             raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
-        trt = require(MODULES[runtime], EXTRAS[runtime])
+        trt: Any = runtime.require()
         if not torch.cuda.is_available():
             raise MissingPackageError(f"engines take their data from torch, and torch {torch.__version__} has no CUDA")
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
         if self._engine is None:  # it says why on stderr, and raises nothing
-            raise InputError(
-                f"{_TITLES[runtime]} {trt.__version__} does not open {folder / ENGINE}: build it again here"
-            )
+            raise InputError(f"{runtime.title} {trt.__version__} does not open {folder / ENGINE}: build it again here")
         self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
-        self.runtime = f"{_TITLES[runtime]} {trt.__version__}, {torch.cuda.get_device_name()}"
+        self.runtime = f"{runtime.title} {trt.__version__}, {torch.cuda.get_device_name()}"
         self.source = str(folder / ENGINE)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         shapes = {name: self._shape(name) for name in names}

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that an artifact may depend on, those that are installed."""
+def versions(names: Iterable[str] = _VERSIONED) -> dict[str, str]:
+    """Versions of packages, by default of those that an artifact may depend on; of those that are installed."""
     found = {}
-    for name in _VERSIONED:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

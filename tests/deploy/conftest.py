@@ -20,7 +20,7 @@ plan: {sensitivity_calls: 2}
 engine: {enabled: false}
 validate: {calls: 2}
 compare: {images: 2, shown: 1, trajectories: 1, sampling: {steps: 2, batch: 2}}
-bench: {rounds: 6, warmup: 1}
+bench: {processes: 3, rounds: 3, warmup: 1}
 gates: {parity: true, min_speedup: 0.01, max_noise_error: 0.5}
 """
 

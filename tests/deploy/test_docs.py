@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 QUICK = """{reduce: 8%}
 calibration: {samples: 4, sampling: {steps: 2, batch: 2}}
 compare: {images: 2, shown: 1, trajectories: 1, sampling: {steps: 2, batch: 2}}
-bench: {rounds: 6, warmup: 1}"""
+bench: {processes: 3, rounds: 3, warmup: 1}"""
 
 
 @dataclass(frozen=True)

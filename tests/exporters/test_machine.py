@@ -12,8 +12,13 @@ import pytest
 
 import exporters
 from exporters import machine
+from slimdiff.storage import manifest
 
 ROOT = Path(exporters.__file__).parents[1]
+
+
+def test_the_machine_has_a_name():
+    assert "core" in machine.machine_name() and "\n" not in machine.machine_name()
 
 
 def test_the_fingerprint_is_json_and_repeats():
@@ -32,7 +37,7 @@ def test_other_hardware_is_another_machine(monkeypatch, part):
 
 def test_other_versions_are_the_same_machine(monkeypatch):
     here = machine.fingerprint()
-    monkeypatch.setattr(machine, "_versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr(manifest, "versions", lambda _: {"torch": "1.0"})
     assert machine.fingerprint()["id"] == here["id"] and machine.fingerprint() != here
 
 

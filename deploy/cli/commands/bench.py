@@ -10,8 +10,8 @@ from exporters.settings import GRAPH_RUNTIMES, RUNTIMES
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
+    from exporters.latency.decision import Gate
     from exporters.latency.pair import Job
-    from exporters.latency.paired import Gate
 
 EXAMPLE = """examples:
   slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 def gate_of(args: argparse.Namespace) -> Gate | None:
     """What `--gate` or `--tolerance` asks for."""
-    from exporters.latency.paired import Gate
+    from exporters.latency.decision import Gate
     from slimdiff.errors import InputError
 
     if args.tolerance is None:
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
         base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
         candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
-        value = bench(base, candidate, chosen, gate=gate, progress=None if args.quiet else "bench")
+        value = bench(base, candidate, chosen, gate=gate)
     result(value, summary.text(value), args.json)  # first of all: a full disk does not take it away
     if args.history is not None:
         results.append(args.history, value, args.label)
@@ -149,12 +149,12 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
     kind = kind_of(name)
     if kind == "model" and (runtime is None or runtime in GRAPH_RUNTIMES):
         runtime = runtime or "onnxruntime"
-        return Job(name, str(exported(name, runtime, batch, scratch)), "onnx", runtime)
+        return Job(name, str(exported(name, runtime, batch, scratch)), runtime)
     runtime = runtime_for(name, kind, runtime)
     if kind == "model":
-        return Job(name, name, "model", runtime)
+        return Job(name, name, runtime)
     path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
-    return Job(name, str(path), "onnx" if kind == "onnx" else "engine", runtime)
+    return Job(name, str(path), runtime)
 
 
 def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:

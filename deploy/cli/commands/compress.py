@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
         from exporters.settings import TableSettings
 
         chosen = settings(TableSettings, args, "runtime", "threads")
-        progress = None if args.quiet else "latency"
-        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, chosen, progress=progress)
+        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, chosen)
     call = one_call()
     dense_costs = costs(denoiser_of(pipeline), call)
     used = prompts[: calibration.samples]  # what is left over is for measuring an error on

@@ -8,25 +8,17 @@ import importlib.util
 import platform
 from typing import Any
 
+from exporters.registry import installable
+
 EXAMPLE = """example:
   slimdiff doctor"""
 
-RUNTIMES = (
-    ("torch", "torch", ("torch",), "comes with slimdiff: pip install slimdiff"),
+TOOLS = (
     ("onnx export", "onnxscript", ("onnxscript",), "pip install 'slimdiff[onnx]'"),
-    ("onnxruntime", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'slimdiff[onnx]'"),
     ("parity (polygraphy)", "polygraphy", ("polygraphy",), "pip install 'slimdiff[onnx]'"),
-    ("tensorrt", "tensorrt", ("tensorrt",), "pip install 'slimdiff[gpu]', on Linux or Windows with an NVIDIA GPU"),
-    (
-        "tensorrt-rtx",
-        "tensorrt_rtx",
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-        "pip install 'slimdiff[tensorrt-rtx]'; builds engines without a GPU, running them needs an RTX GPU",
-    ),
-    ("openvino", "openvino", ("openvino",), "pip install 'slimdiff[openvino]'"),
     ("optimum", "optimum.onnxruntime", ("optimum-onnx",), "pip install 'slimdiff[optimum]'"),
 )
-"""Name, module, the distributions that bring it, and what it needs where it is missing."""
+"""Name, module, the distributions that bring it, and what it needs where it is missing; of what is no runtime."""
 
 
 _TYPES = ("FP32", "FP16", "BF16", "INT8")
@@ -48,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.figures import machine
     from slimdiff.storage import manifest
 
-    runtimes = [_runtime(*entry) for entry in RUNTIMES]
+    runtimes = [_runtime(*entry) for entry in (*installable(), *TOOLS)]
     here = machine()
     value = {
         "python": platform.python_version(),

@@ -31,8 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--by", choices=tuple(POINTS), default="parameters", help="unit of the points (%(default)s)")
     parser.add_argument("--points", metavar="LIST", help="budgets such as 5%%,10%%,20%% (default: a few of each unit)")
     parser.add_argument("--runtime", choices=TABLE_RUNTIMES, default="onnxruntime", help="of the latency (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: its own choice)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="pairs of runs per point (default: 30)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="blocks of each side in a pair (default: by length)")
+    parser.add_argument("--processes", type=int, metavar="N", help="process pairs per point (default: 6)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images per point (default: %(default)s)")
     add_calibration(parser)
     return parser
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import plan_settings, settings
     from deploy.cli.outputs import check_folder
     from deploy.recipe.prompts import default_source
-    from exporters.settings import LatencySettings, TableSettings
+    from exporters.settings import BenchSettings, TableSettings
     from slimdiff import CalibrationSettings, Sampling
     from slimdiff.errors import InputError
     from slimdiff.storage.manifest import LOCK
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
     planning = plan_settings(args)
     runtime = settings(TableSettings, args, "runtime", "threads")
-    bench = settings(LatencySettings, args, "rounds")
+    bench = settings(BenchSettings, args, "rounds", "processes", "threads")
     if args.images < 0:
         raise InputError(f"--images: at least 0, got {args.images}")
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]

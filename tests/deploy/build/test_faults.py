@@ -38,7 +38,7 @@ plan: {sensitivity_calls: 1, allocation: local}
 engine: {enabled: false}
 validate: {calls: 1}
 compare: {images: 1, shown: 1, trajectories: 1, sampling: {steps: 1, batch: 1}}
-bench: {rounds: 6, warmup: 1}
+bench: {processes: 3, rounds: 3, warmup: 1}
 gates: {parity: true, min_speedup: 0.0001, max_noise_error: 0.9}
 """
 SMALLEST = {
@@ -56,7 +56,7 @@ USED = (  # what the stages import when they run
     "onnxscript",
     "exporters.validation.graph",
     "exporters.graphs.precision",
-    "exporters.latency.paired",
+    "exporters.latency.measure",
     "exporters.graphs.export",
     "exporters.validation.parity",
     "exporters.runtimes.unet",
@@ -443,9 +443,11 @@ def test_compress_killed_while_it_writes(forks, workshop, undisturbed, tmp_path)
 
 WORKER = """
 import sys, time
+from dataclasses import asdict
 from exporters.latency.pair import Job, Worker
-with Worker(Job("x", {path!r}, "onnx", "onnxruntime")) as worker:
-    worker.ask("prepare", path={path!r}, kind="onnx", runtime="onnxruntime", batch=2, threads=1)
+from exporters.registry import runtime_of
+with Worker(Job("x", {path!r}, "onnxruntime")) as worker:
+    worker.ask("prepare", path={path!r}, runtime=asdict(runtime_of("onnxruntime")), batch=2, threads=1)
     worker.send("open", cores=None, warmup=10**9)
     print(worker._process.pid, flush=True)
     time.sleep(600)

@@ -229,10 +229,9 @@ def fake_build(folder: Path, blocks: list[str] | None = None, pictures: int = 4,
             "speedup": speed,
             "baseline": {"median_ms": 18.42, "p90_ms": 19.80},
             "candidate": {"median_ms": 15.51, "p90_ms": 16.92},
-            "drift": 1.004,
             "runtime": "ONNX Runtime 1.31.1, CPU, fp32",
             "machine": "AMD EPYC 9R14, 2 cores, 8 GiB",
-            "rounds": 30,
+            "process_pairs": 6,
         },
     }
     for stage, result in results.items():

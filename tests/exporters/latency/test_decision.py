@@ -9,11 +9,11 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from exporters.latency.decision import ERROR, LOOKS, interval, looks
+from exporters.latency.decision import ERROR, LOOKS, Gate, interval, looks
 from exporters.latency.measure import hints, sample, summary
 from exporters.latency.pair import PairTimes, SideTimes
-from exporters.latency.paired import Gate
 from exporters.settings import BenchSettings
+from slimdiff.errors import InputError
 
 GATE = Gate.parse("latency<=1.05")
 FOREVER = BenchSettings(max_seconds=1e9)
@@ -136,3 +136,26 @@ def test_summary_has_percentiles_of_all_runs_and_medians_over_processes():
     assert found["p90_ms"] < found["p95_ms"] < found["p99_ms"] <= 50
     assert found["runs"] == 150 and found["preempted"] == pytest.approx(0.1) and found["peak_memory_bytes"] == 100
     assert found["calls_per_second"] == pytest.approx(1e3 / 25.5)
+
+
+def test_verdict_is_where_the_whole_interval_lies():
+    gate = Gate.parse("speedup >= 1.1")
+    assert gate.verdict(1.1, 1.3) == "pass"
+    assert gate.verdict(0.9, 1.09) == "fail"
+    assert gate.verdict(1.0, 1.2) == "inconclusive"
+    latency = Gate.parse("latency<=1.03")
+    assert latency.verdict(0.98, 1.02) == "pass"
+    assert latency.verdict(0.9, 0.96) == "fail"
+    assert latency.verdict(0.96, 1.02) == "inconclusive"
+
+
+@pytest.mark.parametrize("text", ["", "latency", "latency>=1.03", "speedup<=1.1", "latency<=x", "latency<=0", "fps>=3"])
+def test_a_gate_that_says_something_else_is_refused(text):
+    with pytest.raises(InputError, match=r"latency<=1.03 or speedup>=1.1"):
+        Gate.parse(text)
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.5, 1.1, 20.0, 1e6])
+def test_a_gate_is_read_as_it_is_written(bound):
+    gate = Gate("speedup", bound)
+    assert Gate.parse(str(gate)) == gate

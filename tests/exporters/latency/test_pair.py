@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import count
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from exporters.latency.pair import Job, Worker, idle_cores, measure_pair
 from exporters.latency.worker import noise, timed, warm
+from exporters.registry import runtime_of
 from exporters.settings import PairSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
@@ -22,8 +24,8 @@ pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 QUICK = PairSettings(rounds=3, warmup=1)
 
 
-def job(path, runtime="onnxruntime", kind="onnx") -> Job:
-    return Job("it", str(path), kind, runtime)
+def job(path, runtime="onnxruntime") -> Job:
+    return Job("it", str(path), runtime)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_worker_ends_with_whoever_started_it(exported):
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
 def test_the_side_whose_turn_it_is_not_stands_still(exported):
     with Worker(job(exported["dense"]), pauses=True) as worker:
-        worker.send("prepare", path=str(exported["dense"]), kind="onnx", runtime="onnxruntime", threads=2, batch=2)
+        worker.send("prepare", path=str(exported["dense"]), runtime=asdict(runtime_of("onnxruntime")), threads=2)
         worker.answer()
         worker.ask("open", cores=None, warmup=1)
         process = psutil.Process(worker._process.pid)

@@ -1,0 +1,47 @@
+"""A runtime as a stranger would add it: onnx's own evaluator, which computes node by node in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+from exporters.registry import Runtime
+
+DTYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.INT64: torch.int64}
+
+
+class ReferenceSession:
+    """A graph in onnx's evaluator; a `Session`."""
+
+    def __init__(self, file: Path, threads: int | None = None, *, title: str):
+        graph = onnx.load(str(file)).graph
+        self._evaluator = ReferenceEvaluator(str(file))
+        self.runtime, self.source, self.precision = f"{title} {onnx.__version__}", str(file), "fp32"
+        self.inputs, self.outputs = _shapes(graph.input), _shapes(graph.output)
+        values = (*graph.input, *graph.output)
+        self.dtypes = {value.name: DTYPES[value.type.tensor_type.elem_type] for value in values}
+
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self._evaluator.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, found, strict=True)}
+
+
+def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
+    return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+TOY = Runtime(
+    name="toy",
+    takes="graph",
+    module="onnx",
+    opens="toy_runtime:ReferenceSession",
+    title="Toy",
+    extra="onnx",
+    precision="fp32",
+    options={"title": "Toy"},
+)
