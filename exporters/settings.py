@@ -96,8 +96,6 @@ class EngineSettings(BaseModel):
     """Most memory that a layer may use while it runs, GiB; TensorRT's own default if not given."""
     tf32: bool = False
     """Whether fp32 products may round their factors to TF32's 10 bits; then fp32 parity bounds do not hold."""
-    strip_weights: bool = False
-    """Leave the weights out of the engine and fill them in from the ONNX graph whenever it is opened; needs a GPU."""
     check_memory: bool = True
     """Refuse a build that is estimated to need more memory than there is."""
 

@@ -12,7 +12,6 @@ from deploy.artifacts import build_folder
 from deploy.bundle.rest import ExportedRest, Rest, TorchRest
 from deploy.opening.openers import engine_of, graph_of, kind_of
 from exporters.engine.check import ENGINE, REPORT, read_engine
-from exporters.engine.refit import needs_weights
 from exporters.graphs.naming import read_graph
 from exporters.layout import ENGINE_PIPELINE
 from exporters.runtimes.module import read_config
@@ -108,11 +107,9 @@ def engine_candidate(name: str, folder: Path) -> Candidate:
     """An engine of a UNet, as it is.
 
     Raises:
-        InputError: if it was changed, or has no weights.
+        InputError: if it was changed, or is no engine of a UNet.
     """
     report = read_engine(folder)
-    if needs_weights(report):
-        raise InputError(f"{folder} has no weights (--strip-weights): build it with them to bundle it")
     read_config(folder)
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:

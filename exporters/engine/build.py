@@ -24,7 +24,7 @@ from exporters.engine.shapes import engine_shapes, inputs_of
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims, read_graph
 from exporters.settings import EngineSettings
-from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class EngineRequest:
     """Bytes of the graph's weights."""
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
-    timing_cache: Path | None
 
     @property
     def key(self) -> str:
@@ -115,7 +114,6 @@ def request_engine(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
-    timing_cache: Path | str | None = None,
     gpu: AskGpu = gpu_here,
 ) -> EngineRequest:
     """Find out whether an engine can be built, and what its key is; builds nothing.
@@ -124,8 +122,6 @@ def request_engine(
         onnx_file: `model.onnx`, its external data beside it.
         settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against.
-        timing_cache: file with timings of kernels, read and added to: quicker builds while developing, and engines
-            that are marked so. Not for engines that are shipped.
         gpu: asks which GPU is here.
 
     Raises:
@@ -135,18 +131,13 @@ def request_engine(
     """
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
     backend, here = choose_backend(settings, gpu), gpu()
-    if timing_cache is not None and here is None:
-        raise MissingPackageError(
-            "a timing cache is read and written on a GPU, and there is none here: leave --timing-cache out"
-        )
     graph = read_graph(onnx_file).graph
     weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, graph))
     shapes = engine_shapes(inputs_of(graph), settings)
     if plan is not None:
         demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
-    parts = engine_parts(onnx_file, graph, settings, shapes, backend, here, plan, timing_cache is not None)
-    cache = None if timing_cache is None else Path(timing_cache)
-    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None, cache)
+    parts = engine_parts(onnx_file, graph, settings, shapes, backend, here, plan)
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None)
 
 
 def build_engine(
@@ -159,8 +150,8 @@ def build_engine(
 ) -> dict[str, Any]:
     """Build an engine from a graph that `export_unet` wrote, in a process of its own.
 
-    What needs a GPU could not be tried: TensorRT (10 and 11 alike), engines without weights, timing caches, and reading
-    the finished engine's layers. TensorRT-RTX builds are tested for named targets.
+    What needs a GPU could not be tried: TensorRT (10 and 11 alike), and reading the finished engine's layers.
+    TensorRT-RTX builds are tested for named targets.
 
     Args:
         onnx_file: `model.onnx`, its external data beside it.
@@ -198,8 +189,6 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
             "shapes": request.parts["shapes"],
             "workspace_gib": settings.workspace_gib,
             "tf32": settings.tf32,
-            "strip_weights": settings.strip_weights,
-            "timing_cache": request.timing_cache and str(request.timing_cache.resolve()),
             "inspect": request.on_gpu,
             "parent": os.getpid(),
         }

@@ -71,7 +71,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     """What `engine.json` has, once every file is found to be what the manifest says.
 
     Raises:
-        InputError: if it is no engine of ours, or was changed.
+        InputError: if it is no engine of ours, was changed, or was built without its weights.
     """
     manifest = manifests.verify_manifest(folder)
     if manifest.get("kind") != "engine":
@@ -87,6 +87,8 @@ def read_engine(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
         )
+    if report["parts"].get("options", {}).get("strip_weights"):
+        raise InputError(f"{folder} has no weights (strip_weights): such engines are no longer opened, build it again")
     if manifest["runs_on"] and manifest["runs_on"] != runs_on(report):
         raise InputError(
             f"{folder / manifests.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
@@ -104,6 +106,7 @@ def _well_formed(report: Mapping[str, Any]) -> bool:
         return False
     gpu, targets = place.get("gpu"), place.get("targets")
     placed = isinstance(gpu, dict) and {"name", "capability"} <= gpu.keys() or isinstance(targets, list)
+    placed = placed and isinstance(parts.get("options", {}), dict)
     return placed and isinstance(versions.get(report["backend"]), str) and "precision" in parts
 
 

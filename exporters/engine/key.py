@@ -30,7 +30,6 @@ def engine_parts(
     backend: str,
     gpu: Gpu | None,
     plan: Plan | None = None,
-    timing_cache: bool = False,
 ) -> dict[str, Any]:
     """Everything that an engine follows from, as plain JSON.
 
@@ -42,7 +41,6 @@ def engine_parts(
         backend: `tensorrt` or `tensorrt-rtx`.
         gpu: the GPU that is here, which matters if the settings name no targets.
         plan: whose ranks the engine is held against.
-        timing_cache: whether kernels may come from earlier timings.
 
     Returns:
         `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
@@ -56,12 +54,7 @@ def engine_parts(
         "precision": _precision(graph),
         "plan": None if sites is None else manifest.fingerprint(sites),
         "shapes": dict(shapes),
-        "options": {
-            "workspace_gib": settings.workspace_gib,
-            "tf32": settings.tf32,
-            "strip_weights": settings.strip_weights,
-            "timing_cache": timing_cache,
-        },
+        "options": {"workspace_gib": settings.workspace_gib, "tf32": settings.tf32},
         "versions": {
             backend: installed_version(backend),
             **{name: importlib.metadata.version(name) for name in ("polygraphy", "onnx")},

@@ -11,7 +11,7 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 """TensorRT's names of dtypes, where they are not everybody's."""
 
 _FUSED = re.compile(rb"fqn=(_gemm_mha_v2_0x[0-9a-f]+)")
-"""The plan names the kernel thus once per call, and elsewhere in the kernel's own source."""
+"""The engine's bytes name the kernel thus once per call, and elsewhere in the kernel's own source."""
 
 _THROUGH = ("SHUFFLE", "CAST", "UNSQUEEZE", "SQUEEZE", "IDENTITY")
 """Layers that the parser puts between a weight and its product."""
@@ -76,9 +76,9 @@ def attention_of(products: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str
         }
 
 
-def fused_attention(plan: bytes) -> dict[str, int]:
+def fused_attention(engine_bytes: bytes) -> dict[str, int]:
     """Count fused attention in a serialized engine: `calls` (one per layer that fused) and `kernels` (distinct)."""
-    calls = _FUSED.findall(plan)
+    calls = _FUSED.findall(engine_bytes)
     return {"calls": len(calls), "kernels": len(set(calls))}
 
 

@@ -27,7 +27,6 @@ def request_pipeline(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
-    timing_cache: Path | str | None = None,
     gpu: AskGpu = gpu_here,
 ) -> dict[str, EngineRequest]:
     """Find out whether every graph of a pipeline can become an engine; builds nothing.
@@ -36,7 +35,6 @@ def request_pipeline(
         folder: that `export_pipeline` wrote.
         settings: backend, targets, workspace; the shapes are the UNet's, and the others' follow (`component_shapes`).
         plan: what the UNet's inner dims are held against.
-        timing_cache: see `request_engine`.
         gpu: asks which GPU is here.
 
     Returns:
@@ -47,17 +45,15 @@ def request_pipeline(
         MissingPackageError: see `request_engine`.
     """
     folder, settings = Path(folder), settings or EngineSettings()
-    if settings.strip_weights:
-        raise InputError("engines without their weights are opened by their builder alone, not in a pipeline")
     names = _graphs(folder)
-    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, timing_cache=timing_cache, gpu=gpu)
+    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
         scale = latent_scale(_config(file)) if name == "vae_encoder" else 1
         shapes = component_shapes(inputs_of(read_graph(file).graph), unet.parts["shapes"], scale)
         wanted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
-        found[name] = request_engine(file, wanted, timing_cache=timing_cache, gpu=gpu)
+        found[name] = request_engine(file, wanted, gpu=gpu)
     return found
 
 

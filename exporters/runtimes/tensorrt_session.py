@@ -10,7 +10,6 @@ from torch import Tensor
 
 from exporters.engine import EXTRAS, MODULES, choose_profile
 from exporters.engine.check import ENGINE, check_engine
-from exporters.engine.refit import needs_weights
 from exporters.runtimes.session import PRECISIONS, Shape, open_dim
 from exporters.settings import EngineRuntime
 from slimdiff.errors import InputError, MissingPackageError, require
@@ -38,8 +37,6 @@ class EngineSession:
 
     def __init__(self, folder: Path, runtime: EngineRuntime):
         self._report = check_engine(folder, runtime)
-        if needs_weights(self._report):
-            raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
         trt = require(MODULES[runtime], EXTRAS[runtime])
         if not torch.cuda.is_available():
             raise MissingPackageError(f"engines take their data from torch, and torch {torch.__version__} has no CUDA")

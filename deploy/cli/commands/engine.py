@@ -65,12 +65,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         )
     parser.add_argument("--workspace-gib", type=float, metavar="GIB", help="most memory that a layer may use")
     parser.add_argument("--tf32", action="store_true", help="let fp32 products round to TF32")
-    parser.add_argument(
-        "--strip-weights", action="store_true", help="fill the weights in from the ONNX when it is opened; needs a GPU"
-    )
-    parser.add_argument(
-        "--timing-cache", metavar="FILE", help="quicker builds while developing; not for what is shipped; needs a GPU"
-    )
     parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
     return parser
 
@@ -97,12 +91,9 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
     if args.whole:
-        requests = request_pipeline(source, wanted[""], plan=plan, timing_cache=args.timing_cache)
+        requests = request_pipeline(source, wanted[""], plan=plan)
     else:
-        requests = {
-            name: request_engine(graph, chosen, plan=plan, timing_cache=args.timing_cache)
-            for name, chosen in wanted.items()
-        }
+        requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in wanted.items()}
     if kind == "engine":
         value = _make(requests[""], out, args.quiet)
         result(value, _text(value), args.json)
@@ -130,7 +121,6 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     common: dict[str, Any] = {
         "targets": args.target,
         "tf32": args.tf32,
-        "strip_weights": args.strip_weights,
         "check_memory": not args.ignore_memory,
     }
     ways: list[tuple[str, dict[str, Any]]] = [(f"batch-{n}", {"batch": n}) for n in args.batch]
