@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-"""TensorRT's names of dtypes, where they are not everybody's."""
+from exporters.dtypes import DTYPES
 
 _FUSED = re.compile(rb"fqn=(_gemm_mha_v2_0x[0-9a-f]+)")
 """The engine's bytes name the kernel thus once per call, and elsewhere in the kernel's own source."""

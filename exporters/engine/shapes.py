@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from exporters.graphs.reading import inputs_of
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from exporters.settings import EngineSettings
 
 Dims = Mapping[str, Sequence[int | str]]
 """Per input, its dims; an open one by its name in the graph."""
 
 
-def inputs_of(graph: Any) -> dict[str, list[int | str]]:
-    """Dims of the inputs of an ONNX `GraphProto`; an open dim that has no name is named after its place."""
-    weights = {i.name for i in graph.initializer}
-    return {
-        i.name: [
-            d.dim_value if d.HasField("dim_value") else d.dim_param or f"{i.name}.{axis}"
-            for axis, d in enumerate(i.type.tensor_type.shape.dim)
-        ]
-        for i in graph.input
-        if i.name not in weights
-    }
+def dims_of_inputs(model: ir.Model) -> dict[str, list[int | str]]:
+    """Dims of a graph's inputs."""
+    return {name: list(spec.shape) for name, spec in inputs_of(model).items()}
 
 
 def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
@@ -39,8 +34,8 @@ def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
     if not settings.profiles:
         return {"fixed": _fix(inputs, settings.shapes, settings.batch)}
     profiles = []
-    for wanted in settings.profiles:
-        ends = {end: _fix(inputs, getattr(wanted, end), None) for end in ("min", "opt", "max")}
+    for profile in settings.profiles:
+        ends = {end: _fix(inputs, getattr(profile, end), None) for end in ("min", "opt", "max")}
         profiles.append({name: {end: shapes[name] for end, shapes in ends.items()} for name in inputs})
     return {"profiles": profiles}
 

@@ -15,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.graphs.naming import check_reduced_dims, dims_in_graph, name_by_module
+from exporters.dtypes import DTYPES
+from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 
-__all__ = ["check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+def dtype_of(settings: ExportSettings) -> torch.dtype:
+    """Of the weights, and of floating-point inputs and outputs."""
+    return getattr(torch, DTYPES[settings.precision])
 
 
 class _UNet(nn.Module):
@@ -69,7 +72,7 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
     """
     settings = settings or ExportSettings()
     inputs = unet_inputs(call)
-    dtype = DTYPES[settings.precision]
+    dtype = dtype_of(settings)
     if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
     opened: dict[str, dict[int, Any]] = {}
@@ -143,7 +146,7 @@ def export_module(
     """Export any module whose `forward` takes and gives tensors.
 
     Args:
-        module: in the dtype wanted; taken to evaluation mode and back.
+        module: in the graph's dtype; in evaluation mode meanwhile.
         inputs: name -> example, in `forward`'s order.
         outputs: names of what `forward` returns.
         folder: gets `model.onnx` and `model.onnx.data`.
@@ -154,10 +157,10 @@ def export_module(
     Returns:
         the path of `model.onnx`, which onnx's checker has seen.
     """
-    onnx = require("onnx", "onnx")
+    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     require("onnxscript", "onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "model.onnx"
+    file = folder / GRAPH
     modes = {m: m.training for m in module.modules()}
     shapes = tuple(dynamic.get(name) for name in inputs) if dynamic else None
     try:
@@ -175,13 +178,14 @@ def export_module(
                 verbose=False,
             )
             assert program is not None
-            program.save(str(file), external_data=True)
+            widen_softmax(program.model)
+            name_by_module(program.model, prefix)
+            ir.save(program.model, str(file), external_data=f"{GRAPH}.data")
     finally:
         for part, training in modes.items():
             part.training = training
     model = onnx.load(str(file), load_external_data=False)
-    widen_softmax(model)
-    name_by_module(model, prefix)
+    del model.graph.value_info[:]  # torch's own: its shapes are what the graph's are held against
     add_shapes(model)
     file.write_bytes(model.SerializeToString())
     # By path: beyond 2 GB there is no other way. In full: without inference, tensors of two dtypes may meet in a node.

@@ -12,13 +12,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from exporters.graphs.export import DTYPES, export_module, export_unet, in_precision, in_steps, open_size, write_config
-from exporters.layout import CONFIGURED, INDEX
+from exporters.graphs.export import (
+    dtype_of,
+    export_module,
+    export_unet,
+    in_precision,
+    in_steps,
+    open_size,
+    write_config,
+)
+from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
@@ -72,7 +80,6 @@ def export_pipeline(
     settings: ExportSettings | None = None,
     *,
     call: Call | None = None,
-    progress: str | None = None,
     without: Sequence[str] = (),
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
@@ -86,7 +93,6 @@ def export_pipeline(
         folder: gets a subfolder per component and `model_index.json`.
         settings: precision, opset, what stays open.
         call: whose shapes the graphs are for; `example_call`'s if not given.
-        progress: name of the progress bar on stderr; None: no bar.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
 
     Returns:
@@ -100,7 +106,7 @@ def export_pipeline(
     parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *CONFIGURED)}
     if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
         raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
-    encoders = {name: parts[name] for name in ("text_encoder", "text_encoder_2") if parts[name] is not None}
+    encoders = {name: parts[name] for name in TEXT_ENCODERS if parts[name] is not None}
     for name, encoder in encoders.items():
         if not type(encoder).__name__.startswith("CLIPTextModel"):
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
@@ -108,14 +114,14 @@ def export_pipeline(
     jobs: dict[str, Callable[[], Path]] = {"unet": lambda: export_unet(parts["unet"], folder / "unet", call, settings)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        hidden = "text_encoder_2" in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
+        hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
         jobs[name] = _text_encoder_job(encoder, folder / name, tokenizer.model_max_length, hidden, settings)
     jobs |= _vae_jobs(pipeline, folder, call, settings)
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
-    with tqdm(jobs.items(), desc=progress, disable=progress is None, unit="graph") as bar:
-        for name, job in bar:
-            bar.set_postfix_str(name)
+    with bar(jobs.items(), name="export", unit="graph") as shown:
+        for name, job in shown:
+            shown.set_postfix_str(name)
             files.append(job())
     for name in CONFIGURED:
         if parts[name] is not None:
@@ -166,7 +172,7 @@ def _text_encoder_job(
     encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings
 ) -> Callable[[], Path]:
     def job() -> Path:
-        with in_precision(encoder, DTYPES[settings.precision]) as module:
+        with in_precision(encoder, dtype_of(settings)) as module:
             wrapped = _TextEncoder(module, hidden)
             inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
             open_batch = {"input_ids": {0: "batch"}}
@@ -179,7 +185,7 @@ def _text_encoder_job(
 
 def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> dict[str, Callable[[], Path]]:
     vae = pipeline.vae
-    dtype = torch.float32 if vae.config.get("force_upcast") else DTYPES[settings.precision]
+    dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
     height, width = call.arguments["sample"].shape[-2:]
     scale = pipeline.vae_scale_factor
 

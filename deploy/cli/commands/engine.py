@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in wanted.items()}
     if kind == "engine":
-        value = _make(requests[""], out, args.quiet)
+        value = _make(requests[""], out)
         result(value, _text(value), args.json)
         return 0
     with locked(out, kind.replace("-", " "), stays=False):
-        made = [{"name": name, **_make(requests[name], out / name, args.quiet, name, args.whole)} for name in requests]
+        made = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
         if args.whole:
             _finish_pipeline(source, out, made)
         else:
@@ -164,7 +164,7 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
         raise InputError(f"--out {out} is of the kind {there!r}, and {what} would take its place: name another folder")
 
 
-def _make(request: EngineRequest, out: Path, quiet: bool, name: str = "", part: bool = False) -> dict[str, Any]:
+def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
     from deploy.cli.console import log
     from deploy.cli.outputs import artifact_folder
@@ -177,7 +177,7 @@ def _make(request: EngineRequest, out: Path, quiet: bool, name: str = "", part: 
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out) as temporary:
-        report = request.build(temporary, None if quiet else f"engine {name}".strip())
+        report = request.build(temporary, f"engine {name}".strip())
         if part:
             mark_unfinished(out.parent)
     odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]

@@ -197,9 +197,9 @@ def test_errors_that_only_add_up_blame_no_module(sharp_graphs, sharp, calls):
 
 def test_a_part_says_what_it_misses(sharp_graphs):
     fragments = OnnxFragments(sharp_graphs["fp32"])
-    index = next(i for i, n in enumerate(fragments.nodes) if n.name == "conv_in/Conv")
+    node = next(n for n in fragments.nodes if n.name == "conv_in/Conv")
     with pytest.raises(InputError, match="needs sample"):
-        fragments.run([index], {}, fragments.nodes[index].output)
+        fragments.run([node], {}, [node.outputs[0].name])
 
 
 def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
@@ -215,5 +215,5 @@ def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
     assert cut in reads and len(rest) < len(fragments.nodes)
     (out,) = fragments.run(rest, {**feed, cut: middle}, fragments.outputs)
     np.testing.assert_allclose(out, whole.predict(calls[0]).numpy(), rtol=1e-4, atol=1e-5)
-    shifted = partial(fragments.run, rest, wanted=fragments.outputs)({**feed, cut: middle + 1})
+    shifted = partial(fragments.run, rest, results=fragments.outputs)({**feed, cut: middle + 1})
     assert not np.allclose(out, shifted[0])
