@@ -333,7 +333,7 @@ def graphed(run: Run) -> Run:
     with torch.cuda.graph(graph):
         kept = run()
 
-    def replay() -> Any:
+    def replay(_inputs_of: Run = run) -> Any:  # the graph reads the run's tensors: they must live as long as it does
         graph.replay()
         return kept
 

@@ -22,10 +22,10 @@ from deploy.build.sensitivity import deciding
 from deploy.build.stages import Done, Stage, keys, run_stages
 from deploy.build.workshop import Workshop, model_hash, public_name, source_hash
 from deploy.cli.console import amount, log
-from deploy.cli.lock import locked
 from deploy.recipe.recipe import Recipe
 from slimdiff.errors import MissingPackageError, require
 from slimdiff.storage import manifest
+from slimdiff.storage.lock import locked
 
 _CORE = ("torch", "diffusers", "transformers")
 _EXPORT = (*_CORE, "onnx", "onnxscript", "onnxruntime")

@@ -27,7 +27,6 @@ from deploy.build.sensitivity import deciding, measured, write_sensitivity
 from deploy.build.stages import Stage, run_stages
 from deploy.build.workshop import denoiser_of, model_hash, public_name, source_hash
 from deploy.cli.console import log
-from deploy.cli.lock import locked
 from deploy.recipe.prompts import calibration_prompts, comparison_prompts, described
 from deploy.recipe.recipe import point_budget
 from exporters.graphs.pipeline import example_call
@@ -40,10 +39,12 @@ from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, w
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
+from slimdiff.groups import is_fitted
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.planner import Planner, check_budgets
 from slimdiff.planning.search import Judge
 from slimdiff.storage import manifest
+from slimdiff.storage.lock import locked
 
 JSON, PAGE = "sweep.json", "sweep.html"
 _UNSEEN_CAPTIONS = 1  # the seed of the embedded model's captions that its images are compared on
@@ -101,7 +102,7 @@ class Sweep:
         calls, fitted_on = [], []
         if not statistics.sensitivities:
             calls = sensitivity_calls(self.pipeline, self.prompts, self.calibration.sampling, self.planning)
-        if self.planning.fits():
+        if is_fitted(self.planning):
             fitted_on = fitting_calls(self.pipeline, self.prompts, self.calibration, self.planning)
         latency = None
         if self.by == "speedup":

@@ -13,7 +13,7 @@ from deploy.recipe.recipe import Recipe
 from slimdiff import Plan, Statistics, embedded
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.settings import Sampling
 from slimdiff.slimming.slim import factorise

@@ -23,7 +23,7 @@ from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from exporters.settings import GRAPH_RUNTIMES, EngineSettings, ExportSettings, LatencySettings, TableRuntime
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 
 BUDGETS = ("reduce", "macs", "speedup", "max_error")
 """The keys of a recipe's budget, of which there is one."""
@@ -291,6 +291,11 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
+    if recipe.plan.groups != TRANSFORMER_GROUPS:
+        from slimdiff.groups import fault_in  # with torch and diffusers, which most recipes are read without
+
+        if fault := fault_in(recipe.plan.groups):
+            raise InputError(f"{source}: plan.groups: {fault}")
     found: dict[str, Any] = {}
     if recipe.prompts is None:
         found["prompts"] = default_source(recipe.model)

@@ -351,9 +351,9 @@ def _sites(planned: Mapping[str, Mapping[str, Any]]) -> Sites:
             )
         )
     totals = []
-    from slimdiff.settings import GROUPS  # with torch, which other pages do without
+    from slimdiff.settings import TRANSFORMER_GROUPS
 
-    for group in dict.fromkeys([*GROUPS, *(s["group"] for s in sites.values())]):
+    for group in dict.fromkeys([*TRANSFORMER_GROUPS, *(s["group"] for s in sites.values())]):
         members = [s for s in sites.values() if s["group"] == group]
         if members:
             kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)

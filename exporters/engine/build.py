@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.reading import read_graph
+from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -188,15 +188,10 @@ def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, An
             "workspace_gib": settings.workspace_gib,
             "tf32": settings.tf32,
             "inspect": request.on_gpu,
-            "parent": os.getpid(),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
-        search = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx")),
-            "PYTHONPATH": os.pathsep.join(filter(None, search)),
-        }
-        command = [sys.executable, "-m", "exporters.engine.worker", str(Path(scratch) / "job.json")]
+        environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx"))}
+        command = worker_command("exporters.engine.worker", str(Path(scratch) / "job.json"))
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:

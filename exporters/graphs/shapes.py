@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import INNER, compare_dims, weight_dims
+from exporters.graphs.naming import compare_dims, weight_dims
 from exporters.graphs.reading import Shape, module_of, name_of, read_graph, shape_of
 from slimdiff.errors import SlimdiffError, require
+from slimdiff.groups import GROUPS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -129,9 +130,7 @@ def _leftovers_at(
     dense = {n for site in sites for n in _inner_sizes(site, site.dense_rank)}
     dense -= {n for site in sites for n in _inner_sizes(site, site.rank)}
     heads = max(site.heads for site in sites)
-    axes = {layer: axis for site in sites for layer, axis in INNER[site.group].items()}
-    if any(site.group == "resnet" for site in sites):
-        axes["time_emb_proj"] = 0
+    axes = {layer: inner.axis for site in sites for layer, inner in GROUPS[site.group].inner.items()}
     first: list[ir.Node] = []
     last: list[ir.Node] = []
     around: set[int] = set()
@@ -188,8 +187,7 @@ def _is_matrix(value: ir.Value | None) -> bool:
 
 def _inner_sizes(site: SitePlan, rank: int) -> set[int]:
     """Sizes that a rank shows as: of a head and of all heads; of value rows alone and with gate rows."""
-    times = {"feed_forward": 2, "resnet": 1}.get(site.group, site.heads)
-    return {rank, times * rank}
+    return {rank} | {times * site.heads * rank for inner in GROUPS[site.group].inner.values() for times in inner.times}
 
 
 def _extents(shape: Shape, convolution: bool, heads: int) -> set[int]:

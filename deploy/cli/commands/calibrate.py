@@ -17,7 +17,7 @@ EXAMPLE = """examples:
   slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt --sensitivities
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --statistics statistics.safetensors
   slimdiff calibrate --out both.safetensors --merge one.safetensors other.safetensors
-  torchrun --nproc-per-node 2 -m deploy calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt
+  torchrun --nproc-per-node 2 -m slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt
 
 An interrupted calibration goes on where it stopped when the same command is given again."""
 
@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_written: ExitStack) -> Statistics:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, log
-    from deploy.cli.lock import locked, remove_empty
     from deploy.recipe.prompts import calibration_prompts, default_source, described
     from slimdiff import CalibrationSettings, Sampling
     from slimdiff.calibration import distributed
+    from slimdiff.storage.lock import locked, remove_empty
 
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")
