@@ -67,7 +67,7 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
     for name, dims in inputs.items():
         if any(isinstance(d, str) and d not in sizes for d in dims):
             raise InputError(
-                f"input {name} has open dims {_text(dims)}, and engines are built for fixed shapes: say a batch, "
+                f"input {name} has open dims {shape_text(dims)}, and engines are built for fixed shapes: say a batch, "
                 "shapes or profiles, or export with fixed shapes"
             )
     return {name: [sizes[d][0] if isinstance(d, str) else d for d in dims] for name, dims in inputs.items()}
@@ -76,9 +76,10 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
 def _pairs(name: str, dims: Sequence[int | str], shape: Sequence[int]) -> list[tuple[str, int]]:
     fits = len(dims) == len(shape) and all(isinstance(d, str) or d == s for d, s in zip(dims, shape, strict=True))
     if not fits:
-        raise InputError(f"input {name} has dims {_text(dims)}, the engine was asked for {_text(shape)}")
+        raise InputError(f"input {name} has dims {shape_text(dims)}, the engine was asked for {shape_text(shape)}")
     return [(d, s) for d, s in zip(dims, shape, strict=True) if isinstance(d, str)]
 
 
-def _text(dims: Sequence[int | str]) -> str:
-    return "x".join(str(d) for d in dims) or "none (a scalar)"
+def shape_text(dims: Sequence[int | str]) -> str:
+    """`2x4x64x64`."""
+    return "x".join(map(str, dims)) or "none (a scalar)"

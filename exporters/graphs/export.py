@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,10 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         opened["sample"] = opened.get("sample", {}) | open_size(step)
     tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
-    with in_precision(unet, dtype, keep) as module, _sizes_in(module, dtype):
-        file = export_module(
-            _UNet(module),
-            dict(zip(inputs, tensors, strict=True)),
-            ["out_sample"],
-            Path(folder),
-            settings,
-            opened,
-            "unet.",
-        )
+    module = in_precision(unet, dtype, keep)
+    examples = dict(zip(inputs, tensors, strict=True))
+    with _sizes_in(module, dtype):
+        file = export_module(_UNet(module), examples, ["out_sample"], Path(folder), settings, opened, "unet.")
     write_config(unet, Path(folder))
     if plan := plan_of(unet):
         check_leftovers(file, plan)
@@ -211,9 +205,8 @@ def _squeeze(self: Any, dim: int) -> Any:
     return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
 
 
-@contextmanager
-def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """The module itself if it is in that dtype, else a copy that is; the copy alone is changed.
+def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
+    """The module itself if it is in that dtype, else a copy that is.
 
     The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
 
@@ -225,11 +218,10 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
     cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
     if not keep and all(t.dtype == dtype for t in _floats(module)):
-        yield module
-        return
+        return module
     copied = copy.deepcopy(module, memo=dict(cast))
     keep_in_float32(copied, keep)
-    yield copied
+    return copied
 
 
 @contextmanager
@@ -240,14 +232,8 @@ def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     joined tensor to that dtype in its next line, so nothing is lost.
     """
     sines = getattr(unet, "add_time_proj", None)
-    if sines is None:
+    with sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext():
         yield
-        return
-    hook = sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
@@ -262,14 +248,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's chatter on stdout, which belongs to results, and its hints to its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,9 @@ class _VaeEncoder(nn.Module):
         return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
 
 
+_VAES: dict[str, Callable[[nn.Module], nn.Module]] = {"vae_decoder": _VaeDecoder, "vae_encoder": _VaeEncoder}
+
+
 def export_pipeline(
     pipeline: DiffusionPipeline,
     folder: Path | str,
@@ -111,12 +114,12 @@ def export_pipeline(
         if not type(encoder).__name__.startswith("CLIPTextModel"):
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
     call = call or example_call(pipeline)
-    jobs: dict[str, Callable[[], Path]] = {"unet": lambda: export_unet(parts["unet"], folder / "unet", call, settings)}
+    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export_unet, parts["unet"], folder / "unet", call, settings)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
         hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
-        jobs[name] = _text_encoder_job(encoder, folder / name, tokenizer.model_max_length, hidden, settings)
-    jobs |= _vae_jobs(pipeline, folder, call, settings)
+        jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, hidden, settings)
+    jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in _VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
     with bar(jobs.items(), name="export", unit="graph") as shown:
@@ -154,7 +157,7 @@ def _answering_zeros(unet: Any) -> Iterator[None]:
     """Leave out what a UNet computes: what it is called with is all that is asked for."""
     before = vars(unet).get("forward")
 
-    @functools.wraps(unet.forward)
+    @wraps(unet.forward)
     def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
         return (sample.new_zeros(len(sample), unet.config.out_channels, *sample.shape[2:]),)
 
@@ -168,48 +171,33 @@ def _answering_zeros(unet: Any) -> Iterator[None]:
             unet.forward = before
 
 
-def _text_encoder_job(
-    encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings
-) -> Callable[[], Path]:
-    def job() -> Path:
-        with in_precision(encoder, dtype_of(settings)) as module:
-            wrapped = _TextEncoder(module, hidden)
-            inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
-            open_batch = {"input_ids": {0: "batch"}}
-            file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
-        write_config(encoder, folder)
-        return file
-
-    return job
+def _export_text_encoder(encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings) -> Path:
+    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), hidden)
+    inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
+    open_batch = {"input_ids": {0: "batch"}}
+    file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
+    write_config(encoder, folder)
+    return file
 
 
-def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> dict[str, Callable[[], Path]]:
-    vae = pipeline.vae
-    dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
+def _export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> Path:
+    vae, scale = pipeline.vae, pipeline.vae_scale_factor
     height, width = call.arguments["sample"].shape[-2:]
-    scale = pipeline.vae_scale_factor
-
-    def job(
-        wrapper: Callable[[nn.Module], nn.Module], name: str, example: Tensor, inside: str, outside: str, step: int
-    ) -> Path:
-        opened: dict[int, Any] = {0: "batch"}
-        if settings.dynamic_size:
-            example = in_steps(example, step)
-            opened |= open_size(step)
-        with in_precision(vae, dtype) as module:
-            wrapped = wrapper(module)
-            named = {inside: example.to(dtype)}
-            file = export_module(wrapped, named, [outside], folder / name, settings, {inside: opened}, "vae.")
-        write_config(vae, folder / name)
-        return file
-
-    latent = torch.randn(2, vae.config.latent_channels, height, width)
-    image = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
-    parameters = "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample"
-    return {
-        "vae_decoder": lambda: job(_VaeDecoder, "vae_decoder", latent, "latent_sample", "sample", 1),
-        "vae_encoder": lambda: job(_VaeEncoder, "vae_encoder", image, "sample", parameters, scale),
-    }
+    if name == "vae_decoder":
+        inside, outside, step = "latent_sample", "sample", 1
+        example = torch.randn(2, vae.config.latent_channels, height, width)
+    else:
+        inside, outside, step = "sample", "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample", scale
+        example = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
+    opened: dict[int, Any] = {0: "batch"}
+    if settings.dynamic_size:
+        example = in_steps(example, step)
+        opened |= open_size(step)
+    dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
+    wrapped = _VAES[name](in_precision(vae, dtype))
+    file = export_module(wrapped, {inside: example.to(dtype)}, [outside], folder, settings, {inside: opened}, "vae.")
+    write_config(vae, folder)
+    return file
 
 
 def _index(pipeline: DiffusionPipeline) -> dict[str, Any]:

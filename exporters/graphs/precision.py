@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -55,25 +56,15 @@ def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
         module: changed in place; the weights of the modules kept are to be float32 already.
         paths: of the modules.
     """
+    up, down = partial(_cast, torch.float16, torch.float32), partial(_cast, torch.float32, torch.float16)
     for path in paths:
         part = module.get_submodule(path)
-        part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        part.register_forward_hook(_cast_outputs)
+        part.register_forward_pre_hook(lambda _module, *inputs: map_tensors(up, inputs), with_kwargs=True)
+        part.register_forward_hook(lambda _module, _inputs, output: map_tensors(down, output))
 
 
-def _cast_inputs(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return map_tensors(_to(torch.float16, torch.float32), args), map_tensors(_to(torch.float16, torch.float32), kwargs)
-
-
-def _cast_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
-    return map_tensors(_to(torch.float32, torch.float16), output)
-
-
-def _to(old: torch.dtype, new: torch.dtype) -> Any:
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(new) if tensor.dtype == old else tensor
-
-    return cast
+def _cast(old: torch.dtype, new: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(new) if tensor.dtype == old else tensor
 
 
 def widen_softmax(model: ir.Model, terms: int = SOFTMAX_TERMS) -> None:

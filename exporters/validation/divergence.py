@@ -72,14 +72,7 @@ class OwnError:
         return self.relative_l2 is not None and self.relative_l2 <= bound
 
 
-@torch.no_grad()
-def own_errors(
-    fragments: OnnxFragments,
-    denoiser: nn.Module,
-    call: Call,
-    *,
-    bound: float | None = None,
-) -> list[OwnError]:
+def own_errors(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[OwnError]:
     """Run the graph part by part on the reference's values, in execution order.
 
     In memory are the values that parts still to come will read, and the weights of one part.
@@ -88,12 +81,11 @@ def own_errors(
         fragments: the graph.
         denoiser: its model in torch, float32.
         call: a recorded call.
-        bound: stop after the first part whose relative L2 is over it; None: run them all.
 
     Returns:
-        one per part; with a bound, the last may be over it.
+        one per part.
     """
-    return [error for _, error in _run_parts(fragments, denoiser, call, _parts(fragments, denoiser, call), bound)]
+    return [error for _, error in _run_parts(fragments, denoiser, call, _parts(fragments, denoiser, call), None)]
 
 
 def find_divergence(fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float) -> dict[str, Any]:
