@@ -143,8 +143,8 @@ def choose_profile(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
     if all(misses):
         never = [name for name in profiles[0] if all(name in missed for missed in misses)]
         if not never:
-            given = ", ".join(f"{name} {shape_text(shape)}" for name, shape in shapes.items())
-            raise InputError(f"the engine takes each of {given}, but has no profile for all of them together")
+            both = ", ".join(f"{name} {shape_text(shape)}" for name, shape in shapes.items())
+            raise InputError(f"the engine takes each of {both}, but has no profile for all of them together")
         name = never[0]
         taken = " or ".join(dict.fromkeys(_range(profile[name]) for profile in profiles))
         raise InputError(

@@ -1,4 +1,4 @@
-"""What an engine tells of its layers, on the GPU that it runs on."""
+"""The layers of an engine, read on the GPU that it runs on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inspect_engine(trt: Any, engine_bytes: bytes) -> dict[str, list[list[int]]] 
         engine_bytes: the serialized engine.
 
     Returns:
-        `dims_by_node`'s map; None if the engine does not open, or tells nothing.
+        `dims_by_node`'s map; None if the engine does not open, or lists no layers.
     """
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine_bytes)
     if engine is None:

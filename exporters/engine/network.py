@@ -1,4 +1,4 @@
-"""What a parsed TensorRT network and the bytes of a built engine tell, with no GPU to open the engine on."""
+"""What can be read from a parsed TensorRT network and from an engine's bytes, with no GPU to open the engine on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def attention_of(products: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str
     """Per attention module, from its two products: `module`, `query_key_dim` and `value_dim` (per head), `queries` and
     `keys` (tokens), `heads` (None where the processor folds them into the batch), and `products`, the shapes."""
     for module, pair in products.items():
-        if len(pair) != 2:  # not softmax(QK)V: told, not interpreted
+        if len(pair) != 2:  # not softmax(QK)V: shapes alone
             yield {"module": module, "products": pair}
             continue
         scores, mixed = pair

@@ -46,7 +46,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     print("stage: starting the builder", flush=True)
     config = _config(trt, job, rtx)
     print("stage: parsing", flush=True)
-    # Precision is in the graph. TensorRT 10 has to be told so, TensorRT 11 knows nothing else and lost the flag.
+    # Precision is in the graph. TensorRT 10 has a flag for that, TensorRT 11 knows nothing else.
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     builder, network, parser = NetworkFromOnnxPath(job["onnx_file"], strongly_typed=typed)()
     for index in range(network.num_inputs):

@@ -113,12 +113,12 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     Raises:
         InputError: if the call has arguments that the graph has no input for.
     """
-    given = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
-    added = dict(given.pop("added_cond_kwargs", None) or {})
+    arguments = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
+    added = dict(arguments.pop("added_cond_kwargs", None) or {})
     needed = ("sample", "timestep", "encoder_hidden_states")
-    tensors: dict[str, Tensor] = {k: given.pop(k) for k in needed if k in given}
+    tensors: dict[str, Tensor] = {k: arguments.pop(k) for k in needed if k in arguments}
     tensors |= {k: added.pop(k) for k in ("text_embeds", "time_ids") if k in added}
-    unknown = sorted(given) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
+    unknown = sorted(arguments) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
     if unknown or not set(needed) <= set(tensors):
         raise InputError(
             f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "

@@ -120,7 +120,7 @@ def site_row(site: str, path: str, expected: dict[str, int], found: dict[str, in
 
 
 def attention_products(onnx_file: Path | str) -> list[str]:
-    """Names of the MatMul nodes of which neither operand is a weight: two per attention layer."""
+    """Names of the MatMul nodes whose operands are both no weights: two per attention layer."""
     get = require("onnx_ir", "onnx").convenience.get_const_tensor
     products = [node for node in read_graph(onnx_file).graph if node.op_type == "MatMul"]
     return [node.name or "" for node in products if all(v is not None and get(v) is None for v in node.inputs)]

@@ -143,7 +143,7 @@ def example_call(
     Args:
         pipeline: any that `record_calls` takes.
         height: of the image in pixels; the pipeline's default if not given.
-        width: likewise.
+        width: of the image in pixels; the pipeline's default if not given.
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
     sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)

@@ -41,8 +41,7 @@ class OnnxFragments:
         self.model = read_graph(onnx_file)
         self.nodes: list[ir.Node] = list(self.model.graph)
         self.inputs, self.outputs = list(inputs_of(self.model)), list(outputs_of(self.model))
-        made = [value for node in self.nodes for value in node.outputs if value.name]
-        if any(value.dtype is None for value in made):
+        if any(value.dtype is None for node in self.nodes for value in node.outputs if value.name):
             raise InputError(f"{onnx_file} does not say the dtype of every tensor: export it again")
         self._makers: dict[str, ir.Node] = {name_of(value): node for node in self.nodes for value in node.outputs}
 
@@ -50,11 +49,11 @@ class OnnxFragments:
         """Names of the node's inputs that are not weights."""
         return list(dict.fromkeys(name_of(v) for v in node.inputs if v is not None and not v.is_initializer()))
 
-    def between(self, given: Collection[str], results: Iterable[str]) -> tuple[list[ir.Node], list[str]]:
-        """The nodes that compute `results` from `given` (a tensor that is both is computed), in execution order.
+    def between(self, known: Collection[str], results: Iterable[str]) -> tuple[list[ir.Node], list[str]]:
+        """The nodes that compute `results` from `known` (a tensor that is both is computed), in execution order.
 
         Returns:
-            the nodes, and those of `given` (and of the graph's inputs) that they read.
+            the nodes, and those of `known` (and of the graph's inputs) that they read.
         """
         needed: set[ir.Node] = set()
         reads: dict[str, None] = {}
@@ -65,7 +64,7 @@ class OnnxFragments:
                 continue
             needed.add(node)
             for name in self.reads(node):
-                if name in given or name not in self._makers:
+                if name in known or name not in self._makers:
                     reads[name] = None
                 else:
                     stack.append(self._makers[name])
@@ -86,25 +85,27 @@ class OnnxFragments:
             InputError: if ONNX Runtime does not run them on arrays of these shapes.
         """
         onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
-        made = {name_of(value): value for node in nodes for value in node.outputs}
+        outputs = {name_of(value): value for node in nodes for value in node.outputs}
         values: dict[str, Any] = {name_of(v): v for node in nodes for v in node.inputs if v is not None}
         weights = {name: value.const_value for name, value in values.items() if value.is_initializer()}
-        given = {name: f"{name}:given" for name in values if name in feed and name not in weights}
-        if missing := sorted(set(values) - set(weights) - set(given) - set(made)):
-            raise InputError(f"a part of {self.file.name} needs {', '.join(missing)}, which was not given")
+        fed = {name: f"{name}:fed" for name in values if name in feed and name not in weights}
+        if missing := sorted(set(values) - set(weights) - set(fed) - set(outputs)):
+            raise InputError(
+                f"a part of {self.file.name} needs {', '.join(missing)}, which is not among what it is fed"
+            )
         copies = [ir.to_proto(node) for node in nodes]
         for copy in copies:
-            copy.input[:] = [given.get(name, name) for name in copy.input]
+            copy.input[:] = [fed.get(name, name) for name in copy.input]
         graph = onnx.GraphProto(
             name="fragment",
             node=copies,
-            input=[ir.to_proto(ir.Value(name=new, type=values[name].type)) for name, new in given.items()],
-            output=[ir.to_proto(ir.Value(name=name, type=made[name].type)) for name in results],
+            input=[ir.to_proto(ir.Value(name=new, type=values[name].type)) for name, new in fed.items()],
+            output=[ir.to_proto(ir.Value(name=name, type=outputs[name].type)) for name in results],
             initializer=[ir.to_proto(ir.Tensor(w.numpy(), dtype=w.dtype, name=n)) for n, w in sorted(weights.items())],
         )
         opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
         model = onnx.ModelProto(ir_version=self.model.ir_version, graph=graph, opset_import=opsets)
-        arrays = {new: np.asarray(feed[name], values[name].dtype.numpy()) for name, new in given.items()}
+        arrays = {new: np.asarray(feed[name], values[name].dtype.numpy()) for name, new in fed.items()}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "fragment.onnx"
             file.write_bytes(model.SerializeToString())
@@ -117,7 +118,7 @@ class OnnxFragments:
     def module_outputs(self, paths: Iterable[str]) -> dict[str, str]:
         """Module path -> the tensor that the module gives, for those of `paths` that the graph has nodes of.
 
-        That is the last tensor made by a node within the module that a node outside reads.
+        That is the last output of a node in the module that a node outside it reads.
         """
         found = {}
         for path, members in self._members(paths).items():
@@ -131,20 +132,20 @@ class OnnxFragments:
         """Module path -> the tensor that the module takes, for those of `paths` that take exactly one."""
         found = {}
         for path, members in self._members(paths).items():
-            made = {name_of(value) for node in members for value in node.outputs}
-            names = {name for node in members for name in self.reads(node)} - made
+            inside = {name_of(value) for node in members for value in node.outputs}
+            names = {name for node in members for name in self.reads(node)} - inside
             if len(names) == 1:
                 found[path] = names.pop()
         return found
 
     def _members(self, paths: Iterable[str]) -> dict[str, list[ir.Node]]:
         """Module path -> the nodes in the module or anywhere below it."""
-        wanted = {path for path in paths if path}
+        modules = {path for path in paths if path}
         found: dict[str, list[ir.Node]] = defaultdict(list)
         for node in self.nodes:
             path = module_of(node)
             while path:
-                if path in wanted:
+                if path in modules:
                     found[path].append(node)
                 path = path.rpartition(".")[0]
         return found

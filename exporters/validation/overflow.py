@@ -51,13 +51,13 @@ def first_not_finite(fragments: OnnxFragments, call: Call) -> NotFinite | None:
     values = graph_inputs(call)
     for index, node in enumerate(bar(fragments.nodes, name=f"finite at t={call.timestep}", unit="node")):
         names = [name_of(value) for value in node.outputs if value.name]
-        made = dict(zip(names, fragments.run([node], values, names), strict=True))
-        broken = sum(int(v.size - np.isfinite(v).sum()) for v in made.values() if v.dtype.kind == "f")
+        outputs = dict(zip(names, fragments.run([node], values, names), strict=True))
+        broken = sum(int(v.size - np.isfinite(v).sum()) for v in outputs.values() if v.dtype.kind == "f")
         if broken:
             inputs = [values[name] for name in fragments.reads(node)]
             largest = max((float(np.abs(v.astype(np.float64)).max(initial=0)) for v in inputs), default=0.0)
             return NotFinite(str(node.name), module_of(node), node.op_type, broken, largest)
-        values |= made
+        values |= outputs
         for name in [n for n in values if last_use.get(n, -1) <= index]:
             del values[name]
     return None
