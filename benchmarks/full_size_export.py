@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.full_size import MODELS, Clock, peak_bytes
 from benchmarks.random_models import random_pipeline, uniform_ranks
-from exporters.graphs.export import DTYPES, unet_inputs
+from exporters.graphs.export import unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.graphs.shapes import leftover_dims, shapes_in_graph
@@ -76,7 +76,7 @@ def measure(
     row["before"] = peak_bytes(reset=True)
     with Clock() as clock:
         call = example_call(pipeline)
-        files = export_pipeline(pipeline, folder, settings, call=call, progress=f"{name} {variant}")
+        files = export_pipeline(pipeline, folder, settings, call=call)
     row |= {"wall": clock.wall, "cpu": clock.cpu, "peak": peak_bytes()}
     row["bytes"] = {f.parent.name: sum(p.stat().st_size for p in f.parent.glob("model.onnx*")) for f in files}
     row["graph"] = sum(file.stat().st_size for file in files)
@@ -189,7 +189,7 @@ def main() -> None:
     if args.row:
         settings = ExportSettings(precision=args.precision, dynamic_batch=args.dynamic, dynamic_size=args.dynamic)
         with tempfile.TemporaryDirectory(dir=args.scratch, prefix="slimdiff-export-") as folder:
-            exact = DTYPES[args.precision] == torch.float32
+            exact = args.precision == "fp32"
             steps = args.image if exact else 0
             held = getattr(torch, args.held)
             row = measure(args.model, args.variant, settings, Path(folder), held, args.check and exact, steps)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from exporters.registry import Runtime, register
     from exporters.runtimes.pipeline import load_pipeline
     from exporters.settings import BenchSettings, EngineSettings, ExportSettings, ShapeRange, TableSettings
-    from exporters.validation.parity import check_parity
+    from exporters.validation.graph import check_parity
 
 __all__ = [
     "BenchSettings",
@@ -43,7 +43,7 @@ _HOMES = {
     "TableSettings": "settings",
     "bench": "latency.measure",
     "build_engine": "engine.build",
-    "check_parity": "validation.parity",
+    "check_parity": "validation.graph",
     "export_pipeline": "graphs.pipeline",
     "export_unet": "graphs.export",
     "load_pipeline": "runtimes.pipeline",

@@ -74,9 +74,14 @@ class ExportSettings(BaseModel):
     """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
 
 
+def parse_sizes(text: str) -> list[int] | None:
+    """Sizes as trtexec and Polygraphy write them, `2x4x64x64`; None for any other text, or a size of seven digits."""
+    parts = text.split("x")
+    return [int(n) for n in parts] if all(n.isascii() and n.isdigit() and len(n) < 7 for n in parts) else None
+
+
 def _shape(value: Any) -> Any:
-    """`2x4x64x64`, as trtexec and Polygraphy write shapes."""
-    return [int(n) if n.isdigit() else n for n in value.split("x")] if isinstance(value, str) else value
+    return parse_sizes(value) or value.split("x") if isinstance(value, str) else value
 
 
 Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_shape)]
@@ -127,8 +132,6 @@ class EngineSettings(BaseModel):
     """Most memory that a layer may use while it runs, GiB; TensorRT's own default if not given."""
     tf32: bool = False
     """Whether fp32 products may round their factors to TF32's 10 bits; then fp32 parity bounds do not hold."""
-    strip_weights: bool = False
-    """Leave the weights out of the engine and fill them in from the ONNX graph whenever it is opened; needs a GPU."""
     check_memory: bool = True
     """Refuse a build that is estimated to need more memory than there is."""
 

@@ -187,7 +187,7 @@ def engine_step(shop: Workshop, folder: Path) -> None:
         request.reuse(before, folder)
     else:
         log.info("engine: built, because %s", why)
-        request.build(folder, progress="engine")
+        request.build(folder)
 
 
 def engine_runs_on(folder: Path) -> dict[str, Any]:
@@ -244,9 +244,9 @@ def validate_step(shop: Workshop, folder: Path) -> None:
         precision: Any = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         file = graph / "model.onnx"
-        found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision, progress="validate")
+        found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision)
         exported = with_denoiser(shop.slim, unet)
-        images = check_trajectory(shop.slim, exported, captions, sampling, progress="validate: image")
+        images = check_trajectory(shop.slim, exported, captions, sampling)
         found = with_checks(found, images)
         parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
     write_result(

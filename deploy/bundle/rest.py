@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporters.graphs.naming import read_graph
-from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS, latent_scale
+from exporters.graphs.reading import inputs_of, read_graph
+from exporters.layout import CONFIGURED, GRAPH, INDEX, TEXT_ENCODERS, latent_scale
 from exporters.runtimes.module import read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -64,8 +64,8 @@ class ExportedRest:
         Raises:
             InputError: if a size is not the one that its VAE is for.
         """
-        graph = read_graph(self.folder / "vae_decoder" / "model.onnx").graph
-        high, wide = ([d.dim_value or None for d in graph.input[0].type.tensor_type.shape.dim] + [None] * 4)[2:4]
+        spec = next(iter(inputs_of(read_graph(self.folder / "vae_decoder" / GRAPH)).values()))
+        high, wide = ([d if isinstance(d, int) else None for d in spec.shape] + [None] * 4)[2:4]
         for size in sizes:
             if any(have is not None and have != wanted for have, wanted in zip((high, wide), size, strict=True)):
                 raise InputError(
@@ -119,7 +119,7 @@ class TorchRest:
             place = folder / place_of(size, sizes)
             call = example_call(self.pipeline, **pixels)
             without = unwanted if place == folder else [*unwanted, *TEXT_ENCODERS]
-            export_pipeline(self.pipeline, place, settings, call=call, progress=progress, without=without)
+            export_pipeline(self.pipeline, place, settings, call=call, without=without)
             if place != folder:  # further sizes have a VAE alone
                 for path in place.iterdir():
                     if not path.name.startswith("vae_"):

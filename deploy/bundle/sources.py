@@ -11,15 +11,13 @@ from typing import Any
 from deploy.artifacts import build_folder
 from deploy.bundle.rest import ExportedRest, Rest, TorchRest
 from deploy.opening.openers import engine_of, graph_of, kind_of
+from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, read_engine
-from exporters.engine.refit import needs_weights
-from exporters.graphs.naming import read_graph
+from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import ENGINE_PIPELINE
 from exporters.runtimes.module import read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
-
-_TENSOR_PRECISIONS = {1: "fp32", 10: "fp16"}  # ONNX's TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,11 @@ def open_source(
 
 def graph_candidate(name: str, graph: Path) -> Candidate:
     """A graph of a UNet, as it is."""
-    inputs = {i.name: i.type.tensor_type for i in read_graph(graph).graph.input}
-    if "sample" not in inputs or len(inputs["sample"].shape.dim) != 4:
+    inputs = inputs_of(read_graph(graph))
+    if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    sizes = [None if dim.dim_param else dim.dim_value for dim in inputs["sample"].shape.dim]
-    precision = _TENSOR_PRECISIONS.get(inputs["sample"].elem_type, "other")
+    sizes = [dim if isinstance(dim, int) else None for dim in inputs["sample"].shape]
+    precision = PRECISIONS.get(inputs["sample"].dtype, "other")
     return Candidate(name, lambda folder: _copy(graph.parent, folder), precision, sizes[0], (sizes[2], sizes[3]))
 
 
@@ -108,11 +106,9 @@ def engine_candidate(name: str, folder: Path) -> Candidate:
     """An engine of a UNet, as it is.
 
     Raises:
-        InputError: if it was changed, or has no weights.
+        InputError: if it was changed, or is no engine of a UNet.
     """
     report = read_engine(folder)
-    if needs_weights(report):
-        raise InputError(f"{folder} has no weights (--strip-weights): build it with them to bundle it")
     read_config(folder)
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:

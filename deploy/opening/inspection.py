@@ -47,22 +47,23 @@ def model(name: str) -> dict[str, Any]:
 
 def onnx(name: str) -> dict[str, Any]:
     """A UNet's graph: dims from the graph itself."""
-    from exporters.graphs.naming import check_reduced_dims, dims_in_graph, read_graph
+    from exporters.graphs.naming import check_reduced_dims, weight_dims
+    from exporters.graphs.reading import inputs_of, outputs_of, read_graph
 
     graph = graph_of(name)
     content, plan = read_graph(graph), plan_beside(graph)
     size = sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
     rows: list[dict[str, Any]] = [
         {"site": module, "dims": " x ".join(str(d) for d in dims)}
-        for module, dims in sorted(dims_in_graph(graph).items())
+        for module, dims in sorted(weight_dims(content).items())
     ]
     value: dict[str, Any] = {
         "graph": graph.name,
-        "opset": content.opset_import[0].version,
-        "nodes": len(content.graph.node),
-        "inputs": {i.name: _shape(i) for i in content.graph.input},
-        "outputs": {o.name: _shape(o) for o in content.graph.output},
-        "parameters": sum(_product(i.dims) for i in content.graph.initializer),
+        "opset": content.opset_imports[""],
+        "nodes": len(content.graph),
+        "inputs": {name: list(spec.shape) for name, spec in inputs_of(content).items()},
+        "outputs": {name: list(spec.shape) for name, spec in outputs_of(content).items()},
+        "parameters": sum(w.const_value.size for w in content.graph.initializers.values() if w.const_value),
         "bytes": size,
         "slim": plan is not None,
     }
@@ -186,17 +187,6 @@ def provenance(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = manifests.read_manifest(folder)
     return {k: manifest.get(k) for k in ("kind", "made_from", "runs_on", "versions")}
-
-
-def _shape(value: Any) -> list[int | str]:
-    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-
-
-def _product(dims: Any) -> int:
-    total = 1
-    for d in dims:
-        total *= d
-    return total
 
 
 def _dims(found: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from deploy.cli.flags import POINTS
 from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from exporters.registry import names
-from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime
+from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 
@@ -176,10 +176,10 @@ def _image_shape(value: Any) -> Any:
     """`512x512`, or `4x512x512` for four images."""
     if not isinstance(value, str):
         return value
-    sizes = value.split("x")
-    if len(sizes) not in (2, 3) or not all(n.isascii() and n.isdigit() and len(n) < 6 for n in sizes):
+    sizes = parse_sizes(value)
+    if sizes is None or len(sizes) not in (2, 3):
         raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
-    return dict(zip(("width", "height", "images"), map(int, reversed(sizes)), strict=False))
+    return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
 
 
 class MatrixStage(Settings):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
-from exporters.graphs.naming import read_graph
+from exporters.graphs import reading
+from exporters.graphs.reading import inputs_of, outputs_of, read_graph
 from exporters.graphs.timesteps import timestep_per_sample
 from exporters.layout import GRAPH
 from exporters.runtimes.opening import check_weights
@@ -18,7 +19,6 @@ from slimdiff.errors import InputError
 Backend = Literal["onnxruntime", "tensorrt"]
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 """The parts of a pipeline that are models, those that text to image needs."""
-_DTYPES = {1: "float32", 10: "float16", 7: "int64", 6: "int32"}  # ONNX's TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,13 @@ def _graph(name: str, folder: Path, settings: TritonSettings) -> Component:
     model = read_graph(folder / GRAPH)
     if name == "unet":
         timestep_per_sample(model)
-    weights = {i.name for i in model.graph.initializer}
-    inputs = [_of_graph(value) for value in model.graph.input if value.name not in weights]
-    outputs = [_of_graph(value) for value in model.graph.output]
+    inputs, outputs = _of_graph(inputs_of(model)), _of_graph(outputs_of(model))
     max_batch = settings.max_batch if _is_open(inputs + outputs) else 0
     return Component(name, "onnxruntime", folder, tuple(inputs), tuple(outputs), max_batch, model)
 
 
-def _of_graph(value: Any) -> TensorSpec:
-    kind = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
-    return TensorSpec(value.name, _DTYPES[kind.elem_type], shape)
+def _of_graph(specs: Mapping[str, reading.TensorSpec]) -> list[TensorSpec]:
+    return [TensorSpec(n, s.dtype, tuple(d if isinstance(d, int) else -1 for d in s.shape)) for n, s in specs.items()]
 
 
 def _engine(name: str, folder: Path, settings: TritonSettings) -> Component:

@@ -14,6 +14,7 @@ from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
 from exporters.engine.key import weight_files
+from exporters.graphs.reading import write_graph
 from exporters.layout import GRAPH
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -93,10 +94,10 @@ def _write_component(component: Component, folder: Path, settings: TritonSetting
     if component.graph is None:
         shutil.copyfile(component.folder / ENGINE, version / FILES["tensorrt"])
         return
-    for name in weight_files(component.folder / GRAPH, component.graph.graph):
+    for name in weight_files(component.folder / GRAPH, component.graph):
         (version / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(component.folder / name, version / name)
-    (version / FILES["onnxruntime"]).write_bytes(component.graph.SerializeToString())
+    write_graph(component.graph, version / FILES["onnxruntime"])
     # An engine of this graph is held against the plan in there.
     shutil.copyfile(component.folder / "config.json", version / "config.json")
 

@@ -62,11 +62,6 @@ def choose_backend(settings: EngineSettings, gpu: AskGpu = gpu_here) -> Backend:
     if gpu() is None:
         if backend == "tensorrt":
             raise MissingPackageError("TensorRT builds on a GPU, and there is none here; tensorrt-rtx needs none")
-        if settings.strip_weights:
-            raise MissingPackageError(
-                "an engine without its weights is built on a GPU, and there is none here: leave strip_weights out, or "
-                "build it on the machine that it is for"
-            )
         if not settings.targets:
             raise InputError("there is no GPU here to build for: name targets, e.g. sm89")
     return backend

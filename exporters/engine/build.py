@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from exporters.engine.backends import Backend, choose_backend
 from exporters.engine.check import ENGINE, REPORT, read_engine, runs_on
 from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts, key_of, weight_files
 from exporters.engine.memory import available_memory, demand_memory
-from exporters.engine.shapes import engine_shapes, inputs_of
+from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
-from exporters.graphs.naming import check_reduced_dims, read_graph
+from exporters.graphs.naming import check_reduced_dims
+from exporters.graphs.reading import read_graph
 from exporters.process import worker_command
 from exporters.settings import EngineSettings
-from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.progress import bar
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class EngineRequest:
     """Bytes of the graph's weights."""
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
-    timing_cache: Path | None
 
     @property
     def key(self) -> str:
@@ -74,14 +73,14 @@ class EngineRequest:
                 shutil.copyfile(source / name, temporary)
         return self._describe(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder)
 
-    def build(self, folder: Path | str, progress: str | None = None) -> dict[str, Any]:
-        """Build it; see `build_engine`."""
+    def build(self, folder: Path | str, name: str = "engine") -> dict[str, Any]:
+        """Build it; see `build_engine`. `name` is what the progress line on stderr calls it."""
         folder = Path(folder)
         if self.settings.check_memory:
             demand_memory(self.weights, available_memory())
         folder.mkdir(parents=True, exist_ok=True)
         with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
-            found = _in_process(self, temporary, progress)
+            found = _in_process(self, temporary, name)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
             sites = in_engine = None
             if self.plan is not None:
@@ -115,7 +114,6 @@ def request_engine(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
-    timing_cache: Path | str | None = None,
     gpu: AskGpu = gpu_here,
 ) -> EngineRequest:
     """Find out whether an engine can be built, and what its key is; builds nothing.
@@ -124,8 +122,6 @@ def request_engine(
         onnx_file: `model.onnx`, its external data beside it.
         settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against.
-        timing_cache: file with timings of kernels, read and added to: quicker builds while developing, and engines
-            that are marked so. Not for engines that are shipped.
         gpu: asks which GPU is here.
 
     Raises:
@@ -135,18 +131,13 @@ def request_engine(
     """
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
     backend, here = choose_backend(settings, gpu), gpu()
-    if timing_cache is not None and here is None:
-        raise MissingPackageError(
-            "a timing cache is read and written on a GPU, and there is none here: leave --timing-cache out"
-        )
-    graph = read_graph(onnx_file).graph
-    weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, graph))
-    shapes = engine_shapes(inputs_of(graph), settings)
+    model = read_graph(onnx_file)
+    weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, model))
+    shapes = engine_shapes(dims_of_inputs(model), settings)
     if plan is not None:
         demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
-    parts = engine_parts(onnx_file, graph, settings, shapes, backend, here, plan, timing_cache is not None)
-    cache = None if timing_cache is None else Path(timing_cache)
-    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None, cache)
+    parts = engine_parts(onnx_file, model, settings, shapes, backend, here, plan)
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None)
 
 
 def build_engine(
@@ -155,19 +146,17 @@ def build_engine(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
-    progress: str | None = None,
 ) -> dict[str, Any]:
     """Build an engine from a graph that `export_unet` wrote, in a process of its own.
 
-    What needs a GPU could not be tried: TensorRT (10 and 11 alike), engines without weights, timing caches, and reading
-    the finished engine's layers. TensorRT-RTX builds are tested for named targets.
+    What needs a GPU could not be tried: TensorRT (10 and 11 alike), and reading the finished engine's layers.
+    TensorRT-RTX builds are tested for named targets.
 
     Args:
         onnx_file: `model.onnx`, its external data beside it.
         folder: gets `model.engine`, `engine.json` and `manifest.json`, or no engine if the build fails.
         settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against: before the build in the graph, after it in the parsed network.
-        progress: what to call the build on stderr, with the stage and the time that it has taken; None: say nothing.
 
     Returns:
         what `engine.json` has: `backend`, `version`, `targets`, `precision`, `bytes`, `seconds`, `peak_memory` (bytes),
@@ -182,10 +171,10 @@ def build_engine(
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
         SlimdiffError: if the build fails, or the network is not the plan's.
     """
-    return request_engine(onnx_file, settings, plan=plan).build(folder, progress)
+    return request_engine(onnx_file, settings, plan=plan).build(folder)
 
 
-def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> dict[str, Any]:
+def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, Any]:
     settings = request.settings
     with tempfile.TemporaryDirectory(prefix="slimdiff-engine-") as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
@@ -198,8 +187,6 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
             "shapes": request.parts["shapes"],
             "workspace_gib": settings.workspace_gib,
             "tf32": settings.tf32,
-            "strip_weights": settings.strip_weights,
-            "timing_cache": request.timing_cache and str(request.timing_cache.resolve()),
             "inspect": request.on_gpu,
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
@@ -208,7 +195,7 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:
-                code = _wait(worker, log, progress)
+                code = _wait(worker, log, name)
             finally:
                 if worker.poll() is None:
                     worker.kill()
@@ -220,10 +207,10 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
         raise SlimdiffError(explain(code, log.read_text(errors="replace"), request.weights))
 
 
-def _wait(worker: subprocess.Popen, log: Path, progress: str | None) -> int:
-    with tqdm(bar_format="{desc} {elapsed}", desc=progress, disable=progress is None) as bar:
+def _wait(worker: subprocess.Popen, log: Path, name: str) -> int:
+    with bar(name=name, bar_format="{desc} {elapsed}") as shown:
         while True:
-            bar.set_description_str(f"{progress}: {stage_of(log.read_text(errors='replace'))},", refresh=True)
+            shown.set_description_str(f"{name}: {stage_of(log.read_text(errors='replace'))},", refresh=True)
             try:
                 return worker.wait(timeout=0.25)
             except subprocess.TimeoutExpired:

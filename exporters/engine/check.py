@@ -13,7 +13,7 @@ from typing import Any
 from exporters.engine.backends import EXTRAS, MODULES, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import key_of
-from exporters.engine.shapes import profiles_of
+from exporters.engine.shapes import profiles_of, shape_text
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
 
@@ -56,12 +56,12 @@ def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu 
     found = gpu()
     if found is None:
         raise MissingPackageError(
-            f"{folder} runs on {_wanted(report)}, and there is no GPU here (or no driver): use the ONNX that it was "
+            f"{folder} runs on {_place(report)}, and there is no GPU here (or no driver): use the ONNX that it was "
             "built from"
         )
     if found.capability not in _capabilities(report):
         raise InputError(
-            f"{folder} was built for {_wanted(report)}, and here is {found.name} ({found.capability}): build it "
+            f"{folder} was built for {_place(report)}, and here is {found.name} ({found.capability}): build it "
             + (f"with --target {found.capability}" if backend == "tensorrt-rtx" else "on this machine")
         )
     return report
@@ -71,7 +71,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     """What `engine.json` has, once every file is found to be what the manifest says.
 
     Raises:
-        InputError: if it is no engine of ours, or was changed.
+        InputError: if it is no engine of ours, was changed, or was built without its weights.
     """
     manifest = manifests.verify_manifest(folder)
     if manifest.get("kind") != "engine":
@@ -87,6 +87,8 @@ def read_engine(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
         )
+    if report["parts"].get("options", {}).get("strip_weights"):
+        raise InputError(f"{folder} has no weights (strip_weights): such engines are no longer opened, build it again")
     if manifest["runs_on"] and manifest["runs_on"] != runs_on(report):
         raise InputError(
             f"{folder / manifests.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
@@ -104,6 +106,7 @@ def _well_formed(report: Mapping[str, Any]) -> bool:
         return False
     gpu, targets = place.get("gpu"), place.get("targets")
     placed = isinstance(gpu, dict) and {"name", "capability"} <= gpu.keys() or isinstance(targets, list)
+    placed = placed and isinstance(parts.get("options", {}), dict)
     return placed and isinstance(versions.get(report["backend"]), str) and "precision" in parts
 
 
@@ -140,12 +143,13 @@ def choose_profile(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
     if all(misses):
         never = [name for name in profiles[0] if all(name in missed for missed in misses)]
         if not never:
-            given = ", ".join(f"{name} {_x(shape)}" for name, shape in shapes.items())
-            raise InputError(f"the engine takes each of {given}, but has no profile for all of them together")
+            both = ", ".join(f"{name} {shape_text(shape)}" for name, shape in shapes.items())
+            raise InputError(f"the engine takes each of {both}, but has no profile for all of them together")
         name = never[0]
         taken = " or ".join(dict.fromkeys(_range(profile[name]) for profile in profiles))
         raise InputError(
-            f"the engine was built for {name} {taken}, not {_x(shapes[name])}: build one for that (--batch, --shapes)"
+            f"the engine was built for {name} {taken}, not {shape_text(shapes[name])}: build one for that (--batch, "
+            "--shapes)"
         )
     return misses.index([])
 
@@ -156,12 +160,8 @@ def _within(shape: Sequence[int], ends: Mapping[str, Sequence[int]]) -> bool:
 
 
 def _range(ends: Mapping[str, Sequence[int]]) -> str:
-    low, high = _x(ends["min"]), _x(ends["max"])
+    low, high = shape_text(ends["min"]), shape_text(ends["max"])
     return low if low == high else f"{low} to {high}"
-
-
-def _x(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 def _version(report: Mapping[str, Any]) -> str:
@@ -174,6 +174,6 @@ def _capabilities(report: Mapping[str, Any]) -> list[str]:
     return [place["gpu"]["capability"]] if "gpu" in place else place["targets"]
 
 
-def _wanted(report: Mapping[str, Any]) -> str:
+def _place(report: Mapping[str, Any]) -> str:
     place = report["parts"]["runs_on"]
     return f"{place['gpu']['name']} ({place['gpu']['capability']})" if "gpu" in place else ", ".join(place["targets"])

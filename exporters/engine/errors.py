@@ -35,8 +35,8 @@ def explain(code: int, log: str, weights: int) -> str:
     if found := re.search(r"Cannot compile operation '([^']*)' for [^(]*\((SM\d+)\): ([^.\n]*)", log):
         module = found[1].rpartition("/")[0] or found[1]
         return f"no kernel for {found[2].lower()} at {module} ({found[3]}): leave that target out, or export in fp16"
-    if told := explain_open(log):
-        return f"the engine build failed while {stage}: {told}"
+    if reason := explain_open(log):
+        return f"the engine build failed while {stage}: {reason}"
     errors = [line.strip() for line in log.splitlines() if "[E]" in line or "[!]" in line or "Error" in line]
     last = errors[0].removeprefix("[E]").strip() if errors else f"exit status {code}"
     if code < 0:

@@ -8,41 +8,41 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporters.dtypes import DTYPES, PRECISIONS
 from exporters.engine.backends import installed_version
-from exporters.graphs.naming import external_data, refuse_outside
+from exporters.graphs.reading import external_tensors, refuse_outside
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from exporters.engine.gpu import Gpu
     from exporters.settings import EngineSettings
     from slimdiff import Plan
 
 _BUILDER = ("worker.py", "network.py", "layers.py")
-_PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}  # ONNX's TensorProto.DataType
 
 
 def engine_parts(
     onnx_file: Path,
-    graph: Any,
+    model: ir.Model,
     settings: EngineSettings,
     shapes: Mapping[str, Any],
     backend: str,
     gpu: Gpu | None,
     plan: Plan | None = None,
-    timing_cache: bool = False,
 ) -> dict[str, Any]:
     """Everything that an engine follows from, as plain JSON.
 
     Args:
         onnx_file: hashed, and so are the files of external data beside it.
-        graph: its `GraphProto`.
+        model: what is in it.
         settings: how it is built; of these, what changes the engine.
         shapes: from `engine_shapes`.
         backend: `tensorrt` or `tensorrt-rtx`.
         gpu: the GPU that is here, which matters if the settings name no targets.
         plan: whose ranks the engine is held against.
-        timing_cache: whether kernels may come from earlier timings.
 
     Returns:
         `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
@@ -52,16 +52,11 @@ def engine_parts(
     here = Path(__file__).parent
     return {
         "graph": manifest.sha256_of(onnx_file),
-        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, graph)},
-        "precision": _precision(graph),
+        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, model)},
+        "precision": _precision(model),
         "plan": None if sites is None else manifest.fingerprint(sites),
         "shapes": dict(shapes),
-        "options": {
-            "workspace_gib": settings.workspace_gib,
-            "tf32": settings.tf32,
-            "strip_weights": settings.strip_weights,
-            "timing_cache": timing_cache,
-        },
+        "options": {"workspace_gib": settings.workspace_gib, "tf32": settings.tf32},
         "versions": {
             backend: installed_version(backend),
             **{name: importlib.metadata.version(name) for name in ("polygraphy", "onnx")},
@@ -88,13 +83,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def weight_files(onnx_file: Path, graph: Any) -> list[str]:
+def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:
     """Names of the files that keep the graph's weights.
 
     Raises:
         InputError: if one of them is not beside the graph, or not under its folder.
     """
-    names = sorted({entry["location"] for entry in external_data(graph) if "location" in entry})
+    names = sorted({str(tensor.location) for tensor in external_tensors(model)})
     refuse_outside(onnx_file, names)
     missing = [name for name in names if not (onnx_file.parent / name).is_file()]
     if missing:
@@ -102,15 +97,12 @@ def weight_files(onnx_file: Path, graph: Any) -> list[str]:
     return names
 
 
-def _precision(graph: Any) -> str:
-    counted: Counter[int] = Counter()
-    for weight in graph.initializer:
-        if weight.data_type in _PRECISIONS:
-            size = 1
-            for dim in weight.dims:
-                size *= dim
-            counted[weight.data_type] += size
-    return _PRECISIONS[counted.most_common(1)[0][0]] if counted else "none"
+def _precision(model: ir.Model) -> str:
+    counted: Counter[str] = Counter()
+    for tensor in (weight.const_value for weight in model.graph.initializers.values()):
+        if tensor is not None and (precision := PRECISIONS.get(DTYPES.get(tensor.dtype.name, ""))):
+            counted[precision] += tensor.size
+    return counted.most_common(1)[0][0] if counted else "none"
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

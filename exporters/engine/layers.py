@@ -1,4 +1,4 @@
-"""What an engine tells of its layers, on the GPU that it runs on."""
+"""The layers of an engine, read on the GPU that it runs on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 """A kernel's `Metadata` lists the graph's nodes that it was made from, with control characters between them."""
 
 
-def inspect_engine(trt: Any, plan: bytes) -> dict[str, list[list[int]]] | None:
+def inspect_engine(trt: Any, engine_bytes: bytes) -> dict[str, list[list[int]]] | None:
     """Open an engine and read its layers; it has to be built with detailed profiling verbosity.
 
     Written after TensorRT's documentation and not tried: no GPU was at hand.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        plan: the serialized engine.
+        engine_bytes: the serialized engine.
 
     Returns:
-        `dims_by_node`'s map; None if the engine does not open, or tells nothing.
+        `dims_by_node`'s map; None if the engine does not open, or lists no layers.
     """
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine_bytes)
     if engine is None:
         return None
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

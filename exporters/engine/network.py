@@ -1,4 +1,4 @@
-"""What a parsed TensorRT network and the bytes of a built engine tell, with no GPU to open the engine on."""
+"""What can be read from a parsed TensorRT network and from an engine's bytes, with no GPU to open the engine on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-"""TensorRT's names of dtypes, where they are not everybody's."""
+from exporters.dtypes import DTYPES
 
 _FUSED = re.compile(rb"fqn=(_gemm_mha_v2_0x[0-9a-f]+)")
-"""The plan names the kernel thus once per call, and elsewhere in the kernel's own source."""
+"""The engine's bytes name the kernel thus once per call, and elsewhere in the kernel's own source."""
 
 _THROUGH = ("SHUFFLE", "CAST", "UNSQUEEZE", "SQUEEZE", "IDENTITY")
 """Layers that the parser puts between a weight and its product."""
@@ -61,7 +60,7 @@ def attention_of(products: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str
     """Per attention module, from its two products: `module`, `query_key_dim` and `value_dim` (per head), `queries` and
     `keys` (tokens), `heads` (None where the processor folds them into the batch), and `products`, the shapes."""
     for module, pair in products.items():
-        if len(pair) != 2:  # not softmax(QK)V: told, not interpreted
+        if len(pair) != 2:  # not softmax(QK)V: shapes alone
             yield {"module": module, "products": pair}
             continue
         scores, mixed = pair
@@ -76,9 +75,9 @@ def attention_of(products: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str
         }
 
 
-def fused_attention(plan: bytes) -> dict[str, int]:
+def fused_attention(engine_bytes: bytes) -> dict[str, int]:
     """Count fused attention in a serialized engine: `calls` (one per layer that fused) and `kernels` (distinct)."""
-    calls = _FUSED.findall(plan)
+    calls = _FUSED.findall(engine_bytes)
     return {"calls": len(calls), "kernels": len(set(calls))}
 
 

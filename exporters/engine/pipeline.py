@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from exporters.engine.build import EngineRequest, request_engine
 from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.shapes import inputs_of, profiles_of
-from exporters.graphs.naming import read_graph
+from exporters.engine.shapes import dims_of_inputs, profiles_of
+from exporters.graphs.reading import read_graph
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
@@ -27,7 +27,6 @@ def request_pipeline(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
-    timing_cache: Path | str | None = None,
     gpu: AskGpu = gpu_here,
 ) -> dict[str, EngineRequest]:
     """Find out whether every graph of a pipeline can become an engine; builds nothing.
@@ -36,7 +35,6 @@ def request_pipeline(
         folder: that `export_pipeline` wrote.
         settings: backend, targets, workspace; the shapes are the UNet's, and the others' follow (`component_shapes`).
         plan: what the UNet's inner dims are held against.
-        timing_cache: see `request_engine`.
         gpu: asks which GPU is here.
 
     Returns:
@@ -47,17 +45,15 @@ def request_pipeline(
         MissingPackageError: see `request_engine`.
     """
     folder, settings = Path(folder), settings or EngineSettings()
-    if settings.strip_weights:
-        raise InputError("engines without their weights are opened by their builder alone, not in a pipeline")
     names = _graphs(folder)
-    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, timing_cache=timing_cache, gpu=gpu)
+    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
         scale = latent_scale(_config(file)) if name == "vae_encoder" else 1
-        shapes = component_shapes(inputs_of(read_graph(file).graph), unet.parts["shapes"], scale)
-        wanted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
-        found[name] = request_engine(file, wanted, timing_cache=timing_cache, gpu=gpu)
+        shapes = component_shapes(dims_of_inputs(read_graph(file)), unet.parts["shapes"], scale)
+        fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
+        found[name] = request_engine(file, fitted, gpu=gpu)
     return found
 
 
@@ -71,7 +67,7 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     fixed batch they would refuse calls that every pipeline makes. What it costs is memory for B images.
 
     Args:
-        inputs: of its graph; see `inputs_of`.
+        inputs: of its graph; see `dims_of_inputs`.
         unet: from `engine_shapes`.
         scale: side of `sample` in units of the UNet's, where a graph leaves the size open: 1 for latents.
 
@@ -94,8 +90,8 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
             }
             for end, batch in batches.items()
         }
-        if (wanted := ShapeRange(**ends)) not in ranges:
-            ranges.append(wanted)
+        if (shape_range := ShapeRange(**ends)) not in ranges:
+            ranges.append(shape_range)
     if len(ranges) == 1 and ranges[0].min == ranges[0].max:
         return {"shapes": ranges[0].max}
     return {"profiles": ranges}

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from exporters.graphs.reading import inputs_of
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from exporters.settings import EngineSettings
 
 Dims = Mapping[str, Sequence[int | str]]
 """Per input, its dims; an open one by its name in the graph."""
 
 
-def inputs_of(graph: Any) -> dict[str, list[int | str]]:
-    """Dims of the inputs of an ONNX `GraphProto`; an open dim that has no name is named after its place."""
-    weights = {i.name for i in graph.initializer}
-    return {
-        i.name: [
-            d.dim_value if d.HasField("dim_value") else d.dim_param or f"{i.name}.{axis}"
-            for axis, d in enumerate(i.type.tensor_type.shape.dim)
-        ]
-        for i in graph.input
-        if i.name not in weights
-    }
+def dims_of_inputs(model: ir.Model) -> dict[str, list[int | str]]:
+    """Dims of a graph's inputs."""
+    return {name: list(spec.shape) for name, spec in inputs_of(model).items()}
 
 
 def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
@@ -39,8 +34,8 @@ def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
     if not settings.profiles:
         return {"fixed": _fix(inputs, settings.shapes, settings.batch)}
     profiles = []
-    for wanted in settings.profiles:
-        ends = {end: _fix(inputs, getattr(wanted, end), None) for end in ("min", "opt", "max")}
+    for profile in settings.profiles:
+        ends = {end: _fix(inputs, getattr(profile, end), None) for end in ("min", "opt", "max")}
         profiles.append({name: {end: shapes[name] for end, shapes in ends.items()} for name in inputs})
     return {"profiles": profiles}
 
@@ -72,7 +67,7 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
     for name, dims in inputs.items():
         if any(isinstance(d, str) and d not in sizes for d in dims):
             raise InputError(
-                f"input {name} has open dims {_text(dims)}, and engines are built for fixed shapes: say a batch, "
+                f"input {name} has open dims {shape_text(dims)}, and engines are built for fixed shapes: say a batch, "
                 "shapes or profiles, or export with fixed shapes"
             )
     return {name: [sizes[d][0] if isinstance(d, str) else d for d in dims] for name, dims in inputs.items()}
@@ -81,9 +76,10 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
 def _pairs(name: str, dims: Sequence[int | str], shape: Sequence[int]) -> list[tuple[str, int]]:
     fits = len(dims) == len(shape) and all(isinstance(d, str) or d == s for d, s in zip(dims, shape, strict=True))
     if not fits:
-        raise InputError(f"input {name} has dims {_text(dims)}, the engine was asked for {_text(shape)}")
+        raise InputError(f"input {name} has dims {shape_text(dims)}, the engine was asked for {shape_text(shape)}")
     return [(d, s) for d, s in zip(dims, shape, strict=True) if isinstance(d, str)]
 
 
-def _text(dims: Sequence[int | str]) -> str:
-    return "x".join(str(d) for d in dims) or "none (a scalar)"
+def shape_text(dims: Sequence[int | str]) -> str:
+    """`2x4x64x64`."""
+    return "x".join(map(str, dims)) or "none (a scalar)"

@@ -36,17 +36,17 @@ def compare_network(
 
 
 def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) -> list[dict[str, Any]]:
-    """Hold what an engine's inspector tells against the plan.
+    """Hold the layers that an engine's inspector lists against the plan.
 
     Kernels merge and split what the graph has: `to_q`, `to_k` and `to_v` may be one product, heads a dim of their own.
     So a layer agrees if one of the tensors of the kernels made from it has the inner dim, or the per-head rank.
 
     Args:
-        layers: from `trt_layers.dims_by_node`.
+        layers: from `dims_by_node`.
         plan: whose sites are checked.
 
     Returns:
-        one dict per site and layer: `site`, `layer`, `expected` (the dims of which one must be there), `found` (dims of
+        one dict per site and layer: `site`, `layer`, `expected` (dims, one of them must be there), `found` (dims of
         the tensors around the kernels) and `ok`, which is None where no kernel is named after the layer.
     """
     rows = []

@@ -27,8 +27,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `backend`, `onnx_file`, `engine_file`, `targets` (`[major, minor]` pairs), `shapes` (`fixed`, input ->
-            shape; or `profiles`, each input -> `min`, `opt`, `max`), `workspace_gib`, `tf32`, `strip_weights`,
-            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here).
+            shape; or `profiles`, each input -> `min`, `opt`, `max`), `workspace_gib`, `tf32`, `inspect` (whether the
+            engine can be opened here).
 
     Returns:
         `describe_network`'s keys with `version`, `bytes`, `seconds`, `peak_memory`, `fused_attention` and
@@ -46,7 +46,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     print("stage: starting the builder", flush=True)
     config = _config(trt, job, rtx)
     print("stage: parsing", flush=True)
-    # Precision is in the graph. TensorRT 10 has to be told so, TensorRT 11 knows nothing else and lost the flag.
+    # Precision is in the graph. TensorRT 10 has a flag for that, TensorRT 11 knows nothing else.
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     builder, network, parser = NetworkFromOnnxPath(job["onnx_file"], strongly_typed=typed)()
     for index in range(network.num_inputs):
@@ -56,20 +56,19 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     described = describe_network(trt, network)
     print("stage: building", flush=True)
     start = time.perf_counter()
-    loader = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=job["timing_cache"])
-    plan = bytes(loader())
+    engine_bytes = bytes(EngineBytesFromNetwork((builder, network, parser), config)())
     seconds = time.perf_counter() - start
     print("stage: writing", flush=True)
-    Path(job["engine_file"]).write_bytes(plan)
+    Path(job["engine_file"]).write_bytes(engine_bytes)
     if job["inspect"]:
         print("stage: inspecting", flush=True)
     return {
         "version": trt.__version__,
-        "bytes": len(plan),
+        "bytes": len(engine_bytes),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(),
-        "fused_attention": fused_attention(plan),
-        "engine_layers": inspect_engine(trt, plan) if job["inspect"] else None,
+        "fused_attention": fused_attention(engine_bytes),
+        "engine_layers": inspect_engine(trt, engine_bytes) if job["inspect"] else None,
         **described,
     }
 
@@ -97,8 +96,6 @@ def _config(trt: Any, job: dict[str, Any], rtx: bool) -> Any:
         # Else Polygraphy gives open dims a size of its own choosing.
         "profiles": [_profile(Profile(), shapes) for shapes in job["shapes"].get("profiles", [{}])],
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # or the finished engine tells no dims
-        "strip_plan": job["strip_weights"],
-        "load_timing_cache": job["timing_cache"],
     }
     if job["workspace_gib"]:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: int(job["workspace_gib"] * 2**30)}

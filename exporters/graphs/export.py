@@ -8,24 +8,27 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exporters.graphs.naming import check_reduced_dims, dims_in_graph, name_by_module
+from exporters.dtypes import DTYPES
+from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 
-__all__ = ["check_reduced_dims", "dims_in_graph", "export_module", "export_unet"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+def dtype_of(settings: ExportSettings) -> torch.dtype:
+    """Of the weights, and of floating-point inputs and outputs."""
+    return getattr(torch, DTYPES[settings.precision])
 
 
 class _UNet(nn.Module):
@@ -69,7 +72,7 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
     """
     settings = settings or ExportSettings()
     inputs = unet_inputs(call)
-    dtype = DTYPES[settings.precision]
+    dtype = dtype_of(settings)
     if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
     opened: dict[str, dict[int, Any]] = {}
@@ -81,16 +84,10 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         opened["sample"] = opened.get("sample", {}) | open_size(step)
     tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
-    with in_precision(unet, dtype, keep) as module, _sizes_in(module, dtype):
-        file = export_module(
-            _UNet(module),
-            dict(zip(inputs, tensors, strict=True)),
-            ["out_sample"],
-            Path(folder),
-            settings,
-            opened,
-            "unet.",
-        )
+    module = in_precision(unet, dtype, keep)
+    examples = dict(zip(inputs, tensors, strict=True))
+    with _sizes_in(module, dtype):
+        file = export_module(_UNet(module), examples, ["out_sample"], Path(folder), settings, opened, "unet.")
     write_config(unet, Path(folder))
     if plan := plan_of(unet):
         check_leftovers(file, plan)
@@ -116,12 +113,12 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     Raises:
         InputError: if the call has arguments that the graph has no input for.
     """
-    given = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
-    added = dict(given.pop("added_cond_kwargs", None) or {})
+    arguments = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
+    added = dict(arguments.pop("added_cond_kwargs", None) or {})
     needed = ("sample", "timestep", "encoder_hidden_states")
-    tensors: dict[str, Tensor] = {k: given.pop(k) for k in needed if k in given}
+    tensors: dict[str, Tensor] = {k: arguments.pop(k) for k in needed if k in arguments}
     tensors |= {k: added.pop(k) for k in ("text_embeds", "time_ids") if k in added}
-    unknown = sorted(given) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
+    unknown = sorted(arguments) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
     if unknown or not set(needed) <= set(tensors):
         raise InputError(
             f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "
@@ -143,7 +140,7 @@ def export_module(
     """Export any module whose `forward` takes and gives tensors.
 
     Args:
-        module: in the dtype wanted; taken to evaluation mode and back.
+        module: in the graph's dtype; in evaluation mode meanwhile.
         inputs: name -> example, in `forward`'s order.
         outputs: names of what `forward` returns.
         folder: gets `model.onnx` and `model.onnx.data`.
@@ -154,10 +151,10 @@ def export_module(
     Returns:
         the path of `model.onnx`, which onnx's checker has seen.
     """
-    onnx = require("onnx", "onnx")
+    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     require("onnxscript", "onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "model.onnx"
+    file = folder / GRAPH
     modes = {m: m.training for m in module.modules()}
     shapes = tuple(dynamic.get(name) for name in inputs) if dynamic else None
     try:
@@ -175,13 +172,14 @@ def export_module(
                 verbose=False,
             )
             assert program is not None
-            program.save(str(file), external_data=True)
+            widen_softmax(program.model)
+            name_by_module(program.model, prefix)
+            ir.save(program.model, str(file), external_data=f"{GRAPH}.data")
     finally:
         for part, training in modes.items():
             part.training = training
     model = onnx.load(str(file), load_external_data=False)
-    widen_softmax(model)
-    name_by_module(model, prefix)
+    del model.graph.value_info[:]  # torch's own: its shapes are what the graph's are held against
     add_shapes(model)
     file.write_bytes(model.SerializeToString())
     # By path: beyond 2 GB there is no other way. In full: without inference, tensors of two dtypes may meet in a node.
@@ -207,9 +205,8 @@ def _squeeze(self: Any, dim: int) -> Any:
     return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
 
 
-@contextmanager
-def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """The module itself if it is in that dtype, else a copy that is; the copy alone is changed.
+def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
+    """The module itself if it is in that dtype, else a copy that is.
 
     The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
 
@@ -221,11 +218,10 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
     cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
     if not keep and all(t.dtype == dtype for t in _floats(module)):
-        yield module
-        return
+        return module
     copied = copy.deepcopy(module, memo=dict(cast))
     keep_in_float32(copied, keep)
-    yield copied
+    return copied
 
 
 @contextmanager
@@ -236,14 +232,8 @@ def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     joined tensor to that dtype in its next line, so nothing is lost.
     """
     sines = getattr(unet, "add_time_proj", None)
-    if sines is None:
+    with sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext():
         yield
-        return
-    hook = sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
@@ -258,14 +248,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's chatter on stdout, which belongs to results, and its hints to its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

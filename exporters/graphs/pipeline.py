@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from exporters.graphs.export import DTYPES, export_module, export_unet, in_precision, in_steps, open_size, write_config
-from exporters.layout import CONFIGURED, INDEX
+from exporters.graphs.export import (
+    dtype_of,
+    export_module,
+    export_unet,
+    in_precision,
+    in_steps,
+    open_size,
+    write_config,
+)
+from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
@@ -66,13 +74,15 @@ class _VaeEncoder(nn.Module):
         return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
 
 
+_VAES: dict[str, Callable[[nn.Module], nn.Module]] = {"vae_decoder": _VaeDecoder, "vae_encoder": _VaeEncoder}
+
+
 def export_pipeline(
     pipeline: DiffusionPipeline,
     folder: Path | str,
     settings: ExportSettings | None = None,
     *,
     call: Call | None = None,
-    progress: str | None = None,
     without: Sequence[str] = (),
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
@@ -86,7 +96,6 @@ def export_pipeline(
         folder: gets a subfolder per component and `model_index.json`.
         settings: precision, opset, what stays open.
         call: whose shapes the graphs are for; `example_call`'s if not given.
-        progress: name of the progress bar on stderr; None: no bar.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
 
     Returns:
@@ -100,22 +109,22 @@ def export_pipeline(
     parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *CONFIGURED)}
     if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
         raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
-    encoders = {name: parts[name] for name in ("text_encoder", "text_encoder_2") if parts[name] is not None}
+    encoders = {name: parts[name] for name in TEXT_ENCODERS if parts[name] is not None}
     for name, encoder in encoders.items():
         if not type(encoder).__name__.startswith("CLIPTextModel"):
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
     call = call or example_call(pipeline)
-    jobs: dict[str, Callable[[], Path]] = {"unet": lambda: export_unet(parts["unet"], folder / "unet", call, settings)}
+    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export_unet, parts["unet"], folder / "unet", call, settings)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        hidden = "text_encoder_2" in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
-        jobs[name] = _text_encoder_job(encoder, folder / name, tokenizer.model_max_length, hidden, settings)
-    jobs |= _vae_jobs(pipeline, folder, call, settings)
+        hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
+        jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, hidden, settings)
+    jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in _VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
-    with tqdm(jobs.items(), desc=progress, disable=progress is None, unit="graph") as bar:
-        for name, job in bar:
-            bar.set_postfix_str(name)
+    with bar(jobs.items(), name="export", unit="graph") as shown:
+        for name, job in shown:
+            shown.set_postfix_str(name)
             files.append(job())
     for name in CONFIGURED:
         if parts[name] is not None:
@@ -134,7 +143,7 @@ def example_call(
     Args:
         pipeline: any that `record_calls` takes.
         height: of the image in pixels; the pipeline's default if not given.
-        width: likewise.
+        width: of the image in pixels; the pipeline's default if not given.
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
     sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
@@ -148,7 +157,7 @@ def _answering_zeros(unet: Any) -> Iterator[None]:
     """Leave out what a UNet computes: what it is called with is all that is asked for."""
     before = vars(unet).get("forward")
 
-    @functools.wraps(unet.forward)
+    @wraps(unet.forward)
     def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
         return (sample.new_zeros(len(sample), unet.config.out_channels, *sample.shape[2:]),)
 
@@ -162,48 +171,33 @@ def _answering_zeros(unet: Any) -> Iterator[None]:
             unet.forward = before
 
 
-def _text_encoder_job(
-    encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings
-) -> Callable[[], Path]:
-    def job() -> Path:
-        with in_precision(encoder, DTYPES[settings.precision]) as module:
-            wrapped = _TextEncoder(module, hidden)
-            inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
-            open_batch = {"input_ids": {0: "batch"}}
-            file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
-        write_config(encoder, folder)
-        return file
-
-    return job
+def _export_text_encoder(encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings) -> Path:
+    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), hidden)
+    inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
+    open_batch = {"input_ids": {0: "batch"}}
+    file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
+    write_config(encoder, folder)
+    return file
 
 
-def _vae_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> dict[str, Callable[[], Path]]:
-    vae = pipeline.vae
-    dtype = torch.float32 if vae.config.get("force_upcast") else DTYPES[settings.precision]
+def _export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> Path:
+    vae, scale = pipeline.vae, pipeline.vae_scale_factor
     height, width = call.arguments["sample"].shape[-2:]
-    scale = pipeline.vae_scale_factor
-
-    def job(
-        wrapper: Callable[[nn.Module], nn.Module], name: str, example: Tensor, inside: str, outside: str, step: int
-    ) -> Path:
-        opened: dict[int, Any] = {0: "batch"}
-        if settings.dynamic_size:
-            example = in_steps(example, step)
-            opened |= open_size(step)
-        with in_precision(vae, dtype) as module:
-            wrapped = wrapper(module)
-            named = {inside: example.to(dtype)}
-            file = export_module(wrapped, named, [outside], folder / name, settings, {inside: opened}, "vae.")
-        write_config(vae, folder / name)
-        return file
-
-    latent = torch.randn(2, vae.config.latent_channels, height, width)
-    image = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
-    parameters = "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample"
-    return {
-        "vae_decoder": lambda: job(_VaeDecoder, "vae_decoder", latent, "latent_sample", "sample", 1),
-        "vae_encoder": lambda: job(_VaeEncoder, "vae_encoder", image, "sample", parameters, scale),
-    }
+    if name == "vae_decoder":
+        inside, outside, step = "latent_sample", "sample", 1
+        example = torch.randn(2, vae.config.latent_channels, height, width)
+    else:
+        inside, outside, step = "sample", "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample", scale
+        example = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
+    opened: dict[int, Any] = {0: "batch"}
+    if settings.dynamic_size:
+        example = in_steps(example, step)
+        opened |= open_size(step)
+    dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
+    wrapped = _VAES[name](in_precision(vae, dtype))
+    file = export_module(wrapped, {inside: example.to(dtype)}, [outside], folder, settings, {inside: opened}, "vae.")
+    write_config(vae, folder)
+    return file
 
 
 def _index(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from exporters.graphs.naming import module_of, read_graph, tensor_types
+from exporters.graphs.reading import inputs_of, module_of, read_graph, shape_of
 from slimdiff.denoising.trajectory import map_tensors
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
-
-FLOAT, HALF = 1, 10
-"""`onnx.TensorProto`'s dtypes."""
+    import onnx_ir as ir
 
 SOFTMAX_TERMS = 2048
 """A sum of ones in an fp16 accumulator stops here: the next whole number has no fp16 of its own."""
@@ -58,61 +56,45 @@ def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
         module: changed in place; the weights of the modules kept are to be float32 already.
         paths: of the modules.
     """
+    up, down = partial(_cast, torch.float16, torch.float32), partial(_cast, torch.float32, torch.float16)
     for path in paths:
         part = module.get_submodule(path)
-        part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        part.register_forward_hook(_cast_outputs)
+        part.register_forward_pre_hook(lambda _module, *inputs: map_tensors(up, inputs), with_kwargs=True)
+        part.register_forward_hook(lambda _module, _inputs, output: map_tensors(down, output))
 
 
-def _cast_inputs(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return map_tensors(_to(torch.float16, torch.float32), args), map_tensors(_to(torch.float16, torch.float32), kwargs)
+def _cast(old: torch.dtype, new: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(new) if tensor.dtype == old else tensor
 
 
-def _cast_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
-    return map_tensors(_to(torch.float32, torch.float16), output)
-
-
-def _to(old: torch.dtype, new: torch.dtype) -> Any:
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(new) if tensor.dtype == old else tensor
-
-    return cast
-
-
-def widen_softmax(model: ModelProto, terms: int = SOFTMAX_TERMS) -> None:
+def widen_softmax(model: ir.Model, terms: int = SOFTMAX_TERMS) -> None:
     """Let every half-precision Softmax over more than `terms` values compute in fp32, between two casts.
 
     Exponentials are at most 1 and their sum at most the number of terms, so nothing overflows below 65504 terms; but a
     sum that a runtime accumulates in fp16 may lose terms beyond 2048. TensorRT-RTX fuses such attention all the same.
 
     Args:
-        model: changed in place; its `value_info` says the shapes, as torch's exporter leaves it.
+        model: changed in place; it says every tensor's dtype and shape, as torch's exporter leaves it.
         terms: along the softmax's axis; an axis of unknown size counts as longer.
     """
-    onnx = require("onnx", "onnx")
-    types = tensor_types(model)
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    for node in nodes:
-        if node.op_type != "Softmax" or types[node.input[0]] != HALF or 0 < _terms(node, sizes) <= terms:
-            model.graph.node.append(node)
+    ir, graph = require("onnx_ir", "onnx"), model.graph
+    for node in [node for node in graph if node.op_type == "Softmax"]:
+        source, result = node.inputs[0], node.outputs[0]
+        size = (shape_of(source) or (0,))[node.attributes.get_int("axis", -1)]
+        if source is None or source.dtype != ir.DataType.FLOAT16 or isinstance(size, int) and 0 < size <= terms:
             continue
-        source, result = node.input[0], node.output[0]
-        node.input[0], node.output[0] = f"{result}:fp32_in", f"{result}:fp32"
-        casts = [
-            onnx.helper.make_node("Cast", [source], [node.input[0]], to=FLOAT),
-            onnx.helper.make_node("Cast", [node.output[0]], [result], to=HALF),
-        ]
-        for cast in casts:
-            cast.metadata_props.extend(node.metadata_props)  # which say whose module it is
-        model.graph.node.extend([casts[0], node, casts[1]])
-
-
-def _terms(node: Any, sizes: dict[str, list[int]]) -> int:
-    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
-    size = sizes.get(node.input[0])
-    return size[axis] if size else 0
+        name = result.name
+        up = ir.node("Cast", [source], {"to": ir.DataType.FLOAT})
+        down = ir.node("Cast", [result], {"to": ir.DataType.FLOAT16})
+        result.replace_all_uses_with(down.outputs[0], replace_graph_outputs=True)
+        down.replace_input_with(0, result)
+        node.replace_input_with(0, up.outputs[0])
+        up.outputs[0].name, result.name, down.outputs[0].name = f"{name}:fp32_in", f"{name}:fp32", name
+        result.dtype = ir.DataType.FLOAT
+        for cast in (up, down):
+            cast.metadata_props.update(node.metadata_props)  # which say whose module it is
+        graph.insert_before(node, up)
+        graph.insert_after(node, down)
 
 
 def fp32_islands(onnx_file: Path | str) -> list[dict[str, str]]:
@@ -129,21 +111,14 @@ def fp32_islands(onnx_file: Path | str) -> list[dict[str, str]]:
     Raises:
         InputError: if there is no such file, or it is no ONNX model.
     """
-    model = read_graph(onnx_file)
-    types = tensor_types(model)
-    if not any(types[i.name] == HALF for i in model.graph.input):
+    model, wide = read_graph(onnx_file), require("onnx_ir", "onnx").DataType.FLOAT
+    if not any(spec.dtype == "float16" for spec in inputs_of(model).values()):
         return []
     rows = []
-    for node in model.graph.node:
-        if node.op_type == "Cast":
-            continue
-        wide = any(types[name] == FLOAT for name in node.output if name)
-        stashed = node.op_type in NORMS and _stash_type(node) == FLOAT
-        if wide or stashed:
-            what = "tensors" if wide else "statistics"
-            rows.append({"node": node.name, "module": module_of(node), "operator": node.op_type, "fp32": what})
+    for node in (node for node in model.graph if node.op_type != "Cast"):
+        tensors = any(value.dtype == wide for value in node.outputs)
+        # fp32 is the operators' own default.
+        if tensors or node.op_type in NORMS and node.attributes.get_int("stash_type", wide) == wide:
+            what = "tensors" if tensors else "statistics"
+            rows.append({"node": str(node.name), "module": module_of(node), "operator": node.op_type, "fp32": what})
     return rows
-
-
-def _stash_type(node: Any) -> int:
-    return next((a.i for a in node.attribute if a.name == "stash_type"), FLOAT)  # the operators' default

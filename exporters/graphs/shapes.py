@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import compare_dims, dims_in_graph, module_of, read_graph
+from exporters.graphs.naming import compare_dims, weight_dims
+from exporters.graphs.reading import Shape, module_of, name_of, read_graph, shape_of
 from slimdiff.errors import SlimdiffError, require
 from slimdiff.groups import GROUPS
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+    import onnx_ir as ir
+    from onnx import ModelProto, ValueInfoProto
 
     from slimdiff.plan import Plan, SitePlan
-
-Shape = tuple[int | str, ...]
-_INT64 = 7
-"""`onnx.TensorProto`'s dtype of shapes."""
 
 
 def add_shapes(model: ModelProto) -> None:
@@ -46,16 +44,16 @@ def add_shapes(model: ModelProto) -> None:
         graph = onnx.shape_inference.infer_shapes(stand_in, strict_mode=True, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
         raise SlimdiffError(f"shapes cannot be inferred in this graph: {error}") from error
-    for told, found in zip(model.graph.output, graph.output, strict=True):
-        pairs = zip(shape_of(told), shape_of(found), strict=False)
+    for output, inferred in zip(model.graph.output, graph.output, strict=True):
+        in_torch, in_graph = _dims(output), _dims(inferred)
+        pairs = zip(in_torch, in_graph, strict=False)
         clash = any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-        if clash or len(shape_of(told)) != len(shape_of(found)):
-            raise SlimdiffError(f"{told.name} is {shape_of(told)} in torch and {shape_of(found)} in the graph")
+        if clash or len(in_torch) != len(in_graph):
+            raise SlimdiffError(f"{output.name} is {in_torch} in torch and {in_graph} in the graph")
     model.graph.value_info.extend(graph.value_info)
 
 
-def shape_of(value: ValueInfoProto) -> Shape:
-    """Sizes; of open dims their names, or nothing where they have none."""
+def _dims(value: ValueInfoProto) -> Shape:
     dims = value.type.tensor_type.shape.dim
     return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
 
@@ -66,20 +64,15 @@ def shapes_in_graph(onnx_file: Path | str) -> dict[str, Shape]:
     Raises:
         InputError: if there is no such file, or it is no ONNX model.
     """
-    return _shapes(read_graph(onnx_file).graph)
-
-
-def _shapes(graph: GraphProto) -> dict[str, Shape]:
-    values = (*graph.input, *graph.output, *graph.value_info)
-    shapes: dict[str, Shape] = {v.name: shape_of(v) for v in values if v.type.tensor_type.HasField("shape")}
-    return shapes | {i.name: tuple(i.dims) for i in graph.initializer}
+    values = require("onnx_ir", "onnx").convenience.create_value_mapping(read_graph(onnx_file).graph)
+    return {name: shape_of(value) for name, value in values.items() if value.shape is not None}
 
 
 def leftover_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
     """Whatever in a slim model's graph still has a dimension of the dense one.
 
     At every site that the plan slims, everything from its first layers to its last is looked at: weights, intermediate
-    tensors, and the whole numbers that Reshapes and Splits are told. A dense dimension that equals one which may be
+    tensors, and the whole numbers that Reshapes and Splits get. A dense dimension that equals one which may be
     there (the batch, the tokens, twice the rank) says nothing and is passed over; the layers' own weights are held
     against the plan axis by axis. A weight that no node reads is a leftover too.
 
@@ -93,23 +86,24 @@ def leftover_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
     Raises:
         InputError: if there is no such file, or it is no ONNX model.
     """
-    graph = read_graph(onnx_file).graph
-    read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    unread = [_row("", i.name, i.dims, "a weight that no node reads") for i in graph.initializer if i.name not in read]
-    weights, wires = dims_in_graph(onnx_file), _Wires(graph)
+    model = read_graph(onnx_file)
+    graph, weights = model.graph, weight_dims(model)
+    unread = [w for w in graph.initializers.values() if not w.uses() and not w.is_graph_output()]
+    by_module: dict[str, list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        by_module[module_of(node)].append(node)
     rows = []
     for site in compare_dims(weights, plan):
-        for layer, wanted in site["expected"].items():
-            if (found := site["found"][layer]) != wanted:
+        for layer, expected in site["expected"].items():
+            if (found := site["found"][layer]) != expected:
                 dims = [] if found is None else [found]
-                rows.append(_row(site["path"], f"{layer}'s weight", dims, f"the plan keeps {wanted}"))
+                rows.append(_row(site["path"], f"{layer}'s weight", dims, f"the plan keeps {expected}"))
     by_path: dict[str, list[SitePlan]] = defaultdict(list)
     for planned in plan.sites.values():
         if planned.rank < planned.dense_rank:
             by_path[planned.path].append(planned)
-    return (
-        unread + rows + [row for path, sites in by_path.items() for row in _leftovers_at(path, sites, wires, weights)]
-    )
+    left = [row for path, sites in by_path.items() for row in _leftovers_at(path, sites, graph, by_module, weights)]
+    return [_row("", name_of(w), shape_of(w), "a weight that no node reads") for w in unread] + rows + left
 
 
 def check_leftovers(onnx_file: Path | str, plan: Plan) -> None:
@@ -126,88 +120,69 @@ def check_leftovers(onnx_file: Path | str, plan: Plan) -> None:
         )
 
 
-class _Wires:
-    """Who makes and who reads each tensor of a graph."""
-
-    def __init__(self, graph: GraphProto):
-        numpy_helper = require("onnx", "onnx").numpy_helper
-        self.shapes = _shapes(graph)
-        self.nodes: list[NodeProto] = list(graph.node)
-        self.by_module: dict[str, list[int]] = defaultdict(list)
-        self.readers: dict[str, list[int]] = defaultdict(list)
-        self.maker: dict[str, NodeProto] = {}
-        self.weights = {i.name for i in graph.initializer if i.data_type != _INT64}
-        numbers = {i.name: i for i in graph.initializer if i.data_type == _INT64}
-        for index, node in enumerate(self.nodes):
-            self.by_module[module_of(node)].append(index)
-            for name in node.input:
-                self.readers[name].append(index)
-            for name in node.output:
-                self.maker[name] = node
-            if node.op_type == "Constant":
-                value = next((a.t for a in node.attribute if a.name == "value"), None)
-                if value is not None and value.data_type == _INT64:
-                    numbers[node.output[0]] = value
-        self.numbers = {name: numpy_helper.to_array(t).reshape(-1).tolist() for name, t in numbers.items()}
-        self.whole = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == _INT64}
-
-    def weighted(self, path: str) -> list[int]:
-        """Nodes of the linear or convolution at this path that read a weight of more than one axis."""
-        found = []
-        for index in self.by_module[path]:
-            read = [self.shapes[name] for name in self.nodes[index].input if name in self.weights]
-            found += [index] if any(len(shape) > 1 for shape in read) else []
-        return found
-
-    def between(self, first: Iterable[int], last: Iterable[int]) -> set[int]:
-        """The nodes that what the first nodes make goes through on its way to the last ones, without both."""
-        ends, found = set(last), set()
-        stack = [name for i in first for name in self.nodes[i].output]
-        while stack:
-            for index in self.readers[stack.pop()]:
-                if index not in ends and index not in found:
-                    found.add(index)
-                    stack += self.nodes[index].output
-        return found
-
-    def told(self, name: str) -> list[int]:
-        """The whole numbers that a tensor of them is made of: the constant ones among a Reshape's target."""
-        if name in self.numbers:
-            return self.numbers[name]
-        if name not in self.whole or self.maker[name].op_type == "Shape":
-            return []
-        return [number for source in self.maker[name].input for number in self.told(source)]
-
-
 def _leftovers_at(
-    path: str, sites: list[SitePlan], wires: _Wires, weights: Mapping[str, tuple[int, ...]]
+    path: str,
+    sites: Sequence[SitePlan],
+    graph: ir.Graph,
+    by_module: Mapping[str, list[ir.Node]],
+    weights: Mapping[str, tuple[int, ...]],
 ) -> list[dict[str, Any]]:
     dense = {n for site in sites for n in _inner_sizes(site, site.dense_rank)}
     dense -= {n for site in sites for n in _inner_sizes(site, site.rank)}
     heads = max(site.heads for site in sites)
     axes = {layer: inner.axis for site in sites for layer, inner in GROUPS[site.group].inner.items()}
-    first: list[int] = []
-    last: list[int] = []
+    first: list[ir.Node] = []
+    last: list[ir.Node] = []
     around: set[int] = set()
     for layer, axis in axes.items():
-        nodes = wires.weighted(f"{path}.{layer}")
+        nodes = [node for node in by_module[f"{path}.{layer}"] if any(map(_is_matrix, node.inputs))]
         (first if axis == 0 else last).extend(nodes)
         for node in nodes if axis == 0 else ():
             convolution = len(weights[f"{path}.{layer}"]) == 4
-            around |= _extents(wires.shapes.get(wires.nodes[node].input[0], ()), convolution, heads)
+            around |= _extents(shape_of(node.inputs[0]), convolution, heads)
     rows = []
-    inside = wires.between(first, last) if last else set()
-    for index in sorted({*inside, *first}):
-        for name in wires.nodes[index].output:
-            if hits := (dense - around) & set(wires.shapes.get(name, ())):
-                rows.append(_row(path, name, wires.shapes[name], f"{min(hits)} is dense"))
-    for index in sorted(inside):
-        for name in wires.nodes[index].input:
-            if name in wires.weights and (hits := dense & set(wires.shapes[name])):
-                rows.append(_row(path, name, wires.shapes[name], f"a weight with a dense {min(hits)}"))
-            if hits := (dense - around) & set(wires.told(name)):
-                rows.append(_row(path, name, wires.told(name), f"tells {wires.nodes[index].name} a dense {min(hits)}"))
+    inside = _between(first, last) if last else set()
+    for value in (v for node in graph if node in inside or node in first for v in node.outputs):
+        if hits := (dense - around) & set(shape_of(value)):
+            rows.append(_row(path, name_of(value), shape_of(value), f"{min(hits)} is dense"))
+    for node, value in ((n, v) for n in graph if n in inside for v in n.inputs if v is not None):
+        if _is_weight(value) and (hits := dense & set(shape_of(value))):
+            rows.append(_row(path, name_of(value), shape_of(value), f"a weight with a dense {min(hits)}"))
+        if hits := (dense - around) & set(numbers := _whole_numbers(value)):
+            rows.append(_row(path, name_of(value), numbers, f"tells {node.name} a dense {min(hits)}"))
     return rows
+
+
+def _between(first: Iterable[ir.Node], last: Iterable[ir.Node]) -> set[ir.Node]:
+    """The nodes on the way from the outputs of the first nodes to the last ones, without both."""
+    ends, found = set(last), set()
+    stack = [node for start in first for node in start.successors()]
+    while stack:
+        node = stack.pop()
+        if node not in ends and node not in found:
+            found.add(node)
+            stack += node.successors()
+    return found
+
+
+def _whole_numbers(value: ir.Value | None) -> list[int]:
+    """The whole numbers that a tensor of them is made of: the constant ones among a Reshape's target."""
+    ir = require("onnx_ir", "onnx")
+    if value is None or value.dtype != ir.DataType.INT64:
+        return []
+    if (tensor := ir.convenience.get_const_tensor(value)) is not None:
+        return tensor.numpy().reshape(-1).tolist()
+    node = value.producer()
+    return [n for v in node.inputs for n in _whole_numbers(v)] if node and node.op_type != "Shape" else []
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.dtype != require("onnx_ir", "onnx").DataType.INT64
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    """Whether it is the weight of a linear or a convolution: one of more than one axis."""
+    return _is_weight(value) and len(shape_of(value)) > 1
 
 
 def _inner_sizes(site: SitePlan, rank: int) -> set[int]:

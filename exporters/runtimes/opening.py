@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.graphs.naming import external_data, read_graph, refuse_outside
+from exporters.graphs.reading import external_tensors, read_graph, refuse_outside
 from exporters.layout import GRAPH
 from exporters.registry import Runtime, runtime_of
 from exporters.runtimes.session import Session
@@ -49,10 +49,9 @@ def check_weights(file: Path) -> None:
         InputError: naming what is missing, too short, or not below the graph's folder.
     """
     needed: dict[str, int] = {}
-    for entry in external_data(read_graph(file).graph):
-        if "location" in entry:
-            start, length = (_bytes(file, entry.get(key, "0")) for key in ("offset", "length"))
-            needed[entry["location"]] = max(start + length, needed.get(entry["location"], 0))
+    for tensor in external_tensors(read_graph(file)):
+        name, end = str(tensor.location), (tensor.offset or 0) + (tensor.length or 0)
+        needed[name] = max(end, needed.get(name, 0))
     refuse_outside(file, needed)
     for name, size in needed.items():
         data = file.parent / name
@@ -62,9 +61,3 @@ def check_weights(file: Path) -> None:
             raise InputError(
                 f"{data} has {data.stat().st_size} bytes, and {file.name} takes {size} from it: copy the folder again"
             )
-
-
-def _bytes(file: Path, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise InputError(f"{file} names weights by {text!r} where a number of bytes belongs: export it again")
-    return int(text)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from exporters.engine import choose_profile
 from exporters.engine.check import ENGINE, check_engine
-from exporters.engine.refit import needs_weights
 from exporters.registry import runtime_of
 from exporters.runtimes.session import PRECISIONS, Shape, open_dim
 from slimdiff.errors import InputError, MissingPackageError
@@ -40,8 +39,6 @@ class EngineSession:
     def __init__(self, folder: Path, threads: int | None = None, *, backend: str):
         runtime = runtime_of(backend)
         self._report = check_engine(folder, backend)
-        if needs_weights(self._report):
-            raise InputError(f"{folder} has no weights (--strip-weights): build it with them to run it here")
         trt: Any = runtime.require()
         if not torch.cuda.is_available():
             raise MissingPackageError(f"engines take their data from torch, and torch {torch.__version__} has no CUDA")

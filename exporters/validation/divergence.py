@@ -1,8 +1,8 @@
 """Where a graph parts from its model: the first tensor whose own error is over the bound, with its module and node.
 
-The reference is the model in torch, float32. Its modules run under hooks, and what a hook sees is the value of one
-tensor of the graph, whose nodes are named by module. Between two such tensors lie a few nodes: they run in ONNX Runtime
-on the *reference's* values, so what they give wrong is their own doing, whatever came before them.
+The reference is the model in torch, float32. Its modules run under hooks, and each hook sees the value of one tensor
+of the graph, whose nodes are named by module. Between two such tensors lie a few nodes: they run in ONNX Runtime on the
+*reference's* values, so their error is their own, whatever came before them.
 
 Bisection over marked outputs, as `polygraphy debug` does it, was the other way. It compares values that carry the
 errors of everything before them, which a residual stream dilutes below the bound and half precision lifts above it, so
@@ -13,21 +13,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from exporters.graphs.export import unet_inputs
-from exporters.graphs.naming import module_of
+from exporters.graphs.reading import module_of, name_of
 from exporters.validation.fragments import OnnxFragments
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Place = tuple[str, str]
 """Module path, and `in` (what a module without children takes) or `out` (what a module gives)."""
@@ -41,14 +46,14 @@ class Part:
     """Where the reference's value of `output` is seen."""
     output: str
     """Name of the tensor in the graph."""
-    nodes: tuple[int, ...]
-    reads: tuple[str, ...]
+    nodes: list[ir.Node]
+    reads: list[str]
     """Names of the tensors that the nodes take."""
 
 
 @dataclass(frozen=True)
 class OwnError:
-    """What one part of the graph makes of the reference's values."""
+    """The error of one part of the graph on the reference's values."""
 
     tensor: str
     """Path of the module that gives it; of a tensor that no module gives (a sum, a softmax), the name of its node."""
@@ -67,15 +72,7 @@ class OwnError:
         return self.relative_l2 is not None and self.relative_l2 <= bound
 
 
-@torch.no_grad()
-def own_errors(
-    fragments: OnnxFragments,
-    denoiser: nn.Module,
-    call: Call,
-    *,
-    bound: float | None = None,
-    progress: str | None = None,
-) -> list[OwnError]:
+def own_errors(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[OwnError]:
     """Run the graph part by part on the reference's values, in execution order.
 
     In memory are the values that parts still to come will read, and the weights of one part.
@@ -84,18 +81,14 @@ def own_errors(
         fragments: the graph.
         denoiser: its model in torch, float32.
         call: a recorded call.
-        bound: stop after the first part whose relative L2 is over it; None: run them all.
-        progress: name of the progress bar on stderr; None: no bar.
 
     Returns:
-        one per part; with a bound, the last may be over it.
+        one per part.
     """
-    return [error for _, error in _run_parts(fragments, denoiser, call, bound, progress)]
+    return [error for _, error in _run_parts(fragments, denoiser, call, _parts(fragments, denoiser, call), None)]
 
 
-def find_divergence(
-    fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float, *, progress: str | None = None
-) -> dict[str, Any]:
+def find_divergence(fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float) -> dict[str, Any]:
     """The first part, in execution order, whose own error is over the bound; the one with the largest if none is.
 
     Args:
@@ -103,33 +96,32 @@ def find_divergence(
         denoiser: its model in torch, float32.
         call: a recorded call.
         bound: of the relative L2.
-        progress: name of the progress bar on stderr; None: no bar.
 
     Returns:
         `diverges` (whether it is over the bound), `OwnError`'s fields, `bound` and `node`: the name of the part's first
         node from which on nothing is what the module computes.
     """
-    found = _run_parts(fragments, denoiser, call, bound, progress)
-    part, error = found[-1]
+    parts = _parts(fragments, denoiser, call)
+    errors = _run_parts(fragments, denoiser, call, parts, bound)
+    part, error = errors[-1]
     if not error.within(bound):
-        node = _first_node(fragments, denoiser, call, part, bound)
-        return {"diverges": True, **asdict(error), "bound": bound, "node": node}
-    part, error = max(found, key=lambda pair: pair[1].relative_l2 or 0.0)
-    return {"diverges": False, **asdict(error), "bound": bound, "node": fragments.nodes[part.nodes[-1]].name}
+        node = _first_node(fragments, denoiser, call, parts, part, bound)
+        return {"diverges": True, **asdict(error), "bound": bound, "node": node.name}
+    part, error = max(errors, key=lambda pair: pair[1].relative_l2 or 0.0)
+    return {"diverges": False, **asdict(error), "bound": bound, "node": part.nodes[-1].name}
 
 
 class _Stop(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """Ends a forward pass early."""
 
 
 def _run_parts(
-    fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float | None, progress: str | None
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, parts: list[Part], bound: float | None
 ) -> list[tuple[Part, OwnError]]:
-    parts = _plan(fragments, denoiser, call)
     last_use = {name: number for number, part in enumerate(parts) for name in part.reads}
     numbers = {part.place: number for number, part in enumerate(parts)}
     values = graph_inputs(call)
-    found: list[tuple[Part, OwnError]] = []
+    errors: list[tuple[Part, OwnError]] = []
 
     def compare(place: Place, value: Tensor) -> None:
         if place not in numbers:
@@ -137,23 +129,23 @@ def _run_parts(
         number = numbers[place]
         part, reference = parts[number], value.float().cpu().numpy().copy()
         error = _own_error(fragments, part, values, reference)
-        found.append((part, error))
+        errors.append((part, error))
         values[part.output] = reference
         for name in [n for n in values if last_use.get(n, -1) <= number]:
             del values[name]
-        bar.update()
+        shown.update()
         if bound is not None and not error.within(bound):
             raise _Stop
 
-    with tqdm(total=len(parts), desc=progress, disable=progress is None, unit="tensor") as bar:
+    with bar(total=len(parts), name="tensors", unit="tensor") as shown:
         _watch(denoiser, call, compare)
-    return found
+    return errors
 
 
 def _own_error(fragments: OnnxFragments, part: Part, values: dict[str, np.ndarray], reference: np.ndarray) -> OwnError:
     path, side = part.place
-    node = fragments.nodes[part.nodes[-1]]
-    tensor = (path or part.output) if side == "out" else node.name
+    node = part.nodes[-1]
+    tensor = (path or part.output) if side == "out" else str(node.name)
     problem, distance, broken = None, None, 0
     try:
         (candidate,) = fragments.run(part.nodes, values, [part.output])
@@ -179,7 +171,7 @@ def graph_inputs(call: Call) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
-def _plan(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Part]:
+def _parts(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Part]:
     """The graph as parts, in the order in which the reference reaches their outputs."""
     places: list[Place] = []
     _watch(denoiser, call, lambda place, _: places.append(place))
@@ -194,42 +186,31 @@ def _plan(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Par
         if name is None or name in known or times[place] > 1:
             continue
         nodes, reads = fragments.between(known, [name])
-        parts.append(Part(place, name, tuple(nodes), tuple(reads)))
+        parts.append(Part(place, name, nodes, reads))
         known.add(name)
     return parts
 
 
 @torch.no_grad()
-def _watch(denoiser: nn.Module, call: Call, seen: Callable[[Place, Tensor], None]) -> None:
-    """Run the model; tell `seen` every module's output and every childless module's one input, as they come."""
+def _watch(denoiser: nn.Module, call: Call, see: Callable[[Place, Tensor], None]) -> None:
+    """Run the model; show `see` every module's output and every childless module's one input, as they come."""
 
-    def after(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            first = output if isinstance(output, Tensor) else output[0]
-            if isinstance(first, Tensor):
-                seen((path, "out"), first)
+    def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        first = output if isinstance(output, Tensor) else output[0]
+        if isinstance(first, Tensor):
+            see((path, "out"), first)
 
-        return hook
+    def before(path: str, _module: nn.Module, args: tuple) -> None:
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            see((path, "in"), args[0])
 
-    def before(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor):
-                seen((path, "in"), args[0])
-
-        return hook
-
-    handles = []
-    for path, module in denoiser.named_modules():
-        handles.append(module.register_forward_hook(after(path)))
-        if not [*module.children()]:
-            handles.append(module.register_forward_pre_hook(before(path)))
-    try:
-        predict(denoiser, call)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for path, module in denoiser.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(after, path)))
+            if not [*module.children()]:
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, path)))
+        with suppress(_Stop):
+            predict(denoiser, call)
 
 
 class _Record(TorchDispatchMode):
@@ -247,36 +228,37 @@ class _Record(TorchDispatchMode):
         return result
 
 
-def _first_node(fragments: OnnxFragments, denoiser: nn.Module, call: Call, part: Part, bound: float) -> str:
-    """Name of the first node of a part that went wrong, by what torch computes between the same two tensors.
+def _first_node(
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, parts: list[Part], part: Part, bound: float
+) -> ir.Node:
+    """The first node of a part that went wrong, by the values that torch computes between the same two tensors.
 
     Not every node has its like in torch (the exporter writes some operators as several), so a node counts as right if
     anything computed from it is.
     """
-    names = [fragments.nodes[i].output[0] for i in part.nodes]
+    names = [name_of(node.outputs[0]) for node in part.nodes]
     if len(names) == 1:
-        return fragments.nodes[part.nodes[0]].name
-    values, kept = _values_within(fragments, denoiser, call, part)
+        return part.nodes[0]
+    values, kept = _values_within(denoiser, call, parts, part)
     try:
-        found = dict(zip(names, fragments.run(part.nodes, values, names), strict=True))
+        results = dict(zip(names, fragments.run(part.nodes, values, names), strict=True))
     except InputError:
-        return fragments.nodes[part.nodes[0]].name
+        return part.nodes[0]
     right: set[str] = set()
-    for index, name in zip(reversed(part.nodes), reversed(names), strict=True):
-        value = found[name].ravel()
+    for node, name in zip(reversed(part.nodes), reversed(names), strict=True):
+        value = results[name].ravel()
         alike = any(k.size == value.size and _relative_l2(value, k) <= bound for k in kept)
         if name != part.output and (alike or name in right):
-            right.update(fragments.needs(fragments.nodes[index]))
+            right.update(fragments.reads(node))
             right.add(name)
-    wrong = [i for i, name in zip(part.nodes, names, strict=True) if name not in right]
-    return fragments.nodes[wrong[0]].name
+    return next(node for node, name in zip(part.nodes, names, strict=True) if name not in right)
 
 
 def _values_within(
-    fragments: OnnxFragments, denoiser: nn.Module, call: Call, part: Part
+    denoiser: nn.Module, call: Call, parts: list[Part], part: Part
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """The reference's values of what a part reads, and all that torch computes from the last of them to the output."""
-    parts = {p.place: p for p in _plan(fragments, denoiser, call)}
+    outputs = {other.place: other.output for other in parts}
     values = {name: value for name, value in graph_inputs(call).items() if name in part.reads}
     kept: list[np.ndarray] = []
     recording: list[_Record] = []
@@ -286,13 +268,11 @@ def _values_within(
             recording[-1].__exit__(None, None, None)
             kept[:] = recording.pop().kept
 
-    def seen(place: Place, value: Tensor) -> None:
-        if place not in parts:
-            return
+    def see(place: Place, value: Tensor) -> None:
         if place == part.place:
             raise _Stop
-        name = parts[place].output
-        if name in part.reads:
+        name = outputs.get(place)
+        if name is not None and name in part.reads:
             values[name] = value.float().cpu().numpy().copy()
             stop_recording()
             kept.clear()
@@ -302,7 +282,7 @@ def _values_within(
     # The attention kernels show nothing of their inside; the plain one computes what the graph does.
     with sdpa_kernel(SDPBackend.MATH):
         try:
-            _watch(denoiser, call, seen)
+            _watch(denoiser, call, see)
         finally:
             stop_recording()
     return values, kept

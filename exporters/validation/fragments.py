@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graphs.naming import module_of, read_graph, tensor_types
+from exporters.graphs.reading import inputs_of, module_of, name_of, outputs_of, read_graph
 from exporters.runtimes.ort import inference_session
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
-
-_DTYPES = {1: np.float32, 7: np.int64, 10: np.float16, 11: np.float64}
+    import onnx_ir as ir
 
 
 class OnnxFragments:
     """A graph that `export_unet` wrote, to be run piece by piece on the CPU.
 
-    Polygraphy's `extract_subgraph` takes a part out of a graph too, but not one whose outputs are also given (a tensor
-    computed from a reference's values, to be held against the reference's own), and it needs onnx-graphsurgeon.
+    `onnx_ir` and Polygraphy take parts out of graphs too, but not one whose outputs it also reads (a tensor computed
+    from a reference's values, to be held against the reference's own).
 
     Args:
         onnx_file: the graph; its external data lie beside it.
@@ -32,55 +31,52 @@ class OnnxFragments:
         nodes: in execution order.
         inputs: names of the graph's inputs.
         outputs: names of the graph's outputs.
-        weights: names of the initializers.
 
     Raises:
-        InputError: if there is no such file, or it is no ONNX model.
+        InputError: if there is no such file, it is no ONNX model, or does not say the dtype of every tensor.
     """
 
     def __init__(self, onnx_file: Path | str):
         self.file = Path(onnx_file)
-        self.model: ModelProto = read_graph(onnx_file)
-        graph = self.model.graph
-        self.nodes: list[NodeProto] = list(graph.node)
-        self.weights = {w.name: w for w in graph.initializer}
-        self.inputs = [i.name for i in graph.input if i.name not in self.weights]
-        self.outputs = [o.name for o in graph.output]
-        self.types = tensor_types(self.model)
-        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.model = read_graph(onnx_file)
+        self.nodes: list[ir.Node] = list(self.model.graph)
+        self.inputs, self.outputs = list(inputs_of(self.model)), list(outputs_of(self.model))
+        if any(value.dtype is None for node in self.nodes for value in node.outputs if value.name):
+            raise InputError(f"{onnx_file} does not say the dtype of every tensor: export it again")
+        self._makers: dict[str, ir.Node] = {name_of(value): node for node in self.nodes for value in node.outputs}
 
-    def needs(self, node: NodeProto) -> list[str]:
+    def reads(self, node: ir.Node) -> list[str]:
         """Names of the node's inputs that are not weights."""
-        return list(dict.fromkeys(name for name in node.input if name and name not in self.weights))
+        return list(dict.fromkeys(name_of(v) for v in node.inputs if v is not None and not v.is_initializer()))
 
-    def between(self, given: Collection[str], wanted: Iterable[str]) -> tuple[list[int], list[str]]:
-        """The nodes that compute `wanted` out of `given` (a tensor that is both is computed), in execution order.
+    def between(self, known: Collection[str], results: Iterable[str]) -> tuple[list[ir.Node], list[str]]:
+        """The nodes that compute `results` from `known` (a tensor that is both is computed), in execution order.
 
         Returns:
-            indices of the nodes, and those of `given` (and of the graph's inputs) that they read.
+            the nodes, and those of `known` (and of the graph's inputs) that they read.
         """
-        found: set[int] = set()
+        needed: set[ir.Node] = set()
         reads: dict[str, None] = {}
-        stack = [self.producer[name] for name in wanted]
+        stack = [self._makers[name] for name in results]
         while stack:
-            index = stack.pop()
-            if index in found:
+            node = stack.pop()
+            if node in needed:
                 continue
-            found.add(index)
-            for name in self.needs(self.nodes[index]):
-                if name in given or name not in self.producer:
+            needed.add(node)
+            for name in self.reads(node):
+                if name in known or name not in self._makers:
                     reads[name] = None
                 else:
-                    stack.append(self.producer[name])
-        return sorted(found), list(reads)
+                    stack.append(self._makers[name])
+        return [node for node in self.nodes if node in needed], list(reads)
 
-    def run(self, nodes: Sequence[int], feed: Mapping[str, np.ndarray], wanted: Sequence[str]) -> list[np.ndarray]:
+    def run(self, nodes: Sequence[ir.Node], feed: Mapping[str, np.ndarray], results: Sequence[str]) -> list[np.ndarray]:
         """Run these nodes alone.
 
         Args:
-            nodes: indices, as from `between`.
+            nodes: in execution order, as from `between`.
             feed: what they read, by name; cast to the graph's dtypes. Other names may be there too.
-            wanted: names of outputs of these nodes.
+            results: names of outputs of these nodes.
 
         Returns:
             the outputs, in the graph's dtypes.
@@ -88,92 +84,68 @@ class OnnxFragments:
         Raises:
             InputError: if ONNX Runtime does not run them on arrays of these shapes.
         """
-        onnx = require("onnx", "onnx")
-        chosen = [self.nodes[i] for i in nodes]
-        made = {name for node in chosen for name in node.output}
-        reads = dict.fromkeys(name for node in chosen for name in self.needs(node))
-        given = {name: f"{name}:given" for name in reads if name in feed}
-        copies = []
-        for node in chosen:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.input[:] = [given.get(name, name) for name in node.input]
-            copies.append(copy)
-        missing = sorted(set(reads) - set(given) - made)
-        if missing:
-            raise InputError(f"a part of {self.file.name} needs {', '.join(missing)}, which was not given")
-        graph = onnx.helper.make_graph(
-            copies,
-            "fragment",
-            [onnx.helper.make_tensor_value_info(new, self.types[old], None) for old, new in given.items()],
-            [onnx.helper.make_tensor_value_info(name, self.types[name], None) for name in wanted],
-            initializer=self._loaded({name for node in chosen for name in node.input if name in self.weights}),
+        onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
+        outputs = {name_of(value): value for node in nodes for value in node.outputs}
+        values: dict[str, Any] = {name_of(v): v for node in nodes for v in node.inputs if v is not None}
+        weights = {name: value.const_value for name, value in values.items() if value.is_initializer()}
+        fed = {name: f"{name}:fed" for name in values if name in feed and name not in weights}
+        if missing := sorted(set(values) - set(weights) - set(fed) - set(outputs)):
+            raise InputError(
+                f"a part of {self.file.name} needs {', '.join(missing)}, which is not among what it is fed"
+            )
+        copies = [ir.to_proto(node) for node in nodes]
+        for copy in copies:
+            copy.input[:] = [fed.get(name, name) for name in copy.input]
+        graph = onnx.GraphProto(
+            name="fragment",
+            node=copies,
+            input=[ir.to_proto(ir.Value(name=new, type=values[name].type)) for name, new in fed.items()],
+            output=[ir.to_proto(ir.Value(name=name, type=outputs[name].type)) for name in results],
+            initializer=[ir.to_proto(ir.Tensor(w.numpy(), dtype=w.dtype, name=n)) for n, w in sorted(weights.items())],
         )
-        model = onnx.helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        arrays = {new: np.asarray(feed[old], _DTYPES[self.types[old]]) for old, new in given.items()}
+        opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
+        model = onnx.ModelProto(ir_version=self.model.ir_version, graph=graph, opset_import=opsets)
+        arrays = {new: np.asarray(feed[name], values[name].dtype.numpy()) for name, new in fed.items()}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "fragment.onnx"
             file.write_bytes(model.SerializeToString())
             session = inference_session(file)
         try:
-            return session.run(list(wanted), arrays)
+            return session.run(list(results), arrays)
         except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base
-            raise InputError(f"ONNX Runtime does not run {chosen[-1].name}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"ONNX Runtime does not run {nodes[-1].name}: {str(error).splitlines()[0]}") from error
 
     def module_outputs(self, paths: Iterable[str]) -> dict[str, str]:
         """Module path -> the tensor that the module gives, for those of `paths` that the graph has nodes of.
 
-        That is the last tensor made by a node within the module that a node outside reads.
+        That is the last output of a node in the module that a node outside it reads.
         """
-        readers = self._readers()
         found = {}
         for path, members in self._members(paths).items():
             inside = set(members)
-            for index in reversed(members):
-                names = [n for n in self.nodes[index].output if n in self.outputs or readers.get(n, set()) - inside]
-                if names:
-                    found[path] = names[-1]
-                    break
+            for value in (value for node in members for value in node.outputs):
+                if value.is_graph_output() or not inside.issuperset(value.consumers()):
+                    found[path] = name_of(value)
         return found
 
     def module_inputs(self, paths: Iterable[str]) -> dict[str, str]:
         """Module path -> the tensor that the module takes, for those of `paths` that take exactly one."""
         found = {}
         for path, members in self._members(paths).items():
-            inside = {name for i in members for name in self.nodes[i].output}
-            names = {name for i in members for name in self.needs(self.nodes[i])} - inside
+            inside = {name_of(value) for node in members for value in node.outputs}
+            names = {name for node in members for name in self.reads(node)} - inside
             if len(names) == 1:
                 found[path] = names.pop()
         return found
 
-    def _members(self, paths: Iterable[str]) -> dict[str, list[int]]:
-        """Module path -> indices of the nodes in the module or anywhere below it."""
-        wanted = {path for path in paths if path}
-        found: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
+    def _members(self, paths: Iterable[str]) -> dict[str, list[ir.Node]]:
+        """Module path -> the nodes in the module or anywhere below it."""
+        modules = {path for path in paths if path}
+        found: dict[str, list[ir.Node]] = defaultdict(list)
+        for node in self.nodes:
             path = module_of(node)
             while path:
-                if path in wanted:
-                    found.setdefault(path, []).append(index)
+                if path in modules:
+                    found[path].append(node)
                 path = path.rpartition(".")[0]
         return found
-
-    def _readers(self) -> dict[str, set[int]]:
-        readers: dict[str, set[int]] = {}
-        for index, node in enumerate(self.nodes):
-            for name in node.input:
-                readers.setdefault(name, set()).add(index)
-        return readers
-
-    def _loaded(self, names: Collection[str]) -> list[Any]:
-        onnx = require("onnx", "onnx")
-        loaded = []
-        for name in sorted(names):
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(self.weights[name])
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.file.parent))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                del tensor.external_data[:]
-            loaded.append(tensor)
-        return loaded

@@ -9,11 +9,62 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from exporters.runtimes.session import PRECISIONS
+from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
 from exporters.validation.fragments import OnnxFragments
 from exporters.validation.overflow import explain_overflow, first_not_finite
-from exporters.validation.parity import BOUNDS, Bounds, Precision, check, check_parity
+from exporters.validation.parity import BOUNDS, Bounds, Precision, check, check_calls
 from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError
+
+
+def check_parity(
+    reference: nn.Module,
+    candidate: nn.Module | Path | str,
+    calls: Sequence[Call],
+    *,
+    precision: Precision | None = None,
+    bounds: Bounds | None = None,
+    every_module: bool = False,
+) -> dict[str, Any]:
+    """Hold one artifact of a model against another on recorded calls.
+
+    Of a graph in ONNX Runtime with its model in torch, the inside is checked too: see `check_graph`.
+
+    Args:
+        reference: the denoiser in float32: the model in torch, or a `UNet` that is open in a runtime.
+        candidate: the other one, or the folder or file of a graph, which is opened in ONNX Runtime.
+        calls: from `record_calls`, in order of time.
+        precision: chooses the bounds; the candidate's own if not given.
+        bounds: others than `BOUNDS[precision]`.
+        every_module: check every module's own error in the graph too, on the call in the middle.
+
+    Returns:
+        `passed`, `precision`, `checks` (`tensor`, `metric`, `value`, `bound`, `passed`), `first_diverging` and
+        `divergence`: see `check_calls`.
+
+    Raises:
+        InputError: without calls, for a candidate that is no UNet, or for `every_module` without a graph and its model.
+        MissingPackageError: without polygraphy, or onnxruntime for a graph.
+    """
+    side = candidate if isinstance(candidate, nn.Module) else UNet.open(candidate)
+    runtime = side.session if isinstance(side, UNet) else None
+    precision = precision or (runtime.precision if runtime else PRECISIONS[next(side.parameters()).dtype])  # type: ignore[assignment]
+    assert precision is not None
+    if runtime and not isinstance(reference, UNet) and runtime.runtime.startswith("ONNX Runtime"):
+        return check_graph(
+            runtime.source,
+            reference,
+            calls,
+            partial(predict, side),
+            precision,
+            bounds=bounds,
+            every_module=every_module,
+        )
+    if every_module:
+        raise InputError("every_module is for a graph in ONNX Runtime and its model in torch")
+    return check_calls(calls, partial(predict, reference), partial(predict, side), precision, bounds=bounds)
 
 
 def check_graph(
@@ -25,9 +76,8 @@ def check_graph(
     *,
     bounds: Bounds | None = None,
     every_module: bool = False,
-    progress: str | None = None,
 ) -> dict[str, Any]:
-    """`check_parity` of a graph with its model in torch, and what only a graph allows.
+    """`check_calls` of a graph with its model in torch, and checks of every tensor inside the graph.
 
     An fp16 graph is also run node by node, and every tensor in it must be finite. Running it whole does not show that:
     ONNX Runtime's CPU provider computes fp16 nodes in fp32 and leaves out the casts between them, so scores beyond
@@ -42,27 +92,23 @@ def check_graph(
         bounds: others than `BOUNDS[precision]`.
         every_module: check every module's own error too, on the call in the middle. That also finds, in an fp16 graph,
             a fault too small for the bounds of its output.
-        progress: name of the progress bars on stderr; None: no bar.
 
     Returns:
-        `check_parity`'s. The checks inside the graph are named `every tensor@t=981` (metric `finite`: count of values
+        `check_calls`'s. The checks inside the graph are named `every tensor@t=981` (metric `finite`: count of values
         that are not) and by module (metric `own_relative_l2`). `divergence` is `explain`'s.
     """
     fragments = OnnxFragments(onnx_file)
     bounds = bounds or BOUNDS[precision]
-    bar = None if progress is None else f"{progress}: locate"
-    why = partial(explain, fragments, denoiser, bounds=bounds, precision=precision, progress=bar)
-    result = check_parity(
-        calls, partial(predict, denoiser), candidate, precision, bounds=bounds, explain=why, progress=progress
-    )
+    why = partial(explain, fragments, denoiser, bounds=bounds, precision=precision)
+    result = check_calls(calls, partial(predict, denoiser), candidate, precision, bounds=bounds, explain=why)
     inside: list[tuple[Call, dict[str, Any]]] = []
     for call in calls if precision == "fp16" else ():
-        found = first_not_finite(fragments, call, progress=progress and f"{progress}: finite at t={call.timestep}")
+        found = first_not_finite(fragments, call)
         row = check(f"every tensor@t={call.timestep}", "finite", found.not_finite if found else 0, 0, found is None)
         inside.append((call, row))
     if every_module:
         middle = calls[len(calls) // 2]
-        for error in own_errors(fragments, denoiser, middle, progress=progress and f"{progress}: every module"):
+        for error in own_errors(fragments, denoiser, middle):
             bound = bounds.relative_l2
             row = check(error.tensor, "own_relative_l2", error.relative_l2, bound, error.within(bound))
             inside.append((middle, row))
@@ -75,15 +121,9 @@ def check_graph(
 
 
 def explain(
-    fragments: OnnxFragments,
-    denoiser: nn.Module,
-    call: Call,
-    *,
-    bounds: Bounds,
-    precision: Precision,
-    progress: str | None = None,
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, *, bounds: Bounds, precision: Precision
 ) -> dict[str, Any]:
-    """What went wrong inside a graph, on one call.
+    """The fault inside a graph, on one call.
 
     Returns:
         `kind`, `tensor` and more: `not finite` with `explain_overflow`'s figures (fp16), `own error` with
@@ -91,10 +131,10 @@ def explain(
         `accumulated` with no tensor and, as `largest`, the part with the largest own error.
     """
     if precision == "fp16":
-        overflow = explain_overflow(fragments, denoiser, call, progress=progress)
+        overflow = explain_overflow(fragments, denoiser, call)
         if overflow is not None:
             return {"kind": "not finite", **overflow}
-    divergence = find_divergence(fragments, denoiser, call, bounds.relative_l2, progress=progress)
+    divergence = find_divergence(fragments, denoiser, call, bounds.relative_l2)
     if not divergence.pop("diverges"):
         return {"kind": "accumulated", "tensor": None, "largest": divergence}
     return {"kind": "own error", **divergence}

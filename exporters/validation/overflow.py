@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from exporters.graphs.naming import module_of
+from exporters.graphs.reading import module_of, name_of
 from exporters.validation.divergence import graph_inputs
 from exporters.validation.fragments import OnnxFragments
 from slimdiff.denoising.trajectory import Call, map_tensors, predict
+from slimdiff.progress import bar
 
 LARGEST = float(np.finfo(np.float16).max)
 """Of finite half-precision numbers: 65504."""
@@ -33,7 +35,7 @@ class NotFinite:
     """Largest magnitude among the node's inputs, its weights aside; half precision ends at 65504."""
 
 
-def first_not_finite(fragments: OnnxFragments, call: Call, *, progress: str | None = None) -> NotFinite | None:
+def first_not_finite(fragments: OnnxFragments, call: Call) -> NotFinite | None:
     """Run a graph node by node, on its own values, up to the first that is not finite.
 
     In memory are the values that nodes still to come will read, and the weights of one node.
@@ -41,44 +43,39 @@ def first_not_finite(fragments: OnnxFragments, call: Call, *, progress: str | No
     Args:
         fragments: the graph.
         call: whose inputs it gets.
-        progress: name of the progress bar on stderr; None: no bar.
 
     Returns:
         None if every tensor of the graph is finite.
     """
-    last_use = {name: i for i, node in enumerate(fragments.nodes) for name in node.input}
+    last_use = {name: i for i, node in enumerate(fragments.nodes) for name in fragments.reads(node)}
     values = graph_inputs(call)
-    nodes = tqdm(fragments.nodes, desc=progress, disable=progress is None, unit="node")
-    for index, node in enumerate(nodes):
-        names = [name for name in node.output if name]
-        made = dict(zip(names, fragments.run([index], values, names), strict=True))
-        broken = sum(int(v.size - np.isfinite(v).sum()) for v in made.values() if v.dtype.kind == "f")
+    for index, node in enumerate(bar(fragments.nodes, name=f"finite at t={call.timestep}", unit="node")):
+        names = [name_of(value) for value in node.outputs if value.name]
+        outputs = dict(zip(names, fragments.run([node], values, names), strict=True))
+        broken = sum(int(v.size - np.isfinite(v).sum()) for v in outputs.values() if v.dtype.kind == "f")
         if broken:
-            inputs = [values[name] for name in fragments.needs(node)]
+            inputs = [values[name] for name in fragments.reads(node)]
             largest = max((float(np.abs(v.astype(np.float64)).max(initial=0)) for v in inputs), default=0.0)
-            return NotFinite(node.name, module_of(node), node.op_type, broken, largest)
-        values |= made
+            return NotFinite(str(node.name), module_of(node), node.op_type, broken, largest)
+        values |= outputs
         for name in [n for n in values if last_use.get(n, -1) <= index]:
             del values[name]
     return None
 
 
-def explain_overflow(
-    fragments: OnnxFragments, denoiser: nn.Module, call: Call, *, progress: str | None = None
-) -> dict[str, Any] | None:
+def explain_overflow(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> dict[str, Any] | None:
     """The first tensor that is not finite, and the module to keep in fp32 against it.
 
     Args:
         fragments: the graph.
         denoiser: its model in torch, float32.
         call: whose inputs they get.
-        progress: name of the progress bar on stderr; None: no bar.
 
     Returns:
         `NotFinite`'s fields, `tensor` (the node's name), `keep_fp32` (path of the smallest module around it that takes
         and gives only what half precision can hold; None if there is none) and `advice`; None if all is finite.
     """
-    found = first_not_finite(fragments, call, progress=progress)
+    found = first_not_finite(fragments, call)
     if found is None:
         return None
     keep = _to_keep(denoiser, call, found.module)
@@ -96,33 +93,20 @@ def _to_keep(denoiser: nn.Module, call: Call, path: str) -> str | None:
     """The smallest module at or around `path` whose inputs and output fit half precision, with room to spare."""
     largest: dict[str, float] = {}
 
-    def note(path: str, value: Any) -> None:
-        def see(tensor: Tensor) -> Tensor:
-            if tensor.is_floating_point() and tensor.numel():
-                largest[path] = max(largest.get(path, 0.0), float(tensor.abs().max()))
-            return tensor
+    def see(path: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.numel():
+            largest[path] = max(largest.get(path, 0.0), float(tensor.abs().max()))
+        return tensor
 
-        map_tensors(see, value)
+    def after(path: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        map_tensors(partial(see, path), [args, kwargs, output if isinstance(output, Tensor) else list(output)])
 
     around = [path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
     modules = dict(denoiser.named_modules())
-    handles = []
-    for name in around[:-1]:
-        if name in modules:
-            hook = _noting(note, name)
-            handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name in (name for name in around[:-1] if name in modules):
+            hooks.enter_context(modules[name].register_forward_hook(partial(after, name), with_kwargs=True))
         predict(denoiser, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return next((name for name in around if name in largest and largest[name] < LARGEST / 2), None)
-
-
-def _noting(note: Any, path: str) -> Any:
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        note(path, [args, kwargs, output if isinstance(output, Tensor) else list(output)])
-
-    return hook

@@ -11,10 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
 from slimdiff.errors import InputError, require
+from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -36,13 +36,13 @@ BOUNDS: dict[str, Bounds] = {
     "fp16": Bounds(cosine=0.999, relative_l2=5e-3),
     "bf16": Bounds(cosine=0.999, relative_l2=3e-2),
 }
-"""By the candidate's precision. A right UNet was seen at 1e-6 in fp32, 9e-4 in fp16 and 1.3e-2 in bf16."""
+"""By the candidate's precision. A right UNet's relative L2 was 1e-6 in fp32, 9e-4 in fp16 and 1.3e-2 in bf16."""
 
 IMAGE_PSNR_DB = 35.0
-"""Least PSNR of images that are to be the same, dB."""
+"""Least PSNR of two images that count as the same, dB."""
 
 
-def check_parity(
+def check_calls(
     calls: Sequence[Call],
     reference: Callable[[Call], Tensor],
     candidate: Callable[[Call], Tensor],
@@ -50,23 +50,21 @@ def check_parity(
     *,
     bounds: Bounds | None = None,
     explain: Callable[[Call], dict[str, Any] | None] | None = None,
-    progress: str | None = None,
 ) -> dict[str, Any]:
     """Hold a candidate against a reference on recorded calls of a trajectory.
 
     Args:
-        calls: in order of time, so that the first that diverges is where to look.
+        calls: in order of time, so that the first that diverges tells most.
         reference: call -> output; the float32 model, whatever the candidate's precision.
         candidate: call -> output of the same shape.
         precision: the candidate's, which chooses the bounds.
         bounds: others than `BOUNDS[precision]`.
-        explain: call -> what went wrong inside the candidate, with the name of the `tensor` if there is one; asked on a
-            miss, of the first call that failed. `exporters.validation.graph` has one for graphs.
-        progress: name of the progress bar on stderr; None: no bar.
+        explain: call -> the fault inside the candidate, with the name of its `tensor` if there is one; called for the
+            first call that fails. `exporters.validation.graph` has one for graphs.
 
     Returns:
         `passed`, `precision`, `checks`, `first_diverging` (name of the first tensor that went wrong, or None) and
-        `divergence` (what `explain` said). A check has `tensor` (`out_sample@t=981`), `metric` (`finite`: count of
+        `divergence` (the result of `explain`). A check has `tensor` (`out_sample@t=981`), `metric` (`finite`: count of
         values in candidate and reference that are NaN or infinite; `cosine`; `relative_l2`), `value` (None where it has
         none), `bound` and `passed`.
 
@@ -81,15 +79,15 @@ def check_parity(
     names: Counter[str] = Counter()
     checks: list[dict[str, Any]] = []
     failed: tuple[str, Call] | None = None
-    for call in tqdm(calls, desc=progress, disable=progress is None, unit="call"):
+    for call in bar(calls, name="parity", unit="call"):
         name = f"out_sample@t={call.timestep}"
         names[name] += 1
         if names[name] > 1:  # another batch of prompts at the same time
             name += f"#{names[name]}"
         with torch.no_grad():
-            found = compare(name, _array(reference(call)), _array(candidate(call)), bounds)
-        checks += found
-        if failed is None and not all(c["passed"] for c in found):
+            of_call = compare(name, _array(reference(call)), _array(candidate(call)), bounds)
+        checks += of_call
+        if failed is None and not all(c["passed"] for c in of_call):
             failed = name, call
     divergence = explain(failed[1]) if failed and explain else None
     return {
@@ -149,14 +147,14 @@ def image_psnr(reference: Any, candidate: Any) -> float:
 def check_images(
     reference: Iterable[Any], candidate: Iterable[Any], minimum_db: float = IMAGE_PSNR_DB
 ) -> list[dict[str, Any]]:
-    """Checks in `check_parity`'s form, metric `psnr_db`, one per pair of images (`image#0`, ...)."""
+    """Checks in `check_calls`'s form, metric `psnr_db`, one per pair of images (`image#0`, ...)."""
     pairs = enumerate(zip(reference, candidate, strict=True))
     values = [(f"image#{i}", float(image_psnr(a, b))) for i, (a, b) in pairs]
     return [check(name, "psnr_db", value, minimum_db, value >= minimum_db) for name, value in values]
 
 
 def with_checks(result: dict[str, Any], checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`check_parity`'s result with more checks at its end; one that failed is the first only if none before it did."""
+    """`check_calls`'s result with more checks at its end; one that failed is the first only if none before it did."""
     failed = next((c["tensor"] for c in checks if not c["passed"]), None)
     return {
         **result,
@@ -171,8 +169,6 @@ def check_trajectory(
     candidate: DiffusionPipeline,
     prompts: Sequence[Inputs],
     sampling: Sampling,
-    *,
-    progress: str | None = None,
 ) -> list[dict[str, Any]]:
     """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
 
@@ -181,10 +177,9 @@ def check_trajectory(
         candidate: the same with the candidate's, a module.
         prompts: one per image.
         sampling: steps, guidance, seed, size.
-        progress: name of the progress bars on stderr; None: no bar.
 
     Returns:
-        checks in `check_parity`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
+        checks in `check_calls`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
         denoiser's output), then `psnr_db` of every image.
     """
     broken = 0
@@ -196,7 +191,7 @@ def check_trajectory(
     denoiser = getattr(candidate, denoiser_name(candidate))
     handle = denoiser.register_forward_hook(count)
     try:
-        images = [sample_images(p, prompts, sampling, progress=progress) for p in (reference, candidate)]
+        images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
     finally:
         handle.remove()
     return [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]

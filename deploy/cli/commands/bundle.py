@@ -130,12 +130,13 @@ def _write_triton(folder: Path) -> None:
 
 
 def _shape(spec: str) -> tuple[int, int, int]:
+    from exporters.settings import parse_sizes
     from slimdiff.errors import InputError
 
-    sizes = spec.split("x")
-    if len(sizes) != 3 or not all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in sizes):
+    sizes = parse_sizes(spec)
+    if sizes is None or len(sizes) != 3 or 0 in sizes:
         raise InputError(f"--shape is samples, height and width in pixels, such as 2x512x512, not {spec!r}")
-    batch, height, width = map(int, sizes)
+    batch, height, width = sizes
     return batch, height, width
 
 

@@ -65,12 +65,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         )
     parser.add_argument("--workspace-gib", type=float, metavar="GIB", help="most memory that a layer may use")
     parser.add_argument("--tf32", action="store_true", help="let fp32 products round to TF32")
-    parser.add_argument(
-        "--strip-weights", action="store_true", help="fill the weights in from the ONNX when it is opened; needs a GPU"
-    )
-    parser.add_argument(
-        "--timing-cache", metavar="FILE", help="quicker builds while developing; not for what is shipped; needs a GPU"
-    )
     parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
     return parser
 
@@ -97,18 +91,15 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
     if args.whole:
-        requests = request_pipeline(source, wanted[""], plan=plan, timing_cache=args.timing_cache)
+        requests = request_pipeline(source, wanted[""], plan=plan)
     else:
-        requests = {
-            name: request_engine(graph, chosen, plan=plan, timing_cache=args.timing_cache)
-            for name, chosen in wanted.items()
-        }
+        requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in wanted.items()}
     if kind == "engine":
-        value = _make(requests[""], out, args.quiet)
+        value = _make(requests[""], out)
         result(value, _text(value), args.json)
         return 0
     with locked(out, kind.replace("-", " "), stays=False):
-        made = [{"name": name, **_make(requests[name], out / name, args.quiet, name, args.whole)} for name in requests]
+        made = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
         if args.whole:
             _finish_pipeline(source, out, made)
         else:
@@ -130,7 +121,6 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     common: dict[str, Any] = {
         "targets": args.target,
         "tf32": args.tf32,
-        "strip_weights": args.strip_weights,
         "check_memory": not args.ignore_memory,
     }
     ways: list[tuple[str, dict[str, Any]]] = [(f"batch-{n}", {"batch": n}) for n in args.batch]
@@ -174,7 +164,7 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
         raise InputError(f"--out {out} is of the kind {there!r}, and {what} would take its place: name another folder")
 
 
-def _make(request: EngineRequest, out: Path, quiet: bool, name: str = "", part: bool = False) -> dict[str, Any]:
+def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
     from deploy.cli.console import log
     from deploy.cli.outputs import artifact_folder
@@ -187,7 +177,7 @@ def _make(request: EngineRequest, out: Path, quiet: bool, name: str = "", part: 
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out) as temporary:
-        report = request.build(temporary, None if quiet else f"engine {name}".strip())
+        report = request.build(temporary, f"engine {name}".strip())
         if part:
             mark_unfinished(out.parent)
     odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]

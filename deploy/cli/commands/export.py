@@ -83,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
     call = example_call(pipeline, height=args.height, width=args.width, batch=args.batch)
     log.info("export: %s, %s", args.model, args.precision)
     with artifact_folder(out) as temporary:
-        progress = None if args.quiet else "export"
-        files = export_pipeline(pipeline, temporary, settings, call=call, progress=progress)
+        files = export_pipeline(pipeline, temporary, settings, call=call)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
         inputs = shapes(call)

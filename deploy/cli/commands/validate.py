@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build.workshop import spread
     from deploy.opening.openers import graph_of, open_denoiser
     from exporters.validation.graph import check_graph
-    from exporters.validation.parity import check_parity, check_trajectory, with_checks
+    from exporters.validation.parity import check_calls, check_trajectory, with_checks
     from slimdiff.compression import with_denoiser
     from slimdiff.loading.pipelines import load_pipeline
 
@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
     calls = spread(record_calls(pipeline, prompts, sampling), args.calls)
     precision: Any = args.precision or candidate.precision
-    progress = None if args.quiet else "validate"
     if inside:
         value = check_graph(
             graph_of(args.candidate),
@@ -90,15 +89,13 @@ def run(args: argparse.Namespace) -> int:
             candidate.predict,
             precision,
             every_module=args.every_module,
-            progress=progress,
         )
     else:
-        value = check_parity(calls, base.predict, candidate.predict, precision, progress=progress)
+        value = check_calls(calls, base.predict, candidate.predict, precision)
     if not args.no_image:
         log.info("validate: the image of each")
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
-        bar = None if args.quiet else "validate: image"
-        value = with_checks(value, check_trajectory(pair[0], pair[1], prompts, sampling, progress=bar))
+        value = with_checks(value, check_trajectory(pair[0], pair[1], prompts, sampling))
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
     result(value, _text(value, precision), args.json)
     return 0 if value["passed"] else 1

@@ -20,10 +20,10 @@ from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
 from exporters.engine.check import runs_on
 from exporters.engine.key import key_of
-from exporters.engine.shapes import engine_shapes, inputs_of
+from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.graphs.export import export_unet
-from exporters.graphs.naming import read_graph
 from exporters.graphs.pipeline import example_call, export_pipeline
+from exporters.graphs.reading import read_graph
 from exporters.runtimes.ort import inference_session
 from exporters.runtimes.pipeline import load_pipeline
 from exporters.settings import EngineSettings, ExportSettings
@@ -187,8 +187,8 @@ def test_sdxl_becomes_diffusers_image(tmp_path):
 
 
 def test_an_engine_of_the_served_graph_has_a_timestep_per_sample(repositories):
-    graph = read_graph(repositories["open"] / "models" / "unet" / "1" / "model.onnx").graph
-    shapes = engine_shapes(inputs_of(graph), EngineSettings(batch=2))["fixed"]
+    model = read_graph(repositories["open"] / "models" / "unet" / "1" / "model.onnx")
+    shapes = engine_shapes(dims_of_inputs(model), EngineSettings(batch=2))["fixed"]
     assert shapes["timestep"] == [2] and shapes["sample"] == [2, 4, 8, 8]
 
 

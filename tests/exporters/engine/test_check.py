@@ -83,6 +83,15 @@ def test_a_missing_backend_is_named_with_its_extra(folder):
         check_engine(folder, gpu=ada)
 
 
+def test_an_engine_built_before_opens_unless_it_has_no_weights(folder, slim_engine):
+    options = {"workspace_gib": None, "tf32": False, "timing_cache": True}
+    rewrite(folder, parts={"options": options | {"strip_weights": False}})
+    assert check_engine(folder, gpu=ada)["key"] != slim_engine[1]["key"]
+    rewrite(folder, parts={"options": options | {"strip_weights": True}})
+    with pytest.raises(InputError, match=r"has no weights \(strip_weights\): such engines are no longer opened"):
+        check_engine(folder, gpu=ada)
+
+
 def test_a_changed_or_swapped_engine_is_refused(folder):
     engine = folder / "model.engine"
     content = bytearray(engine.read_bytes())

@@ -232,15 +232,6 @@ def test_a_containers_memory_counts(tmp_path):
     assert available_memory(tmp_path) >= 0.5 * everything
 
 
-def test_what_needs_a_gpu_says_so_before_any_work(rtx, exported, tmp_path):
-    stripped = RTX.model_copy(update={"strip_weights": True})
-    with pytest.raises(MissingPackageError, match="without its weights is built on a GPU"):
-        request_engine(exported["slim"], stripped, gpu=lambda: None)
-    with pytest.raises(MissingPackageError, match="leave --timing-cache out"):
-        request_engine(exported["slim"], RTX, timing_cache=tmp_path / "cache", gpu=lambda: None)
-    assert request_engine(exported["slim"], stripped, gpu=lambda: ADA).parts["options"]["strip_weights"]
-
-
 def test_layers_of_an_engine_are_held_against_the_plan(slim_and_plan):
     plan = copy.deepcopy(slim_and_plan[1])
     name, site = next((n, s) for n, s in plan.sites.items() if s.group == "query_key" and "attn1" in n)

@@ -12,7 +12,6 @@ import pytest
 from exporters.engine import Gpu, request_engine
 from exporters.engine.check import read_engine
 from exporters.engine.key import differences, key_of
-from exporters.engine.refit import check_weights, needs_weights
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 
@@ -61,7 +60,6 @@ def test_one_changed_byte_of_the_weights_is_another_engine(graph):
     [
         ({"workspace_gib": 2.0}, ["options.workspace_gib None -> 2.0"]),
         ({"tf32": True}, ["options.tf32 False -> True"]),
-        ({"strip_weights": True}, ["options.strip_weights False -> True"]),
         ({"targets": ["sm89", "sm120"]}, ["runs_on.targets ['sm89'] -> ['sm120', 'sm89']"]),
     ],
 )
@@ -99,11 +97,6 @@ def test_the_gpu_counts_where_it_is_the_target(graph):
     assert differences(parts(graph, RTX, ADA), parts(graph, RTX, BLACKWELL)) == []
 
 
-def test_a_timing_cache_marks_the_engine(graph, tmp_path):
-    cached = parts(graph, RTX, ADA, timing_cache=tmp_path / "cache")
-    assert differences(parts(graph, RTX, ADA), cached) == ["options.timing_cache False -> True"]
-
-
 @pytest.mark.parametrize("package", ["polygraphy", "onnx", "tensorrt-rtx"])
 def test_another_version_is_another_engine(graph, package, monkeypatch):
     before = parts(graph)
@@ -129,18 +122,6 @@ def test_an_engine_knows_whether_it_is_the_one_asked_for(graph, slim_engine, sli
     assert "SHA-256 differs" in request.why_build(tmp_path / "taken")
     other = request_engine(graph, RTX.model_copy(update={"tf32": True}), plan=slim_and_plan[1], gpu=lambda: None)
     assert other.why_build(folder) == "options.tf32 False -> True"
-
-
-def test_only_the_weights_that_it_was_built_from_are_filled_in(graph, slim_engine, exported):
-    report = slim_engine[1]
-    assert not needs_weights(report)
-    check_weights(report, graph)
-    with pytest.raises(InputError, match="not what the engine was built from .graph changed, weights changed."):
-        check_weights(report, exported["slim"])
-    data = graph.parent / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(InputError, match=r"\(weights changed\)"):
-        check_weights(report, graph)
 
 
 def test_weights_outside_the_graphs_folder_are_refused(graph):

@@ -134,9 +134,6 @@ def test_what_is_no_pipeline_is_refused(rtx, onnx_folder, tmp_path):
     with pytest.raises(InputError, match="no exported pipeline.*slimdiff export"):
         request_pipeline(onnx_folder / "unet", RTX, gpu=lambda: None)
     folder = shutil.copytree(onnx_folder, tmp_path / "onnx")
-    stripped = RTX.model_copy(update={"strip_weights": True})
-    with pytest.raises(InputError, match="without their weights"):
-        request_pipeline(folder, stripped, gpu=lambda: None)
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(InputError, match="no text_encoder/model.onnx, which its pipeline needs"):
         request_pipeline(folder, RTX.model_copy(update={"batch": 2}), gpu=lambda: None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.engine.shapes import engine_shapes, inputs_of
+from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.worker import network_shape
-from exporters.graphs.naming import read_graph
+from exporters.graphs.reading import read_graph
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 
@@ -18,7 +18,7 @@ OPEN = {
 
 
 def test_open_dims_are_read_by_name(exported):
-    assert inputs_of(read_graph(exported["dense-open"]).graph) == {
+    assert dims_of_inputs(read_graph(exported["dense-open"])) == {
         "sample": ["batch", 4, 8, 8],
         "timestep": [],
         "encoder_hidden_states": ["batch", 7, 32],

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from exporters.graphs.export import check_reduced_dims, dims_in_graph, export_unet, unet_inputs
-from exporters.graphs.naming import attention_products
+from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.naming import attention_products, check_reduced_dims, dims_in_graph
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError

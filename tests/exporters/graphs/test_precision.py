@@ -20,7 +20,7 @@ from exporters.settings import ExportSettings  # noqa: E402
 from exporters.validation.divergence import graph_inputs, own_errors  # noqa: E402
 from exporters.validation.fragments import OnnxFragments  # noqa: E402
 from exporters.validation.overflow import explain_overflow, first_not_finite  # noqa: E402
-from exporters.validation.parity import Bounds, check_parity  # noqa: E402
+from exporters.validation.parity import Bounds, check_calls  # noqa: E402
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0"
 ONE_LEVEL = {
@@ -88,7 +88,7 @@ def test_modules_kept_in_fp32_cure_the_overflow(cured, hot, calls):
     # Scores so large make the softmax pick one key, and where two are nearly alike, fp16's last digit decides which.
     bounds = Bounds(cosine=0.999, relative_l2=0.03)
     candidate = UNet.open(cured, threads=1).predict
-    result = check_parity(calls, lambda call: predict(hot, call), candidate, "fp16", bounds=bounds)
+    result = check_calls(calls, lambda call: predict(hot, call), candidate, "fp16", bounds=bounds)
     assert result["passed"], result["checks"]
     assert max(e.relative_l2 for e in own_errors(fragments, hot, calls[0])) < 5e-3
 
@@ -137,7 +137,7 @@ def test_a_softmax_over_many_keys_sums_in_fp32(tiny, tmp_path):
     file = export_unet(unet, tmp_path, call, ExportSettings(precision="fp16"))
     wide = {r["module"] for r in fp32_islands(file) if r["operator"] == "Softmax"}
     assert wide == {p for p, m in unet.named_modules() if isinstance(m, Attention) and p.endswith("attn1")}
-    assert check_parity([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
+    assert check_calls([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
 
 
 def test_patterns_that_match_nothing_are_refused(hot, calls, tmp_path):
@@ -154,5 +154,5 @@ def test_sdxls_sizes_are_joined_in_half_precision(tiny, calls, tmp_path):
     conditions = {"text_embeds": torch.ones(2, 16), "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 768, 768]] * 2)}
     call = Call(0, 501, {**calls[0].arguments, "added_cond_kwargs": conditions})
     file = export_unet(unet, tmp_path, call, ExportSettings(precision="fp16"))
-    assert check_parity([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
+    assert check_calls([call], lambda c: predict(unet, c), UNet.open(file, threads=1).predict, "fp16")["passed"]
     assert not unet.add_time_proj._forward_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -20,7 +21,7 @@ pytest.importorskip("polygraphy", reason="parity is measured by Polygraphy")
 from exporters.runtimes.unet import UNet  # noqa: E402
 from exporters.validation.divergence import find_divergence, graph_inputs, own_errors  # noqa: E402
 from exporters.validation.fragments import OnnxFragments  # noqa: E402
-from exporters.validation.graph import check_graph  # noqa: E402
+from exporters.validation.graph import check_graph, check_parity  # noqa: E402
 from exporters.validation.parity import BOUNDS  # noqa: E402
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0"
@@ -197,9 +198,9 @@ def test_errors_that_only_add_up_blame_no_module(sharp_graphs, sharp, calls):
 
 def test_a_part_says_what_it_misses(sharp_graphs):
     fragments = OnnxFragments(sharp_graphs["fp32"])
-    index = next(i for i, n in enumerate(fragments.nodes) if n.name == "conv_in/Conv")
+    node = next(n for n in fragments.nodes if n.name == "conv_in/Conv")
     with pytest.raises(InputError, match="needs sample"):
-        fragments.run([index], {}, fragments.nodes[index].output)
+        fragments.run([node], {}, [node.outputs[0].name])
 
 
 def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
@@ -215,5 +216,20 @@ def test_parts_give_what_the_whole_gives(sharp_graphs, sharp, calls):
     assert cut in reads and len(rest) < len(fragments.nodes)
     (out,) = fragments.run(rest, {**feed, cut: middle}, fragments.outputs)
     np.testing.assert_allclose(out, whole.predict(calls[0]).numpy(), rtol=1e-4, atol=1e-5)
-    shifted = partial(fragments.run, rest, wanted=fragments.outputs)({**feed, cut: middle + 1})
+    shifted = partial(fragments.run, rest, results=fragments.outputs)({**feed, cut: middle + 1})
     assert not np.allclose(out, shifted[0])
+
+
+def test_parity_of_two_artifacts_is_one_call(sharp_graphs, sharp, calls):
+    """A graph is looked into where its model is at hand; else outputs alone are held against each other."""
+    result = check_parity(sharp, sharp_graphs["fp16"], calls[:1])
+    assert result["passed"] and result["precision"] == "fp16"
+    assert result["checks"][-1]["tensor"] == f"every tensor@t={calls[0].timestep}"
+    graph = UNet.open(sharp_graphs["fp32"], threads=1)
+    wrong = copy.deepcopy(sharp)
+    wrong.conv_out.weight.data *= 1.02
+    for candidate in (sharp_graphs["fp16"].parent, wrong):
+        result = check_parity(graph, candidate, calls[:1], precision="fp32")
+        assert not result["passed"] and {c["metric"] for c in result["checks"]} == {"finite", "cosine", "relative_l2"}
+    with pytest.raises(InputError, match="every_module is for a graph"):
+        check_parity(graph, sharp, calls, every_module=True)

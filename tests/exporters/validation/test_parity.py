@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from exporters.validation.parity import BOUNDS, Bounds, check_images, check_parity, image_psnr
+from exporters.validation.parity import BOUNDS, Bounds, check_calls, check_images, image_psnr
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 
@@ -59,7 +59,7 @@ FAULTS = {
 
 
 def test_a_model_is_itself(sharp, calls):
-    result = check_parity(calls, of(sharp), of(copy.deepcopy(sharp)), "fp32")
+    result = check_calls(calls, of(sharp), of(copy.deepcopy(sharp)), "fp32")
     assert result["passed"] and result["first_diverging"] is None and result["precision"] == "fp32"
     assert [c["tensor"] for c in result["checks"][::3]] == [f"out_sample@t={call.timestep}" for call in calls]
     assert {c["metric"] for c in result["checks"]} == {"finite", "cosine", "relative_l2"}
@@ -72,17 +72,17 @@ def test_onnx_runtime_is_the_model(exported, dense, slim_and_plan, calls, name):
     from exporters.runtimes.unet import UNet
 
     reference = of({"dense": dense, "slim": slim_and_plan[0]}[name])
-    assert check_parity(calls, reference, UNet.open(exported[name]).predict, "fp32")["passed"]
+    assert check_calls(calls, reference, UNet.open(exported[name]).predict, "fp32")["passed"]
     half = UNet.open(exported[f"{name}-fp16"]).predict
-    assert check_parity(calls, reference, half, "fp16")["passed"]
-    assert not check_parity(calls, reference, half, "fp32")["passed"]
+    assert check_calls(calls, reference, half, "fp16")["passed"]
+    assert not check_calls(calls, reference, half, "fp32")["passed"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_model_fails_in_fp32(sharp, calls, fault):
     wrong = copy.deepcopy(sharp)
     FAULTS[fault](wrong)
-    result = check_parity(calls, of(sharp), of(wrong), "fp32")
+    result = check_calls(calls, of(sharp), of(wrong), "fp32")
     assert not result["passed"]
     assert result["first_diverging"] == f"out_sample@t={calls[0].timestep}"
 
@@ -91,7 +91,7 @@ def test_a_wrong_model_fails_in_fp32(sharp, calls, fault):
 def test_a_wrong_model_fails_in_fp16(sharp, calls, fault):
     wrong = copy.deepcopy(sharp)
     FAULTS[fault](wrong)
-    assert not check_parity(calls, of(sharp), of(wrong), "fp16")["passed"]
+    assert not check_calls(calls, of(sharp), of(wrong), "fp16")["passed"]
 
 
 @pytest.mark.parametrize("side", ["reference", "candidate"])
@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_are_named_with_their_step(dense, calls, side
         return noise
 
     sides = {"reference": of(dense), "candidate": of(dense)} | {side: breaks}
-    result = check_parity(calls, precision="fp16", **sides)
+    result = check_calls(calls, precision="fp16", **sides)
     failed = [c for c in result["checks"] if not c["passed"]]
     assert result["first_diverging"] == f"out_sample@t={calls[1].timestep}"
     assert {c["tensor"] for c in failed} == {result["first_diverging"]}
@@ -115,21 +115,21 @@ def test_both_sides_broken_alike_do_not_pass(dense, calls):
     def zeros_over_zero(call: Call) -> torch.Tensor:
         return predict(dense, call) * float("nan")
 
-    assert not check_parity(calls, zeros_over_zero, zeros_over_zero, "fp16")["passed"]
+    assert not check_calls(calls, zeros_over_zero, zeros_over_zero, "fp16")["passed"]
 
 
 def test_a_black_image_is_no_match(dense, calls):
-    black = check_parity(calls, of(dense), lambda call: torch.zeros(2, 4, 8, 8), "fp16")
+    black = check_calls(calls, of(dense), lambda call: torch.zeros(2, 4, 8, 8), "fp16")
     assert not black["passed"]
 
 
 def test_another_scale_is_no_match_though_the_cosine_is_1(dense, calls):
-    result = check_parity(calls, of(dense), lambda call: 1.02 * predict(dense, call), "fp16")
+    result = check_calls(calls, of(dense), lambda call: 1.02 * predict(dense, call), "fp16")
     assert [c["metric"] for c in result["checks"] if not c["passed"]] == ["relative_l2"] * len(calls)
 
 
 def test_another_shape_is_no_match(dense, calls):
-    result = check_parity(calls, of(dense), lambda call: predict(dense, call)[:1], "fp32")
+    result = check_calls(calls, of(dense), lambda call: predict(dense, call)[:1], "fp32")
     assert result["checks"][0] == {
         "tensor": "out_sample@t=981",
         "metric": "shape",
@@ -140,22 +140,22 @@ def test_another_shape_is_no_match(dense, calls):
 
 
 def test_batches_at_the_same_time_keep_their_own_names(dense, calls):
-    result = check_parity([calls[0], calls[0]], of(dense), of(dense), "fp32")
+    result = check_calls([calls[0], calls[0]], of(dense), of(dense), "fp32")
     assert {c["tensor"] for c in result["checks"]} == {"out_sample@t=981", "out_sample@t=981#2"}
 
 
 def test_bounds_can_be_given_and_are_what_the_checks_say(dense, calls):
     bounds = Bounds(cosine=0.5, relative_l2=0.5)
-    result = check_parity(calls[:1], of(dense), lambda call: 1.3 * predict(dense, call), "fp32", bounds=bounds)
+    result = check_calls(calls[:1], of(dense), lambda call: 1.3 * predict(dense, call), "fp32", bounds=bounds)
     assert result["passed"] and [c["bound"] for c in result["checks"]] == [0, 0.5, 0.5]
     assert BOUNDS["fp32"].relative_l2 < BOUNDS["fp16"].relative_l2
 
 
 def test_nothing_to_compare_is_an_error(dense, calls):
     with pytest.raises(InputError, match="at least one"):
-        check_parity([], of(dense), of(dense), "fp32")
+        check_calls([], of(dense), of(dense), "fp32")
     with pytest.raises(InputError, match="int4"):
-        check_parity(calls, of(dense), of(dense), "int4")  # type: ignore[arg-type]
+        check_calls(calls, of(dense), of(dense), "int4")  # type: ignore[arg-type]
 
 
 def test_psnr_counts_from_the_full_range_also_for_dark_images():

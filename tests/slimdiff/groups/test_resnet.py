@@ -236,7 +236,8 @@ def test_it_saves_and_loads(made, tmp_path):
 @pytest.mark.slow
 def test_the_graph_has_the_plans_channels(made, tmp_path):
     pytest.importorskip("onnxscript")
-    from exporters.graphs.export import check_reduced_dims, export_unet
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.naming import check_reduced_dims
 
     call = record_calls(made.pipeline, PROMPTS[:1], SAMPLING)[0]
     rows = check_reduced_dims(export_unet(made.pipeline.unet, tmp_path, call), made.plan)

@@ -1,0 +1,106 @@
+"""Reading ONNX files: the graph in memory, its weights on disk until they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.dtypes import DTYPES
+from slimdiff.errors import InputError, require
+from slimdiff.storage.manifest import is_inside
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Shape = tuple[int | str, ...]
+"""Sizes; of open dims their names, or nothing where they have none."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph."""
+
+    dtype: str
+    """Its name in numpy and torch."""
+    shape: Shape
+    """An open dim that has no name is named after its place: `sample.2`."""
+
+
+def read_graph(onnx_file: Path | str) -> ir.Model:
+    """The model; a weight outside the graph's file is read when its values are asked for.
+
+    Raises:
+        InputError: if there is no such file, or it is no ONNX model.
+        MissingPackageError: without onnx and onnx_ir.
+    """
+    ir, path = require("onnx_ir", "onnx"), Path(onnx_file)
+    if not path.is_file():
+        raise InputError(f"there is no ONNX file {path}")
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf has its own exception per implementation
+        raise InputError(f"{path} is no ONNX model: {error}") from error
+
+
+def write_graph(model: ir.Model, onnx_file: Path | str) -> None:
+    """Write a graph; weights outside it stay in the files that it names, which are to lie beside it."""
+    require("onnx_ir", "onnx").save(model, str(onnx_file))
+
+
+def inputs_of(model: ir.Model) -> dict[str, TensorSpec]:
+    """The graph's inputs by name, in their order."""
+    return {name_of(v): _spec(v) for v in model.graph.inputs if not v.is_initializer()}
+
+
+def outputs_of(model: ir.Model) -> dict[str, TensorSpec]:
+    """The graph's outputs by name, in their order."""
+    return {name_of(v): _spec(v) for v in model.graph.outputs}
+
+
+def shape_of(value: ir.Value | None) -> Shape:
+    """Sizes of a tensor; no dims where the graph says no shape."""
+    return tuple(d if isinstance(d, int) else d.value or "" for d in (value and value.shape) or ())
+
+
+def name_of(value: ir.Value) -> str:
+    """Name of a tensor: every tensor that a node reads has one."""
+    return value.name or ""
+
+
+def module_of(node: ir.Node) -> str:
+    """Path of the module that a node named by `name_by_module` comes from; empty for the exporter's own nodes."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Every tensor that is kept outside the graph's file: weights, and constants of nodes."""
+    ir = require("onnx_ir", "onnx")
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    graphs = (model.graph, *model.functions.values())
+    nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
+    for attribute in (attribute for node in nodes for attribute in node.attributes.values()):
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensors.append(attribute.as_tensor())
+        elif attribute.type == ir.AttributeType.TENSORS:
+            tensors += attribute.as_tensors()
+    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+
+
+def refuse_outside(onnx_file: Path, names: Iterable[str]) -> None:
+    """Refuse a graph whose weights lie elsewhere than below its folder, also by way of a link.
+
+    Raises:
+        InputError: naming them.
+    """
+    root = onnx_file.parent.resolve()
+    outside = [n for n in names if not is_inside(n) or not (root / n).resolve().is_relative_to(root)]
+    if outside:
+        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(map(repr, outside))}): refused")
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = (f"{value.name}.{axis}" if dim == "" else dim for axis, dim in enumerate(shape_of(value)))
+    dtype = value.dtype.name if value.dtype else "UNDEFINED"
+    return TensorSpec(DTYPES.get(dtype, dtype.lower()), tuple(shape))
