@@ -8,6 +8,9 @@ from typing import Any
 
 from exporters.settings import RUNTIMES
 
+DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
+runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is exported to ONNX
+for that."""
 EXAMPLE = """examples:
   slimdiff bundle demo --target edge --out circles
   slimdiff generate circles --prompt "a large red circle top left, on a gray background" --out circle.png
@@ -23,15 +26,7 @@ server  every graph and engine of the source (or those that --precision, --shape
         runtimes that may be there; the VAE's encoder too, for image to image; the source's whole provenance"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "bundle",
-        help="what a machine needs to make images, with a manifest that is checked before it is used",
-        description="Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command "
-        "that runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is "
-        "exported to ONNX for that.",
-        epilog=EXAMPLE,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="DIR", help="a model, an ONNX folder, an engine or several, or the folder of a finished build"
     )
@@ -61,11 +56,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         choices=RUNTIMES[1:],
         help="what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)",
     )
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.outputs import artifact_folder, check_artifact
+    from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
     from slimdiff.errors import InputError, require
     from slimdiff.storage import manifest
 
@@ -74,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--triton is for servers: say --target server")
     check_artifact(out)
     shapes = [_shape(spec) for spec in args.shape]
+    check_runnable(args.source, args.pipeline)
     require("onnx", "onnx")
     if args.archive == "tar.zst":
         require("zstandard", "bundle")
@@ -100,7 +95,6 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             wanted,
             more=[_write_triton] if args.triton else [],
-            progress=None if args.quiet else "bundle",
         )
         files = manifest.read_manifest(temporary)["files"]
     archive = None
@@ -117,8 +111,7 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    result(value, _text(value, description), args.json)
-    return 0
+    return result(args, value, _text(value, description))
 
 
 def _write_triton(folder: Path) -> None:
@@ -140,9 +133,9 @@ def _shape(spec: str) -> tuple[int, int, int]:
 
 
 def _text(value: dict[str, Any], description: Any) -> str:
-    from deploy.cli.console import in_bytes
+    from deploy.artifacts.numbers import size
 
-    lines = [f"{value['out']}: {value['target']}, {value['files']} files, {in_bytes(value['bytes'])}"]
+    lines = [f"{value['out']}: {value['target']}, {value['files']} files, {size(value['bytes'])}"]
     lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
     lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
     lines += [f"archive: {value['archive']}"] * bool(value["archive"])

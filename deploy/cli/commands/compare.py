@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.cli import flags
+from slimdiff.settings import Sampling
+
+DESCRIPTION = """Hold a slim model against the dense one on the dense model's trajectories, and their images of the
+same captions and seeds against each other. The embedded model's images are also judged by its evaluator."""
 EXAMPLE = """examples:
   slimdiff compare demo demo-slim
   slimdiff compare my-checkpoint slim --images 8
@@ -14,14 +19,7 @@ CAPTIONS_SEED = 1
 """Which of the embedded model's held-out captions."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "compare",
-        help="fidelity of slim against dense: noise-prediction error per timestep, image PSNR and SSIM, quality",
-        description="Hold a slim model against the dense one on the dense model's trajectories, and their images of "
-        "the same captions and seeds against each other. The embedded model's images are also judged by its evaluator.",
-        epilog=EXAMPLE,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dense", metavar="DENSE", help="a model")
     parser.add_argument("slim", metavar="SLIM", help="a model")
     parser.add_argument(
@@ -30,52 +28,43 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="one prompt a line (default: 'general', the built-in ones from the back; for demo, captions held out of "
         "its training)",
     )
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="images of each (default: 16)")
-    parser.add_argument(
-        "--trajectories", type=int, default=2, metavar="N", help="prompts for the noise error (default: 2)"
-    )
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="scheduler steps per image (default: 25)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: 5)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 8)")
-    parser.add_argument(
-        "--seed", type=int, default=10_000, metavar="N", help="of the first image's noise (default: 10000)"
-    )
-    return parser
+    for name, default, text in (("images", 16, "images of each"), ("trajectories", 2, "prompts for the noise error")):
+        parser.add_argument(
+            f"--{name}", type=flags.whole(), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    flags.add_one(parser, Sampling, "steps", default=25)
+    flags.add(parser, Sampling, "guidance", "batch")
+    flags.add_one(parser, Sampling, "seed", default=10_000)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, result
     from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
-    from slimdiff.denoising.trajectory import sample_images
-    from slimdiff.errors import InputError
-    from slimdiff.settings import Sampling
+    from slimdiff.loading.naming import find_model
 
-    if args.images < 1 or args.trajectories < 1:
-        raise InputError("--images and --trajectories must be at least 1")
-    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed")
+    for model in (args.dense, args.slim):
+        find_model(model)
+    sampling = flags.read(args, Sampling)
     source = args.prompts or default_source(args.dense)
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
     from deploy.build.steps import fidelity_of_noise, quality
+    from slimdiff.denoising.trajectory import sample_images
     from slimdiff.fidelity import image_fidelity
     from slimdiff.loading.pipelines import load_pipeline
 
     dense, slim = load_pipeline(args.dense), load_pipeline(args.slim)
     captions = prompts[: args.images]
     noise = fidelity_of_noise(dense, slim, prompts[: args.trajectories], sampling)
-    progress = [None if args.quiet else f"compare: {name}" for name in ("dense", "slim")]
-    seen = sample_images(dense, captions, sampling, progress=progress[0])
-    made = sample_images(slim, captions, sampling, progress=progress[1])
+    of_dense, of_slim = (sample_images(pipeline, captions, sampling) for pipeline in (dense, slim))
     value = {
         "noise_error": noise,
-        "images": image_fidelity(seen, made),
-        "quality": quality(seen, made, CAPTIONS_SEED) if source == EMBEDDED else {},
+        "images": image_fidelity(of_dense, of_slim),
+        "quality": quality(of_dense, of_slim, CAPTIONS_SEED) if source == EMBEDDED else {},
         "sampling": sampling.model_dump(),
     }
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
