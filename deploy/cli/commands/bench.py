@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.outputs import check_runnable, check_writable
     from slimdiff.errors import InputError
 
-    gate = gate_of(args)
-    for flag in ("history", "junit", "markdown", "plot"):
+    gate, alone = gate_of(args), args.base is None
+    for flag in ("junit", "markdown", "plot") if alone else ("history", "junit", "markdown", "plot"):
         if (file := getattr(args, flag)) is not None:
             if file.is_dir():
                 raise InputError(f"--{flag} {file} is a folder: name a file")
             check_writable(file, f"--{flag}")
-    if args.base is None and args.history is not None:
+    if alone and args.history is not None:
         return show(args, gate)
     if args.base is None or args.candidate is None:
         raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")

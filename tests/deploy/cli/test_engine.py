@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.cli.app import main
-from exporters.engine import Gpu, check_engine, has_gpu
+from exporters.engine import Gpu, check_engine
 from slimdiff.storage import manifest
 
 onnx = pytest.importorskip("onnx", reason="engines are built from ONNX")
@@ -126,10 +126,3 @@ def test_an_engine_is_no_place_for_several(graph, tmp_path, capsys):
 def test_other_peoples_folders_are_left_alone(graph, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("four years")
     assert "did not write" in engine(capsys, graph, "--out", tmp_path, "--batch", 1, "--batch", 2, code=2)
-
-
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
-@pytest.mark.parametrize("flags", [["--strip-weights"], ["--timing-cache", "cache.bin"]])
-def test_what_needs_a_gpu_exits_3(graph, tmp_path, capsys, flags):
-    argv = ["--out", tmp_path / "engine", "--batch", 1, *flags]
-    assert "there is none here" in engine(capsys, graph, *argv, code=3)
