@@ -55,17 +55,22 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
         self.command = command
 
+    def fill(self) -> None:
+        """Add what the command's module says, once."""
+        if not self.command:
+            return
+        command = importlib.import_module(f"deploy.cli.commands.{self.command}")
+        self.command = ""
+        self.description, self.epilog = textwrap.fill(command.DESCRIPTION, 100), command.EXAMPLE
+        command.add_flags(self)
+        self.set_defaults(run=command.run)
+        self.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        loud = self.add_mutually_exclusive_group()
+        loud.add_argument("-q", "--quiet", action="store_true", help="only warnings and errors on stderr")
+        loud.add_argument("-v", "--verbose", action="store_true", help="details, and where an error came from")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.command:
-            command = importlib.import_module(f"deploy.cli.commands.{self.command}")
-            self.command = ""
-            self.description, self.epilog = textwrap.fill(command.DESCRIPTION, 100), command.EXAMPLE
-            command.add_flags(self)
-            self.set_defaults(run=command.run)
-            self.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-            loud = self.add_mutually_exclusive_group()
-            loud.add_argument("-q", "--quiet", action="store_true", help="only warnings and errors on stderr")
-            loud.add_argument("-v", "--verbose", action="store_true", help="details, and where an error came from")
+        self.fill()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -82,8 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     subparsers = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        subparsers.add_parser(name, help=summary, command=name)
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        command = subparsers.add_parser(name, help=summary, command=name)
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next, and argcomplete takes no flags later
+            command.fill()
+    if "_ARGCOMPLETE" in os.environ:
         importlib.import_module("argcomplete").autocomplete(parser)
     return parser
 
