@@ -1,4 +1,4 @@
-"""`python -m deploy` is the command `slimdiff`. `python -m slimdiff` is the same, and says what leaves the import path."""
+"""`python -m deploy` is the command `slimdiff`; `slimdiff/__main__.py` says why the import path changes."""
 
 import os
 import sys

@@ -157,16 +157,12 @@ class Budget(BaseModel):
         InputError: unless exactly one is given, or for a speedup not above 1, or an error not above 0.
     """
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
     parameters: str | None = None
-    """What goes out of the denoiser: a count of parameters (`100M`) or a share of all of them (`12%`)."""
     macs: str | None = None
-    """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
     speedup: float | None = None
-    """Dense latency over slim latency, such as 1.35."""
     max_error: float | None = None
-    """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
 
     def __init__(self, parameters: str | int | None = None, *, macs: str | int | None = None, **data: Any) -> None:
         def text(value: str | int | None) -> str | None:

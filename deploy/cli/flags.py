@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from slimdiff.errors import InputError
-from slimdiff.settings import KINDS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
 MODEL: dict[str, Any] = {
@@ -107,23 +107,47 @@ def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
 
 
 def add_planning(parser: argparse.ArgumentParser) -> None:
-    """How ranks are chosen, for `read(args, PlanSettings)`."""
+    """How ranks are chosen, for `read_planning`."""
     add(parser, PlanSettings, "groups", "align", "allocation")
+
+
+def read_planning(args: argparse.Namespace) -> PlanSettings:
+    """What `add_planning` takes; loads torch where groups are named, so it comes after what is cheap to check.
+
+    Raises:
+        InputError: if these groups cannot be slimmed alone, or there is no such group.
+    """
+    planning = read(args, PlanSettings)
+    if "groups" in planning.model_fields_set:
+        from slimdiff.groups import fault_in
+
+        if fault := fault_in(planning.groups):
+            raise InputError(f"--groups: {fault}")
+    return planning
+
+
+BUDGETS = {
+    "parameters": ("--reduce", "what goes out of the denoiser: a count of parameters (100M), or a share of all (12%)"),
+    "macs": ("--macs", "what goes out of one call at batch 1: a count of multiply-accumulates (50G), or a share (20%)"),
+    "speedup": ("--speedup", "dense latency over slim latency, such as 1.35"),
+    "max_error": (
+        "--max-error",
+        "the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
+    ),
+}
+"""Flag and help of every kind of budget."""
 
 
 def add_budget(parser: Any) -> None:
     """A flag for every kind of budget, for `read_budget`."""
-    for kind in KINDS:
-        flag, metavar = ("--reduce" if kind == "parameters" else ""), ("X" if kind in _NUMBERS else "AMOUNT")
-        add_one(parser, Budget, kind, flag, type=_budget(kind), metavar=metavar)
+    for kind, (flag, text) in BUDGETS.items():
+        more = {"dest": f"Budget.{kind}", "type": _budget(kind), "metavar": "AMOUNT"}
+        parser.add_argument(flag, **more, help=text.replace("%", "%%"))
 
 
 def read_budget(args: argparse.Namespace) -> Budget | None:
     """The budget; None if there is no flag of one."""
-    return next((b for kind in KINDS if (b := getattr(args, f"Budget.{kind}")) is not None), None)
-
-
-_NUMBERS = ("speedup", "max_error")
+    return next((b for kind in BUDGETS if (b := getattr(args, f"Budget.{kind}")) is not None), None)
 
 
 def _budget(kind: str) -> Callable[[str], Budget]:
@@ -133,8 +157,8 @@ def _budget(kind: str) -> Callable[[str], Budget]:
         except (InputError, ValidationError) as error:
             raise argparse.ArgumentTypeError(_reason(error)) from error
         try:
-            if kind not in _NUMBERS:
-                budget.removed(10**15)  # whether it can be met shows when the model is there
+            if kind in ("parameters", "macs"):
+                budget.removed(10**15)  # how much of the model it is shows when that is there
         except InputError:
             raise argparse.ArgumentTypeError(
                 f"{text!r} must lie between nothing and all: write a count such as 100M, or a share such as 25%"

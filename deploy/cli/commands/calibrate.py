@@ -98,8 +98,8 @@ def _calibrate(
     until_written: ExitStack,
 ) -> Statistics:
     from deploy.cli.console import calm_libraries, log
-    from slimdiff.storage.lock import locked, remove_empty
     from deploy.recipe.prompts import described
+    from slimdiff.storage.lock import locked, remove_empty
 
     calm_libraries()
     from slimdiff import PlanSettings, calibrate
@@ -109,7 +109,7 @@ def _calibrate(
 
     pipeline = load_pipeline(args.model)
     if distributed.world()[0] == 0:
-        until_written.enter_context(locked(unfinished, "calibration", Path(args.out)))
+        until_written.enter_context(locked(unfinished, "calibration", Path(args.out), stays=False))
         until_written.callback(remove_empty, unfinished)
     log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), calibration.sampling.steps)
     statistics = calibrate(pipeline, prompts, calibration, unfinished=unfinished)

@@ -9,7 +9,6 @@ from typing import Any
 
 from deploy.cli import flags
 from exporters.settings import TableSettings
-from slimdiff.settings import PlanSettings
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     check_artifact(out)
     find_model(args.model)
     budget, table = flags.read_budget(args), flags.read(args, TableSettings)
-    calibration, planning = flags.read_calibration(args), flags.read(args, PlanSettings)
+    calibration = flags.read_calibration(args)
     by_latency = budget is not None and budget.speedup is not None
     if not by_latency and table.model_fields_set:
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             check_file(getattr(args, flag), f"--{flag}")
     source = args.prompts or default_source(args.model)
     prompts = calibration_prompts(source, calibration.samples + calibration.sampling.batch)
+    planning = flags.read_planning(args)
 
     from deploy.cli.console import calm_libraries, log, result
 

@@ -9,7 +9,6 @@ from typing import Any
 from deploy.cli import flags
 from deploy.recipe.recipe import POINTS, point_budget
 from exporters.settings import LatencySettings, TableSettings
-from slimdiff.settings import PlanSettings
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
 images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
@@ -46,13 +45,14 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_folder(out, LOCK, "sweep.json")
     find_model(args.model)
-    calibration, planning = flags.read_calibration(args), flags.read(args, PlanSettings)
+    calibration = flags.read_calibration(args)
     table, bench = flags.read(args, TableSettings), flags.read(args, LatencySettings)
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
     for point in points:
         point_budget(args.by, point)
     source = args.prompts or default_source(args.model)
     calibration_prompts(source, 1)  # whether there are any
+    planning = flags.read_planning(args)
 
     calm_libraries()
     from deploy.build.sweep import Sweep, write_sweep
