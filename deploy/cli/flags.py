@@ -19,11 +19,8 @@ from slimdiff.errors import InputError
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
-MODEL: dict[str, Any] = {
-    "metavar": "MODEL",
-    "help": "'demo', a diffusers pipeline directory (dense or slim), or a hub id",
-}
-"""A model on the command line, as `add_argument` takes it."""
+MODEL = "'demo', a diffusers pipeline directory, or a hub id"
+"""What a model may be, in the help."""
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
@@ -59,7 +56,7 @@ def add_one(parser: Any, kind: type[BaseModel], name: str, flag: str = "", **cha
     if "action" in changed or "nargs" in changed:  # the items of a list one by one: the settings check them
         how.pop("type", None)
     default = changed.get("default", field.get_default(call_default_factory=True))
-    how |= {"help": _help(field.description or "", default), **changed}
+    how |= {"help": _help(field.description or "", default).replace("%", "%%"), **changed}
     parser.add_argument(flag or f"--{name.replace('_', '-')}", dest=f"{kind.__name__}.{name}", **how)
 
 
@@ -79,24 +76,36 @@ def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
         raise InputError(f"--{flag}: {_reason(error)}, not {first['input']!r}") from error
 
 
-def whole(least: int = 1) -> Callable[[str], int]:
-    """The type of a flag that is a whole number from `least` on and no setting."""
+def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
+    """An argument that is no setting; a flag if its name has dashes. `what` is its help."""
+    parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
 
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
-        return int(text)
 
-    return convert
+def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
+    """A flag that may be given again for more."""
+    text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
+
+
+def switch(parser: Any, name: str, what: str) -> None:
+    """A flag without a value."""
+    parser.add_argument(name, action="store_true", help=what)
+
+
+def whole(parser: Any, name: str, what: str, *, least: int = 1, default: int | None = None, **more: Any) -> None:
+    """A flag for a whole number from `least` on."""
+
+    def convert(value: str) -> int:
+        if not value.isascii() or not value.isdigit() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {value!r}")
+        return int(value)
+
+    text(parser, name, "N", _help(what, default), type=convert, default=default, **more)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, for `read_calibration`, and the prompts."""
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="calibration prompts, one a line (default: 'general', the 500 built-in ones; for demo its own)",
-    )
+    by_default = "'general', the 500 built-in ones; for demo its own"
+    text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
     add(parser, CalibrationSettings, "samples")
     add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width")
 
@@ -140,9 +149,8 @@ BUDGETS = {
 
 def add_budget(parser: Any) -> None:
     """A flag for every kind of budget, for `read_budget`."""
-    for kind, (flag, text) in BUDGETS.items():
-        more = {"dest": f"Budget.{kind}", "type": _budget(kind), "metavar": "AMOUNT"}
-        parser.add_argument(flag, **more, help=text.replace("%", "%%"))
+    for kind, (flag, what) in BUDGETS.items():
+        text(parser, flag, "AMOUNT", what, dest=f"Budget.{kind}", type=_budget(kind))
 
 
 def read_budget(args: argparse.Namespace) -> Budget | None:
@@ -200,4 +208,4 @@ def _help(text: str, default: Any) -> str:
         default = f"{default:g}"
     if default not in (None, (), [], {}) and default is not False:
         text += f" (default: {default})"
-    return text.replace("%", "%%")
+    return text

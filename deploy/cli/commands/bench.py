@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_runnable, check_writable
 from exporters.settings import GRAPH_RUNTIMES, RUNTIMES, BenchSettings
+from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
@@ -29,30 +33,26 @@ EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", nargs="?", help="a model, ONNX, or an engine")
-    parser.add_argument("candidate", metavar="CANDIDATE", nargs="?", help="a model, ONNX, or an engine")
+    flags.text(parser, "base", "BASE", "a model, ONNX, or an engine", nargs="?")
+    flags.text(parser, "candidate", "CANDIDATE", "a model, ONNX, or an engine", nargs="?")
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
     parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
     bound = parser.add_mutually_exclusive_group()
-    bound.add_argument(
-        "--gate", metavar="BOUND", help="such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'"
-    )
-    bound.add_argument("--tolerance", metavar="SHARE", help="slowdown that is allowed: 5%% is --gate 'latency<=1.05'")
+    flags.text(bound, "--gate", "BOUND", "such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'")
+    flags.text(bound, "--tolerance", "SHARE", "slowdown that is allowed: 5% is --gate 'latency<=1.05'")
     flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
     results = parser.add_argument_group("history and CI")
-    results.add_argument("--history", type=Path, metavar="FILE", help="add the result to this file; alone: show it")
-    results.add_argument("--label", default="", metavar="TEXT", help="of the result in the history, such as a commit")
-    results.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
-    results.add_argument("--markdown", type=Path, metavar="FILE", help="write a Markdown summary")
-    results.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the history")
+    flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
+    flags.text(results, "--label", "TEXT", "of the result in the history, such as a commit", default="")
+    flags.text(results, "--junit", "FILE", "write JUnit XML", type=Path)
+    flags.text(results, "--markdown", "FILE", "write a Markdown summary", type=Path)
+    flags.text(results, "--plot", "FILE.svg", "draw the history", type=Path)
     results.add_argument("--trend", choices=("ratio", "milliseconds"), default="ratio", help="what is followed")
-    results.add_argument("--last", type=flags.whole(), metavar="N", help="only so many results of each series")
-    results.add_argument("--across-machines", action="store_true", help="compare results of different machines")
+    flags.whole(results, "--last", "only this many results of each series")
+    flags.switch(results, "--across-machines", "compare results of different machines")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.outputs import check_runnable, check_writable
-    from slimdiff.errors import InputError
 
     gate, alone = gate_of(args), args.base is None
     for flag in ("junit", "markdown", "plot") if alone else ("history", "junit", "markdown", "plot"):
@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
 def gate_of(args: argparse.Namespace) -> Gate | None:
     """What `--gate` or `--tolerance` asks for."""
     from exporters.latency.paired import Gate
-    from slimdiff.errors import InputError
 
     if args.tolerance is None:
         return Gate.parse(args.gate) if args.gate else None
@@ -88,9 +87,6 @@ def gate_of(args: argparse.Namespace) -> Gate | None:
 
 def measure(args: argparse.Namespace, gate: Gate | None) -> int:
     """Bench the candidate against the baseline."""
-    from tempfile import TemporaryDirectory
-
-    from deploy.cli.console import log, result
     from deploy.history import results, summary
     from deploy.report import trend
     from exporters.latency.measure import bench
@@ -136,7 +132,6 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
 
 def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
     """The graph of a model's denoiser."""
-    from deploy.cli.console import calm_libraries, log
     from deploy.opening.openers import open_denoiser
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
@@ -151,7 +146,6 @@ def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
 
 def show(args: argparse.Namespace, gate: Gate | None) -> int:
     """The history's trend; with a gate, whether a series has crept beyond it since it was fastest."""
-    from deploy.cli.console import result
     from deploy.history import summary
     from deploy.report import trend
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.cli import flags
+
 DESCRIPTION = """Calibrate, plan, slim, export, build the engine, validate, compare, bench, report. Finished stages
 with unchanged inputs are skipped, an interrupted build goes on where it was. The recipe's gates decide the exit
 code."""
@@ -23,25 +25,15 @@ and sweep, before the report, if the recipe has  sweep: {points: [5%, 10%, 20%]}
 further exports of the slim model, each with its parity, engine or latency, in cells/, if it has
   matrix: {targets: [onnxruntime, sm89], shapes: [512x512, 4x512x512], precision: [fp16]}"""
 
+FORCE = "do a stage and its dependants again"
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="what to build")
-    parser.add_argument("--out", metavar="DIR", help="build folder (default: the recipe's name without its ending)")
-    add_force(parser)
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="build the cells of a recipe's matrix on Ray: a cluster that sees the same files, or this machine",
-    )
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """Also for `slimdiff demo`."""
-    parser.add_argument(
-        "--force", action="append", default=[], metavar="STAGE", help="do a stage and its dependants again"
-    )
+    flags.text(parser, "recipe", "RECIPE.yaml", "what to build")
+    flags.text(parser, "--out", "DIR", "build folder (default: the recipe's name without its ending)")
+    flags.several(parser, "--force", "STAGE", FORCE)
+    ray = "build the cells of a recipe's matrix on Ray: a cluster that sees the same files, or this machine"
+    flags.text(parser, "--ray", "ADDRESS", ray, nargs="?", const="local")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.cli import flags
 from exporters.settings import RUNTIMES
 
 DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
@@ -27,35 +28,19 @@ server  every graph and engine of the source (or those that --precision, --shape
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="DIR", help="a model, an ONNX folder, an engine or several, or the folder of a finished build"
+    flags.text(
+        parser, "source", "DIR", "a model, an ONNX folder, an engine or several, or the folder of a finished build"
     )
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the bundle goes")
+    flags.text(parser, "--out", "DIR", "where the bundle goes", required=True)
     parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
-    parser.add_argument(
-        "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
-    )
-    parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar="BxHxW",
-        help="samples in one call (with guidance two per image), height and width in pixels, as in 2x512x512; again "
-        "for more",
-    )
-    parser.add_argument(
-        "--precision", action="append", default=[], choices=("fp32", "fp16"), help="of denoisers; again for more"
-    )
-    parser.add_argument(
-        "--capability", action="append", default=[], metavar="SM", help="of engines, such as sm89; again for more"
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=RUNTIMES[1:],
-        help="what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)",
-    )
+    flags.switch(parser, "--triton", "for servers: a Triton model repository, compose file and client, too")
+    flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
+    flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
+    flags.several(parser, "--capability", "SM", "of engines, such as sm89")
+    runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
+    parser.add_argument("--runtime", choices=RUNTIMES[1:], help=runs_in)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,20 +27,12 @@ An interrupted calibration goes on where it stopped when the same command is giv
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", **{**flags.MODEL, "help": f"{flags.MODEL['help']}; none to merge"})
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the statistics go")
-    parser.add_argument(
-        "--merge",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="statistics of the same model to add: other prompts, seeds",
-    )
-    parser.add_argument(
-        "--sensitivities",
-        action="store_true",
-        help="also measure what planning needs of the model: a forward pass for each site and recorded call",
-    )
+    flags.text(parser, "model", "MODEL", f"{flags.MODEL}; none to merge", nargs="?")
+    flags.text(parser, "--out", "FILE", "where the statistics go", required=True)
+    merged = "statistics of the same model to add: other prompts, seeds"
+    flags.text(parser, "--merge", "FILE", merged, nargs="+", default=[])
+    measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
+    flags.switch(parser, "--sensitivities", measured)
     flags.add_calibration(parser)
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 

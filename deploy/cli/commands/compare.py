@@ -20,18 +20,12 @@ CAPTIONS_SEED = 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dense", metavar="DENSE", help="a model")
-    parser.add_argument("slim", metavar="SLIM", help="a model")
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="one prompt a line (default: 'general', the built-in ones from the back; for demo, captions held out of "
-        "its training)",
-    )
-    for name, default, text in (("images", 16, "images of each"), ("trajectories", 2, "prompts for the noise error")):
-        parser.add_argument(
-            f"--{name}", type=flags.whole(), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    flags.text(parser, "dense", "DENSE", "a model")
+    flags.text(parser, "slim", "SLIM", "a model")
+    by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
+    flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
+    flags.whole(parser, "--images", "images of each", default=16)
+    flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
     flags.add_one(parser, Sampling, "steps", default=25)
     flags.add(parser, Sampling, "guidance", "batch")
     flags.add_one(parser, Sampling, "seed", default=10_000)

@@ -21,15 +21,15 @@ EXAMPLE = """examples:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", **flags.MODEL)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the slim model goes")
+    flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.text(parser, "--out", "DIR", "where the slim model goes", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
     flags.add_budget(what)
-    what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
+    flags.text(what, "--plan", "FILE", "the ranks themselves: a plan.json, perhaps edited")
     flags.add(parser, TableSettings, "runtime", "threads")
     flags.add_calibration(parser)
     flags.add_planning(parser)
-    parser.add_argument("--statistics", metavar="FILE", help="statistics of this model, instead of calibrating")
+    flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
 
 
 def run(args: argparse.Namespace) -> int:

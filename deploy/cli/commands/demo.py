@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from deploy.cli.commands.build import add_force, run_recipe
+from deploy.cli import flags
+from deploy.cli.commands.build import FORCE, run_recipe
 
 DESCRIPTION = """Slim, export, check, compare and time the embedded model on this CPU, and write a report. A second
 run does only what is not done yet."""
@@ -13,8 +14,8 @@ EXAMPLE = """example:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="slimdiff-demo", metavar="DIR", help="build folder (default: %(default)s)")
-    add_force(parser)
+    flags.text(parser, "--out", "DIR", "build folder (default: slimdiff-demo)", default="slimdiff-demo")
+    flags.several(parser, "--force", "STAGE", FORCE)
 
 
 def run(args: argparse.Namespace) -> int:

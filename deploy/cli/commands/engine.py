@@ -6,8 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.numbers import size
 from deploy.cli import flags
+from deploy.cli.console import log, result
+from deploy.cli.outputs import artifact_folder, check_folder
 from exporters.settings import EngineSettings
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.engine import EngineRequest
@@ -31,42 +36,29 @@ or every graph of the pipeline as an engine, in a folder that makes images as it
   slimdiff engine slim-onnx --whole --out slim-pipeline --target sm89
   slimdiff generate slim-pipeline --prompt "..." --out image.png"""
 
+ENDS = ("min", "opt", "max")
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("onnx", metavar="DIR", help="what `slimdiff export` wrote, or a folder with model.onnx")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the engine goes")
+    flags.text(parser, "onnx", "DIR", "what `slimdiff export` wrote, or a folder with model.onnx")
+    flags.text(parser, "--out", "DIR", "where the engine goes", required=True)
     # Not --pipeline: in other commands that names a model.
-    parser.add_argument(
-        "--whole",
-        action="store_true",
-        help="text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's",
-    )
+    whole = "text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's"
+    flags.switch(parser, "--whole", whole)
     flags.add(parser, EngineSettings, "backend")
     flags.add_one(parser, EngineSettings, "targets", "--target", action="append", metavar="SM")
     shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
-    shapes.add_argument(
-        "--batch", type=flags.whole(), action="append", default=[], metavar="N", help="again for more engines"
-    )
-    shapes.add_argument(
-        "--shapes", action="append", default=[], metavar="SPEC", help="as in sample:2x4x64x64; again for more engines"
-    )
-    for end in ("min", "opt", "max"):
-        shapes.add_argument(
-            f"--{end}-shapes",
-            action="append",
-            default=[],
-            metavar="SPEC",
-            help="of an optimisation profile; again for more profiles of one engine",
-        )
+    flags.several(shapes, "--batch", "N", "of an engine", type=int)
+    flags.several(shapes, "--shapes", "SPEC", "of an engine, as in sample:2x4x64x64")
+    for end in ENDS:
+        flags.several(shapes, f"--{end}-shapes", "SPEC", "of an engine's optimisation profile")
     flags.add(parser, EngineSettings, "workspace_gib", "tf32")
-    parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
+    flags.switch(parser, "--ignore-memory", "build though memory seems too small")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import log, result
     from deploy.opening.openers import graph_of, plan_beside
     from exporters.layout import ENGINE_PIPELINE, GRAPHS
-    from slimdiff.errors import InputError
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked
 
@@ -103,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     """Per engine, by the name of its folder (empty if there is one engine), how it is built."""
-    from slimdiff.errors import InputError
-
-    ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ("min", "opt", "max")}
+    ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ENDS}
     if len({len(given) for given in ends.values()}) > 1:
         raise InputError("a profile has --min-shapes, --opt-shapes and --max-shapes: give as many of each")
     profiles = [dict(zip(ends, shapes, strict=True)) for shapes in zip(*ends.values(), strict=True)]
@@ -122,8 +112,6 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
 
 def _shapes(spec: str) -> dict[str, str]:
     """`sample:2x4x64x64,text:2x77x768`, as trtexec takes it."""
-    from slimdiff.errors import InputError
-
     found = {}
     for part in spec.split(","):
         name, colon, shape = part.strip().rpartition(":")
@@ -135,10 +123,6 @@ def _shapes(spec: str) -> dict[str, str]:
 
 def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
     """Refuse a folder that holds other things, be it another kind of ours."""
-    from deploy.cli.outputs import check_folder
-    from slimdiff.errors import InputError
-    from slimdiff.storage import manifest
-
     marks = (manifest.MANIFEST, manifest.LOCK, *(f"{name}/{manifest.MANIFEST}" for name in names if name))
     check_folder(out, *marks)
     try:
@@ -152,8 +136,6 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
 
 def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
-    from deploy.cli.console import log
-    from deploy.cli.outputs import artifact_folder
     from exporters.engine.check import read_engine
     from exporters.engine.pipeline import mark_unfinished
 
@@ -173,8 +155,6 @@ def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, An
 
 
 def _describe_set(out: Path, engines: list[dict[str, Any]]) -> None:
-    from slimdiff.storage import manifest
-
     keys = {engine["name"]: engine["key"] for engine in engines}
     if (out / manifest.MANIFEST).is_file():  # engines from before, for other shapes, stay in the set
         keys = {**manifest.read_manifest(out)["made_from"].get("engines", {}), **keys}
@@ -190,8 +170,6 @@ def _finish_pipeline(source: Path, out: Path, engines: list[dict[str, Any]]) -> 
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.artifacts.numbers import size
-
     fused, seconds = value["fused_attention"], value["seconds"]
     targets = ", ".join(value["targets"]) or "the GPU here"
     made = "unchanged, not built again" if value["reused"] else f"built in {seconds:.1f} s ({value['built_because']})"

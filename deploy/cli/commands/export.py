@@ -17,23 +17,14 @@ EXAMPLE = """examples:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", **flags.MODEL)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the ONNX folder goes")
+    flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.text(parser, "--out", "DIR", "where the ONNX folder goes", required=True)
     flags.add(parser, ExportSettings, "precision")
     flags.add_one(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
-    parser.add_argument(
-        "--batch",
-        type=flags.whole(),
-        default=2,
-        metavar="N",
-        help="samples in a denoiser call; two per image with guidance (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dynamic",
-        metavar="batch,size",
-        help="leave the batch, the size (height and width), or both open instead of fixed",
-    )
+    flags.whole(parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2)
+    dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
+    flags.text(parser, "--dynamic", "batch,size", dynamic)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,16 +18,13 @@ EXAMPLE = """examples:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "artifact", metavar="ARTIFACT", help="a model (dense or slim), an ONNX folder, an engine, or a bundle"
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
-    parser.add_argument("--out", required=True, metavar="PNG", help="the image file to write")
+    flags.text(parser, "artifact", "ARTIFACT", "a model (dense or slim), an ONNX folder, an engine, or a bundle")
+    flags.text(parser, "--prompt", "TEXT", "what to show", required=True)
+    flags.text(parser, "--out", "PNG", "the image file to write", required=True)
     flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
-    parser.add_argument(
-        "--runtime", choices=RUNTIMES, help="what runs ONNX (default: onnxruntime, or the best for a bundle)"
-    )
-    parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
+    runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
+    parser.add_argument("--runtime", choices=RUNTIMES, help=runs_in)
+    flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
 
 
 def run(args: argparse.Namespace) -> int:

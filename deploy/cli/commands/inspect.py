@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.cli import flags
+
 DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes,
 provenance. What has a manifest is checked against it first."""
 EXAMPLE = """examples:
@@ -13,7 +15,7 @@ EXAMPLE = """examples:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="DIR_OR_FILE", help="what to look at")
+    flags.text(parser, "artifact", "DIR_OR_FILE", "what to look at")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,12 +17,10 @@ EXAMPLE = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", metavar="select", choices=("select",), help="what to do with the file")
-    parser.add_argument("file", metavar="FILE", help="prompts, one a line; what is there twice counts once")
-    parser.add_argument("--count", required=True, type=flags.whole(), metavar="N", help="how many to select")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the text file to write, one prompt a line")
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="whose text encoders: 'demo', a directory, or a hub id"
-    )
+    flags.text(parser, "file", "FILE", "prompts, one a line; what is there twice counts once")
+    flags.whole(parser, "--count", "how many to select", required=True)
+    flags.text(parser, "--out", "FILE", "the text file to write, one prompt a line", required=True)
+    flags.text(parser, "--model", "MODEL", "whose text encoders: 'demo', a directory, or a hub id", required=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,13 +22,11 @@ and whose inputs have not changed are kept, so more points can be added later.""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", **flags.MODEL)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the sweep goes")
+    flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     parser.add_argument("--by", choices=tuple(POINTS), default="parameters", help="unit of the points (%(default)s)")
-    parser.add_argument("--points", metavar="LIST", help="budgets such as 5%%,10%%,20%% (default: a few of each unit)")
-    parser.add_argument(
-        "--images", type=flags.whole(0), default=4, metavar="N", help="images per point (default: %(default)s)"
-    )
+    flags.text(parser, "--points", "LIST", "budgets such as 5%,10%,20% (default: a few of each unit)")
+    flags.whole(parser, "--images", "images per point", least=0, default=4)
     flags.add(parser, TableSettings, "runtime", "threads")
     flags.add(parser, LatencySettings, "rounds")
     flags.add_calibration(parser)

@@ -20,26 +20,17 @@ EXAMPLE = """examples:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="the reference, in fp32: a model, or ONNX")
-    parser.add_argument("candidate", metavar="CANDIDATE", help="what is checked: a model, or ONNX")
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), help="whose bounds hold (default: the candidate's)"
-    )
+    flags.text(parser, "base", "BASE", "the reference, in fp32: a model, or ONNX")
+    flags.text(parser, "candidate", "CANDIDATE", "what is checked: a model, or ONNX")
+    bounds = "whose bounds hold (default: the candidate's)"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
     parser.add_argument("--runtime", choices=RUNTIMES, help="what runs the candidate's ONNX (default: onnxruntime)")
-    parser.add_argument("--pipeline", metavar="MODEL", help="the model whose trajectory is recorded, if neither is one")
-    parser.add_argument(
-        "--calls",
-        type=flags.whole(),
-        default=5,
-        metavar="N",
-        help="calls, spread over the trajectory (default: %(default)s)",
-    )
+    flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
+    flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
-    parser.add_argument("--prompt", default="a photo", metavar="TEXT", help="of the trajectory (default: %(default)r)")
-    parser.add_argument(
-        "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
-    )
-    parser.add_argument("--no-image", action="store_true", help="leave out the image, which takes a trajectory of each")
+    flags.text(parser, "--prompt", "TEXT", "of the trajectory (default: 'a photo')", default="a photo")
+    flags.switch(parser, "--every-module", "also hold every module in the graph against the model's own")
+    flags.switch(parser, "--no-image", "leave out the image, which takes a trajectory of each")
 
 
 def run(args: argparse.Namespace) -> int:
