@@ -1,4 +1,4 @@
-"""`python -m deploy` is the command `slimdiff`, as `python -m slimdiff` is; see there what leaves the import path."""
+"""`python -m deploy` is the command `slimdiff`; `slimdiff/__main__.py` says why the import path changes."""
 
 import os
 import sys

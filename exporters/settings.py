@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from exporters.registry import names
+from slimdiff.settings import Settings
 
 LEAST_ROUNDS = 3
 """Blocks of each side of a process pair, at least: a trimmed mean needs them."""
@@ -57,10 +58,8 @@ else:
         return names(*takes[name])
 
 
-class ExportSettings(BaseModel):
+class ExportSettings(Settings):
     """How a module becomes a graph."""
-
-    model_config = ConfigDict(extra="forbid")
 
     precision: Literal["fp32", "fp16"] = "fp32"
     """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
@@ -87,10 +86,8 @@ def _shape(value: Any) -> Any:
 Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_shape)]
 
 
-class ShapeRange(BaseModel):
+class ShapeRange(Settings):
     """One optimisation profile: the shapes that an engine takes, and those that it is fastest at."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min: dict[str, Shape]
     """Smallest shape, by input. Inputs whose open dims are named alike in the graph (`batch`) follow."""
@@ -112,10 +109,8 @@ class ShapeRange(BaseModel):
         return self
 
 
-class EngineSettings(BaseModel):
+class EngineSettings(Settings):
     """What an engine is built with, and for which GPUs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     """`auto` takes what is installed; TensorRT-RTX where there is no GPU, as TensorRT builds on none but its own."""
@@ -152,10 +147,8 @@ class EngineSettings(BaseModel):
         return value
 
 
-class PairSettings(BaseModel):
+class PairSettings(Settings):
     """How a pair of processes is timed."""
-
-    model_config = ConfigDict(extra="forbid")
 
     threads: int = Field(default=1, ge=0)
     """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
@@ -177,10 +170,8 @@ class BenchSettings(PairSettings):
     """No pair is begun that would end later; two are always measured."""
 
 
-class TableSettings(BaseModel):
+class TableSettings(Settings):
     """How the table is measured."""
-
-    model_config = ConfigDict(extra="forbid")
 
     runtime: TableRuntime = "onnxruntime"
     """Where latency counts."""

@@ -14,10 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from slimdiff.errors import InputError
 
 
-class Sampling(BaseModel):
-    """How images are made wherever a trajectory is needed."""
+class Settings(BaseModel):
+    """What all settings have in common: unknown keys are errors, and the docstring of a field is its help."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Sampling(Settings):
+    """How images are made wherever a trajectory is needed."""
 
     steps: int = Field(20, ge=1, le=1000)
     """Scheduler steps per image."""
@@ -38,10 +42,8 @@ class Sampling(BaseModel):
 TimestepWeights = Literal["uniform", "min_snr", "inverse_snr"]
 
 
-class StatisticsSettings(BaseModel):
+class StatisticsSettings(Settings):
     """What is collected of each forward pass."""
-
-    model_config = ConfigDict(extra="forbid")
 
     timestep_weights: TimestepWeights = "uniform"
     """How much each timestep counts; all but `uniform` need a scheduler with `alphas_cumprod`."""
@@ -62,10 +64,8 @@ class CalibrationSettings(StatisticsSettings):
     """How their images are made."""
 
 
-class Forms(BaseModel):
+class Forms(Settings, frozen=True):
     """Which form slims each group. The defaults measured best (`python -m benchmarks.quality --ablation`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     centre_keys: bool = True
     """query_key: take key moments about each image's mean key, which softmax does not see."""
@@ -98,10 +98,8 @@ PAPERS = Forms(
 """SlimDiff's and MoDeGPT's local forms, as we read them."""
 
 
-class ResnetSettings(BaseModel):
+class ResnetSettings(Settings):
     """How slim resnets are fitted to the dense ones."""
-
-    model_config = ConfigDict(extra="forbid")
 
     solve: Literal["im2col", "channels", "none"] = "im2col"
     """How conv2 is solved again. `channels`: its input channels are mixed anew. `im2col`: every weight is free, drawn
@@ -123,10 +121,8 @@ TRANSFORMER_GROUPS = ("query_key", "value_output", "feed_forward")
 Allocation = Literal["global", "local", "uniform", "softmax"]
 
 
-class PlanSettings(BaseModel):
+class PlanSettings(Settings):
     """How ranks are chosen."""
-
-    model_config = ConfigDict(extra="forbid")
 
     allocation: Allocation = "global"
     """`global`: the knapsack on local errors times measured sensitivities; `local`: on local errors alone; `uniform`:

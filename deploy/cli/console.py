@@ -1,18 +1,27 @@
-"""What people see: log lines with elapsed time on stderr, one result on stdout."""
+"""What people see: log lines with elapsed time and progress on stderr, one result on stdout."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import logging
 import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from deploy.artifacts.build_folder import strict
+from deploy.artifacts.numbers import amount, relative, size
+from slimdiff.progress import show_progress
 
 log = logging.getLogger("slimdiff")
-"""Where every command tells what it is doing."""
+"""Where every command says what it is doing."""
+
+SECONDS_BETWEEN_BARS = 10.0
+"""Between two lines of progress in a log file."""
+_LIBRARIES = ("torch", "torch.onnx", "diffusers", "transformers", "optimum", "onnxscript", "onnx_ir", "huggingface_hub")
 
 
 class _Elapsed(logging.Formatter):
@@ -23,38 +32,58 @@ class _Elapsed(logging.Formatter):
         self.start = time.time()
 
     def format(self, record: logging.LogRecord) -> str:
-        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        mark = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         return f"[{record.created - self.start:7.1f} s] {mark}{record.getMessage()}"
 
 
-def start_logging(quiet: bool = False) -> None:
-    """Send slimdiff's log to stderr, and keep the libraries below it calm.
+class _LogFile:
+    """stderr that is no terminal: of a progress bar, which writes its line over and over, it takes a line at times."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.next = time.monotonic() + SECONDS_BETWEEN_BARS
+        self.in_bar = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        ends = self.in_bar and text == "\n"
+        self.in_bar = text.startswith("\r")
+        if not self.in_bar and not ends:
+            return self.stream.write(text)
+        line, now = text.strip(), time.monotonic()
+        if line and now >= self.next:
+            self.next = now + SECONDS_BETWEEN_BARS
+            self.stream.write(f"{line}\n")
+        return len(text)
+
+
+@contextlib.contextmanager
+def on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Send slimdiff's log and progress to stderr, and keep the libraries below it calm.
 
     torch, diffusers and transformers warn about their own internals while they load; none of it is for the user of a
     command, and nothing of it may reach stdout.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    stream: Any = sys.stderr if sys.stderr.isatty() else _LogFile(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_Elapsed())
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    warnings.filterwarnings("ignore")
-    for name in (
-        "torch",
-        "torch.onnx",
-        "diffusers",
-        "transformers",
-        "optimum",
-        "onnxscript",
-        "onnx_ir",
-        "huggingface_hub",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    show_progress(not quiet)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        for name in _LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(stream):
+        yield
 
 
 def calm_libraries() -> None:
     """Import diffusers and transformers with their own chatter turned down; for commands that are about to use them."""
-    with _noise_to_stderr():
+    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the result
         import diffusers.utils.logging as diffusers_logging
         import transformers.utils.logging as transformers_logging
     for library in (diffusers_logging, transformers_logging):
@@ -62,38 +91,27 @@ def calm_libraries() -> None:
         library.disable_progress_bar()
 
 
-class _noise_to_stderr:
-    """stdout belongs to the result: what libraries print while they load goes to stderr."""
-
-    def __enter__(self) -> None:
-        self.stdout = sys.stdout
-        sys.stdout = sys.stderr
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout = self.stdout
+def result(args: argparse.Namespace, value: dict[str, Any], text: str, code: int = 0) -> int:
+    """Print a command's result on stdout, as one JSON object or as text for people; `code` is the exit code."""
+    print(json.dumps(strict(value), indent=2, allow_nan=False) if args.json else text)
+    return code
 
 
-def result(value: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print a command's result on stdout: one JSON object, or text for people."""
-    print(json.dumps(strict(value), indent=2, allow_nan=False) if as_json else text)
+def figures(of_both: dict[str, Any]) -> list[str]:
+    """A line for each of the four figures: name -> `dense` and `slim`; those that were not measured have none."""
+    lines = []
+    for name, show in _SHOWN.items():
+        if figure := of_both.get(name):
+            dense, slim = figure["dense"], figure["slim"]
+            lines.append(
+                f"{name.removesuffix('_ms'):12}{show(dense):>12} -> {show(slim):>12}   {relative(dense, slim)}"
+            )
+    return lines
 
 
-def amount(count: float) -> str:
-    """A count as people say it: `5.92 M`."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(count) >= size:
-            return f"{count / size:.2f}{unit}"
-    return f"{count:g}"
-
-
-def in_bytes(count: float) -> str:
-    """Bytes as people say them: `22.6 MB`."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def change(dense: float, slim: float) -> str:
-    """How much smaller `slim` is: `-12.0 %`."""
-    return f"{100 * (slim - dense) / dense:+.1f} %" if dense else "n/a"
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "parameters": amount,
+    "macs": amount,
+    "bytes": size,
+    "latency_ms": lambda ms: f"{ms:.2f} ms",
+}

@@ -1,4 +1,4 @@
-"""What goes wrong with disks, told in one line: what, where, and what would be right."""
+"""What goes wrong with disks, in one line: what, where, and what would be right."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NOT_HERE = {
 }
 
 
-def told(error: BaseException, out: str | None) -> str | None:
+def describe(error: BaseException, out: str | None) -> str | None:
     """The line for an error, or for what caused it; None if no disk had to do with it.
 
     Args:
-        error: any; libraries raise errors of their own for what the system told them.
-        out: where the command writes, which is named if the error names no place.
+        error: any; libraries raise errors of their own for those of the system.
+        out: where the command writes, which is named if the error names none.
     """
     for cause in _chain(error):
         code = _code(cause)

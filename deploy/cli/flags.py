@@ -1,62 +1,202 @@
-"""Flags that several commands share; loads nothing heavy, so that `--help` is quick."""
+"""Flags made of settings: a field's type, bounds, default and docstring are said there once and read from there.
+
+A flag's value is checked as the field's would be, when the command line is parsed. `add` notes it as
+`Sampling.steps`, and `read(args, Sampling)` takes together all that were given of a kind.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
-"""Budgets of a sweep, by unit, if none are given."""
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from exporters.settings import OneOf
+from slimdiff.errors import InputError
+from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
+
+S = TypeVar("S", bound=BaseModel)
+MODEL = "'demo', a diffusers pipeline directory, or a hub id"
+"""What a model may be, in the help."""
+_METAVARS: dict[Any, str] = {int: "N", float: "X"}
+
+
+def add(parser: Any, kind: type[BaseModel], *names: str) -> None:
+    """A flag for each field of these names; `parser` may be a group of one."""
+    for name in names:
+        add_one(parser, kind, name)
+
+
+def add_one(parser: Any, kind: type[BaseModel], name: str, flag: str = "", **changed: Any) -> None:
+    """A flag for a field.
+
+    Args:
+        parser: or a group of one.
+        kind: the settings.
+        name: of the field.
+        flag: where it is not called as the field is.
+        changed: arguments of argparse's `add_argument` in the place of those that the field gives.
+    """
+    field = kind.model_fields[name]
+    inner = field.annotation
+    if get_origin(inner) in (Union, UnionType):
+        inner = next(part for part in get_args(inner) if part is not type(None))
+    how: dict[str, Any] = {"type": _checked(field, listed=get_origin(inner) is tuple)}
+    if get_origin(inner) is Literal:
+        how = {"choices": get_args(inner)}
+    elif named := next((part for part in field.metadata if isinstance(part, OneOf)), None):
+        how = {"choices": named.choices()}
+    elif inner is bool:
+        how = {"action": "store_const", "const": True}
+    elif get_origin(inner) in (tuple, list):
+        how |= {"metavar": "LIST"}
+    else:
+        how |= {"metavar": _METAVARS.get(inner, "TEXT")}
+    if "action" in changed or "nargs" in changed:  # the items of a list one by one: the settings check them
+        how.pop("type", None)
+    default = changed.get("default", field.get_default(call_default_factory=True))
+    how |= {"help": _help(field.description or "", default).replace("%", "%%"), **changed}
+    parser.add_argument(flag or f"--{name.replace('_', '-')}", dest=f"{kind.__name__}.{name}", **how)
+
+
+def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
+    """Settings from the flags that were given; the rest keeps its default.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    start = f"{kind.__name__}."
+    given = {name.removeprefix(start): value for name, value in vars(args).items() if name.startswith(start)}
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None} | more)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else kind.__name__
+        raise InputError(f"--{flag}: {_reason(error)}, not {first['input']!r}") from error
+
+
+def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
+    """An argument that is no setting; a flag if its name has dashes. `what` is its help."""
+    parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
+
+
+def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
+    """A flag that may be given again for more."""
+    text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
+
+
+def switch(parser: Any, name: str, what: str) -> None:
+    """A flag without a value."""
+    parser.add_argument(name, action="store_true", help=what)
+
+
+def whole(parser: Any, name: str, what: str, *, least: int = 1, default: int | None = None, **more: Any) -> None:
+    """A flag for a whole number from `least` on."""
+
+    def convert(value: str) -> int:
+        if not value.isascii() or not value.isdigit() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {value!r}")
+        return int(value)
+
+    text(parser, name, "N", _help(what, default), type=convert, default=default, **more)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""
-    add_sampling(parser)
-    parser.add_argument(
-        "--groups", metavar="LIST", help="of query_key,value_output,feed_forward,resnet (default: all but resnet)"
-    )
-    parser.add_argument("--align", type=int, metavar="N", help="ranks are multiples of this (default: 8)")
-    parser.add_argument(
-        "--allocation",
-        choices=("global", "local", "uniform", "softmax"),
-        help="how ranks are chosen: least error with measured sensitivities or without, or baselines (default: global)",
-    )
-    add_forms(parser)
+    """What the denoiser is watched doing, for `read_calibration`, and the prompts."""
+    by_default = "'general', the 500 built-in ones; for demo its own"
+    text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
+    add(parser, CalibrationSettings, "samples")
+    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """What the denoiser is watched doing."""
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="calibration prompts, one a line (default: 'general', the 500 built-in ones; for demo its own)",
-    )
-    parser.add_argument("--samples", type=int, metavar="N", help="how many prompts to calibrate with (default: 64)")
-    for name, kind, text in (
-        ("steps", int, "scheduler steps per image (default: 20)"),
-        ("guidance", float, "guidance scale (default: 5)"),
-        ("batch", int, "prompts at a time (default: 8)"),
-        ("seed", int, "of the first prompt's noise (default: 0)"),
-        ("height", int, "pixels (default: the model's)"),
-        ("width", int, "pixels (default: the model's)"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
+    """What `add_calibration` takes, and every other flag of `CalibrationSettings`."""
+    return read(args, CalibrationSettings, sampling=read(args, Sampling))
 
 
-def add_forms(parser: argparse.ArgumentParser) -> None:
-    """Which closed forms slim each group: `Forms`, whose defaults measured best."""
-    forms = parser.add_argument_group("closed forms", "the defaults measured best; others are for comparison")
-    forms.add_argument("--raw-keys", action="store_true", help="key moments about zero, not about each image's mean")
-    forms.add_argument(
-        "--value-moments", choices=("attended", "values"), help="whiten value_output after attention, or before"
-    )
-    forms.add_argument("--heads-apart", action="store_true", help="solve the output projection head by head")
-    forms.add_argument(
-        "--channels", choices=("elimination", "ridge_leverage"), help="how feed-forward channels are chosen"
-    )
-    forms.add_argument("--no-constant", action="store_true", help="carry no constant column into the biases")
-    forms.add_argument(
-        "--compensate",
-        choices=("none", "projections", "sequential"),
-        help="what is solved again on the slim model's own inputs: the projections behind slimmed blocks (default), "
-        "also the last linears in blocks, one after the other, or nothing",
-    )
+def add_planning(parser: argparse.ArgumentParser) -> None:
+    """How ranks are chosen, for `read_planning`."""
+    add(parser, PlanSettings, "groups", "align", "allocation")
+
+
+def read_planning(args: argparse.Namespace) -> PlanSettings:
+    """What `add_planning` takes; loads torch where groups are named, so it comes after what is cheap to check.
+
+    Raises:
+        InputError: if these groups cannot be slimmed alone, or there is no such group.
+    """
+    planning = read(args, PlanSettings)
+    if "groups" in planning.model_fields_set:
+        from slimdiff.groups import fault_in
+
+        if fault := fault_in(planning.groups):
+            raise InputError(f"--groups: {fault}")
+    return planning
+
+
+def add_budget(parser: Any) -> None:
+    """A flag for every kind of budget, for `read_budget`."""
+    for kind in BUDGETS.values():
+        text(parser, kind.flag, "AMOUNT", kind.help, dest=f"Budget.{kind.name}", type=_budget(kind))
+
+
+def read_budget(args: argparse.Namespace) -> Budget | None:
+    """The budget; None if there is no flag of one."""
+    return next((b for kind in BUDGETS if (b := getattr(args, f"Budget.{kind}")) is not None), None)
+
+
+def _budget(kind: BudgetKind) -> Callable[[str], Budget]:
+    def convert(text: str) -> Budget:
+        try:
+            budget = Budget(**{kind.name: text})
+        except (InputError, ValidationError) as error:
+            raise argparse.ArgumentTypeError(_reason(error)) from error
+        try:
+            if kind.removed is not None:
+                budget.removed(10**15)  # how much of the model it is shows when that is there
+        except InputError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must lie between nothing and all: write a count such as 100M, or a share such as 25%"
+            ) from None
+        return budget
+
+    return convert
+
+
+def _checked(field: FieldInfo, *, listed: bool) -> Callable[[str], Any]:
+    """The type of a flag whose value is a field's; `listed`: several, with commas between them."""
+
+    annotation: Any = Annotated[field.annotation, field]
+
+    def convert(text: str) -> Any:
+        value = [part.strip() for part in text.split(",")] if listed else text
+        try:
+            return TypeAdapter(annotation).validate_python(value)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{_reason(error)}, not {text!r}") from error
+
+    return convert
+
+
+def _reason(error: Exception) -> str:
+    message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _help(text: str, default: Any) -> str:
+    """A docstring as argparse takes it: a phrase, with the default where there is one."""
+    text = " ".join(text.replace("`", "").split()).rstrip(".")
+    if re.match(r"[A-Z][a-z]*\b", text):
+        text = text[0].lower() + text[1:]
+    if isinstance(default, tuple) and default:
+        default = ",".join(default)
+    if isinstance(default, float):
+        default = f"{default:g}"
+    if default not in (None, (), [], {}) and default is not False:
+        text += f" (default: {default})"
+    return text

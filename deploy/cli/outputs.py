@@ -1,4 +1,4 @@
-"""Where commands write: whole or not at all, and never over what is not slimdiff's."""
+"""Files that commands are given, and places where they write: whole or not at all, and only over what is ours."""
 
 from __future__ import annotations
 
@@ -45,6 +45,30 @@ def check_writable(path: Path, flag: str = "--out") -> None:
     read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
     why = "it is on a read-only file system" if read_only else "permission denied"
     raise InputError(f"{flag} {path} cannot be written ({why}): give another")
+
+
+def check_file(path: str, flag: str) -> None:
+    """A file that a command is to read.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: there is no such file")
+
+
+def check_runnable(*names: str | None) -> None:
+    """Artifacts that a command is to open, as the user names them; None for one that was not named.
+
+    Raises:
+        InputError: if one is neither here nor the id of a model on the hub, or is nothing that slimdiff knows.
+    """
+    from deploy.opening.openers import kind_of
+    from slimdiff.loading.naming import find_model
+
+    for name in names:
+        if name is not None and kind_of(name) == "model":
+            find_model(name)
 
 
 def check_artifact(out: Path) -> None:

@@ -18,13 +18,15 @@ from pydantic import (
     model_validator,
 )
 
-from deploy.cli.flags import POINTS
 from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+
+POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
+"""Budgets of a sweep, by unit, if none are given."""
 
 BUDGETS = ("reduce", "macs", "speedup", "max_error")
 """The keys of a recipe's budget, of which there is one."""

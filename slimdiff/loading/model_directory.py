@@ -22,9 +22,9 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import INDEX
 from slimdiff.storage import manifest
 
-INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", "slimdiff.models")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # transformers' Auto classes and diffusers' AutoModel are none of these: they take the class from yet another file.

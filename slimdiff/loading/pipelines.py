@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
-from slimdiff import embedded
 from slimdiff.errors import InputError
 from slimdiff.loading.model_directory import check_model_directory
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from slimdiff.loading.naming import find_model
 
 
 def load_pipeline(
@@ -30,14 +27,10 @@ def load_pipeline(
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles, or it asks for code of its own.
     """
-    path = embedded.path() if str(model) == "demo" else Path(model)
-    if path.is_file():
-        raise InputError(f"{path} is a file: a model is a diffusers pipeline directory (with model_index.json)")
-    if not path.is_dir() and (not _HUB_ID.fullmatch(str(model)) or str(model).startswith(".")):
-        raise InputError(f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory or a hub id")
     left_out = dict.fromkeys(without)
     try:
-        if not path.is_dir():
+        path = find_model(model)
+        if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False}
             path = Path(DiffusionPipeline.download(str(model), **safe, **left_out))
         check_model_directory(path)

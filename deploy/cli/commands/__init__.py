@@ -1,1 +1,1 @@
-"""One module per command: `add_parser(subparsers)` says what it takes, `run(args)` does it and gives the exit code."""
+"""One module per command, and a line in the table of `deploy.cli.app`, which says what a module has."""

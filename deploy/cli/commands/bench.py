@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from exporters.settings import GRAPH_RUNTIMES, RUNTIMES
+from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_runnable, check_writable
+from exporters.settings import GRAPH_RUNTIMES, RUNTIMES, BenchSettings
+from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
     from exporters.latency.decision import Gate
     from exporters.latency.pair import Job
 
+DESCRIPTION = """Time one denoiser call of each in turn, in pairs of fresh processes, so that what slows the machine
+slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass if the whole
+interval keeps it, fail if the whole interval breaks it. Models are exported first where the runtime takes graphs.
+With --history alone, show the results so far and where they changed."""
 EXAMPLE = """examples:
   slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
   slimdiff bench released candidate --tolerance 5% --history latency.jsonl --label "$COMMIT" --junit latency.xml
@@ -23,70 +32,47 @@ EXAMPLE = """examples:
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "bench",
-        help="paired latency in fresh processes, with an interval and a verdict: pass, fail or inconclusive; its trend",
-        description="Time one denoiser call of each in turn, in pairs of fresh processes, so that what slows the "
-        "machine slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass "
-        "if the whole interval keeps it, fail if the whole interval breaks it. Models are exported first where the "
-        "runtime takes graphs. With --history alone, show the results so far and where they changed.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("base", metavar="BASE", nargs="?", help="a model, ONNX, or an engine")
-    parser.add_argument("candidate", metavar="CANDIDATE", nargs="?", help="a model, ONNX, or an engine")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "base", "BASE", "a model, ONNX, or an engine", nargs="?")
+    flags.text(parser, "candidate", "CANDIDATE", "a model, ONNX, or an engine", nargs="?")
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
     parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
     bound = parser.add_mutually_exclusive_group()
-    bound.add_argument(
-        "--gate", metavar="BOUND", help="such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'"
-    )
-    bound.add_argument("--tolerance", metavar="SHARE", help="slowdown that is allowed: 5%% is --gate 'latency<=1.05'")
-    parser.add_argument("--max-seconds", type=float, metavar="N", help="of measuring, before giving up (default: 140)")
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="exactly so many process pairs (default: 6 to 28, as it takes)"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help="blocks of each side in a process pair (default: 3 to 60, by their length)",
-    )
-    parser.add_argument("--warmup", type=int, metavar="N", help="least runs of a process before it counts (default: 3)")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads, on as many cores (default: 1; 0: the runtime's choice)"
-    )
-    parser.add_argument("--batch", type=int, metavar="N", help="samples in a call, where it is open (default: 2)")
+    flags.text(bound, "--gate", "BOUND", "such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'")
+    flags.text(bound, "--tolerance", "SHARE", "slowdown that is allowed: 5% is --gate 'latency<=1.05'")
+    flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
     results = parser.add_argument_group("history and CI")
-    results.add_argument("--history", type=Path, metavar="FILE", help="add the result to this file; alone: show it")
-    results.add_argument("--label", default="", metavar="TEXT", help="of the result in the history, such as a commit")
-    results.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
-    results.add_argument("--markdown", type=Path, metavar="FILE", help="write a Markdown summary")
-    results.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the history")
+    flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
+    flags.text(results, "--label", "TEXT", "of the result in the history, such as a commit", default="")
+    flags.text(results, "--junit", "FILE", "write JUnit XML", type=Path)
+    flags.text(results, "--markdown", "FILE", "write a Markdown summary", type=Path)
+    flags.text(results, "--plot", "FILE.svg", "draw the history", type=Path)
     results.add_argument("--trend", choices=("ratio", "milliseconds"), default="ratio", help="what is followed")
-    results.add_argument("--last", type=int, metavar="N", help="only so many results of each series")
-    results.add_argument("--across-machines", action="store_true", help="compare results of different machines")
-    return parser
+    flags.whole(results, "--last", "only this many results of each series")
+    flags.switch(results, "--across-machines", "compare results of different machines")
 
 
 def run(args: argparse.Namespace) -> int:
-    from slimdiff.errors import InputError
 
-    if args.last is not None and args.last < 1:
-        raise InputError(f"--last must be at least 1, not {args.last}")
-    if args.base is None and args.history is not None:
-        return show(args, gate_of(args))
+    gate, alone = gate_of(args), args.base is None
+    for flag in ("junit", "markdown", "plot") if alone else ("history", "junit", "markdown", "plot"):
+        if (file := getattr(args, flag)) is not None:
+            if file.is_dir():
+                raise InputError(f"--{flag} {file} is a folder: name a file")
+            check_writable(file, f"--{flag}")
+    if alone and args.history is not None:
+        return show(args, gate)
     if args.base is None or args.candidate is None:
         raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")
     if args.plot is not None and args.history is None:
         raise InputError("--plot draws a history: say with --history which")
-    return measure(args, gate_of(args))
+    check_runnable(args.base, args.candidate)
+    return measure(args, gate)
 
 
 def gate_of(args: argparse.Namespace) -> Gate | None:
     """What `--gate` or `--tolerance` asks for."""
     from exporters.latency.decision import Gate
-    from slimdiff.errors import InputError
 
     if args.tolerance is None:
         return Gate.parse(args.gate) if args.gate else None
@@ -101,30 +87,17 @@ def gate_of(args: argparse.Namespace) -> Gate | None:
 
 def measure(args: argparse.Namespace, gate: Gate | None) -> int:
     """Bench the candidate against the baseline."""
-    from tempfile import TemporaryDirectory
-
-    from deploy.cli.arguments import settings
-    from deploy.cli.console import log, result
-    from deploy.cli.outputs import check_writable
     from deploy.history import results, summary
     from deploy.report import trend
     from exporters.latency.measure import bench
-    from exporters.settings import BenchSettings
-    from slimdiff.errors import InputError
 
-    names = ("threads", "batch", "warmup", "rounds", "processes", "max_seconds")
-    chosen = settings(BenchSettings, args, *names)
-    for flag in ("history", "junit", "markdown", "plot"):
-        if (file := getattr(args, flag)) is not None:
-            if file.is_dir():
-                raise InputError(f"--{flag} {file} is a folder: name a file")
-            check_writable(file, f"--{flag}")
+    chosen = flags.read(args, BenchSettings)
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
         candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
         value = bench(base, candidate, chosen, gate=gate)
-    result(value, summary.text(value), args.json)  # first of all: a full disk does not take it away
+    code = result(args, value, summary.text(value), EXIT_CODE[value["verdict"]])  # first: a full disk does not lose it
     if args.history is not None:
         results.append(args.history, value, args.label)
     if args.junit:
@@ -133,7 +106,7 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
         summary.write_text(summary.markdown(value), args.markdown)
     if args.plot:
         trend.write_plot(trends(args)[0], args.plot)
-    return EXIT_CODE[value["verdict"]]
+    return code
 
 
 def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
@@ -159,7 +132,6 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
 
 def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
     """The graph of a model's denoiser."""
-    from deploy.cli.console import calm_libraries, log
     from deploy.opening.openers import open_denoiser
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
@@ -174,7 +146,6 @@ def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
 
 def show(args: argparse.Namespace, gate: Gate | None) -> int:
     """The history's trend; with a gate, whether a series has crept beyond it since it was fastest."""
-    from deploy.cli.console import result
     from deploy.history import summary
     from deploy.report import trend
 
@@ -203,8 +174,7 @@ def show(args: argparse.Namespace, gate: Gate | None) -> int:
         "skipped_lines": skipped,
         "series": [_series(s, v) for s, v in zip(series, verdicts, strict=True)],
     }
-    result(value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), args.json)
-    return EXIT_CODE[verdict]
+    return result(args, value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), EXIT_CODE[verdict])
 
 
 def trends(args: argparse.Namespace) -> tuple[list[Series], int]:

@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.cli import flags
 from exporters.settings import RUNTIMES
 
+DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
+runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is exported to ONNX
+for that."""
 EXAMPLE = """examples:
   slimdiff bundle demo --target edge --out circles
   slimdiff generate circles --prompt "a large red circle top left, on a gray background" --out circle.png
@@ -23,49 +27,24 @@ server  every graph and engine of the source (or those that --precision, --shape
         runtimes that may be there; the VAE's encoder too, for image to image; the source's whole provenance"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "bundle",
-        help="what a machine needs to make images, with a manifest that is checked before it is used",
-        description="Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command "
-        "that runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is "
-        "exported to ONNX for that.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument(
-        "source", metavar="DIR", help="a model, an ONNX folder, an engine or several, or the folder of a finished build"
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(
+        parser, "source", "DIR", "a model, an ONNX folder, an engine or several, or the folder of a finished build"
     )
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the bundle goes")
+    flags.text(parser, "--out", "DIR", "where the bundle goes", required=True)
     parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
-    parser.add_argument(
-        "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
-    )
-    parser.add_argument("--pipeline", metavar="MODEL", help="whose other components go with a denoiser alone")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar="BxHxW",
-        help="samples in one call (with guidance two per image), height and width in pixels, as in 2x512x512; again "
-        "for more",
-    )
-    parser.add_argument(
-        "--precision", action="append", default=[], choices=("fp32", "fp16"), help="of denoisers; again for more"
-    )
-    parser.add_argument(
-        "--capability", action="append", default=[], metavar="SM", help="of engines, such as sm89; again for more"
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=RUNTIMES[1:],
-        help="what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)",
-    )
-    return parser
+    flags.switch(parser, "--triton", "for servers: a Triton model repository, compose file and client, too")
+    flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
+    flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
+    flags.several(parser, "--capability", "SM", "of engines, such as sm89")
+    runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
+    parser.add_argument("--runtime", choices=RUNTIMES[1:], help=runs_in)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.outputs import artifact_folder, check_artifact
+    from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
     from slimdiff.errors import InputError, require
     from slimdiff.storage import manifest
 
@@ -74,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--triton is for servers: say --target server")
     check_artifact(out)
     shapes = [_shape(spec) for spec in args.shape]
+    check_runnable(args.source, args.pipeline)
     require("onnx", "onnx")
     if args.archive == "tar.zst":
         require("zstandard", "bundle")
@@ -100,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             wanted,
             more=[_write_triton] if args.triton else [],
-            progress=None if args.quiet else "bundle",
         )
         files = manifest.read_manifest(temporary)["files"]
     archive = None
@@ -117,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    result(value, _text(value, description), args.json)
-    return 0
+    return result(args, value, _text(value, description))
 
 
 def _write_triton(folder: Path) -> None:
@@ -141,9 +119,9 @@ def _shape(spec: str) -> tuple[int, int, int]:
 
 
 def _text(value: dict[str, Any], description: Any) -> str:
-    from deploy.cli.console import in_bytes
+    from deploy.artifacts.numbers import size
 
-    lines = [f"{value['out']}: {value['target']}, {value['files']} files, {in_bytes(value['bytes'])}"]
+    lines = [f"{value['out']}: {value['target']}, {value['files']} files, {size(value['bytes'])}"]
     lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
     lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
     lines += [f"archive: {value['archive']}"] * bool(value["archive"])

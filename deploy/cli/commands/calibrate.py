@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deploy.cli.flags import add_sampling
+from deploy.cli import flags
+from slimdiff.settings import CalibrationSettings
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from slimdiff import Statistics
 
+DESCRIPTION = """Watch a model make images of the calibration prompts and keep the moments of its inner activations.
+Under torchrun or accelerate launch, the processes share the prompts out."""
 EXAMPLE = """examples:
   slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt --sensitivities
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --statistics statistics.safetensors
@@ -22,69 +26,54 @@ EXAMPLE = """examples:
 An interrupted calibration goes on where it stopped when the same command is given again."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "calibrate",
-        help="collect a model's statistics into a file, for any number of budgets",
-        description="Watch a model make images of the calibration prompts and keep the moments of its inner "
-        "activations. Under torchrun or accelerate launch, the processes share the prompts out.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="'demo', a diffusers pipeline directory, or a hub id; none to merge"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the statistics go")
-    parser.add_argument(
-        "--merge",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="statistics of the same model to add: other prompts, seeds",
-    )
-    parser.add_argument(
-        "--sensitivities",
-        action="store_true",
-        help="also measure what planning needs of the model: a forward pass for each site and recorded call",
-    )
-    add_sampling(parser)
-    parser.add_argument(
-        "--timestep-weights",
-        choices=("uniform", "min_snr", "inverse_snr"),
-        help="how much each timestep counts (default: uniform)",
-    )
-    parser.add_argument(
-        "--tokens-per-dimension", type=int, metavar="N", help="tokens a site sees per dimension (default: 64)"
-    )
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="of moments at a time (default: 2)")
-    return parser
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "model", "MODEL", f"{flags.MODEL}; none to merge", nargs="?")
+    flags.text(parser, "--out", "FILE", "where the statistics go", required=True)
+    merged = "statistics of the same model to add: other prompts, seeds"
+    flags.text(parser, "--merge", "FILE", merged, nargs="+", default=[])
+    measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
+    flags.switch(parser, "--sensitivities", measured)
+    flags.add_calibration(parser)
+    flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 
 def run(args: argparse.Namespace) -> int:
     import shutil
-    import time
     from contextlib import ExitStack
 
-    from deploy.cli.outputs import check_writable
-    from slimdiff.calibration import distributed
+    from deploy.cli.outputs import check_file, check_writable
+    from deploy.recipe.prompts import calibration_prompts, default_source
     from slimdiff.errors import InputError
-    from slimdiff.statistics import Statistics, read_metadata
+    from slimdiff.loading.naming import find_model
 
     out = Path(args.out)
+    if args.model is None and not args.merge:
+        raise InputError("name a MODEL to calibrate, or statistics to --merge")
+    check_writable(out.absolute().parent)
+    for name in args.merge:
+        check_file(name, "--merge")
+    calibration = flags.read_calibration(args)
+    source, prompts = "", []
+    if args.model is not None:
+        find_model(args.model)
+        source = args.prompts or default_source(args.model)
+        prompts = calibration_prompts(source, calibration.samples)
+
+    from slimdiff.calibration import distributed
+    from slimdiff.statistics import Statistics, read_metadata
+
     if out.exists():
         try:
             read_metadata(out)
         except InputError:
             raise InputError(f"--out {out} is there and no statistics file: name another") from None
-    if args.model is None and not args.merge:
-        raise InputError("name a MODEL to calibrate, or statistics to --merge")
-    check_writable(out.absolute().parent)
     others = [Statistics.load(Path(name)) for name in args.merge]
     started = time.perf_counter()
     if args.model is None:
         return _write(out, others, args, started)
     with ExitStack() as until_written:
         unfinished = out.absolute().parent / f".{out.name}.unfinished"
-        statistics = _calibrate(args, out, unfinished, until_written)
+        statistics = _calibrate(args, calibration, source, prompts, unfinished, until_written)
         if distributed.world()[0] > 0:
             return 0
         code = _write(out, [statistics, *others], args, started)
@@ -92,28 +81,27 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_written: ExitStack) -> Statistics:
-    from deploy.cli.arguments import settings
+def _calibrate(
+    args: argparse.Namespace,
+    calibration: CalibrationSettings,
+    source: str,
+    prompts: list[str],
+    unfinished: Path,
+    until_written: ExitStack,
+) -> Statistics:
     from deploy.cli.console import calm_libraries, log
-    from deploy.recipe.prompts import calibration_prompts, default_source, described
-    from slimdiff import CalibrationSettings, Sampling
-    from slimdiff.calibration import distributed
+    from deploy.recipe.prompts import described
     from slimdiff.storage.lock import locked, remove_empty
 
-    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
-    names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")
-    calibration = settings(CalibrationSettings, args, *names, sampling=sampling)
-    source = args.prompts or default_source(args.model)
-    prompts = calibration_prompts(source, calibration.samples)
     calm_libraries()
-    from slimdiff import Compressor, load_pipeline, show_progress
+    from slimdiff import Compressor, load_pipeline
+    from slimdiff.calibration import distributed
 
     pipeline = load_pipeline(args.model)
     if distributed.world()[0] == 0:
-        until_written.enter_context(locked(unfinished, "calibration", out))
+        until_written.enter_context(locked(unfinished, "calibration", Path(args.out), stays=False))
         until_written.callback(remove_empty, unfinished)
-    log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), sampling.steps)
-    show_progress(not args.quiet)
+    log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), calibration.sampling.steps)
     work = Compressor(pipeline, prompts, calibration, unfinished=unfinished)
     statistics = work.statistics
     if args.sensitivities:
@@ -123,8 +111,7 @@ def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_writ
 
 
 def _write(out: Path, parts: list[Statistics], args: argparse.Namespace, started: float) -> int:
-    import time
-
+    from deploy.artifacts.numbers import size
     from deploy.cli.console import log, result
 
     merged = parts[0].merge(*parts[1:]) if len(parts) > 1 else parts[0]
@@ -139,12 +126,5 @@ def _write(out: Path, parts: list[Statistics], args: argparse.Namespace, started
         "bytes": out.stat().st_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    result(value, _text(value), args.json)
-    return 0
-
-
-def _text(value: dict[str, Any]) -> str:
-    from deploy.cli.console import in_bytes
-
-    text = f"{value['out']}: {value['sums']} sums over {value['prompts']} prompts, {in_bytes(value['bytes'])}"
-    return text + (f", {value['sensitivities']} sensitivities" if value["sensitivities"] else "")
+    text = f"{out}: {value['sums']} sums over {value['prompts']} prompts, {size(out.stat().st_size)}"
+    return result(args, value, text + (f", {value['sensitivities']} sensitivities" if merged.sensitivities else ""))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
+from deploy.cli import flags
+from slimdiff.settings import Sampling
+
+DESCRIPTION = """Hold a slim model against the dense one on the dense model's trajectories, and their images of the
+same captions and seeds against each other. The embedded model's images are also judged by its evaluator."""
 EXAMPLE = """examples:
   slimdiff compare demo demo-slim
   slimdiff compare my-checkpoint slim --images 8
@@ -14,55 +20,33 @@ CAPTIONS_SEED = 1
 """Which of the embedded model's held-out captions."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "compare",
-        help="fidelity of slim against dense: noise-prediction error per timestep, image PSNR and SSIM, quality",
-        description="Hold a slim model against the dense one on the dense model's trajectories, and their images of "
-        "the same captions and seeds against each other. The embedded model's images are also judged by its evaluator.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("dense", metavar="DENSE", help="a model")
-    parser.add_argument("slim", metavar="SLIM", help="a model")
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="one prompt a line (default: 'general', the built-in ones from the back; for demo, captions held out of "
-        "its training)",
-    )
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="images of each (default: 16)")
-    parser.add_argument(
-        "--trajectories", type=int, default=2, metavar="N", help="prompts for the noise error (default: 2)"
-    )
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="scheduler steps per image (default: 25)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: 5)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 8)")
-    parser.add_argument(
-        "--seed", type=int, default=10_000, metavar="N", help="of the first image's noise (default: 10000)"
-    )
-    return parser
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "dense", "DENSE", "a model")
+    flags.text(parser, "slim", "SLIM", "a model")
+    by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
+    flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
+    flags.whole(parser, "--images", "images of each", default=16)
+    flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
+    flags.add_one(parser, Sampling, "steps", default=25)
+    flags.add(parser, Sampling, "guidance", "batch")
+    flags.add_one(parser, Sampling, "seed", default=10_000)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, result
     from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
-    from slimdiff.errors import InputError
-    from slimdiff.settings import Sampling
+    from slimdiff.loading.naming import find_model
 
-    if args.images < 1 or args.trajectories < 1:
-        raise InputError("--images and --trajectories must be at least 1")
-    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed")
+    for model in (args.dense, args.slim):
+        find_model(model)
+    sampling = flags.read(args, Sampling)
     source = args.prompts or default_source(args.dense)
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
-    from functools import partial
-
     from deploy.build.steps import quality
-    from slimdiff import compare, load_pipeline, show_progress
+    from slimdiff import compare, load_pipeline
 
-    show_progress(not args.quiet)
     value = compare(
         load_pipeline(args.dense),
         load_pipeline(args.slim),
@@ -72,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         trajectories=args.trajectories,
         quality=partial(quality, seed=CAPTIONS_SEED) if source == EMBEDDED else None,
     )
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.flags import add_calibration
-from exporters.settings import TABLE_RUNTIMES
+from deploy.cli import flags
+from exporters.settings import TableSettings
 
+DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
   slimdiff compress demo --out demo-slim --reduce 12%
   slimdiff compress my-checkpoint --out slim --reduce 100M
@@ -19,60 +20,38 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "compress",
-        help="calibrate, plan, slim; writes a diffusers pipeline directory",
-        description="Make a slim model out of a dense one, without training: a diffusers pipeline directory.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("model", metavar="MODEL", help="'demo', a diffusers pipeline directory, or a hub id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the slim model goes")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.text(parser, "--out", "DIR", "where the slim model goes", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--reduce", metavar="AMOUNT", help="what goes out of the denoiser: 100M, or 12%% of all its parameters"
-    )
-    what.add_argument("--macs", metavar="AMOUNT", help="likewise in multiply-accumulates of one call: 50G, or 20%%")
-    what.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
-    )
-    what.add_argument(
-        "--speedup",
-        type=float,
-        metavar="S",
-        help="dense latency over slim latency, such as 1.35, in --runtime",
-    )
-    what.add_argument("--plan", metavar="FILE", help="the ranks themselves: a plan.json, perhaps edited")
-    parser.add_argument("--runtime", choices=TABLE_RUNTIMES, help="where --speedup is measured (default: onnxruntime)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: its own choice)")
-    add_calibration(parser)
-    parser.add_argument("--statistics", metavar="FILE", help="statistics of this model, instead of calibrating")
-    return parser
+    flags.add_budget(what)
+    flags.text(what, "--plan", "FILE", "the ranks themselves: a plan.json, perhaps edited")
+    flags.add(parser, TableSettings, "runtime", "threads")
+    flags.add_calibration(parser)
+    flags.add_planning(parser)
+    flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.arguments import plan_settings, settings
-    from deploy.cli.outputs import artifact_folder, check_artifact
+    from deploy.cli.outputs import artifact_folder, check_artifact, check_file
     from deploy.recipe.prompts import calibration_prompts, default_source, described
-    from slimdiff import Budget, CalibrationSettings, Plan, Sampling, Statistics
     from slimdiff.errors import InputError
-    from slimdiff.storage import manifest
+    from slimdiff.loading.naming import find_model
 
     out = Path(args.out)
     check_artifact(out)
-    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
-    calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = plan_settings(args)
-    plan = Plan.load(Path(args.plan)) if args.plan else None
-    budget = None if plan else Budget(args.reduce, macs=args.macs, speedup=args.speedup, max_error=args.max_error)
-    if args.speedup is None and (args.runtime or args.threads):
+    find_model(args.model)
+    budget, table = flags.read_budget(args), flags.read(args, TableSettings)
+    calibration = flags.read_calibration(args)
+    by_latency = budget is not None and budget.kind == "speedup"
+    if not by_latency and table.model_fields_set:
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
-    statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
+    for flag in ("plan", "statistics"):
+        if getattr(args, flag):
+            check_file(getattr(args, flag), f"--{flag}")
     source = args.prompts or default_source(args.model)
-    prompts = calibration_prompts(source, calibration.samples + sampling.batch)
+    prompts = calibration_prompts(source, calibration.samples + calibration.sampling.batch)
+    planning = flags.read_planning(args)
 
     from deploy.cli.console import calm_libraries, log, result
 
@@ -83,21 +62,22 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build.steps import compression_result
     from deploy.build.workshop import denoiser_of
     from exporters.graphs.pipeline import example_call
-    from slimdiff import Compressor, compress, show_progress
+    from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed
     from slimdiff.loading.pipelines import load_pipeline
+    from slimdiff.storage import manifest
 
-    show_progress(not args.quiet)
+    plan = Plan.load(Path(args.plan)) if args.plan else None
+    statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     pipeline = load_pipeline(args.model)
+    sampling = calibration.sampling
     one_call = partial(example_call, pipeline, height=sampling.height, width=sampling.width)
     Compressor(pipeline, prompts, calibration, planning).check([] if budget is None else [budget], call=one_call)
     latency = None
-    if args.speedup is not None:
+    if by_latency:
         from exporters.latency.table import measure_latency
-        from exporters.settings import TableSettings
 
-        chosen = settings(TableSettings, args, "runtime", "threads")
-        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, chosen)
+        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, table)
     call = one_call()
     dense_costs = costs(denoiser_of(pipeline), call)
     used = prompts[: calibration.samples]  # what is left over is for measuring an error on
@@ -131,20 +111,16 @@ def run(args: argparse.Namespace) -> int:
         }
         manifest.write_manifest(temporary, "slim-model", made_from)
     log.info("compress: written to %s", out)
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.cli.console import amount, change, in_bytes
+    from deploy.cli.console import figures
 
-    lines = [f"{value['out']}: {value['sites']} sites slimmed"]
-    for name, show in (("parameters", amount), ("macs", amount), ("bytes", in_bytes)):
-        dense, slim = value[name]["dense"], value[name]["slim"]
-        lines.append(f"{name:12}{show(dense):>12} -> {show(slim):>12}   {change(dense, slim)}")
-    if "latency_ms" in value["predicted"]:
-        dense, slim = (value["predicted"]["latency_ms"][side] for side in ("dense", "slim"))
-        lines.append(f"{'latency':12}{dense:9.2f} ms -> {slim:9.2f} ms   {change(dense, slim)} (predicted)")
+    predicted = value["predicted"].get("latency_ms")
+    lines = [f"{value['out']}: {value['sites']} sites slimmed", *figures({**value, "latency_ms": predicted})]
+    if predicted:
+        lines[-1] += " (predicted)"
     if value["noise_error"] is not None:
         lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]

@@ -6,10 +6,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 from typing import Any
 
 from exporters.registry import installable
 
+DESCRIPTION = """Say which runtimes, devices and versions are here, what each missing one would need, and which folder
+each package is imported from."""
 EXAMPLE = """example:
   slimdiff doctor"""
 
@@ -20,37 +23,49 @@ TOOLS = (
 )
 """Name, module, the distributions that bring it, and what it needs where it is missing; of what is no runtime."""
 
+PACKAGES = (
+    *("slimdiff", "exporters", "deploy"),
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "scipy", "pydantic"),
+    *("onnx", "onnxscript", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "openvino"),
+)
+"""Packages whose folder is named: one of the same name in the working directory may come before the one meant."""
 
 _TYPES = ("FP32", "FP16", "BF16", "INT8")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    return subparsers.add_parser(
-        "doctor",
-        help="which runtimes, devices and versions are here, and what each missing one would need",
-        description="Say which runtimes, devices and versions are here, and what each missing one would need.",
-        epilog=EXAMPLE,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    del parser  # none but those of every command
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, result
+    from deploy.cli.console import calm_libraries, log, result
 
+    log.info("doctor: looking at what is installed")
     calm_libraries()
     from deploy.artifacts.figures import machine
     from slimdiff.storage import manifest
 
-    runtimes = [_runtime(*entry) for entry in (*installable(), *TOOLS)]
     here = machine()
     value = {
         "python": platform.python_version(),
         "versions": manifest.versions(),
+        "imported_from": {name: folder for name in PACKAGES if (folder := _folder(name)) is not None},
         "machine": here,
         "devices": ["cpu", *here["gpus"]],
-        "runtimes": runtimes,
+        "runtimes": [_runtime(*entry) for entry in (*installable(), *TOOLS)],
     }
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
+
+
+def _folder(package: str) -> str | None:
+    """Where a package is imported from; None if it is not here."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module in sys.modules that has none
+        return None
+    if spec is None:
+        return None
+    return str(Path(spec.origin).parent) if spec.origin else next(iter(spec.submodule_search_locations or []), None)
 
 
 def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str) -> dict[str, Any]:
@@ -109,11 +124,12 @@ def _text(value: dict[str, Any]) -> str:
     ]
     for runtime in value["runtimes"]:
         state = f"{runtime['version'] or 'version unknown'}" if runtime["installed"] else "missing"
-        told = [*runtime.get("providers", []), *runtime.get("devices", [])]
+        details = [*runtime.get("providers", []), *runtime.get("devices", [])]
         if "cpu_default" in runtime:
-            told.append(f"computes in {runtime['cpu_default']} by default")
-        extra = f" ({', '.join(told)})" if told else ""
+            details.append(f"computes in {runtime['cpu_default']} by default")
+        extra = f" ({', '.join(details)})" if details else ""
         needs = f"; needs {runtime['needs']}" if runtime["installed"] and "needs" in runtime else ""
         remedy = f": {runtime['needs']}" if not runtime["installed"] else ""
         lines.append(f"{runtime['name']:20} {state}{extra}{needs}{remedy}")
+    lines += ["", "imported from", *(f"{name:20} {folder}" for name, folder in value["imported_from"].items())]
     return "\n".join(lines)

@@ -6,10 +6,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.numbers import size
+from deploy.cli import flags
+from deploy.cli.console import log, result
+from deploy.cli.outputs import artifact_folder, check_folder
+from exporters.settings import EngineSettings
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
 if TYPE_CHECKING:
     from exporters.engine import EngineRequest
-    from exporters.settings import EngineSettings
 
+DESCRIPTION = """Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the one
+in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner dimensions are
+checked against its plan, before and after parsing."""
 EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16
   slimdiff engine slim-onnx --out slim-engine --backend tensorrt-rtx --target sm89 --target sm120
@@ -26,103 +36,69 @@ or every graph of the pipeline as an engine, in a folder that makes images as it
   slimdiff engine slim-onnx --whole --out slim-pipeline --target sm89
   slimdiff generate slim-pipeline --prompt "..." --out image.png"""
 
+ENDS = ("min", "opt", "max")
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "engine",
-        help="a TensorRT or TensorRT-RTX engine with fixed shapes, from an ONNX folder",
-        description="Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the "
-        "one in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner "
-        "dimensions are checked against its plan, before and after parsing.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("onnx", metavar="DIR", help="what `slimdiff export` wrote, or a folder with model.onnx")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the engine goes")
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "onnx", "DIR", "what `slimdiff export` wrote, or a folder with model.onnx")
+    flags.text(parser, "--out", "DIR", "where the engine goes", required=True)
     # Not --pipeline: in other commands that names a model.
-    parser.add_argument(
-        "--whole",
-        action="store_true",
-        help="text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's",
-    )
-    parser.add_argument(
-        "--backend", choices=("auto", "tensorrt", "tensorrt-rtx"), default="auto", help="default: what is installed"
-    )
-    parser.add_argument(
-        "--target", action="append", default=[], metavar="SM", help="compute capability such as sm89; TensorRT-RTX only"
-    )
+    whole = "text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's"
+    flags.switch(parser, "--whole", whole)
+    flags.add(parser, EngineSettings, "backend")
+    flags.add_one(parser, EngineSettings, "targets", "--target", action="append", metavar="SM")
     shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
-    shapes.add_argument("--batch", type=int, action="append", default=[], metavar="N", help="again for more engines")
-    shapes.add_argument(
-        "--shapes", action="append", default=[], metavar="SPEC", help="as in sample:2x4x64x64; again for more engines"
-    )
-    for end in ("min", "opt", "max"):
-        shapes.add_argument(
-            f"--{end}-shapes",
-            action="append",
-            default=[],
-            metavar="SPEC",
-            help="of an optimisation profile; again for more profiles of one engine",
-        )
-    parser.add_argument("--workspace-gib", type=float, metavar="GIB", help="most memory that a layer may use")
-    parser.add_argument("--tf32", action="store_true", help="let fp32 products round to TF32")
-    parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
-    return parser
+    flags.several(shapes, "--batch", "N", "of an engine", type=int)
+    flags.several(shapes, "--shapes", "SPEC", "of an engine, as in sample:2x4x64x64")
+    for end in ENDS:
+        flags.several(shapes, f"--{end}-shapes", "SPEC", "of an engine's optimisation profile")
+    flags.add(parser, EngineSettings, "workspace_gib", "tf32")
+    flags.switch(parser, "--ignore-memory", "build though memory seems too small")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import log, result
     from deploy.opening.openers import graph_of, plan_beside
-    from exporters.engine import request_engine
-    from exporters.engine.pipeline import request_pipeline
     from exporters.layout import ENGINE_PIPELINE, GRAPHS
-    from slimdiff.errors import InputError
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked
 
     out, source = Path(args.out), Path(args.onnx)
-    wanted = _settings(args)
-    kind = ENGINE_PIPELINE if args.whole else "engine" if list(wanted) == [""] else "engines"
-    if args.whole and list(wanted) != [""]:
+    settings = _settings(args)
+    kind = ENGINE_PIPELINE if args.whole else "engine" if list(settings) == [""] else "engines"
+    if args.whole and list(settings) != [""]:
         raise InputError("--whole makes one pipeline: ask for one shape, or for several profiles of it (--min-shapes)")
     if out.is_dir():
         clear_leftovers(out)  # a folder with nothing else in it looks like somebody else's
-    _check_out(out, kind, GRAPHS if args.whole else tuple(wanted))
+    _check_out(out, kind, GRAPHS if args.whole else tuple(settings))
     graph = graph_of(args.onnx)
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
+
+    from exporters.engine import request_engine
+    from exporters.engine.pipeline import request_pipeline
+
     if args.whole:
-        requests = request_pipeline(source, wanted[""], plan=plan)
+        requests = request_pipeline(source, settings[""], plan=plan)
     else:
-        requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in wanted.items()}
+        requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in settings.items()}
     if kind == "engine":
-        value = _make(requests[""], out)
-        result(value, _text(value), args.json)
-        return 0
+        report = _make(requests[""], out)
+        return result(args, report, _text(report))
     with locked(out, kind.replace("-", " "), stays=False):
-        made = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
+        engines = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
         if args.whole:
-            _finish_pipeline(source, out, made)
+            _finish_pipeline(source, out, engines)
         else:
-            _describe_set(out, made)
-    result({"out": str(out), "engines": made}, "\n".join(map(_text, made)), args.json)
-    return 0
+            _describe_set(out, engines)
+    return result(args, {"out": str(out), "engines": engines}, "\n".join(map(_text, engines)))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     """Per engine, by the name of its folder (empty if there is one engine), how it is built."""
-    from deploy.cli.arguments import settings
-    from exporters.settings import EngineSettings
-    from slimdiff.errors import InputError
-
-    ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ("min", "opt", "max")}
+    ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ENDS}
     if len({len(given) for given in ends.values()}) > 1:
         raise InputError("a profile has --min-shapes, --opt-shapes and --max-shapes: give as many of each")
     profiles = [dict(zip(ends, shapes, strict=True)) for shapes in zip(*ends.values(), strict=True)]
-    common: dict[str, Any] = {
-        "targets": args.target,
-        "tf32": args.tf32,
-        "check_memory": not args.ignore_memory,
-    }
     ways: list[tuple[str, dict[str, Any]]] = [(f"batch-{n}", {"batch": n}) for n in args.batch]
     ways += [(spec.replace(":", "-").replace(",", "_"), {"shapes": _shapes(spec)}) for spec in args.shapes]
     if args.batch and args.shapes or profiles and ways:
@@ -131,13 +107,11 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
         raise InputError("the same shape is asked for twice")
     if len(ways) < 2:
         ways = [("", dict(ways[0][1]) if ways else {"profiles": profiles})]
-    return {name: settings(EngineSettings, args, "backend", "workspace_gib", **common, **way) for name, way in ways}
+    return {name: flags.read(args, EngineSettings, check_memory=not args.ignore_memory, **way) for name, way in ways}
 
 
 def _shapes(spec: str) -> dict[str, str]:
     """`sample:2x4x64x64,text:2x77x768`, as trtexec takes it."""
-    from slimdiff.errors import InputError
-
     found = {}
     for part in spec.split(","):
         name, colon, shape = part.strip().rpartition(":")
@@ -149,10 +123,6 @@ def _shapes(spec: str) -> dict[str, str]:
 
 def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
     """Refuse a folder that holds other things, be it another kind of ours."""
-    from deploy.cli.outputs import check_folder
-    from slimdiff.errors import InputError
-    from slimdiff.storage import manifest
-
     marks = (manifest.MANIFEST, manifest.LOCK, *(f"{name}/{manifest.MANIFEST}" for name in names if name))
     check_folder(out, *marks)
     try:
@@ -166,8 +136,6 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
 
 def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
-    from deploy.cli.console import log
-    from deploy.cli.outputs import artifact_folder
     from exporters.engine.check import read_engine
     from exporters.engine.pipeline import mark_unfinished
 
@@ -186,30 +154,26 @@ def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False)
     return {"out": str(out), "reused": False, "built_because": why, **report}
 
 
-def _describe_set(out: Path, made: list[dict[str, Any]]) -> None:
-    from slimdiff.storage import manifest
-
-    engines = {engine["name"]: engine["key"] for engine in made}
+def _describe_set(out: Path, engines: list[dict[str, Any]]) -> None:
+    keys = {engine["name"]: engine["key"] for engine in engines}
     if (out / manifest.MANIFEST).is_file():  # engines from before, for other shapes, stay in the set
-        engines = {**manifest.read_manifest(out)["made_from"].get("engines", {}), **engines}
-    manifest.write_manifest(out, "engines", {"engines": engines}, {"backend": made[0]["backend"]})
+        keys = {**manifest.read_manifest(out)["made_from"].get("engines", {}), **keys}
+    manifest.write_manifest(out, "engines", {"engines": keys}, {"backend": engines[0]["backend"]})
 
 
-def _finish_pipeline(source: Path, out: Path, made: list[dict[str, Any]]) -> None:
+def _finish_pipeline(source: Path, out: Path, engines: list[dict[str, Any]]) -> None:
     from deploy.artifacts.licenses import copy_licenses
     from exporters.engine.pipeline import finish_pipeline
 
     copy_licenses(source, out)
-    finish_pipeline(source, out, {engine["name"]: engine for engine in made})
+    finish_pipeline(source, out, {engine["name"]: engine for engine in engines})
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.cli.console import in_bytes
-
     fused, seconds = value["fused_attention"], value["seconds"]
     targets = ", ".join(value["targets"]) or "the GPU here"
     made = "unchanged, not built again" if value["reused"] else f"built in {seconds:.1f} s ({value['built_because']})"
     return (
-        f"{value['out']}: {value['backend']} {value['version']} for {targets}, {in_bytes(value['bytes'])}, "
+        f"{value['out']}: {value['backend']} {value['version']} for {targets}, {size(value['bytes'])}, "
         f"{fused['calls']} fused attention calls, {made}"
     )

@@ -5,45 +5,41 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.cli import flags
+
+DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes,
+provenance. What has a manifest is checked against it first."""
 EXAMPLE = """examples:
   slimdiff inspect demo-slim
   slimdiff inspect slim-onnx --json"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "inspect",
-        help="what a slim model, ONNX file, engine, bundle, statistics, plan or build is",
-        description="Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes, "
-        "provenance. What has a manifest is checked against it first.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("artifact", metavar="DIR_OR_FILE", help="what to look at")
-    return parser
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "artifact", "DIR_OR_FILE", "what to look at")
 
 
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from deploy.cli.console import calm_libraries, result
+    from deploy.cli.console import calm_libraries, log, result
     from deploy.opening.openers import kind_of
     from slimdiff.errors import InputError
 
     if args.artifact != "demo" and not Path(args.artifact).exists():
         raise InputError(f"{args.artifact}: there is no such file or folder")
+    kind = kind_of(args.artifact)
+    log.info("inspect: %s, %s", args.artifact, kind)
     calm_libraries()
     from deploy.opening.inspection import LOOK
 
-    kind = kind_of(args.artifact)
     value = {"artifact": args.artifact, "kind": kind, **LOOK[kind](args.artifact)}
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.cli.console import amount, in_bytes
+    from deploy.artifacts.numbers import amount, size
 
-    show = {"parameters": amount, "macs": amount, "bytes": in_bytes}
+    show = {"parameters": amount, "macs": amount, "bytes": size}
     lines = [f"{value['artifact']}: {value['kind']}"]
     for name, entry in value.items():
         if name in ("artifact", "kind", "sites", "left_dense", "provenance") or entry is None:

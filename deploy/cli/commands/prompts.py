@@ -5,43 +5,39 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
+from deploy.cli import flags
+
+DESCRIPTION = """Select prompts out of a large file so that their embeddings, by the model's own text encoders, have
+the moments of all of it. The same input gives the same output, in the order of the file."""
 EXAMPLE = """examples:
   slimdiff prompts select many.txt --count 500 --model my-checkpoint --out prompts.txt
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --samples 500"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "prompts",
-        help="a compact calibration set: few prompts that stand for all of a large file",
-        description="Select prompts out of a large file so that their embeddings, by the model's own text encoders, "
-        "have the moments of all of it. The same input gives the same output, in the order of the file.",
-        epilog=EXAMPLE,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", metavar="select", choices=("select",), help="what to do with the file")
-    parser.add_argument("file", metavar="FILE", help="prompts, one a line; what is there twice counts once")
-    parser.add_argument("--count", required=True, type=int, metavar="N", help="how many to select")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the text file to write, one prompt a line")
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="whose text encoders: 'demo', a directory, or a hub id"
-    )
-    return parser
+    flags.text(parser, "file", "FILE", "prompts, one a line; what is there twice counts once")
+    flags.whole(parser, "--count", "how many to select", required=True)
+    flags.text(parser, "--out", "FILE", "the text file to write, one prompt a line", required=True)
+    flags.text(parser, "--model", "MODEL", "whose text encoders: 'demo', a directory, or a hub id", required=True)
 
 
 def run(args: argparse.Namespace) -> int:
+    from deploy.cli.console import calm_libraries, log, result
+    from deploy.cli.outputs import check_writable
     from deploy.recipe.prompts import all_prompts
     from slimdiff.errors import InputError
+    from slimdiff.loading.naming import find_model
 
     out = Path(args.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a text file")
+    check_writable(out)
     prompts = list(dict.fromkeys(all_prompts(args.file)))
-    if not 1 <= args.count <= len(prompts):
+    if args.count > len(prompts):
         raise InputError(f"--count {args.count}: {args.file} holds {len(prompts)} different prompts, ask for 1 to that")
-
-    from deploy.cli.console import calm_libraries, log, result
+    find_model(args.model)
 
     calm_libraries()
     import torch
@@ -52,26 +48,23 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     pipeline = load_pipeline(args.model, without=("unet", "transformer", "vae"))
-    embeddings = embed(pipeline, prompts, progress=None if args.quiet else "prompts: embed")
+    embeddings = embed(pipeline, prompts)
     log.info("prompts: selecting %d of %d", args.count, len(prompts))
     chosen = sorted(select(embeddings, args.count))
     by_chance = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))[: args.count].tolist()
     with manifest.replacing(out.absolute(), is_file=True) as temporary:
         temporary.write_text("".join(f"{prompts[i]}\n" for i in chosen), encoding="utf-8")
+    error = {"selected": moment_error(embeddings, chosen), "random": moment_error(embeddings, by_chance)}
+    seconds = round(time.perf_counter() - start, 3)
     value = {
         "out": str(out),
         "selected": len(chosen),
         "of": len(prompts),
-        "moment_error": {"selected": moment_error(embeddings, chosen), "random": moment_error(embeddings, by_chance)},
-        "seconds": round(time.perf_counter() - start, 3),
+        "moment_error": error,
+        "seconds": seconds,
     }
-    result(value, _text(value), args.json)
-    return 0
-
-
-def _text(value: dict[str, Any]) -> str:
-    error = value["moment_error"]
-    return (
-        f"{value['out']}: {value['selected']} of {value['of']} prompts in {value['seconds']:.1f} s\n"
+    text = (
+        f"{out}: {len(chosen)} of {len(prompts)} prompts in {seconds:.1f} s\n"
         f"their embeddings' moments are off by {error['selected']:.1%} (a random pick's by {error['random']:.1%})"
     )
+    return result(args, value, text)

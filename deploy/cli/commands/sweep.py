@@ -6,9 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.flags import POINTS, add_calibration
-from exporters.settings import TABLE_RUNTIMES
+from deploy.cli import flags
+from deploy.recipe.recipe import POINTS, point_budget
+from exporters.settings import BenchSettings, TableSettings
 
+DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
+images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
 EXAMPLE = """examples:
   slimdiff sweep demo --out demo-sweep
   slimdiff sweep my-checkpoint --out sweep --points 50M,100M,150M
@@ -18,61 +21,48 @@ DIR gets sweep.json, sweep.html (open it in a browser) and a folder for each poi
 and whose inputs have not changed are kept, so more points can be added later."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "sweep",
-        help="the frontier: size and latency against fidelity, as JSON and as a page",
-        description="Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, "
-        "its images against the dense model's and its latency, and draw the frontier. Calibration is done once.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("model", metavar="MODEL", help="'demo', a diffusers pipeline directory, or a hub id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the sweep goes")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     parser.add_argument("--by", choices=tuple(POINTS), default="parameters", help="unit of the points (%(default)s)")
-    parser.add_argument("--points", metavar="LIST", help="budgets such as 5%%,10%%,20%% (default: a few of each unit)")
-    parser.add_argument("--runtime", choices=TABLE_RUNTIMES, default="onnxruntime", help="of the latency (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of that runtime (default: 1)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="blocks of each side in a pair (default: by length)")
-    parser.add_argument("--processes", type=int, metavar="N", help="process pairs per point (default: 6)")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images per point (default: %(default)s)")
-    add_calibration(parser)
-    return parser
+    flags.text(parser, "--points", "LIST", "budgets such as 5%,10%,20% (default: a few of each unit)")
+    flags.whole(parser, "--images", "images per point", least=0, default=4)
+    flags.add(parser, TableSettings, "runtime", "threads")
+    flags.add(parser, BenchSettings, "rounds", "processes")
+    flags.add_calibration(parser)
+    flags.add_planning(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.arguments import plan_settings, settings
+    from deploy.cli.console import calm_libraries, result
     from deploy.cli.outputs import check_folder
-    from deploy.recipe.prompts import default_source
-    from exporters.settings import BenchSettings, TableSettings
-    from slimdiff import CalibrationSettings, Sampling
-    from slimdiff.errors import InputError
+    from deploy.recipe.prompts import calibration_prompts, default_source
+    from slimdiff.loading.naming import find_model
     from slimdiff.storage.manifest import LOCK
 
     out = Path(args.out)
     check_folder(out, LOCK, "sweep.json")
-    sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
-    calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
-    planning = plan_settings(args)
-    runtime = settings(TableSettings, args, "runtime", "threads")
-    bench = settings(BenchSettings, args, "rounds", "processes", "threads")
-    if args.images < 0:
-        raise InputError(f"--images: at least 0, got {args.images}")
+    find_model(args.model)
+    calibration = flags.read_calibration(args)
+    table = flags.read(args, TableSettings)
+    bench = flags.read(args, BenchSettings, **({"threads": table.threads} if table.threads else {}))
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
-
-    from deploy.cli.console import calm_libraries, result
+    for point in points:
+        point_budget(args.by, point)
+    source = args.prompts or default_source(args.model)
+    calibration_prompts(source, 1)  # whether there are any
+    planning = flags.read_planning(args)
 
     calm_libraries()
     from deploy.build.sweep import Sweep, write_sweep
 
-    source = args.prompts or default_source(args.model)
-    work = Sweep(args.model, source, args.by, points, calibration, planning, runtime, bench, args.images, out)
+    work = Sweep(args.model, source, args.by, points, calibration, planning, table, bench, args.images, out)
     value = {"out": str(out), **write_sweep(work)}
-    result(value, _text(value), args.json)
-    return 0
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.cli.console import amount
+    from deploy.artifacts.numbers import amount
 
     lines = [f"{'budget':>10}{'parameters':>13}{'MACs':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
     if value["by"] == "speedup":

@@ -5,53 +5,41 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.cli import flags
 from exporters.settings import RUNTIMES
+from slimdiff.settings import Sampling
 
+DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
+timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision. BASE
+computes in float32. Where a graph misses the bounds of a model, the first tensor that diverges in it is named. Exit
+code 1 if they differ."""
 EXAMPLE = """examples:
   slimdiff validate slim slim-onnx
   slimdiff validate demo demo-onnx --runtime openvino-fp32
   slimdiff validate demo demo-onnx-fp16 --every-module --json"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "validate",
-        help="parity of two artifacts of the same model on real trajectory inputs",
-        description="Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last "
-        "timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's "
-        "precision. BASE computes in float32. Where a graph misses the bounds of a model, the first tensor that "
-        "diverges in it is named. Exit code 1 if they differ.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("base", metavar="BASE", help="the reference, in fp32: a model, or ONNX")
-    parser.add_argument("candidate", metavar="CANDIDATE", help="what is checked: a model, or ONNX")
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), help="whose bounds hold (default: the candidate's)"
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.text(parser, "base", "BASE", "the reference, in fp32: a model, or ONNX")
+    flags.text(parser, "candidate", "CANDIDATE", "what is checked: a model, or ONNX")
+    bounds = "whose bounds hold (default: the candidate's)"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
     parser.add_argument("--runtime", choices=RUNTIMES, help="what runs the candidate's ONNX (default: onnxruntime)")
-    parser.add_argument("--pipeline", metavar="MODEL", help="the model whose trajectory is recorded, if neither is one")
-    parser.add_argument(
-        "--calls", type=int, default=5, metavar="N", help="calls, spread over the trajectory (default: 5)"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="scheduler steps of the trajectory (default: 20)")
-    parser.add_argument("--prompt", default="a photo", metavar="TEXT", help="of the trajectory (default: %(default)r)")
-    parser.add_argument(
-        "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
-    )
-    parser.add_argument("--no-image", action="store_true", help="leave out the image, which takes a trajectory of each")
-    return parser
+    flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
+    flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
+    flags.add(parser, Sampling, "steps")
+    flags.text(parser, "--prompt", "TEXT", "of the trajectory (default: 'a photo')", default="a photo")
+    flags.switch(parser, "--every-module", "also hold every module in the graph against the model's own")
+    flags.switch(parser, "--no-image", "leave out the image, which takes a trajectory of each")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, log, result
-    from slimdiff.denoising.trajectory import record_calls
+    from deploy.cli.outputs import check_runnable
     from slimdiff.errors import InputError, require
-    from slimdiff.settings import Sampling
 
-    if args.calls < 1:
-        raise InputError(f"--calls must be at least 1, got {args.calls}")
-    wanted = settings(Sampling, args, "steps", batch=1)
+    asked = flags.read(args, Sampling, batch=1)
+    check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
     from deploy.build.workshop import spread
@@ -59,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from exporters.validation.graph import check_graph
     from exporters.validation.parity import check_calls, check_trajectory, with_checks
     from slimdiff.compression import with_denoiser
+    from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
     base, candidate = open_denoiser(args.base), open_denoiser(args.candidate, args.runtime)
@@ -75,21 +64,15 @@ def run(args: argparse.Namespace) -> int:
     pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline) if args.pipeline else None)
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
-    sampling = candidate.sampling(base.sampling(_unguided(wanted, base, candidate)))
+    sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))
     sampling = sampling.model_copy(update=base.pixels(pipeline) | candidate.pixels(pipeline))
     prompts = [args.prompt] * sampling.batch
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
     calls = spread(record_calls(pipeline, prompts, sampling), args.calls)
     precision: Any = args.precision or candidate.precision
     if inside:
-        value = check_graph(
-            graph_of(args.candidate),
-            base.denoiser,
-            calls,
-            candidate.predict,
-            precision,
-            every_module=args.every_module,
-        )
+        graph, every = graph_of(args.candidate), args.every_module
+        value = check_graph(graph, base.denoiser, calls, candidate.predict, precision, every_module=every)
     else:
         value = check_calls(calls, base.predict, candidate.predict, precision)
     if not args.no_image:
@@ -97,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
         value = with_checks(value, check_trajectory(pair[0], pair[1], prompts, sampling))
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
-    result(value, _text(value, precision), args.json)
-    return 0 if value["passed"] else 1
+    return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 
 
 def _text(value: dict[str, Any], precision: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -12,177 +13,65 @@ import pytest
 from command_line import refused
 
 from deploy import cli
+from deploy.cli import console
 from deploy.cli.app import COMMANDS, main
+from slimdiff.errors import InputError
+from slimdiff.progress import bar
 
 ROOT = Path(cli.__file__).parents[2]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_json(command, capsys):
+def test_help_has_an_example_and_what_every_command_takes(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert "example" in text and f"slimdiff {command}" in text and "--json" in text
+    assert "example" in text and f"slimdiff {command}" in text
+    assert all(flag in text for flag in ("--json", "-q, --quiet", "-v, --verbose"))
 
 
-def test_help_loads_no_torch():
+def test_help_loads_none_of_the_libraries():
+    """What takes time is what is imported; a clock would measure the machine."""
     script = (
-        "import sys; from deploy.cli.app import make_parser; make_parser().format_help(); "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers')))"
+        "import sys; from deploy.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "found = {'torch', 'diffusers', 'transformers', 'pydantic', 'numpy', 'yaml', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(' '.join(found) or 0)"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"    {command}" in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("module", ["slimdiff", "deploy"])
+def test_modules_that_are_the_command(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.startswith("slimdiff "), done.stderr
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    seen = capsys.readouterr()
+    assert seen.out == "" and all(f"    {command}" in seen.err for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "says"),
     [
-        [],
-        ["nothing"],
-        ["compress", "demo", "--out", "x"],
-        ["bench", "a", "b", "--rounds", "x"],
-        ["compress", "demo", "--out", "x", "--macs", "5%", "--reduce", "5%"],
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["compress", "demo", "--out", "x"], "one of the arguments --reduce"),
+        (["bench", "a", "b", "--rounds", "x"], "--rounds: input should be a valid integer"),
+        (["compress", "demo", "--out", "x", "--macs", "5%", "--reduce", "5%"], "not allowed with argument --macs"),
+        (["doctor", "--quiet", "--verbose"], "not allowed with argument"),
+        (["compress", "demo", "--out", "x", "--macs", "5%", "--sample", "4"], "unrecognized arguments: --sample 4"),
+        (["compress", "demo", "--out", "x", "--reduc", "5%"], "one of the arguments --reduce"),
+        (["compress", "demo", "--out", "x", "--macs", "5%", "--raw-keys"], "unrecognized arguments: --raw-keys"),
     ],
 )
-def test_usage_errors_exit_2(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    assert end.value.code == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
-    (tmp_path / "other").mkdir()
-    argv = [
-        "compress",
-        tmp_path / "other",
-        "--out",
-        tmp_path / "out",
-        "--reduce",
-        "8%",
-        "--prompts",
-        workspace / "prompts.txt",
-    ]
-    assert "model_index.json" in refused(argv, capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_such_model(tmp_path, capsys):
-    assert "no such directory" in refused(["export", tmp_path / "none", "--out", tmp_path / "out"], capsys)
-    argv = ["export", "demo", "--out", tmp_path / "out", "--dynamic", "batch,depth"]
-    assert "--dynamic takes batch, size or batch,size" in refused(argv, capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_pickle_is_refused(tmp_path, workspace, capsys):
-    import shutil
-
-    shutil.copytree(workspace / "tiny", tmp_path / "pickled")
-    unet = tmp_path / "pickled" / "unet"
-    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
-    argv = ["generate", tmp_path / "pickled", "--prompt", "a circle", "--out", tmp_path / "x.png"]
-    assert "pickle" in refused(argv, capsys)
-    assert not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("reduce", "says"), [("lots", "100M"), ("200%", "must lie between"), ("99%", "at most"), ("0%", "lie")]
-)
-def test_an_impossible_budget(tmp_path, workspace, capsys, reduce, says):
-    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", reduce]
-    argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
+def test_usage_errors_are_one_line(argv, says, capsys):
     assert says in refused(argv, capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, workspace, capsys, monkeypatch):
-    """What is too much shows as soon as the model is open."""
-    asked = []
-    monkeypatch.setattr("slimdiff.calibration.calibrate.sample_images", lambda *_, **__: asked.append(1))
-    prompts = ["--prompts", workspace / "prompts.txt"]
-    for budget in (["--reduce", "70%"], ["--macs", "90%"]):
-        argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget, *prompts]
-        assert "but at most" in refused(argv, capsys)
-    for by in ("parameters", "macs"):
-        argv = ["sweep", workspace / "tiny", "--out", tmp_path / by, "--by", by, "--points", "4%,90%", *prompts]
-        assert "but at most" in refused(argv, capsys)
-    text = (workspace / "recipe.yaml").read_text().replace("tiny", str(workspace / "tiny"))
-    text = text.replace("prompts.txt", str(workspace / "prompts.txt"))
-    for number, change in enumerate(
-        (("8%", "70%"), ("reduce: 8%", "macs: 90%"), ("8%}", "8%}\nsweep: {points: [70%]}"))
-    ):
-        (tmp_path / "recipe.yaml").write_text(text.replace(*change))
-        argv = ["build", tmp_path / "recipe.yaml", "--out", tmp_path / f"build-{number}"]
-        assert "but at most" in refused(argv, capsys)
-    assert not asked
-
-
-@pytest.mark.parametrize(
-    ("budget", "says"),
-    [
-        (["--speedup", "0.9"], "1.35"),
-        (["--max-error", "0"], "above 0"),
-        (["--macs", "some"], "100M"),
-        (["--reduce", "5%", "--runtime", "torch"], "--speedup"),
-    ],
-)
-def test_budgets_that_cannot_be(tmp_path, workspace, capsys, budget, says):
-    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", *budget]
-    argv += ["--prompts", workspace / "prompts.txt", "--samples", "1", "--steps", "1"]
-    assert says in refused(argv, capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["", "  \n\n"])
-def test_an_empty_prompt_file(tmp_path, workspace, capsys, content):
-    (tmp_path / "prompts.txt").write_text(content)
-    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
-    assert "no prompt" in refused([*argv, "--prompts", tmp_path / "prompts.txt"], capsys)
-
-
-def test_a_prompt_file_that_is_not_there(tmp_path, workspace, capsys):
-    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
-    assert "no such prompt file" in refused([*argv, "--prompts", tmp_path / "none.txt"], capsys)
-
-
-def test_bad_settings_name_the_flag(tmp_path, workspace, capsys):
-    argv = ["compress", workspace / "tiny", "--out", tmp_path / "out", "--reduce", "8%"]
-    argv += ["--prompts", workspace / "prompts.txt"]
-    assert "--samples" in refused([*argv, "--samples", "0"], capsys)
-    assert "--groups" in refused([*argv, "--groups", "convolutions"], capsys)
-
-
-@pytest.mark.parametrize("command", ["build", "compress", "export"])
-def test_other_peoples_folders_are_not_written_to(tmp_path, workspace, capsys, command):
-    (tmp_path / "thesis.txt").write_text("four years")
-    argv = {
-        "build": ["build", workspace / "recipe.yaml"],
-        "compress": ["compress", workspace / "tiny", "--reduce", "8%", "--prompts", workspace / "prompts.txt"],
-        "export": ["export", workspace / "tiny"],
-    }[command]
-    assert "did not write" in refused([*argv, "--out", tmp_path], capsys)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_a_wrong_recipe_names_the_nearest_key(tmp_path, capsys):
-    (tmp_path / "recipe.yaml").write_text("model: demo\nbudgett: {}")
-    assert "'budget'" in refused(["build", tmp_path / "recipe.yaml", "--out", tmp_path / "out"], capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_stage_to_force(tmp_path, workspace, capsys):
-    argv = ["build", workspace / "recipe.yaml", "--out", tmp_path / "out", "--force", "calibrat"]
-    assert "calibrate, sensitivity, plan" in refused(argv, capsys)
-
-
-@pytest.mark.parametrize("argv", [["inspect", "none"], ["bench", "none", "none", "--gate", "speed>2"]])
-def test_other_bad_input(argv, capsys):
-    refused(argv, capsys)
-
-
-def test_inspect_says_what_it_knows(tmp_path, capsys):
-    (tmp_path / "x.txt").write_text("")
-    assert "nothing that slimdiff knows" in refused(["inspect", tmp_path / "x.txt"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +85,7 @@ def test_inspect_says_what_it_knows(tmp_path, capsys):
         (OSError(errno.EROFS, "Read-only", "/x/.slim.0123abcd.partial/slim/a"), 2, "/x/slim/a: the file system is"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), 2, "/x: is a folder"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("by nothing"), 70, "ZeroDivisionError: by nothing (a fault of ours"),
     ],
 )
 def test_faults_from_below(monkeypatch, capsys, fault, code, says):
@@ -204,6 +94,54 @@ def test_faults_from_below(monkeypatch, capsys, fault, code, says):
 
     monkeypatch.setattr("deploy.cli.commands.doctor.run", run)
     assert says in refused(["doctor"], capsys, code)
+
+
+def test_a_crash_says_where(monkeypatch, capsys):
+    def run(_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("deploy.cli.commands.doctor.run", run)
+    assert main(["doctor"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_how_much_is_said(monkeypatch, capsys):
+    def run(_args):
+        for level in ("debug", "info", "warning"):
+            getattr(console.log, level)(f"at {level}")
+        raise InputError("wrong")
+
+    monkeypatch.setattr("deploy.cli.commands.doctor.run", run)
+    for flags, said in (
+        (["-q"], {"at warning"}),
+        ([], {"at info", "at warning"}),
+        (["-v"], {"at debug", "at info", "at warning", "Traceback"}),
+    ):
+        assert main(["doctor", *flags]) == 2
+        err = capsys.readouterr().err
+        assert {text for text in ("at debug", "at info", "at warning", "Traceback") if text in err} == said
+
+
+def test_progress_in_a_log_file_is_a_line_at_times(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with console.on_stderr(quiet=False, verbose=False):
+        written = sys.stderr
+        with bar(range(50), name="images", mininterval=0, miniters=1) as images:
+            for _ in images:
+                now[0] += 1
+        print("after it", file=sys.stderr)
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 6 and lines[-1] == "after it"
+    assert all(line.startswith("images") for line in lines[:-1]) and "\r" not in written.getvalue()
+
+
+def test_quiet_shows_no_progress(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    with console.on_stderr(quiet=True, verbose=False):
+        list(bar(range(3), name="images"))
+    assert written.getvalue() == ""
 
 
 def test_a_missing_package_exits_3(monkeypatch, tmp_path, workspace, capsys):
@@ -218,5 +156,7 @@ def test_doctor(capsys):
     torch = next(r for r in found["runtimes"] if r["name"] == "torch")
     assert torch["installed"] and found["machine"]["cpus"] >= 1
     assert all(r["installed"] or "pip install" in r["needs"] for r in found["runtimes"])
+    assert Path(found["imported_from"]["deploy"]) == ROOT / "deploy" and "torch" in found["imported_from"]
     assert main(["doctor"]) == 0
-    assert "onnxruntime" in capsys.readouterr().out
+    seen = capsys.readouterr()
+    assert "onnxruntime" in seen.out and "doctor: looking" in seen.err

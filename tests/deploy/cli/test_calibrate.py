@@ -53,7 +53,7 @@ def test_files_merge_with_and_without_a_model(calibrated, workspace, common, tmp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--out", "prompts.txt"], "no statistics file"),
+        (["demo", "--out", "prompts.txt"], "no statistics file"),
         (["--out", "new.safetensors"], "name a MODEL"),
         (["--out", "new.safetensors", "--merge", "prompts.txt"], "not a statistics file"),
     ],

@@ -37,7 +37,7 @@ def test_select_text_for_people(workspace, tmp_path, capsys):
         ("", [], "holds no prompt"),
         ("one\ntwo\none", [], "2 different prompts"),
         ("one\ntwo\nthree", ["--model", "nowhere"], "no such directory"),
-        ("one\ntwo\nthree", ["--count", "0"], "--count 0"),
+        ("one\ntwo\nthree", ["--count", "0"], "--count: must be"),
         ("one\ntwo\nthree", ["--out", "."], "is a folder"),
     ],
 )
