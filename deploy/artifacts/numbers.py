@@ -1,4 +1,8 @@
-"""Numbers as the report prints them: few digits, a unit, a non-breaking space between, a true minus sign."""
+"""Numbers as people read them: few digits and a unit.
+
+Pages have a non-breaking space before the unit and a true minus sign; `amount`, `size` and `relative` print the same in
+the plain characters that every terminal has.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 NBSP = "\u00a0"
 NONE = "\u2013"
 _MINUS = "\u2212"
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def digits(value: float, figures: int = 3) -> str:
@@ -25,10 +30,29 @@ def digits(value: float, figures: int = 3) -> str:
 
 def scaled(value: float, unit: str = "") -> str:
     """A count with a decimal prefix and at most four figures: `859.5 M`, `22.61 MB`; small ones in full."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{digits(value / size, 4)}{NBSP}{prefix}{unit}"
-    return f"{value:g}{NBSP}{unit}".rstrip(NBSP)
+    number, prefix = _with_prefix(value)
+    return f"{digits(number, 4) if prefix else f'{value:g}'}{NBSP}{prefix}{unit}".rstrip(NBSP)
+
+
+def _with_prefix(value: float) -> tuple[float, str]:
+    return next(((value / size, prefix) for size, prefix in _PREFIXES if abs(value) >= size), (value, ""))
+
+
+def amount(count: float) -> str:
+    """For terminals, a count: `5.92 M`."""
+    number, prefix = _with_prefix(count)
+    return f"{number:.2f} {prefix}" if prefix else f"{count:g}"
+
+
+def size(count: float) -> str:
+    """For terminals, bytes: `22.6 MB`."""
+    number, prefix = _with_prefix(count)
+    return f"{number:.1f} {prefix}B" if prefix else f"{count:.0f} bytes"
+
+
+def relative(dense: float, slim: float) -> str:
+    """For terminals, how much smaller `slim` is: `-12.0 %`."""
+    return f"{100 * (slim - dense) / dense:+.1f} %" if dense else "n/a"
 
 
 def in_bytes(value: float) -> str:

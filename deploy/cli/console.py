@@ -10,6 +10,9 @@ import warnings
 from typing import Any
 
 from deploy.artifacts.build_folder import strict
+from deploy.artifacts.numbers import amount as amount
+from deploy.artifacts.numbers import relative as change  # noqa: F401
+from deploy.artifacts.numbers import size as in_bytes  # noqa: F401
 
 log = logging.getLogger("slimdiff")
 """Where every command tells what it is doing."""
@@ -76,24 +79,3 @@ class _noise_to_stderr:
 def result(value: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result on stdout: one JSON object, or text for people."""
     print(json.dumps(strict(value), indent=2, allow_nan=False) if as_json else text)
-
-
-def amount(count: float) -> str:
-    """A count as people say it: `5.92 M`."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(count) >= size:
-            return f"{count / size:.2f}{unit}"
-    return f"{count:g}"
-
-
-def in_bytes(count: float) -> str:
-    """Bytes as people say them: `22.6 MB`."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def change(dense: float, slim: float) -> str:
-    """How much smaller `slim` is: `-12.0 %`."""
-    return f"{100 * (slim - dense) / dense:+.1f} %" if dense else "n/a"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
-"""Budgets of a sweep, by unit, if none are given."""
-
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the denoiser is watched doing, and how ranks are chosen: `CalibrationSettings` and `PlanSettings`."""

@@ -56,9 +56,6 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     from slimdiff.errors import InputError
     from slimdiff.storage.manifest import LOCK
 
-    for name in args.force:
-        if name not in (*build_folder.STAGES, build_folder.SWEEP):
-            raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(build_folder.STAGES)}")
     if not source.is_file():
         raise InputError(f"{source}: no such recipe")
     out = Path(args.out) if args.out else Path(source.stem)
@@ -67,11 +64,10 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     from deploy.cli.console import calm_libraries, result
 
     calm_libraries()
-    from deploy.build.chain import build, log_verdict
+    from deploy.build import run_build
     from deploy.recipe.recipe import load_recipe
 
-    whole = build(load_recipe(source), source.stem, out, args.force, getattr(args, "ray", None))
-    log_verdict(whole)
+    whole = run_build(load_recipe(source), source.stem, out, args.force, getattr(args, "ray", None))
     result({"out": str(out), "report": str(out / build_folder.REPORT), **whole}, _text(out, whole), args.json)
     return whole["exit_code"]
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.flags import POINTS, add_calibration
+from deploy.cli.flags import add_calibration
+from deploy.recipe.recipe import POINTS
 from exporters.settings import TABLE_RUNTIMES
 
 EXAMPLE = """examples:
@@ -41,8 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     from deploy.cli.arguments import plan_settings, settings
     from deploy.cli.outputs import check_folder
-    from deploy.recipe.prompts import default_source
-    from exporters.settings import LatencySettings, TableSettings
+    from deploy.recipe.recipe import Recipe, SweepStage, point_budget
+    from exporters.settings import LatencySettings
     from slimdiff import CalibrationSettings, Sampling
     from slimdiff.errors import InputError
     from slimdiff.storage.manifest import LOCK
@@ -52,20 +53,23 @@ def run(args: argparse.Namespace) -> int:
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     calibration = settings(CalibrationSettings, args, "samples", sampling=sampling)
     planning = plan_settings(args)
-    runtime = settings(TableSettings, args, "runtime", "threads")
     bench = settings(LatencySettings, args, "rounds")
-    if args.images < 0:
-        raise InputError(f"--images: at least 0, got {args.images}")
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
+    if not points:
+        raise InputError("--points is empty: name budgets such as 5%,10%,20%")
+    for text in points:
+        point_budget(args.by, text)
+    sweep = settings(SweepStage, args, "by", "runtime", "threads", "images", points=points)
 
     from deploy.cli.console import calm_libraries, result
 
     calm_libraries()
-    from deploy.build.sweep import Sweep, write_sweep
+    from deploy.build import run_sweep
 
-    source = args.prompts or default_source(args.model)
-    work = Sweep(args.model, source, args.by, points, calibration, planning, runtime, bench, args.images, out)
-    value = {"out": str(out), **write_sweep(work)}
+    recipe = Recipe(
+        model=args.model, prompts=args.prompts, calibration=calibration, plan=planning, bench=bench, sweep=sweep
+    )
+    value = {"out": str(out), **run_sweep(recipe, out)}
     result(value, _text(value), args.json)
     return 0
 

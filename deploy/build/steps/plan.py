@@ -1,0 +1,64 @@
+"""Ranks under the budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.artifacts import build_folder
+from deploy.artifacts.figures import denoiser_of
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.recipe.recipe import Recipe
+from slimdiff import make_plan
+from slimdiff.compression import planning_calls
+from slimdiff.storage import manifest
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    recipe = shop.recipe
+    budget = recipe.budget.budget()
+    shop.refuse_impossible()
+    denoiser, statistics = denoiser_of(shop.dense), shop.measured()
+    recorded = planning_calls(shop.dense, shop.prompts_and_more, budget, recipe.calibration, recipe.plan, statistics)
+    latency = None
+    if budget.kind == "speedup":
+        from exporters.latency.table import measure_latency
+        from exporters.settings import TableSettings
+
+        table = TableSettings(runtime=recipe.budget.runtime)
+        latency = measure_latency(denoiser, shop.trajectory[0], recipe.plan, table, progress="plan: latency")
+        write_result(
+            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        )
+    plan = make_plan(
+        denoiser,
+        statistics,
+        budget,
+        recipe.plan,
+        latency=latency,
+        factors=shop.factors,
+        **recorded,
+    )
+    plan.save(folder / Path(build_folder.PLAN).name)
+
+
+def _inputs(shop: Workshop) -> dict[str, str]:
+    inputs = shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)}
+    if shop.recipe.budget.speedup is not None:
+        inputs |= shop.exporting | shop.machine | shop.captions_hash
+    return inputs
+
+
+def _settings(recipe: Recipe) -> dict[str, object]:
+    return {**recipe.budget.model_dump(), **recipe.plan.model_dump()}
+
+
+STAGE = Stage(
+    "plan",
+    run,
+    needs=("calibrate", "sensitivity"),
+    settings=lambda shop: _settings(shop.recipe),
+    inputs=_inputs,
+    kind="plan",
+    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if shop.recipe.budget.speedup is not None else (),
+)

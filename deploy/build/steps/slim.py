@@ -1,0 +1,55 @@
+"""The slim model, a diffusers pipeline directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts.figures import compression_result, costs, denoiser_of
+from deploy.artifacts.files import copy_licenses, save_pipeline
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, write_result
+from slimdiff import slim_denoiser
+from slimdiff.compression import fitting_calls, with_denoiser
+from slimdiff.storage import manifest
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    plan, dense = shop.plan, denoiser_of(shop.dense)
+    recipe = shop.recipe
+    calls = fitting_calls(shop.dense, shop.prompts, recipe.calibration, recipe.plan) if plan.is_fitted() else []
+    start = time.perf_counter()
+    slim = slim_denoiser(
+        dense,
+        shop.statistics,
+        plan,
+        shop.factors,
+        fitting_calls=calls,
+        resnet_settings=recipe.plan.resnets,
+    )
+    seconds = round(time.perf_counter() - start, 3)
+    save_pipeline(with_denoiser(shop.dense, slim), folder)
+    copy_licenses(recipe.model, folder)
+    call = shop.trajectory[0]
+    calibrated, sensitivity, planned = (
+        manifest.read_manifest(shop.folder / stage)["made_from"]["seconds"]
+        for stage in ("calibrate", "sensitivity", "plan")
+    )
+    took = {"calibrate": calibrated, "plan": round(sensitivity + planned, 3), "slim": seconds}
+    write_result(folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), took))
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: {side: result[key][side] for side in ("dense", "slim")} for key in ("parameters", "macs", "bytes")}
+
+
+STAGE = Stage(
+    "slim",
+    run,
+    needs=("plan",),
+    settings=lambda shop: {"trajectory": shop.recipe.compare.sampling.model_dump()},
+    inputs=lambda shop: shop.core,
+    kind="slim-model",
+    figures=_figures,
+)
