@@ -11,9 +11,9 @@ from bundles import DESCRIPTION
 from deploy.build.stages import Stage, run_stages
 from deploy.bundle.archive import pack, unpack
 from deploy.bundle.description import KIND
-from deploy.cli.lock import locked
 from deploy.history import results
 from slimdiff.storage import atomic, manifest
+from slimdiff.storage.lock import locked
 
 
 def build(folder: str, text: str, wait_for: str = "") -> None:
@@ -71,7 +71,7 @@ def write_bundle(folder: str, text: str) -> None:
 
 
 def pack_bundle(folder: str, file: str) -> None:
-    pack(Path(folder), "oci", Path(file), "bundle")
+    pack(Path(folder), Path(file))
 
 
 def unpack_bundle(file: str, folder: str) -> None:

@@ -19,11 +19,11 @@ from deploy.artifacts import build_folder
 from deploy.build import cluster, gates, steps
 from deploy.build.stages import Done, Stage, keys, run_stages
 from deploy.build.workshop import Workshop
-from deploy.cli.lock import locked
 from deploy.recipe.prompts import EMBEDDED, GENERAL
 from deploy.recipe.recipe import ImageShape, Recipe
 from slimdiff.errors import SlimdiffError
 from slimdiff.storage import manifest
+from slimdiff.storage.lock import locked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

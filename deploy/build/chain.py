@@ -23,11 +23,11 @@ from deploy.build.cells import Cells
 from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
-from deploy.cli.lock import locked
 from deploy.recipe.recipe import Recipe
 from slimdiff import Budget
 from slimdiff.errors import MissingPackageError, require
 from slimdiff.storage import manifest
+from slimdiff.storage.lock import locked
 
 log = logging.getLogger("slimdiff")
 

@@ -24,9 +24,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.artifacts.build_folder import strict
-from deploy.cli.lock import wait_for
 from deploy.history.change_points import change_points
 from slimdiff.errors import InputError
+from slimdiff.storage.lock import wait_for
 
 SCHEMA = 1
 Trend = Literal["ratio", "milliseconds"]

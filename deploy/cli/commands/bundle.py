@@ -12,7 +12,7 @@ EXAMPLE = """examples:
   slimdiff bundle demo --target edge --out circles
   slimdiff generate circles --prompt "a large red circle top left, on a gray background" --out circle.png
 
-  slimdiff bundle my-build --target server --out my-server --archive oci
+  slimdiff bundle my-build --target server --out my-server
   slimdiff bundle slim-onnx --target edge --out device --archive tar.zst
   slimdiff bundle slim-engines --pipeline slim --target edge --capability sm89 --out box
   slimdiff bundle slim-onnx --target server --triton --out my-server
@@ -37,9 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the bundle goes")
-    parser.add_argument(
-        "--archive", choices=("tar.zst", "oci"), help="write DIR.tar.zst, or DIR.oci.tar (an OCI image layout), too"
-    )
+    parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
     parser.add_argument(
         "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
     )
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.console import calm_libraries, log, result
 
     calm_libraries()
-    from deploy.bundle.archive import SUFFIXES, pack
+    from deploy.bundle.archive import SUFFIX, pack
     from deploy.bundle.contents import Wanted, choose, write_bundle
     from deploy.bundle.sources import open_source
 
@@ -107,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         files = manifest.read_manifest(temporary)["files"]
     archive = None
     if args.archive:
-        archive = out.parent / f"{out.resolve().name}{SUFFIXES[args.archive]}"
-        pack(out, args.archive, archive, out.resolve().name, None if args.quiet else "bundle: packing")
+        archive = out.parent / f"{out.resolve().name}{SUFFIX}"
+        pack(out, archive)
     value = {
         "out": str(out),
         "archive": None if archive is None else str(archive),

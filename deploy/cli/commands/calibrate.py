@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace, out: Path, unfinished: Path, until_written: ExitStack) -> Statistics:
     from deploy.cli.arguments import settings
     from deploy.cli.console import calm_libraries, log
-    from deploy.cli.lock import locked, remove_empty
     from deploy.recipe.prompts import calibration_prompts, default_source, described
     from slimdiff import CalibrationSettings, Sampling
     from slimdiff.calibration import distributed
+    from slimdiff.storage.lock import locked, remove_empty
 
     sampling = settings(Sampling, args, "steps", "guidance", "batch", "seed", "height", "width")
     names = ("samples", "timestep_weights", "tokens_per_dimension", "memory_limit")

@@ -77,13 +77,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     from deploy.cli.console import log, result
-    from deploy.cli.lock import locked
     from deploy.opening.openers import graph_of, plan_beside
     from exporters.engine import request_engine
     from exporters.engine.pipeline import request_pipeline
     from exporters.layout import ENGINE_PIPELINE, GRAPHS
     from slimdiff.errors import InputError
     from slimdiff.storage.atomic import clear_leftovers
+    from slimdiff.storage.lock import locked
 
     out, source = Path(args.out), Path(args.onnx)
     wanted = _settings(args)

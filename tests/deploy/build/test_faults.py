@@ -261,7 +261,7 @@ def test_a_disk_that_takes_no_more_leaves_what_was_there(forks, tmp_path, size):
 
 def test_an_archive_killed_at_every_file_operation(forks, tmp_path):
     place = tmp_path / "place"
-    bundle, file, unpacked = tmp_path / "bundle", place / "bundle.oci.tar", place / "unpacked"
+    bundle, file, unpacked = tmp_path / "bundle", place / "bundle.tar.zst", place / "unpacked"
     texts = {}
     for text in ("new", "old"):
         forks.run("quick_build:write_bundle", bundle / text, text)

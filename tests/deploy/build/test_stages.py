@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deploy.build.stages import Stage, keys, run_stages
-from deploy.cli.lock import locked
 from slimdiff.errors import InputError
+from slimdiff.storage.lock import locked
 from slimdiff.storage.manifest import LOCK
 
 
@@ -132,7 +132,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     script = f"""
         import os, sys
         from pathlib import Path
-        from deploy.cli.lock import locked
+        from slimdiff.storage.lock import locked
         with locked(Path({str(tmp_path)!r})):
             (Path({str(tmp_path)!r}) / ".plan.0123abcd.partial").mkdir()
             os.kill(os.getpid(), 9)

@@ -13,12 +13,12 @@ from command_line import call, refused
 import deploy
 from deploy.cli.app import main
 from deploy.cli.commands.bench import job_of
-from deploy.cli.lock import locked
 from deploy.opening.openers import kind_of
 from exporters.engine import EngineRequest, Gpu, check_engine, has_gpu
 from exporters.runtimes.pipeline import load_pipeline
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
+from slimdiff.storage.lock import locked
 
 NAMES = ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
 ENGINES = ["--backend", "tensorrt-rtx", "--target", "sm89"]
