@@ -9,6 +9,7 @@ from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
 ENGINE_REPORT = "engine.json"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 _SUFFIXES = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
 _MARKS = {
@@ -44,9 +45,16 @@ def kind_of(name: str) -> str:
 
 
 def _kind_of_file(file: Path) -> str | None:
-    from deploy.bundle.archive import is_archive
-
     return _SUFFIXES.get(file.suffix) or ("bundle" if is_archive(file) else None)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins like the archive of a bundle."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZSTD)) == _ZSTD
+    except OSError:
+        return False
 
 
 def _kind_of_folder(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from deploy.cli.console import in_bytes
+from deploy.artifacts.numbers import size
 from slimdiff.storage.manifest import replacing
 
 _MARK = {"pass": "✓", "fail": "✕", "inconclusive": "?"}
@@ -117,7 +117,7 @@ def _rows(value: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return name, shown[0], shown[1]
 
     peaks = [side["peak_memory_bytes"] for side in sides]
-    memory = [in_bytes(peak) if peak is not None else "unknown" for peak in peaks]
+    memory = [size(peak) if peak is not None else "unknown" for peak in peaks]
     return [
         ("", "baseline", "candidate"),
         *(row(f"p{share}", f"p{share}_ms") for share in (50, 90, 95, 99)),
