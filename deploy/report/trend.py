@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from deploy.history.results import Entry, Series
+from deploy.report.page import write_page
 from deploy.report.plots import Tick, line, linear_scale
-from slimdiff.storage.manifest import replacing
 
 SHOWN = 20
 """Results in a table; the plot has them all."""
@@ -105,13 +105,9 @@ class Plot:
 
 def write_plot(all_series: Sequence[Series], file: Path) -> None:
     """Write all series as one SVG file."""
-    from deploy.report.page import environment
-
     plots = [_plot(series, 60 + index * (_HEIGHT + 90)) for index, series in enumerate(all_series)]
-    template = environment().get_template("history.svg.j2")
-    drawn = template.render(plots=plots, width=_WIDTH, height=_HEIGHT, total=len(plots) * (_HEIGHT + 90) + 20)
-    with replacing(file, is_file=True) as temporary:
-        temporary.write_text(drawn, encoding="utf-8")
+    total = len(plots) * (_HEIGHT + 90) + 20
+    write_page("history.svg.j2", file, plots=plots, width=_WIDTH, height=_HEIGHT, total=total)
 
 
 def _plot(series: Series, top: int) -> Plot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,12 +106,12 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
     slim = work.planner.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
-        runs: list[Callable[[], Any]] = [
+        runs = [
             whole_run(model, work.call, Path(scratch) / name, work.runtime)
             for name, model in (("dense", dense), ("slim", slim))
         ]
         settings = work.shop.recipe.bench
-        paired = paired_latency(*runs, settings, runtime=work.runtime.runtime, progress=f"{text}: bench")
+        paired = paired_latency(runs[0], runs[1], settings, runtime=work.runtime.runtime, progress=f"{text}: bench")
     plan.save(folder / "plan.json")
     value = {
         "budget": text,
