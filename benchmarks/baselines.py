@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimdiff.errors import InputError, require
-from slimdiff.groups.resnet import sliced
-from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, resnet_layers
+from slimdiff.groups import GROUPS
+from slimdiff.groups.group import Site
 from slimdiff.plan import Plan
 from slimdiff.slimming.slim import assemble
 
 
 def magnitude_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
     """Keep the head dimensions and channels whose weights are largest (L2 norms of both sides multiplied)."""
-
-    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-        if site.group == "feed_forward":
-            return _largest_channels(module, site, rank)
-        if site.group == "resnet":
-            return _largest_inner_channels(module, site, rank)
-        query, key, value, output = attention_linears(module)
-        if site.group == "query_key":
-            kept = _top(query.weight.norm(dim=1) * key.weight.norm(dim=1), site, rank)
-            return _queries_keys(query, key, kept, site, rank)
-        kept = _top(value.weight.norm(dim=1) * output.weight.norm(dim=0), site, rank)
-        return _values_output(value, output, kept)
-
-    return assemble(denoiser, plan, weights)
+    return assemble(denoiser, plan, lambda module, site, rank: _pruned(module, site, rank, _magnitude(module, site)))
 
 
 def random_channels(denoiser: nn.Module, plan: Plan) -> nn.Module:
@@ -37,14 +25,7 @@ def random_channels(denoiser: nn.Module, plan: Plan) -> nn.Module:
     lot = torch.Generator().manual_seed(0)
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-        if site.group == "feed_forward":
-            up, down, gated = feed_forward_linears(module)
-            return _channels(up, down, gated, _top(torch.rand(site.dense_rank, generator=lot), site, rank))
-        query, key, value, output = attention_linears(module)
-        kept = _top(torch.rand(site.heads * site.dense_rank, generator=lot), site, rank)
-        if site.group == "query_key":
-            return _queries_keys(query, key, kept, site, rank)
-        return _values_output(value, output, kept)
+        return _pruned(module, site, rank, torch.rand(site.heads * site.dense_rank, generator=lot))
 
     return assemble(denoiser, plan, weights)
 
@@ -52,12 +33,10 @@ def random_channels(denoiser: nn.Module, plan: Plan) -> nn.Module:
 def plain_svd(denoiser: nn.Module, plan: Plan) -> nn.Module:
     """Truncated SVD of `W_q W_k^T` and `W_v W_o` per head, unwhitened; channels by magnitude."""
 
-    def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-        if site.group == "feed_forward":
-            return _largest_channels(module, site, rank)
-        if site.group == "resnet":
-            return _largest_inner_channels(module, site, rank)
-        query, key, value, output = attention_linears(module)
+    def weights(module: Any, site: Site, rank: int) -> dict[str, Tensor]:
+        if not GROUPS[site.group].per_head:
+            return _pruned(module, site, rank, _magnitude(module, site))
+        query, key, value, output = module.to_q, module.to_k, module.to_v, module.to_out[0]
         if any(linear.bias is not None for linear in (query, key, value)):
             raise InputError(f"{site.path} has biases, which the plain SVD of a product leaves out")
         shape = (site.heads, site.dense_rank, -1)
@@ -83,36 +62,47 @@ def torch_pruning(denoiser: nn.Module, plan: Plan) -> nn.Module:
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
         if site.path not in scores:
             scores[site.path] = _group_magnitude(module, site)
-        score = scores[site.path]
-        if site.group == "resnet":
-            return sliced(module, _equally_many(score, site, rank))
-        kept = _top(score, site, rank)
-        if site.group == "feed_forward":
-            return _channels(*feed_forward_linears(module), kept)
-        query, key, value, output = attention_linears(module)
-        if site.group == "query_key":
-            return _queries_keys(query, key, kept, site, rank)
-        return _values_output(value, output, kept)
+        return _pruned(module, site, rank, scores[site.path])
 
     return assemble(denoiser, plan, weights)
 
 
-def _group_magnitude(module: nn.Module, site: Site) -> Tensor:
+def _pruned(module: nn.Module, site: Site, rank: int, score: Tensor) -> dict[str, Tensor]:
+    """The dense weights of each head's largest entries of a score `[H d]`, or each norm group's, equally many."""
+    parts = score.reshape(site.heads, site.multiple, -1)
+    best = parts.topk(rank // site.multiple).indices.sort().values
+    kept = (best + torch.arange(site.multiple)[:, None] * parts.shape[-1]).flatten(1)
+    weights = GROUPS[site.group].cut(module, site, kept)
+    if site.group == "query_key":  # the stock processor will divide by sqrt(rank)
+        scale = (rank / site.dense_rank) ** 0.5
+        weights |= {name: weight * scale for name, weight in weights.items() if name.startswith("to_q.")}
+    return weights
+
+
+def _magnitude(module: nn.Module, site: Site) -> Tensor:
+    """Per inner dimension, the L2 norms of its rows, gate rows and columns multiplied, `[H d]`."""
+    score = torch.ones(site.heads * site.dense_rank)
+    for _, layer, inner in GROUPS[site.group].layers(module):
+        if inner.checked:
+            norms = layer.weight.transpose(0, inner.axis).flatten(1).norm(dim=1)
+            score = score * norms.reshape(-1, len(score)).prod(0)
+    return score
+
+
+def _group_magnitude(module: Any, site: Site) -> Tensor:
     """Torch-Pruning's importance of every inner dimension of a module, `[H d]`."""
     tp = require("torch_pruning", "dev")
-    last: nn.Module
+    prune = tp.prune_linear_in_channels
     if site.group == "resnet":
-        layers = resnet_layers(module)
-        time = None if layers.time is None else torch.randn(1, layers.time.in_features)
-        inputs: tuple = (torch.randn(1, layers.first.in_channels, 8, 8), time)
-        last, prune = layers.second, tp.prune_conv_in_channels
+        last, prune = module.conv2, tp.prune_conv_in_channels
+        time = None if module.time_emb_proj is None else torch.randn(1, module.time_emb_proj.in_features)
+        inputs: tuple = (torch.randn(1, module.conv1.in_channels, 8, 8), time)
     elif site.group == "feed_forward":
-        up, last, _ = feed_forward_linears(module)
-        inputs, prune = (torch.randn(1, 4, up.in_features),), tp.prune_linear_in_channels
+        last = module.net[2]
+        inputs = (torch.randn(1, 4, module.net[0].proj.in_features),)
     else:
-        query, key, _, last = attention_linears(module)
-        inputs = (torch.randn(1, 4, query.in_features), torch.randn(1, 4, key.in_features))
-        prune = tp.prune_linear_in_channels
+        last = module.to_out[0]
+        inputs = (torch.randn(1, 4, module.to_q.in_features), torch.randn(1, 4, module.to_k.in_features))
     with torch.enable_grad():  # the graph is read off autograd's
         trainable = copy.deepcopy(module).requires_grad_(True)
         last = trainable.get_submodule(next(name for name, m in module.named_modules() if m is last))
@@ -126,51 +116,3 @@ def _truncate(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(product.double(), full_matrices=False)
     half = s[:, :rank].sqrt()
     return u[..., :rank] * half[:, None, :], half[:, :, None] * vt[:, :rank]
-
-
-def _top(score: Tensor, site: Site, rank: int) -> Tensor:
-    """Indices of each head's `rank` largest entries of a score `[H d]`, in order."""
-    best = score.reshape(site.heads, site.dense_rank).topk(rank, dim=1).indices.sort(dim=1).values
-    return (best + torch.arange(site.heads)[:, None] * site.dense_rank).flatten()
-
-
-def _largest_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-    up, down, gated = feed_forward_linears(module)
-    rows = up.weight.norm(dim=1)
-    value = rows[: site.dense_rank]
-    score = value * rows[site.dense_rank :] * down.weight.norm(dim=0) if gated else value * down.weight.norm(dim=0)
-    return _channels(up, down, gated, _top(score, site, rank))
-
-
-def _queries_keys(query: nn.Linear, key: nn.Linear, kept: Tensor, site: Site, rank: int) -> dict[str, Tensor]:
-    scale = (rank / site.dense_rank) ** 0.5  # the stock processor will divide by sqrt(rank)
-    return {
-        **{f"to_q.{n}": p[kept] * scale for n, p in query.named_parameters()},
-        **{f"to_k.{n}": p[kept] for n, p in key.named_parameters()},
-    }
-
-
-def _values_output(value: nn.Linear, output: nn.Linear, kept: Tensor) -> dict[str, Tensor]:
-    return {
-        **{f"to_v.{n}": p[kept] for n, p in value.named_parameters()},
-        "to_out.0.weight": output.weight[:, kept],
-    }
-
-
-def _channels(up: nn.Linear, down: nn.Linear, gated: bool, kept: Tensor) -> dict[str, Tensor]:
-    both = torch.cat([kept, kept + down.in_features]) if gated else kept
-    result = {f"net.0.proj.{n}": p[both] for n, p in up.named_parameters()}
-    return {**result, "net.2.weight": down.weight[:, kept]}
-
-
-def _largest_inner_channels(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
-    layers = resnet_layers(module)
-    score = layers.first.weight.flatten(1).norm(dim=1) * layers.second.weight.transpose(0, 1).flatten(1).norm(dim=1)
-    return sliced(module, _equally_many(score, site, rank))
-
-
-def _equally_many(score: Tensor, site: Site, rank: int) -> Tensor:
-    """Indices of the largest entries of a score `[C]`, equally many out of every group of the norm, in order."""
-    size = site.dense_rank // site.multiple
-    best = score.reshape(site.multiple, size).topk(rank // site.multiple, dim=1).indices.sort(dim=1).values
-    return (best + torch.arange(site.multiple)[:, None] * size).flatten()

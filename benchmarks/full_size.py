@@ -26,10 +26,10 @@ from torch import nn
 
 from exporters.machine import machine_name, peak_memory
 from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
-from slimdiff.calibration.calibrate import calibrate_on_calls, moment_bytes, turns
+from slimdiff.calibration.calibrate import calibrate_on_calls, turns
 from slimdiff.calibration.observer import Observer
 from slimdiff.denoising.trajectory import Call, predict
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.planning.planner import Planner, chosen_sites
 from slimdiff.planning.sensitivity import measure_sensitivities
@@ -177,8 +177,8 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     row: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch."), "parameters": model.parameters}
     row |= {"weights": weights, "sites": len(sites), "latents": model.latents, "batch": model.batch}
     row |= overhead(denoiser, calls, settings, pairs)
-    row["at_a_time"] = max(sum(moment_bytes(site) for site in group) for group in groups)
-    row["statistics"] = sum(moment_bytes(site) for site in sites)
+    row["at_a_time"] = max(sum(GROUPS[site.group].moment_bytes(site) for site in group) for group in groups)
+    row["statistics"] = sum(GROUPS[site.group].moment_bytes(site) for site in sites)
     statistics = calibrate_on_calls(denoiser, calls, settings, progress=f"{name}: statistics")
     row["peak_collecting"] = peak_bytes() / weights
     peak_bytes(reset=True)

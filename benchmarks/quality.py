@@ -24,7 +24,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
-from deploy.build.workshop import source_hash
+from deploy.artifacts.hashes import source_hash
 from exporters.graphs.export import export_unet
 from exporters.latency.paired import paired_latency
 from exporters.machine import machine_name
@@ -37,11 +37,11 @@ from slimdiff.denoising.trajectory import Call, predict, record_calls, sample_im
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites, is_fitted
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import GROUPS, PAPERS, Allocation, Forms, Group, Sampling
+from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Allocation, Forms, Sampling
 from slimdiff.slimming.slim import Factors, factorise
 from slimdiff.storage import manifest
 
@@ -63,7 +63,7 @@ class Method:
     forms: Forms = Forms()
     allocation: Allocation = "global"
     baseline: Literal["svd", "magnitude", "random", "torch-pruning"] | None = None
-    groups: tuple[Group, ...] = GROUPS
+    groups: tuple[str, ...] = TRANSFORMER_GROUPS
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,19 @@ METHODS = {
     "constant": Method("+ constant column", Forms().local()),
     "compensated": Method("+ projections solved again (the default)"),
     "sequential": Method("default, last linears too, in order", Forms(compensate="sequential")),
-    "joint-resnet": Method("default + resnets, one knapsack", groups=(*GROUPS, "resnet")),
+    "joint-resnet": Method("default + resnets, one knapsack", groups=(*TRANSFORMER_GROUPS, "resnet")),
     "resnet": Method("resnets alone", groups=("resnet",)),
     "magnitude-resnet": Method(
-        "magnitude pruning, resnets too", allocation="uniform", baseline="magnitude", groups=(*GROUPS, "resnet")
+        "magnitude pruning, resnets too",
+        allocation="uniform",
+        baseline="magnitude",
+        groups=(*TRANSFORMER_GROUPS, "resnet"),
     ),
     "torch-pruning-resnet": Method(
-        "Torch-Pruning, resnets too", allocation="uniform", baseline="torch-pruning", groups=(*GROUPS, "resnet")
+        "Torch-Pruning, resnets too",
+        allocation="uniform",
+        baseline="torch-pruning",
+        groups=(*TRANSFORMER_GROUPS, "resnet"),
     ),
 }
 BASELINES = {
@@ -150,7 +156,7 @@ class Bench:
         return fitting_calls(self.pipeline, self.prompts, CALIBRATION, PlanSettings())
 
     @cache  # noqa: B019
-    def planner(self, forms: Forms, allocation: Allocation, groups: tuple[Group, ...]) -> Planner:
+    def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
         """One planner per way to plan; sensitivities of the usual forms are measured once."""
         settings = PlanSettings(forms=forms, allocation=allocation, groups=groups)
         planner = Planner(
@@ -158,7 +164,7 @@ class Bench:
             self.statistics,
             settings,
             calls=self.sensitive,
-            fitting_calls=self.fitted_on if settings.fits() else (),
+            fitting_calls=self.fitted_on if is_fitted(settings) else (),
             factors=self.factors(forms.local()),
         )
         if allocation == "global":

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.full_size import MODELS, Model
 from slimdiff import Budget, embedded
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.costs import CostTable, count_parameters, parameter_costs
 from slimdiff.planning.feasibility import most_removable, removed_within
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers

@@ -1,7 +1,13 @@
-"""`python -m deploy` is the command `slimdiff`."""
+"""`python -m deploy` is the command `slimdiff`. `python -m slimdiff` is the same, and says what leaves the import path."""
 
+import os
 import sys
 
-from deploy.cli.app import main
+_here, _root = os.path.realpath(os.getcwd()), os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _here != _root:
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != _here]
 
-sys.exit(main())
+if __name__ == "__main__":
+    from deploy.cli.app import main
+
+    sys.exit(main())

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, record_calls, usable_inputs
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites, is_fitted
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable
@@ -145,13 +145,13 @@ def planning_calls(
     """
     recorded: PlanningCalls = {}
     wanted = [s for s in find_sites(getattr(pipeline, denoiser_name(pipeline)))[0] if s.group in planning.groups]
-    covered = [s for s in wanted if statistics.covers(s.name, s.group)]
+    covered = [s for s in wanted if GROUPS[s.group].covers(s, statistics)]
     unmeasured = planning.allocation in MEASURED and not is_measured(statistics, covered, planning)
     if unmeasured or (budget.kind != "parameters" and not statistics.macs):
         recorded["calls"] = sensitivity_calls(pipeline, prompts, calibration.sampling, planning)
     if budget.kind == "max_error":
         recorded["held"] = held_calls(pipeline, prompts, calibration, planning)
-    if planning.fits() and (budget.kind == "max_error" or unmeasured):
+    if is_fitted(planning) and (budget.kind == "max_error" or unmeasured):
         recorded["fitting_calls"] = fitting_calls(pipeline, prompts, calibration, planning)
     return recorded
 
@@ -176,7 +176,9 @@ def measure(
         statistics,
         planning,
         calls=sensitivity_calls(pipeline, prompts, calibration.sampling, planning),
-        fitting_calls=fitting_calls(pipeline, prompts, calibration, planning) if "resnet" in planning.groups else [],
+        fitting_calls=fitting_calls(pipeline, prompts, calibration, planning)
+        if any(GROUPS[g].fitted for g in planning.groups)
+        else [],
         factors=factors,
         progress=progress,
     )

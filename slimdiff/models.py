@@ -7,78 +7,56 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    HunyuanDiT2DModel,
-    ModelMixin,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-    UNet3DConditionModel,
-    UNetMotionModel,
-    UNetSpatioTemporalConditionModel,
-)
+import diffusers
+from diffusers import ModelMixin
 from torch import nn
 
 from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, find_sites, resnet_layers
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Site
 from slimdiff.plan import Plan
 
+SUPPORTED = (
+    "DiTTransformer2DModel",
+    "FluxTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "UNet3DConditionModel",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+)
+"""The classes of diffusers that can be slimmed. The slim class of each is here as `Slim` and its name."""
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
-__all__ = [
-    "ModelMixin",
-    "SlimDiTTransformer2DModel",
-    "SlimFluxTransformer2DModel",
-    "SlimHunyuanDiT2DModel",
-    "SlimPixArtTransformer2DModel",
-    "SlimSD3Transformer2DModel",
-    "SlimUNet2DConditionModel",
-    "SlimUNet2DModel",
-    "SlimUNet3DConditionModel",
-    "SlimUNetMotionModel",
-    "SlimUNetSpatioTemporalConditionModel",
-    "fitting_sites",
-    "plan_of",
-    "resize",
-    "resize_resnet",
-    "slim_class_of",
-]
+__all__ = ["ModelMixin", "SUPPORTED", "fitting_sites", "plan_of", "resize", "slim_class_of"]
+
+
+def __getattr__(name: str) -> Any:
+    """Make a slim class when it is first asked for (PEP 562)."""
+    dense = name.removeprefix("Slim")
+    if not name.startswith("Slim") or dense not in SUPPORTED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = _slim_class(getattr(diffusers, dense), name)
+    return globals()[name]
 
 
 def resize(denoiser: nn.Module, plan: Plan) -> None:
     """Replace the inner layers by uninitialised ones of the plan's ranks, in place (on `meta`, too).
 
-    Attention keeps its stock processors: they divide by the root of the *new* head dimension, for which the weights
-    are scaled when they are made (`slimming.py`).
-
     Raises:
         InputError: if the plan is for another architecture.
     """
-    sites = fitting_sites(denoiser, plan)
-    modules = dict(denoiser.named_modules())
-    for path, rank in plan.ranks().items():
-        module = modules[path]
-        if f"{path}.feed_forward" in sites:
-            up, down, gated = feed_forward_linears(module)
-            module.net[0].proj = _linear_like(up, up.in_features, rank * (2 if gated else 1))  # type: ignore[union-attr,index]
-            module.net[2] = _linear_like(down, rank, down.out_features)  # type: ignore[operator]
-        elif f"{path}.resnet" in sites:
-            resize_resnet(module, rank)
-        else:
-            query, key, value, output = attention_linears(module)
-            inner = rank * sites[f"{path}.query_key"].heads
-            module.to_q = _linear_like(query, query.in_features, inner)
-            module.to_k = _linear_like(key, key.in_features, inner)
-            module.to_v = _linear_like(value, value.in_features, inner)
-            module.to_out[0] = _linear_like(output, inner, output.out_features)  # type: ignore[operator]
-            module.inner_dim = module.inner_kv_dim = inner  # type: ignore[assignment]
-            module.scale = rank**-0.5  # type: ignore[assignment]
+    ranks, modules = plan.ranks(), dict(denoiser.named_modules())
+    for site in fitting_sites(denoiser, plan).values():
+        if site.path in ranks:
+            GROUPS[site.group].resize(modules[site.path], site, ranks[site.path])
 
 
 def fitting_sites(denoiser: nn.Module, plan: Plan) -> dict[str, Site]:
@@ -105,26 +83,6 @@ def fitting_sites(denoiser: nn.Module, plan: Plan) -> dict[str, Site]:
                 f"make it a multiple of {site.multiple}"
             )
     return sites
-
-
-def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    weight = old.weight
-    return nn.utils.skip_init(
-        nn.Linear, in_features, out_features, old.bias is not None, device=weight.device, dtype=weight.dtype
-    )
-
-
-def resize_resnet(block: nn.Module, channels: int) -> None:
-    """Replace a `ResnetBlock2D`'s inner layers by uninitialised ones of so many inner channels, in place."""
-    layers = resnet_layers(block)
-    first, norm, second = layers.first, layers.norm, layers.second
-    weight = first.weight
-    kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    block.conv1 = nn.utils.skip_init(nn.Conv2d, first.in_channels, channels, 3, padding=1, **kind)
-    if layers.time is not None:
-        block.time_emb_proj = _linear_like(layers.time, layers.time.in_features, layers.parts * channels)
-    block.norm2 = nn.GroupNorm(norm.num_groups, channels, norm.eps, **kind)
-    block.conv2 = nn.utils.skip_init(nn.Conv2d, channels, second.out_channels, 3, padding=1, **kind)
 
 
 def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:
@@ -166,37 +124,6 @@ def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_lora_adapter
 
 
-SlimDiTTransformer2DModel = _slim_class(DiTTransformer2DModel, "SlimDiTTransformer2DModel")
-SlimFluxTransformer2DModel = _slim_class(FluxTransformer2DModel, "SlimFluxTransformer2DModel")
-SlimHunyuanDiT2DModel = _slim_class(HunyuanDiT2DModel, "SlimHunyuanDiT2DModel")
-SlimPixArtTransformer2DModel = _slim_class(PixArtTransformer2DModel, "SlimPixArtTransformer2DModel")
-SlimSD3Transformer2DModel = _slim_class(SD3Transformer2DModel, "SlimSD3Transformer2DModel")
-SlimUNet2DConditionModel = _slim_class(UNet2DConditionModel, "SlimUNet2DConditionModel")
-SlimUNet2DModel = _slim_class(UNet2DModel, "SlimUNet2DModel")
-SlimUNet3DConditionModel = _slim_class(UNet3DConditionModel, "SlimUNet3DConditionModel")
-SlimUNetMotionModel = _slim_class(UNetMotionModel, "SlimUNetMotionModel")
-SlimUNetSpatioTemporalConditionModel = _slim_class(
-    UNetSpatioTemporalConditionModel, "SlimUNetSpatioTemporalConditionModel"
-)
-
-# A slim class's only base is the dense one.
-_SLIM_CLASSES: dict[type, type[ModelMixin]] = {
-    slim.__bases__[0]: slim
-    for slim in (
-        SlimDiTTransformer2DModel,
-        SlimFluxTransformer2DModel,
-        SlimHunyuanDiT2DModel,
-        SlimPixArtTransformer2DModel,
-        SlimSD3Transformer2DModel,
-        SlimUNet2DConditionModel,
-        SlimUNet2DModel,
-        SlimUNet3DConditionModel,
-        SlimUNetMotionModel,
-        SlimUNetSpatioTemporalConditionModel,
-    )
-}
-
-
 def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     """The slim class for a dense model.
 
@@ -205,11 +132,12 @@ def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     """
     if plan_of(denoiser) is not None:
         raise InputError("this model is slim already: slim the dense model that it was made from")
-    if type(denoiser) not in _SLIM_CLASSES:
-        known = ", ".join(c.__name__ for c in _SLIM_CLASSES)
-        raise InputError(f"{type(denoiser).__name__} cannot be slimmed yet: supported are {known}")
+    name = type(denoiser).__name__
+    if name not in SUPPORTED or type(denoiser) is not getattr(diffusers, name):
+        raise InputError(f"{name} cannot be slimmed yet: supported are {', '.join(SUPPORTED)}")
     refuse_adapters(denoiser)
-    return _SLIM_CLASSES[type(denoiser)]
+    slim_class: type[ModelMixin] = getattr(sys.modules[__name__], f"Slim{name}")
+    return slim_class
 
 
 def plan_of(denoiser: Any) -> Plan | None:

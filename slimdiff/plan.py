@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site
-from slimdiff.settings import Forms, Group
+from slimdiff.groups import GROUPS
+from slimdiff.groups.group import Site
+from slimdiff.settings import Forms
 from slimdiff.storage.manifest import replacing
+
+
+def _known(group: str) -> str:
+    if group not in GROUPS:
+        raise ValueError(f"there is no group {group!r}: the groups are {', '.join(GROUPS)}")
+    return group
 
 
 class SitePlan(BaseModel):
@@ -19,7 +26,7 @@ class SitePlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    group: Group
+    group: Annotated[str, AfterValidator(_known)]
     path: str
     """The module's path in the denoiser."""
     heads: int = Field(ge=1)
@@ -79,8 +86,9 @@ class Plan(BaseModel):
                     f"{name} keeps {site.rank} channels: make it a multiple of {site.multiple}, its norm's groups"
                 )
             if ranks.setdefault(site.path, site.rank) != site.rank:
+                both = " and ".join(other.group for other in self.sites.values() if other.path == site.path)
                 raise ValueError(
-                    f"{site.path}: query_key and value_output must keep the same rank "
+                    f"{site.path}: {both} must keep the same rank "
                     "(unequal head dimensions lose fused attention in every runtime)"
                 )
         return self
@@ -119,13 +127,10 @@ class Plan(BaseModel):
         """Rank by module path."""
         return {site.path: site.rank for site in self.sites.values()}
 
-    def slims_resnets(self) -> bool:
-        """Whether any resnet loses channels."""
-        return any(site.group == "resnet" and site.rank < site.dense_rank for site in self.sites.values())
-
     def is_fitted(self) -> bool:
         """Whether the slim model needs recorded calls to be fitted on."""
-        return self.slims_resnets() or self.forms.compensate != "none"
+        fitted = any(GROUPS[site.group].fitted for site in self.sites.values() if site.rank < site.dense_rank)
+        return fitted or self.forms.compensate != "none"
 
     def recount(self) -> Plan:
         """The same plan with `parameters.slim` counted from its ranks, as needed after an edit by hand.

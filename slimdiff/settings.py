@@ -113,11 +113,8 @@ class ResnetSettings(BaseModel):
     """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
 
 
-Group = Literal["query_key", "value_output", "feed_forward", "resnet"]
-
-
-GROUPS: tuple[Group, ...] = ("query_key", "value_output", "feed_forward")
-"""The groups of a transformer block, which are slimmed unless something else is said."""
+TRANSFORMER_GROUPS = ("query_key", "value_output", "feed_forward")
+"""The groups of a transformer block, which are slimmed unless something else is said (`slimdiff.groups` has all)."""
 
 
 Allocation = Literal["global", "local", "uniform", "softmax"]
@@ -137,7 +134,7 @@ class PlanSettings(BaseModel):
     """Of the softmax allocation: the lower, the more the least influential blocks lose."""
     align: int = Field(8, ge=1)
     """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
-    groups: tuple[Group, ...] = GROUPS
+    groups: tuple[str, ...] = TRANSFORMER_GROUPS
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1)
     """Recorded denoiser calls on which sensitivities are measured."""
@@ -145,10 +142,6 @@ class PlanSettings(BaseModel):
     """How slim resnets are fitted."""
     fitting_calls: int = Field(64, ge=1)
     """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
-
-    def fits(self) -> bool:
-        """Whether slim models are fitted on recorded calls."""
-        return "resnet" in self.groups or self.forms.compensate != "none"
 
 
 BudgetKind = Literal["parameters", "macs", "speedup", "max_error"]

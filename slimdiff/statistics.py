@@ -162,10 +162,6 @@ class Statistics:
         for name, moment in self.moments.items():
             self._finite(name, self.firsts.get(name, moment))
 
-    def covers(self, name: str, group: str) -> bool:
-        """Whether the site of this name and group ran during calibration."""
-        return all(self.tokens.get(n) for n in ((f"{name}.query", f"{name}.key") if group == "query_key" else (name,)))
-
     def merge(self, *others: Statistics) -> Statistics:
         """These and other statistics of the same model together, as if all had been collected in one run.
 

@@ -20,7 +20,7 @@ from benchmarks.baselines import (
 from slimdiff import Budget, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.costs import count_parameters
 
 

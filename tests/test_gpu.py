@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks import gpu
 from benchmarks.full_size import MODELS as FULL_SIZE
 from slimdiff.denoising.trajectory import Call
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.costs import count_macs
 from slimdiff.slimming.skeleton import skeleton
 

@@ -15,7 +15,7 @@ from benchmarks.full_size import MODELS
 from benchmarks.random_models import random_unet, ranks_for_speedup
 from benchmarks.runtimes import RUNTIMES, Settings, main, measure, table
 from exporters.settings import LatencySettings, TableSettings
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.costs import CostTable, parameter_costs
 
 FEW = Settings(

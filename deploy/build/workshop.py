@@ -19,7 +19,7 @@ from deploy.recipe.recipe import Recipe, point_budget
 from exporters.graphs.pipeline import example_call
 from slimdiff import Budget, Plan, Statistics
 from slimdiff.denoising.trajectory import Call, record_calls
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.planner import check_budgets
 from slimdiff.settings import Sampling

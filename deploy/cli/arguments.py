@@ -51,4 +51,9 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         compensate=args.compensate,
     )
     groups = tuple(part.strip() for part in args.groups.split(",")) if args.groups else None
+    if groups:
+        from slimdiff.groups import fault_in
+
+        if fault := fault_in(groups):
+            raise InputError(f"--groups: {fault}")
     return settings(PlanSettings, args, "align", "allocation", forms=forms, **given(groups=groups))

@@ -12,6 +12,7 @@ from deploy.opening.openers import ENGINE_REPORT, graph_of, plan_beside
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError
+from slimdiff.groups import GROUPS
 from slimdiff.storage import manifest as manifests
 
 
@@ -20,7 +21,7 @@ def model(name: str) -> dict[str, Any]:
     from deploy.artifacts.figures import costs
     from exporters.graphs.pipeline import example_call
     from slimdiff.denoising.trajectory import denoiser_name
-    from slimdiff.groups.sites import find_sites
+    from slimdiff.groups import find_sites
     from slimdiff.loading.pipelines import load_pipeline
     from slimdiff.models import plan_of
 
@@ -175,8 +176,7 @@ def sites_of(found: Plan) -> list[dict[str, Any]]:
 
 def site_row(site: str, group: str, heads: int, dense_rank: int, rank: int) -> dict[str, Any]:
     """One site: `dims` is for people, e.g. `4 heads x 24 of 32`."""
-    per_head = group in ("query_key", "value_output")
-    dims = f"{heads} heads x {rank} of {dense_rank}" if per_head else f"{rank} of {dense_rank}"
+    dims = f"{heads} heads x {rank} of {dense_rank}" if GROUPS[group].per_head else f"{rank} of {dense_rank}"
     return {"site": site, "group": group, "heads": heads, "dense_rank": dense_rank, "rank": rank, "dims": dims}
 
 

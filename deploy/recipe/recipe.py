@@ -22,7 +22,7 @@ from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.settings import GRAPH_RUNTIMES, EngineSettings, ExportSettings, LatencySettings, TableRuntime
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 
 BUDGETS = ("reduce", "macs", "speedup", "max_error")
 """The keys of a recipe's budget; it has one of them."""
@@ -278,6 +278,11 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
+    if recipe.plan.groups != TRANSFORMER_GROUPS:
+        from slimdiff.groups import fault_in  # with torch and diffusers, which most recipes are read without
+
+        if fault := fault_in(recipe.plan.groups):
+            raise InputError(f"{source}: plan.groups: {fault}")
     resolved: dict[str, Any] = {}
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)

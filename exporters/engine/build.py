@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import engine_shapes, inputs_of
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims, read_graph
+from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.storage import manifest
@@ -201,15 +201,10 @@ def _in_process(request: EngineRequest, engine: Path, progress: str | None) -> d
             "strip_weights": settings.strip_weights,
             "timing_cache": request.timing_cache and str(request.timing_cache.resolve()),
             "inspect": request.on_gpu,
-            "parent": os.getpid(),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
-        search = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx")),
-            "PYTHONPATH": os.pathsep.join(filter(None, search)),
-        }
-        command = [sys.executable, "-m", "exporters.engine.worker", str(Path(scratch) / "job.json")]
+        environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx"))}
+        command = worker_command("exporters.engine.worker", str(Path(scratch) / "job.json"))
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:

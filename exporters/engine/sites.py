@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import INNER, WEIGHTED, compare_dims, site_row
+from exporters.graphs.naming import WEIGHTED, compare_dims, site_row
 from slimdiff.errors import SlimdiffError
+from slimdiff.groups import GROUPS
 
 if TYPE_CHECKING:
     from slimdiff import Plan
@@ -28,9 +29,8 @@ def compare_network(
     by_module = {row["module"]: row for row in attention}
     rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan)
     for name, site in plan.sites.items():
-        if site.group in ("query_key", "value_output"):
+        if key := GROUPS[site.group].product_dim:
             row = by_module.get(site.path, {})
-            key = "query_key_dim" if site.group == "query_key" else "value_dim"
             rows.append(site_row(name, site.path, {key: site.rank}, {key: row.get(key)}))
     return rows
 
@@ -51,9 +51,10 @@ def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) ->
     """
     rows = []
     for name, site in plan.sites.items():
-        for layer in INNER[site.group]:
-            inner = site.heads * site.rank
-            expected = sorted({inner, site.rank, *([2 * inner] if layer == "net.0.proj" else [])})
+        for layer, inner in GROUPS[site.group].inner.items():
+            if not inner.checked:
+                continue
+            expected = sorted({site.rank, *(times * site.heads * site.rank for times in inner.times)})
             nodes = [f"{site.path}.{layer}/{operator}" for operator in WEIGHTED]
             found = [list(shape) for node in nodes for shape in layers.get(node, [])]
             seen = {dim for shape in found for dim in shape}

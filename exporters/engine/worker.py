@@ -1,4 +1,4 @@
-"""Builds one engine in a process of its own: `python -m exporters.engine.worker JOB.json`, as `exporters.engine` does.
+"""Builds one engine in a process of its own, `worker_command("exporters.engine.worker", "JOB.json")`.
 
 Polygraphy settles on TensorRT or TensorRT-RTX when it is first imported, and the builder can end the process it runs in
 (out of memory, a fault in a parser): neither may happen to the process that asked for an engine. No torch, no slimdiff
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from exporters.engine.layers import inspect_engine
 from exporters.engine.network import describe_network, fused_attention
-from exporters.lifeline import end_with
 from exporters.machine import peak_memory
 
 
@@ -30,8 +28,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: `backend`, `onnx_file`, `engine_file`, `targets` (`[major, minor]` pairs), `shapes` (`fixed`, input ->
             shape; or `profiles`, each input -> `min`, `opt`, `max`), `workspace_gib`, `tf32`, `strip_weights`,
-            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here), `parent` (the pid of
-            the process that asked, which this one ends with).
+            `timing_cache` (a file, or None), `inspect` (whether the engine can be opened here).
 
     Returns:
         `describe_network`'s keys with `version`, `bytes`, `seconds`, `peak_memory`, `fused_attention` and
@@ -135,7 +132,6 @@ def _profile(profile: Any, shapes: dict[str, dict[str, list[int]]]) -> Any:
 def main(argv: list[str]) -> int:
     """Do the job in the file `argv[0]`; write what came of it where the job says. 0: done, 2: refused."""
     job = json.loads(Path(argv[0]).read_text())
-    end_with(job["parent"])
     try:
         result = build(job)
     except Refused as error:
@@ -143,7 +139,3 @@ def main(argv: list[str]) -> int:
         return 2
     Path(job["result_file"]).write_text(json.dumps(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

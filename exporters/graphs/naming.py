@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimdiff.errors import InputError, require
+from slimdiff.groups import GROUPS
 from slimdiff.storage.manifest import is_inside
 
 if TYPE_CHECKING:
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
 WEIGHTED = ("MatMul", "Gemm", "Conv")
 """Operators that a linear or a convolution is exported as, the weight being their second input."""
-
-INNER = {
-    "query_key": {"to_q": 0, "to_k": 0},
-    "value_output": {"to_v": 0, "to_out.0": 1},
-    "feed_forward": {"net.0.proj": 0, "net.2": 1},
-    "resnet": {"conv1": 0, "conv2": 1},
-}
-"""Per group of sites, its layers and the axis of each `[out, in, ...]` weight that the plan reduces."""
 
 
 def name_by_module(model: ModelProto, prefix: str) -> None:
@@ -109,13 +102,14 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
     """
     rows = []
     for name, site in plan.sites.items():
-        layers = INNER[site.group]
-        found = {layer: _inner(dims.get(f"{site.path}.{layer}"), axis) for layer, axis in layers.items()}
-        expected = dict.fromkeys(layers, site.heads * site.rank)
-        if site.group == "feed_forward":
-            # Nothing but the graph tells whether the activation is gated: its output is half its input, or all of it.
-            gated = (found["net.0.proj"] or 0) == 2 * (found["net.2"] or 0)
-            expected["net.0.proj"] = site.rank * (2 if gated else 1)
+        layers = {layer: inner for layer, inner in GROUPS[site.group].inner.items() if inner.checked}
+        found = {layer: _inner(dims.get(f"{site.path}.{layer}"), inner.axis) for layer, inner in layers.items()}
+        # Nothing but the graph tells whether an activation is gated: then it receives twice what the last layer does.
+        last = found[list(layers)[-1]] or 0
+        expected = {}
+        for layer, inner in layers.items():
+            times = next((times for times in inner.times if (found[layer] or 0) == times * last), inner.times[-1])
+            expected[layer] = times * site.heads * site.rank
         rows.append(site_row(name, site.path, expected, found))
     return rows
 

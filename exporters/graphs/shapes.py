@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import INNER, compare_dims, dims_in_graph, module_of, read_graph
+from exporters.graphs.naming import compare_dims, dims_in_graph, module_of, read_graph
 from slimdiff.errors import SlimdiffError, require
+from slimdiff.groups import GROUPS
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
@@ -184,9 +185,7 @@ def _leftovers_at(
     dense = {n for site in sites for n in _inner_sizes(site, site.dense_rank)}
     dense -= {n for site in sites for n in _inner_sizes(site, site.rank)}
     heads = max(site.heads for site in sites)
-    axes = {layer: axis for site in sites for layer, axis in INNER[site.group].items()}
-    if any(site.group == "resnet" for site in sites):
-        axes["time_emb_proj"] = 0
+    axes = {layer: inner.axis for site in sites for layer, inner in GROUPS[site.group].inner.items()}
     first: list[int] = []
     last: list[int] = []
     around: set[int] = set()
@@ -213,8 +212,7 @@ def _leftovers_at(
 
 def _inner_sizes(site: SitePlan, rank: int) -> set[int]:
     """Sizes that a rank shows as: of a head and of all heads; of value rows alone and with gate rows."""
-    times = {"feed_forward": 2, "resnet": 1}.get(site.group, site.heads)
-    return {rank, times * rank}
+    return {rank} | {times * site.heads * rank for inner in GROUPS[site.group].inner.values() for times in inner.times}
 
 
 def _extents(shape: Shape, convolution: bool, heads: int) -> set[int]:

@@ -6,19 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from math import log
-from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import psutil
 
+from exporters.process import worker_command
 from exporters.settings import LEAST_ROUNDS, PairSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
@@ -35,7 +34,6 @@ TRIM = 1 / 3
 """Share of the rounds that are left out at either end: their mean is as safe from outliers as the median and scatters
 less, and of three rounds it is the median."""
 CPU_RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-fp32", "openvino-bf16")
-_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
@@ -94,14 +92,12 @@ class Worker:
         self.job = job
         self._pauses = pauses and hasattr(signal, "SIGSTOP")
         self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
-        search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "exporters.latency.worker", str(os.getpid())],
+            worker_command("exporters.latency.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env=os.environ | {"PYTHONPATH": search},
         )
 
     def __enter__(self) -> Worker:

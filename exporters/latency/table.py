@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,7 +36,8 @@ from exporters.runtimes.opening import open_session, version_of
 from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings, TableSettings
 from slimdiff.denoising.trajectory import Call, predict
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Group
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, find_layers
 from slimdiff.planning.planner import chosen_sites
@@ -167,10 +167,9 @@ def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> d
     """What each layer is called with, by module path: `hidden_states` and, where it has one, a second input."""
     seen: dict[str, dict[str, Tensor]] = {}
 
-    def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def watch(path: str, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             given = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
-            name = "temb" if isinstance(module, ResnetBlock2D) else "encoder_hidden_states"
             second = args[1] if len(args) > 1 else kwargs.get(name)
             if isinstance(second, Tensor):
                 given[name] = second
@@ -179,7 +178,9 @@ def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> d
         return hook
 
     handles = [
-        denoiser.get_submodule(layer.path).register_forward_pre_hook(watch(layer.path), with_kwargs=True)
+        denoiser.get_submodule(layer.path).register_forward_pre_hook(
+            watch(layer.path, _group_of(layer).second_input), with_kwargs=True
+        )
         for layer in layers
     ]
     try:
@@ -242,7 +243,7 @@ def _measure(
 
         def alone(key: str, layer: Layer, rank: int) -> _Run:
             module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
-            return _layer_run(module, inputs[layer.path], folder / f"{key}-{rank}", settings)
+            return _layer_run(module, _group_of(layer), inputs[layer.path], folder / f"{key}-{rank}", settings)
 
         openers: list[dict[_Job, Callable[[], _Run]]] = [{("", n): partial(whole, n) for n in ("dense", "half")}]
         for key, layer in layers.items():
@@ -298,11 +299,17 @@ def whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSetting
     return lambda: unet.predict(call)
 
 
-def _layer_run(module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, settings: TableSettings) -> _Run:
+def _group_of(layer: Layer) -> Group[Any]:
+    return GROUPS[layer.sites[0].group]
+
+
+def _layer_run(
+    module: nn.Module, group: Group[Any], inputs: Mapping[str, Tensor], folder: Path, settings: TableSettings
+) -> _Run:
     x = inputs["hidden_states"]
     sequence = x.ndim == 3  # tokens; an attention over an image [B, C, H, W] has its norm and residual inside
     wrapped = copy.deepcopy(module).float().cpu().eval()
-    if not isinstance(module, ResnetBlock2D):  # which has both inside
+    if not group.stands_alone:
         wrapped = _Residual(wrapped, x.shape[-1], len(inputs) > 1, sequence)
     if settings.runtime == "torch":
         return _in_threads(lambda: wrapped(*inputs.values()), settings)

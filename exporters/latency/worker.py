@@ -1,4 +1,4 @@
-"""One side of a process pair: `python -m exporters.latency.worker PID`, the pid being that of who starts it.
+"""One side of a process pair; `pair.py` starts it.
 
 Commands are lines of JSON on stdin, answers on stdout:
 
@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from exporters.lifeline import end_with
 from exporters.machine import peak_memory
 from slimdiff.errors import InputError, SlimdiffError
 
@@ -233,7 +232,7 @@ class Side:
         return {"peak_memory_bytes": peak_memory()}
 
 
-def main() -> int:
+def main(_: Sequence[str]) -> int:
     """Answer commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -249,8 +248,3 @@ def main() -> int:
             answer = {"error": f"{side.name} does not run: {lines[0]}", "exit_code": InputError.exit_code}
         print(json.dumps(answer), file=answers, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    end_with(int(sys.argv[1]))
-    sys.exit(main())

@@ -21,9 +21,10 @@ from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_images, usable_inputs
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site, find_sites
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Site
 from slimdiff.settings import CalibrationSettings, StatisticsSettings
-from slimdiff.statistics import Statistics, Stored, read_metadata, triangle_size
+from slimdiff.statistics import Statistics, Stored, read_metadata
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
@@ -299,7 +300,7 @@ def turns(sites: Sequence[Site], settings: StatisticsSettings) -> list[list[Site
 
     A site that needs more than the limit makes a group of its own.
     """
-    needs = [moment_bytes(site) for site in sites]
+    needs = [GROUPS[site.group].moment_bytes(site) for site in sites]
 
     def filled(limit: float) -> list[list[Site]]:
         groups: list[list[Site]] = [[]]
@@ -318,14 +319,6 @@ def turns(sites: Sequence[Site], settings: StatisticsSettings) -> list[list[Site
     while even < limit and len(filled(even)) > fewest:
         even *= 1.02
     return filled(min(even, limit))
-
-
-def moment_bytes(site: Site) -> int:
-    """Memory that a site's moments take while they are collected."""
-    width, per_head = site.heads * site.dense_rank, 4 * site.heads * site.dense_rank**2
-    if site.group == "query_key":
-        return 3 * per_head
-    return 4 * triangle_size(width) + 8 * width + (per_head if site.group == "value_output" else 0)
 
 
 def _shapes(tensors: Any) -> dict[str, list[int]]:

@@ -17,10 +17,10 @@ from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.plan import Plan, site_plan
 from slimdiff.planning.costs import count_parameters
-from slimdiff.settings import GROUPS, CalibrationSettings, Sampling
+from slimdiff.settings import TRANSFORMER_GROUPS, CalibrationSettings, Sampling
 from slimdiff.slimming.slim import factorise, slim_denoiser
 
 EVALUATION = Sampling(steps=25, guidance=5.0, batch=10, seed=1_000_000)
@@ -59,7 +59,7 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
     statistics = calibrate(pipeline, prompts, CalibrationSettings(samples=32, sampling=sampling))
     calls = record_calls(pipeline, prompts[:16], sampling, every=3)
     found, left_dense = find_sites(pipeline.unet)
-    sites = [s for s in found if s.group in GROUPS]
+    sites = [s for s in found if s.group in TRANSFORMER_GROUPS]
     factors = factorise(pipeline.unet, statistics, sites)
     total = count_parameters(pipeline.unet)
     effects = {}

@@ -9,29 +9,96 @@ calls of the dense model, against the dense block's own output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from slimdiff.algebra import closed_forms
+from slimdiff.algebra.elimination import ChannelOrder, elimination_order
 from slimdiff.algebra.least_squares import Sums, solve
+from slimdiff.algebra.low_rank import roots
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import ResnetLayers, Site, resnet_layers
-from slimdiff.models import resize_resnet
-from slimdiff.settings import ResnetSettings
+from slimdiff.groups.group import Group, Inner, Site, wide
+from slimdiff.settings import Forms, ResnetSettings
+from slimdiff.statistics import Statistics
 
 # Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
 _MOST_PIXELS = 8192
 
 
-def channel_order(moment: Tensor, second: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+class Resnet(Group[ChannelOrder]):
+    """Inner channels, equally many out of every group of the norm; `fit` is what makes them good."""
+
+    name = "resnet"
+    inner = {
+        "conv1": Inner(0),
+        "time_emb_proj": Inner(0, checked=False),  # None in some; holds the rank twice if it gives a scale and a shift
+        "norm2": Inner(0, checked=False),
+        "conv2": Inner(1),
+    }
+    fitted = True
+    second_input = "temb"
+    stands_alone = True
+
+    def site(self, path: str, module: nn.Module) -> Site | str | None:
+        if isinstance(module, ResnetBlock2D):
+            return _obstacle(module) or self.at(
+                path, module, module.norm2.num_channels, multiple=module.norm2.num_groups
+            )
+        if isinstance(module, ResnetBlockCondNorm2D | TemporalResnetBlock):
+            return f"{type(module).__name__} is a resnet class of its own"
+        return None
+
+    def factor(self, module: ResnetBlock2D, site: Site, statistics: Statistics, forms: Forms) -> ChannelOrder:
+        return channel_order(statistics.mean(site.name), wide(module.conv2.weight), site.multiple)
+
+    def slim(
+        self, module: ResnetBlock2D, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        """The dense weights of the channels that are kept: where `fit` begins."""
+        return self.cut(module, site, factor.order[:rank].sort().values)
+
+    def fit(
+        self,
+        denoiser: nn.Module,
+        ranks: Mapping[Site, int],
+        factors: Mapping[str, ChannelOrder],
+        calls: Sequence[Call],
+        settings: ResnetSettings | None = None,
+        progress: str | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        kept = {site: factors[site.name].order[:rank] for site, rank in ranks.items()}
+        return refit(denoiser, kept, calls, settings, progress)
+
+
+def _obstacle(block: ResnetBlock2D) -> str | None:
+    if type(block) is not ResnetBlock2D:
+        return f"{type(block).__name__} is a resnet class of its own"
+    convolutions = (block.conv1, block.conv2)
+    if any(type(c) is not nn.Conv2d or not _plain_3x3(c) for c in convolutions):
+        return "a convolution is not a plain one of 3 x 3 with a bias"
+    if type(block.time_emb_proj) not in (nn.Linear, type(None)):
+        return "the projection of the time embedding is not a plain linear layer"
+    if type(block.norm2) is not nn.GroupNorm or not block.norm2.affine:
+        return "the inner norm is not a plain group norm"
+    if block.norm2.num_groups == block.norm2.num_channels:
+        return "the inner norm has one channel per group: none can go"
+    return None
+
+
+def _plain_3x3(convolution: nn.Conv2d) -> bool:
+    c = convolution
+    plain = (c.stride, c.padding, c.dilation) == ((1, 1), (1, 1), (1, 1)) and c.groups == 1
+    return plain and c.kernel_size == (3, 3) and c.padding_mode == "zeros" and c.bias is not None
+
+
+def channel_order(moment: Tensor, second: Tensor, groups: int) -> ChannelOrder:
     """Backward elimination on conv2's output error, the same number of channels from every group of the norm.
 
     The output's error is taken as if neighbouring pixels were uncorrelated and the norm did not move: with `W` of
@@ -45,35 +112,8 @@ def channel_order(moment: Tensor, second: Tensor, groups: int) -> tuple[Tensor, 
         out of each group, and the relative error with the first r kept `[C + 1]`.
     """
     weight = second.transpose(0, 1).flatten(1)
-    root, _ = closed_forms.roots(weight @ weight.T)  # elimination sees the weight by its products alone
-    return closed_forms.feed_forward_order(moment, root, groups=groups)
-
-
-def sliced(block: nn.Module, kept: Tensor) -> dict[str, Tensor]:
-    """The dense weights of these inner channels (rising), by parameter name."""
-    layers = resnet_layers(block)
-    weights = {f"conv1.{name}": parameter[kept] for name, parameter in layers.first.named_parameters()}
-    if layers.time is not None:
-        rows = torch.cat([kept + part * layers.norm.num_channels for part in range(layers.parts)])
-        weights |= {f"time_emb_proj.{name}": parameter[rows] for name, parameter in layers.time.named_parameters()}
-    weights |= {f"norm2.{name}": parameter[kept] for name, parameter in layers.norm.named_parameters()}
-    weights["conv2.weight"] = layers.second.weight[:, kept]
-    return weights
-
-
-@contextmanager
-def exchanged_resnet(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A `ResnetBlock2D` with these smaller inner layers (by parameter name), for the length of a block."""
-    names = ("conv1", "time_emb_proj", "norm2", "conv2")
-    before = {name: getattr(block, name) for name in names}
-    state = dict(block.state_dict())
-    try:
-        resize_resnet(block, len(weights["norm2.weight"]))
-        block.load_state_dict({n: weights[n].to(t) if n in weights else t for n, t in state.items()})
-        yield
-    finally:
-        for name, layer in before.items():
-            setattr(block, name, layer)
+    root, _ = roots(weight @ weight.T)  # elimination sees the weight by its products alone
+    return elimination_order(moment, root, groups=groups)
 
 
 @torch.no_grad()
@@ -96,6 +136,8 @@ def refit(
     Raises:
         InputError: if there is no call, or the model gives values that are not finite.
     """
+    if not kept:
+        return {}
     settings = settings or ResnetSettings()
     if not calls:
         raise InputError(
@@ -103,7 +145,7 @@ def refit(
         )
     modules = dict(denoiser.named_modules())
     fits = [_Fit(site, modules[site.path], channels.sort().values) for site, channels in kept.items()]
-    if settings.affine and fits:
+    if settings.affine:
         _pass(denoiser, fits, calls, _Fit.see_norm, progress and f"{progress}: norms")
         for fit in fits:
             fit.solve_norm()
@@ -141,17 +183,13 @@ class _Fit:
     """One resnet on its way to fewer channels: its weights so far, and the sums of the pass that is under way."""
 
     site: Site
-    block: nn.Module
+    block: ResnetBlock2D
     kept: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
     sums: Any = None
 
     def __post_init__(self) -> None:
-        self.weights = sliced(self.block, self.kept)
-
-    @property
-    def layers(self) -> ResnetLayers:
-        return resnet_layers(self.block)
+        self.weights = Resnet().cut(self.block, self.site, self.kept)
 
     @property
     def unknowns(self) -> int:
@@ -161,11 +199,11 @@ class _Fit:
     @property
     def sum_bytes(self) -> int:
         """What the sums of `see_patches` over all calls take, in float32."""
-        return 4 * self.unknowns * (self.unknowns + self.layers.second.out_channels)
+        return 4 * self.unknowns * (self.unknowns + self.block.conv2.out_channels)
 
     def normed(self, seen: _Seen) -> Tensor:
         """The pruned norm's output before its weight and bias, `[B, r, H, W]`."""
-        norm = self.layers.norm
+        norm = self.block.norm2
         return functional.group_norm(
             seen.inner[:, self.kept.to(seen.inner.device)].float(), norm.num_groups, eps=norm.eps
         )
@@ -180,7 +218,7 @@ class _Fit:
             scale, shift = seen.scale_shift.float()[:, :, None, None].chunk(2, dim=1)
             kept = self.kept.to(x.device)
             x = x * (1 + scale[:, kept]) + shift[:, kept]
-        return self.block.nonlinearity(x)  # type: ignore[operator]
+        return self.block.nonlinearity(x)
 
     def see_norm(self, _half: int, seen: _Seen) -> None:
         x = self.normed(seen).double()
@@ -207,14 +245,13 @@ class _Fit:
 
         A constant goes into the bias: exact but at the borders, where the padding is zero for both.
         """
-        second = self.layers.second
+        second = self.block.conv2
         prior = torch.zeros(len(self.kept), second.in_channels, dtype=torch.float64)
         prior[torch.arange(len(self.kept)), self.kept] = 1.0
         mix, constant = solve(self.sums, prior, ridge)
-        weight = second.weight.double().cpu()
+        weight = wide(second.weight)
         self.weights["conv2.weight"] = torch.einsum("rc,ochw->orhw", mix, weight)
-        bias = dict(second.named_parameters())["bias"].double().cpu()
-        self.weights["conv2.bias"] = bias + torch.einsum("c,ochw->o", constant, weight)
+        self.weights["conv2.bias"] = wide(second.bias) + torch.einsum("c,ochw->o", constant, weight)
         self.sums = None
 
     def see_patches(self, half: int, seen: _Seen) -> None:
@@ -282,7 +319,8 @@ def _pass(
 
 
 def _watch(fit: _Fit, see: Callable[[_Seen], None]) -> list[Any]:
-    layers, at = fit.layers, {}
+    block: ResnetBlock2D = fit.block
+    at: dict[str, Tensor] = {}
 
     def of_norm(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         at["inner"], at["normed"] = args[0], output
@@ -295,7 +333,7 @@ def _watch(fit: _Fit, see: Callable[[_Seen], None]) -> list[Any]:
             raise InputError(f"{fit.site.name} gives values that are not finite: the model overflows; use float32")
         see(_Seen(at.pop("inner"), at.pop("normed"), at.pop("scale_shift", None), args[0], output))
 
-    handles = [layers.norm.register_forward_hook(of_norm), layers.second.register_forward_hook(of_second)]
-    if layers.time is not None and layers.parts == 2:
-        handles.append(layers.time.register_forward_hook(of_time))
+    handles = [block.norm2.register_forward_hook(of_norm), block.conv2.register_forward_hook(of_second)]
+    if block.time_emb_proj is not None and block.time_embedding_norm == "scale_shift":
+        handles.append(block.time_emb_proj.register_forward_hook(of_time))
     return handles

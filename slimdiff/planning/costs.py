@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.denoising.trajectory import Call, predict
-from slimdiff.groups.sites import Site, attention_linears, feed_forward_linears, resnet_layers
+from slimdiff.groups import GROUPS
+from slimdiff.groups.group import Site
 
 CostName = Literal["parameters", "macs", "latency_ms"]
 
@@ -103,60 +104,12 @@ def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTab
 def _counting(denoiser: nn.Module, sites: Sequence[Site], per_rank: dict[str, int]) -> Iterator[None]:
     """Add to `per_rank`, by module path, the multiply-accumulates that one unit of rank costs in every call."""
     handles = []
-
-    def linear(path: str, layer: nn.Module, channels: int, *, shrinks: Literal["input", "output"]) -> None:
-        """For every token, the width of the side that stays, times the channels that one unit of rank is."""
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            stays = args[0].shape[-1] if shrinks == "output" else output.shape[-1]
-            per_rank[path] += args[0].numel() // args[0].shape[-1] * stays * channels
-
-        handles.append(layer.register_forward_hook(hook))
-
-    def convolution(path: str, layer: nn.Conv2d, stays: int) -> None:
-        """For every output pixel and tap, the channels of the side that stays."""
-
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            per_rank[path] += output.numel() // output.shape[1] * layer.weight[0, 0].numel() * stays
-
-        handles.append(layer.register_forward_hook(hook))
-
-    def scores(path: str, heads: int, query: nn.Module, key: nn.Module) -> None:
-        """Q K^T and A V: for each head, every query with every key, once each."""
-        queries: list[int] = []
-
-        def of_query(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            queries[:] = output.shape[:2]
-
-        def of_key(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            batch, count = queries
-            per_rank[path] += 2 * batch * heads * count * output.shape[1]
-
-        handles.append(query.register_forward_hook(of_query))
-        handles.append(key.register_forward_hook(of_key))
-
     for site in sites:
-        module = denoiser.get_submodule(site.path)
-        if site.group == "feed_forward":
-            up, down, gated = feed_forward_linears(module)
-            linear(site.path, up, 2 if gated else 1, shrinks="output")
-            linear(site.path, down, 1, shrinks="input")
-            continue
-        if site.group == "resnet":
-            layers = resnet_layers(module)
-            convolution(site.path, layers.first, layers.first.in_channels)
-            convolution(site.path, layers.second, layers.second.out_channels)
-            if layers.time is not None:
-                linear(site.path, layers.time, layers.parts, shrinks="output")
-            continue
-        query, key, value, output = attention_linears(module)
-        if site.group == "query_key":
-            linear(site.path, query, site.heads, shrinks="output")
-            linear(site.path, key, site.heads, shrinks="output")
-            scores(site.path, site.heads, query, key)
-        else:
-            linear(site.path, value, site.heads, shrinks="output")
-            linear(site.path, output, site.heads, shrinks="input")
+
+        def add(macs: int, path: str = site.path) -> None:
+            per_rank[path] += macs
+
+        handles += GROUPS[site.group].macs(denoiser.get_submodule(site.path), site, add)
     try:
         yield
     finally:

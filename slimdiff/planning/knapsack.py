@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, brentq, milp
 from scipy.sparse import lil_array
 
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site
+from slimdiff.groups.group import Site
 
 log = logging.getLogger("slimdiff")
 

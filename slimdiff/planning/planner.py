@@ -10,7 +10,8 @@ from torch import nn
 
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import Site, find_sites
+from slimdiff.groups import GROUPS, fault_in, find_sites
+from slimdiff.groups.group import Site
 from slimdiff.plan import Plan, site_plan
 from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.planning.feasibility import most_removable, removed_within
@@ -100,7 +101,7 @@ class Planner:
         self.progress = progress
         check_statistics(denoiser, statistics)
         self.sites, left_dense = find_sites(denoiser)
-        silent = {s.path: None for s in self.sites if not statistics.covers(s.name, s.group)}
+        silent = {s.path: None for s in self.sites if not GROUPS[s.group].covers(s, statistics)}
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
         name = self.settings.allocation
@@ -317,10 +318,10 @@ def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
     Raises:
-        InputError: if the groups name only one of query_key and value_output, or the model has nothing in them.
+        InputError: if the groups have a fault (`fault_in`), or the model has nothing in them.
     """
-    if ("query_key" in settings.groups) != ("value_output" in settings.groups):
-        raise InputError("groups: query_key and value_output share one rank per layer: name both or neither")
+    if fault := fault_in(settings.groups):
+        raise InputError(f"groups: {fault}")
     chosen = [s for s in sites if s.group in settings.groups]
     if not chosen:
         others = ", ".join(sorted({s.group for s in sites})) or "no group"

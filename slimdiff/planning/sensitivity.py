@@ -13,10 +13,10 @@ from tqdm import tqdm
 from slimdiff.calibration import distributed
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.groups.resnet import exchanged_resnet
-from slimdiff.groups.sites import Site
+from slimdiff.groups import GROUPS
+from slimdiff.groups.group import Site
 from slimdiff.settings import Forms, ResnetSettings
-from slimdiff.slimming.slim import Factors, emulated_weights, fit_resnets
+from slimdiff.slimming.slim import Factors, fit_groups
 from slimdiff.statistics import Statistics
 
 
@@ -83,15 +83,14 @@ def _measured(
         what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
         raise InputError(f"the dense model's noise prediction is {what}")
     halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
-    fitted = fit_resnets(denoiser, factors, halves, fitting_calls, resnet_settings, progress)
+    fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings, progress)
     result = {}
     for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
         module = modules[site.path]
-        if site.name in fitted:
-            slim = exchanged_resnet(module, fitted[site.name])
-        else:
-            slim = exchanged(module, emulated_weights(module, site, rank, factors[site.name], statistics, forms))
-        with slim:
+        weights = fitted.get(site.name)
+        if weights is None:
+            weights = GROUPS[site.group].emulate(module, site, rank, factors[site.name], statistics, forms or Forms())
+        with exchanged(module, weights):
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())
                 for call, r in zip(calls, reference, strict=True)
@@ -103,7 +102,7 @@ def _measured(
 
 @contextmanager
 def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A module with other weights of the same shapes (by parameter name), for the length of a block."""
+    """A module with other weights, smaller ones too (by parameter name), for the length of a block."""
     before = {name: module.get_parameter(name).data for name in weights}
     try:
         for name, tensor in weights.items():

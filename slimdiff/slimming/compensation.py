@@ -23,7 +23,7 @@ from tqdm import tqdm
 from slimdiff.algebra.least_squares import Sums, solve
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import last_linear, output_projection
+from slimdiff.groups import GROUPS
 from slimdiff.plan import Plan
 
 Compensation = Literal["none", "projections", "sequential"]
@@ -50,16 +50,17 @@ def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[C
     Raises:
         InputError: if there is no call.
     """
-    cut = {site.path for site in plan.sites.values() if site.group != "resnet" and site.rank < site.dense_rank}
+    slimmed = [site for site in plan.sites.values() if site.rank < site.dense_rank]
+    cut = {site.path: last for site in slimmed if (last := GROUPS[site.group].compensated)}
     if how == "none" or not cut:
         return []
     if not calls:
         raise InputError("errors are compensated on recorded denoiser calls: give some (slimdiff.trajectory)")
-    projections = {path: output_projection(denoiser, path) for path in sorted(cut)}
+    projections = {path: _output_projection(denoiser, path) for path in sorted(cut)}
     if how == "projections":
         found = dict.fromkeys(projection for projection in projections.values() if projection is not None)
         return [list(found)] if found else []
-    lasts = {last_linear(denoiser, path): path for path in sorted(cut)}
+    lasts = {f"{path}.{cut[path]}": path for path in sorted(cut)}
     order = list(_watch(denoiser, [*lasts, *(p for p in dict.fromkeys(projections.values()) if p)], calls[0]))
     result: Stages = []
     block = None
@@ -71,6 +72,19 @@ def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[C
             result.append([name])
         block = here
     return result
+
+
+def _output_projection(denoiser: nn.Module, path: str) -> str | None:
+    """Path of the projection (linear, or a convolution of 1 x 1) at the end of the transformer that a module is in.
+
+    None where there is none: a transformer's blocks then add to a stream that goes on.
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        last = getattr(denoiser.get_submodule(path), "proj_out", None)
+        if type(last) is nn.Linear or (type(last) is nn.Conv2d and last.kernel_size == (1, 1) and last.groups == 1):
+            return f"{path}.proj_out".lstrip(".")
+    return None
 
 
 class DenseOutputs:

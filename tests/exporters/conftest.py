@@ -25,8 +25,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from slimdiff.denoising.trajectory import Call
-from slimdiff.groups.resnet import sliced
-from slimdiff.models import resize_resnet
+from slimdiff.groups import GROUPS
 
 TIMESTEPS = (981, 501, 21)
 
@@ -97,8 +96,10 @@ def narrow(unet: nn.Module, head_dim: int = 16, channels: int = 40) -> Plan:
             module.net[2] = _linear(module.net[2], columns=channels)
             plan.sites[f"{path}.feed_forward"] = SitePlan("feed_forward", path, 1, channels)
         elif isinstance(module, ResnetBlock2D):
-            weights = {**module.state_dict(), **sliced(module, torch.arange(16))}
-            resize_resnet(module, 16)
+            group = GROUPS["resnet"]
+            site = group.site(path, module)
+            weights = {**module.state_dict(), **group.cut(module, site, torch.arange(16))}
+            group.resize(module, site, 16)
             module.load_state_dict(weights)
             plan.sites[f"{path}.resnet"] = SitePlan("resnet", path, 1, 16)
     return plan

@@ -16,11 +16,11 @@ from slimdiff import Budget, InputError, Plan, PlanSettings, Statistics, compres
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.sensitivity import exchanged, measure_sensitivities
-from slimdiff.settings import GROUPS, PAPERS, Forms
-from slimdiff.slimming.slim import emulated_weights, factorise
+from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Forms
+from slimdiff.slimming.slim import factorise
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def with_rank(plan: Plan, share: float) -> Plan:
     """Every site of a transformer block at a share of its dense rank."""
     plan = plan.model_copy(deep=True)
     for site in plan.sites.values():
-        if site.group in GROUPS:
+        if site.group in TRANSFORMER_GROUPS:
             site.rank = max(1, round(site.dense_rank * share))
     return plan
 
@@ -88,7 +88,7 @@ def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression,
     partners = [s for s in sites if s.path == site.path]
     emulated = copy.deepcopy(pipeline.unet)
     for partner in partners:
-        weights = emulated_weights(module, partner, rank, factors[partner.name], statistics, forms)
+        weights = GROUPS[partner.group].emulate(module, partner, rank, factors[partner.name], statistics, forms)
         for name, tensor in weights.items():
             parameter = emulated.get_parameter(f"{site.path}.{name}")
             parameter.data = tensor.to(parameter)

@@ -15,7 +15,7 @@ from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.plan import Plan, site_plan
 
 

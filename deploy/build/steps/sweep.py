@@ -26,6 +26,7 @@ from exporters.settings import TableSettings
 from slimdiff.compression import fitting_calls, held_calls, sensitivity_calls, with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import image_fidelity
+from slimdiff.groups import is_fitted
 from slimdiff.planning.planner import Planner
 from slimdiff.planning.search import Judge
 from slimdiff.storage import manifest
@@ -60,7 +61,7 @@ class Sweep:
         calls, fitted_on = [], []
         if not statistics.sensitivities:
             calls = sensitivity_calls(self.pipeline, prompts, self.calibration.sampling, self.planning)
-        if self.planning.fits():
+        if is_fitted(self.planning):
             fitted_on = fitting_calls(self.pipeline, prompts, self.calibration, self.planning)
         latency = None
         if self.settings.by == "speedup":

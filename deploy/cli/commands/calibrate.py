@@ -17,7 +17,7 @@ EXAMPLE = """examples:
   slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt --sensitivities
   slimdiff compress my-checkpoint --out slim --reduce 100M --prompts prompts.txt --statistics statistics.safetensors
   slimdiff calibrate --out both.safetensors --merge one.safetensors other.safetensors
-  torchrun --nproc-per-node 2 -m deploy calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt
+  torchrun --nproc-per-node 2 -m slimdiff calibrate my-checkpoint --out statistics.safetensors --prompts prompts.txt
 
 An interrupted calibration goes on where it stopped when the same command is given again."""
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
-    from deploy.build.steps import fidelity_of_noise, quality
+    from deploy.build import fidelity_of_noise, quality
     from slimdiff.fidelity import image_fidelity
     from slimdiff.loading.pipelines import load_pipeline
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = settings(Sampling, args, "steps", batch=1)
     require("polygraphy", "onnx")
     calm_libraries()
-    from deploy.build.workshop import spread
+    from deploy.build import spread
     from deploy.opening.openers import graph_of, open_denoiser
     from exporters.validation.graph import check_graph
     from exporters.validation.parity import check_parity, check_trajectory, with_checks

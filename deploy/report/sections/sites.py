@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.artifacts import numbers
 from deploy.report.plots import log_scale, place
-from slimdiff.settings import GROUPS
+from slimdiff.settings import TRANSFORMER_GROUPS
 
 
 def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
 
 def _totals(sites: Sequence[Mapping[str, Any]], predicted: bool) -> list[dict[str, Any]]:
     totals = []
-    for group in dict.fromkeys([*GROUPS, *(s["group"] for s in sites)]):
+    for group in dict.fromkeys([*TRANSFORMER_GROUPS, *(s["group"] for s in sites)]):
         members = [s for s in sites if s["group"] == group]
         if members:
             kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)

@@ -122,7 +122,7 @@ def test_the_steps_of_the_workflows(workflow, exported, tmp_path):
     given = {"GITHUB_SHA": "abc", "CI_COMMIT_SHA": "abc", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
     for (script, variables), codes in zip(scripts, ({0, 4}, {0}), strict=True):
         environment = os.environ | variables | given | {"MAX_SECONDS": "1", "PYTHONPATH": str(ROOT)}
-        script = f'slimdiff() {{ {shlex.quote(sys.executable)} -m deploy "$@"; }}\n{script}'
+        script = f'slimdiff() {{ {shlex.quote(sys.executable)} -m slimdiff "$@"; }}\n{script}'
         done = subprocess.run(
             ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
         )

@@ -16,7 +16,7 @@ from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.errors import InputError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.settings import Sampling
 from slimdiff.slimming.skeleton import skeleton

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimdiff.errors import SlimdiffError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.models import plan_of
 from slimdiff.slimming.skeleton import skeleton
 

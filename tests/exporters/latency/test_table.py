@@ -14,7 +14,7 @@ from exporters.settings import TableSettings
 from slimdiff import PlanSettings
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.errors import MissingPackageError
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.knapsack import find_layers
 from slimdiff.planning.planner import chosen_sites
 

@@ -16,12 +16,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from slimdiff import Budget, CalibrationSettings, InputError, PlanSettings, Statistics, calibrate, slim_denoiser
 from slimdiff.calibration import calibrate as calibration_module
-from slimdiff.calibration.calibrate import calibrate_on_calls, moment_bytes, turns
+from slimdiff.calibration.calibrate import calibrate_on_calls, turns
 from slimdiff.compression import fitting_calls, measure
 from slimdiff.denoising.trajectory import predict, record_calls
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import GROUPS, StatisticsSettings
+from slimdiff.settings import TRANSFORMER_GROUPS, StatisticsSettings
 from slimdiff.statistics import STRIP, triangle_size
 
 SPREAD = CalibrationSettings(samples=4, sampling=SAMPLING, tokens_per_dimension=2)
@@ -149,11 +149,11 @@ def test_selected_tokens_do_not_depend_on_the_batch_and_stand_for_all(pipeline, 
 
 def test_sites_take_turns_within_the_memory_limit_and_every_call_runs_once(pipeline, calls):
     sites, _ = find_sites(pipeline.unet)
-    need = sum(moment_bytes(site) for site in sites)
+    need = sum(GROUPS[site.group].moment_bytes(site) for site in sites)
     settings = StatisticsSettings(memory_limit=0.6 * need / 2**30)
     groups = turns(sites, settings)
     assert len(groups) == 2 and [s for group in groups for s in group] == sites
-    assert all(sum(moment_bytes(s) for s in group) <= 0.6 * need for group in groups)
+    assert all(sum(GROUPS[s.group].moment_bytes(s) for s in group) <= 0.6 * need for group in groups)
     ran = []
     handle = pipeline.unet.register_forward_hook(lambda *_: ran.append(1))
     found = calibrate_on_calls(pipeline.unet, calls, settings)
@@ -316,8 +316,8 @@ for name, limit in (("one", 2.0), ("turns", {limit!r})):
 
 def test_two_processes_make_the_statistics_and_sensitivities_of_one(pipeline, tmp_path, request):
     """As a launcher starts them. Three prompts: unequal shards, and batches are not what they are in one process."""
-    groups = (*GROUPS, "resnet")
-    need = sum(moment_bytes(site) for site in find_sites(pipeline.unet)[0])
+    groups = (*TRANSFORMER_GROUPS, "resnet")
+    need = sum(GROUPS[site.group].moment_bytes(site) for site in find_sites(pipeline.unet)[0])
     limit = 0.6 * need / 2**30
     tests = Path(__file__).parents[2]
     script = tmp_path / "worker.py"

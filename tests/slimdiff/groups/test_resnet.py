@@ -15,14 +15,15 @@ from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.compression import fitting_calls
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.resnet import channel_order, exchanged_resnet, refit
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
+from slimdiff.groups.resnet import channel_order, refit
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import GROUPS, ResnetSettings
+from slimdiff.planning.sensitivity import exchanged
+from slimdiff.settings import TRANSFORMER_GROUPS, ResnetSettings
 from slimdiff.slimming.slim import factorise
 
-ALL = (*GROUPS, "resnet")
+ALL = (*TRANSFORMER_GROUPS, "resnet")
 PLAIN = ResnetSettings(solve="none", affine=False)
 
 
@@ -148,7 +149,7 @@ def test_fitting_with_every_channel_kept_is_the_dense_model(make, solve):
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     fitted = refit(unet, {s: torch.arange(s.dense_rank) for s in sites}, calls, ResnetSettings(solve=solve))
     for site in sites:
-        with exchanged_resnet(unet.get_submodule(site.path), fitted[site.name]):
+        with exchanged(unet.get_submodule(site.path), fitted[site.name]):
             for call, dense in zip(calls, expected, strict=True):
                 torch.testing.assert_close(predict(unet, call), dense, atol=1e-4, rtol=1e-4)
     after = unet.state_dict()
@@ -272,7 +273,7 @@ def test_dead_and_constant_channels_are_survived(groups):
         fitted = refit(unet, {sites[0]: kept}, calls)[sites[0].name]
         assert all(bool(torch.isfinite(t).all()) for t in fitted.values())
         expected = predict(unet, calls[0])
-        with exchanged_resnet(block, fitted):
+        with exchanged(block, fitted):
             assert float((predict(unet, calls[0]) - expected).norm() / expected.norm()) < 0.3
 
 

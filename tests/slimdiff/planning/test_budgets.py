@@ -12,7 +12,7 @@ from conftest import PROMPTS, SAMPLING, tiny_unet
 from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
 from slimdiff.compression import held_calls, sensitivity_calls
 from slimdiff.denoising.trajectory import record_calls
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import find_sites
 from slimdiff.planning.costs import CostTable, batch_of, count_macs, count_parameters, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import TOLERANCE, _nearest, choose, find_layers
 from slimdiff.planning.planner import Planner

@@ -11,12 +11,11 @@ from conftest import PROMPTS, SAMPLING
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups.sites import find_sites
+from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
 from slimdiff.slimming import compensation
-from slimdiff.slimming.slim import slim_weights
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_a_constant_column_keeps_the_mean_of_what_goes(pipeline, compression, gr
     module = pipeline.unet.get_submodule(site.path)
     factor = factorise(pipeline.unet, statistics, [site], forms=forms)[site.name]
     rank = site.dense_rank // 4
-    weights = slim_weights(module, site, rank, factor, statistics, forms)
+    weights = GROUPS[group].slim(module, site, rank, factor, statistics, forms)
     first = statistics.first(site.name)
     if group == "feed_forward":
         last, kept = module.net[2], factor.order[:rank].sort().values

@@ -1,0 +1,1 @@
+"""Scenes of named things in two styles: the second, harder benchmark model, from its data to its figures."""

@@ -1,0 +1,123 @@
+"""Caption accuracy on combinations never trained: `python -m benchmarks.things.evaluate MODEL --judge FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.things import judge as judges
+from benchmarks.things import models, world
+
+STEPS = 25
+GUIDANCE = 4.0
+SEED = 7  # of the scenes, and of the noise
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module, vae: nn.Module, states: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float
+) -> Tensor:
+    """Pictures by DDIM, as StableDiffusionPipeline makes them.
+
+    Args:
+        states: the captions' hidden states `[B, 40, 160]`; `empty` those of the empty caption `[1, 40, 160]`.
+        noise: `[B, 4, 16, 16]`.
+
+    Returns:
+        float32 `[B, 3, 64, 64]` in [-1, 1].
+    """
+    scheduler = DDIMScheduler(**models.SCHEDULER)
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents, both = noise, torch.cat([empty.expand(len(states), -1, -1), states])
+    for t in scheduler.timesteps:
+        out = unet(torch.cat([latents, latents]), t.expand(2 * len(latents)), both, return_dict=False)[0].float()
+        without, told = out.chunk(2)
+        latents = scheduler.step(without + guidance * (told - without), t, latents).prev_sample
+    return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0].float().clamp(-1, 1)
+
+
+def noise_for(count: int, first: int) -> Tensor:
+    """Noise of pictures `first` to `first + count`, each of its own seed, the same on every machine."""
+    shape = (4, models.UNET["sample_size"], models.UNET["sample_size"])
+    rows = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1_000_000 + first + i)) for i in range(count)
+    ]
+    return torch.stack(rows)
+
+
+def measure(
+    draw: Callable[[Tensor, Tensor], Tensor], judge: judges.Judge, count: int, *, batch: int, seconds: float = 1e9,
+    names: int = len(world.NAMES),
+) -> dict:  # fmt: skip
+    """Accuracy over `count` held-out scenes, or as many as the time allows; `draw` takes scenes and noise."""
+    device = next(judge.parameters()).device
+    scenes = world.sample_scenes(count, SEED, held=True, names=names)
+    began, hits, done = time.time(), [], 0
+    while done < count and (not hits or time.time() - began < seconds):
+        some = scenes[done : done + batch].to(device)
+        hits.append(judges.attribute_hits(judge, draw(some, noise_for(len(some), done).to(device)), some))
+        done += len(some)
+    return {"pictures": done, "seconds": round(time.time() - began, 1), **judges.accuracy(hits)}
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int = 8, enlarge: int = 3) -> None:
+    """Write pictures side by side as one PNG, in one step."""
+    pictures = pictures[: len(pictures) // columns * columns] if len(pictures) >= columns else pictures
+    columns = min(columns, len(pictures))
+    count, _, height, width = pictures.shape
+    tiles = ((pictures.cpu() + 1) * 127.5).round().byte().reshape(-1, columns, 3, height, width)
+    sheet = tiles.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3).numpy()
+    image = Image.fromarray(np.ascontiguousarray(sheet))
+    partial = path.with_suffix(".partial")
+    image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST).save(partial, format="PNG")
+    partial.rename(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the pipeline's folder")
+    parser.add_argument("--judge", type=Path, help="the judge's weights (default: judge.safetensors beside the model)")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--grid", type=Path, help="also write the first pictures as a PNG")
+    arguments = parser.parse_args()
+    weights = arguments.judge or arguments.model.parent / "judge.safetensors"
+    for path in (arguments.model / "model_index.json", weights):
+        if not path.exists():
+            print(f"error: {path} is missing; train the model with python -m benchmarks.things.train", file=sys.stderr)
+            return 2
+    pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None).to(arguments.device)
+    pipeline.unet.eval(), pipeline.vae.eval(), pipeline.text_encoder.eval()
+    judge = judges.load(weights).to(arguments.device)
+    kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def draw(scenes: Tensor, noise: Tensor) -> Tensor:
+        ids = models.tokenize(pipeline.tokenizer, [*world.captions(scenes), ""]).to(noise.device)
+        states = pipeline.text_encoder(ids)[0]
+        options = {"steps": arguments.steps, "guidance": arguments.guidance}
+        kept.append(sample(pipeline.unet, pipeline.vae, states[:-1], states[-1:], noise, **options))
+        return kept[-1]
+
+    report = measure(draw, judge, arguments.count, batch=arguments.batch)
+    if arguments.grid:
+        save_grid(torch.cat(kept)[:48], arguments.grid)
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

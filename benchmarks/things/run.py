@@ -1,0 +1,192 @@
+"""A training run against the clock: stages with shares of a budget, checkpoints, resuming, and what to bring home."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# Each stage's share of the time, in order; a stage that ends late takes from the ones after it.
+SHARES = {"text": 0.04, "vae": 0.14, "judge": 0.12, "unet": 0.65, "evaluate": 0.05}
+# With a budget of samples: each stage's samples for one of the UNet's.
+SAMPLES = {"text": 0.3, "vae": 0.1, "judge": 0.25, "unet": 1.0}
+CHECKPOINT_SECONDS = 45.0
+PART_BYTES = 15_000_000  # of a file that is brought home
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+class Run:
+    """Where a run stands. The clock counts this process and, from the last checkpoint, the ones before it."""
+
+    def __init__(self, work: Path, minutes: float, samples: int | None, device: str) -> None:
+        self.work, self.budget, self.samples, self.device = work, minutes * 60, samples, torch.device(device)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "out").mkdir(exist_ok=True)
+        self._file = work / "state.json"
+        self.state: dict[str, Any] = {"elapsed": 0.0, "started": {}, "done": [], "curve": [], "figures": {}}
+        if self._file.exists():
+            self.state = json.loads(self._file.read_text())
+        self._began = time.time() - self.state["elapsed"]
+
+    def elapsed(self) -> float:
+        return time.time() - self._began
+
+    def save(self) -> None:
+        self.state["elapsed"] = self.elapsed()
+        write_atomically(self._file, lambda p: p.write_text(json.dumps(self.state)))
+        report = {key: self.state[key] for key in ("elapsed", "started", "done", "figures", "curve")}
+        write_atomically(self.work / "out" / "curve.json", lambda p: p.write_text(json.dumps(report, indent=1)))
+
+    def deadline(self, stage: str) -> float:
+        """Seconds of the run at which the stage must end."""
+        names = list(SHARES)
+        return self.budget * sum(SHARES[name] for name in names[: names.index(stage) + 1])
+
+    def start(self, stage: str) -> None:
+        self.state["started"].setdefault(stage, self.elapsed())
+
+    def progress(self, stage: str, seen: int) -> float:
+        """How much of the stage's budget is used, from 0 to 1 and beyond; `seen` counts its samples."""
+        if self.samples is not None:
+            return seen / (self.samples * SAMPLES[stage])
+        begin = self.state["started"][stage]
+        # A stage that began after its deadline still gets a tenth of its share.
+        length = max(self.deadline(stage) - begin, 0.1 * SHARES[stage] * self.budget)
+        return (self.elapsed() - begin) / length
+
+    def done(self, stage: str) -> bool:
+        return stage in self.state["done"]
+
+    def finish(self, stage: str, **figures: Any) -> None:
+        self.state["done"].append(stage)
+        self.state["figures"].setdefault(stage, {}).update(figures)
+        self.save()
+        print(f"[{self.elapsed():6.0f} s] {stage} done {json.dumps(figures)}", flush=True)
+
+    def log(self, stage: str, **figures: Any) -> None:
+        row = {"stage": stage, "seconds": round(self.elapsed(), 1), **figures}
+        self.state["curve"].append(row)
+        print(f"[{row['seconds']:6.0f} s] {stage} " + json.dumps(figures), flush=True)
+
+
+def learning_rate(peak: float, progress: float) -> float:
+    """Up over the first 2 %, flat, and down to nothing over the second half."""
+    return peak * max(0.0, min(1.0, (progress + 1e-3) / 0.02, (1 - progress) / 0.5))
+
+
+def optimise(
+    run: Run,
+    stage: str,
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[int], Tensor],
+    *,
+    batch: int,
+    rates: dict[str, float],
+    decay: float = 0.01,
+    at_checkpoint: Callable[[], dict[str, Any]] | None = None,
+) -> None:
+    """Train `modules` until the stage's budget is used, from its checkpoint if there is one.
+
+    `loss_of(step)` computes one batch's loss; `rates` holds each module's peak learning rate.
+    """
+    cuda = run.device.type == "cuda"
+    groups = [{"params": list(m.parameters()), "peak": rates[name], "lr": 0.0} for name, m in modules.items()]
+    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=decay, fused=cuda)
+    parameters = [p for group in groups for p in group["params"]]
+    checkpoint, step = run.work / f"{stage}.checkpoint", 0
+
+    def restore() -> int:
+        state = torch.load(checkpoint, weights_only=True, map_location=run.device)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+
+    def keep() -> None:
+        state = {name: module.state_dict() for name, module in modules.items()}
+        state |= {"optimiser": optimiser.state_dict(), "step": step}
+        write_atomically(checkpoint, lambda p: torch.save(state, p))
+        run.save()
+
+    if checkpoint.exists():
+        step = restore()
+        print(f"[{run.elapsed():6.0f} s] {stage} resumes at step {step}", flush=True)
+    run.start(stage)
+    for module in modules.values():
+        module.train()
+    total, counted, since, kept = torch.zeros((), device=run.device), 0, time.time(), time.time()
+    while (progress := run.progress(stage, step * batch)) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(group["peak"], progress)
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        total, counted, step = total + loss.detach(), counted + 1, step + 1
+        if step % 20 == 0 and cuda:
+            torch.cuda.synchronize()  # or the clock would run behind the device
+        if counted >= 100 or time.time() - since > 15:
+            mean, speed = total.item() / counted, counted * batch / (time.time() - since)
+            if mean != mean:
+                if not checkpoint.exists():
+                    raise RuntimeError(f"{stage}: the loss is not a number, and there is no checkpoint to go back to")
+                step = restore()
+                print(f"{stage}: the loss is not a number; back to step {step}", flush=True)
+            else:
+                run.log(stage, step=step, loss=round(mean, 5), samples_per_s=round(speed, 1))
+            total, counted, since = torch.zeros((), device=run.device), 0, time.time()
+        if time.time() - kept > CHECKPOINT_SECONDS:
+            keep()
+            if at_checkpoint:
+                run.log(stage, step=step, **at_checkpoint())
+                for module in modules.values():
+                    module.train()
+            kept = since = time.time()
+            total, counted = torch.zeros((), device=run.device), 0
+    keep()
+    run.log(stage, step=step, samples=step * batch)
+    for module in modules.values():
+        module.eval()
+
+
+def save_half(path: Path, module: nn.Module) -> None:
+    """Write a module's weights as fp16."""
+    state = {n: (t.half() if t.is_floating_point() else t).cpu().contiguous() for n, t in module.state_dict().items()}
+    write_atomically(path, lambda p: save_file(state, p))
+
+
+def pack_folder(folder: Path, out: Path, name: str) -> None:
+    """The folder's files as archives `name-1.tar`, `name-2.tar`, ... of at most 15 MB each (a file is never split)."""
+    files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: -f.stat().st_size)
+    parts: list[list[Path]] = []
+    for file in files:
+        fits = (p for p in parts if sum(f.stat().st_size + 1024 for f in [*p, file]) < PART_BYTES)
+        part = next(fits, None)
+        if part is None:
+            parts.append(part := [])
+        part.append(file)
+
+    def write(members: list[Path]) -> Callable[[Path], object]:
+        def to(path: Path) -> None:
+            with tarfile.open(path, "w") as archive:
+                for file in members:
+                    archive.add(file, file.relative_to(folder.parent).as_posix())
+
+        return to
+
+    for number, members in enumerate(parts, 1):
+        write_atomically(out / f"{name}-{number}.tar", write(members))

@@ -1,0 +1,250 @@
+"""The `query_key` and `value_output` groups: head dimensions of an `Attention`, found by type and never by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as processors
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from slimdiff.algebra import low_rank
+from slimdiff.algebra.low_rank import HeadBases
+from slimdiff.groups.group import Collector, Group, Inner, Site, received, solved, wide
+from slimdiff.settings import Forms
+from slimdiff.statistics import Statistics
+
+# Processors that compute plain softmax attention with a scale of 1/sqrt(head dim): what the closed forms assume.
+_STOCK_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+    "AttnProcessorNPU",
+)
+
+
+class _AttentionGroup(Group[HeadBases]):
+    """What both have in common. They keep the same rank in a layer, so what hinders one leaves all of it dense."""
+
+    per_head = True
+    compensated = "to_out.0"
+
+    def site(self, path: str, module: nn.Module) -> Site | str | None:
+        if isinstance(module, Attention):
+            return _obstacle(module) or self.at(path, module, module.inner_dim // module.heads, module.heads)
+        if isinstance(module, AttentionModuleMixin):
+            return "; ".join([f"{type(module).__name__} is an attention class of its own", *_oddities(module)])
+        return None
+
+    def resize(self, module: Attention, site: Site, rank: int) -> None:
+        """Attention keeps its stock processors: they divide by the root of the *new* head dimension."""
+        super().resize(module, site, rank)
+        module.inner_dim = module.inner_kv_dim = site.heads * rank
+        module.scale = rank**-0.5
+
+
+class QueryKey(_AttentionGroup):
+    """Queries and keys: scores are closest with the whitened SVD of their product, in head space."""
+
+    name = "query_key"
+    inner = {"to_q": Inner(0), "to_k": Inner(0)}
+    shares_rank_with = ("value_output",)
+    product_dim = "query_key_dim"
+
+    def watch(self, module: Attention, site: Site, collector: Collector) -> list[Any]:
+        handle, attended_of = _watch_mask(module)
+
+        def of_query(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            collector.add_heads(site, "query", output.detach())
+
+        def of_key(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            keys, attended = output.detach(), attended_of(output)
+            # Over an image's tokens: softmax does not see what all keys of an image have in common.
+            mean = _mean(keys, attended)
+            collector.add_heads(site, "key_mean", mean)
+            collector.add_heads(site, "key", keys, attended, mean)
+
+        return [handle, module.to_q.register_forward_hook(of_query), module.to_k.register_forward_hook(of_key)]
+
+    def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
+        heads = (site.heads, site.dense_rank, site.dense_rank)
+        return {f"{site.name}.{what}": heads for what in ("query", "key", "key_mean")}
+
+    def covers(self, site: Site, statistics: Statistics) -> bool:
+        return all(statistics.tokens.get(f"{site.name}.{what}") for what in ("query", "key"))
+
+    def factor(self, module: Attention, site: Site, statistics: Statistics, forms: Forms) -> HeadBases:
+        key = statistics.mean(f"{site.name}.key")
+        if not forms.centre_keys:
+            key = key + statistics.mean(f"{site.name}.key_mean")
+        return low_rank.query_key(statistics.mean(f"{site.name}.query"), key)
+
+    def slim(
+        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        # The stock processor will divide by sqrt(rank): fold in what makes that the dense scale.
+        scale = (rank / site.dense_rank) ** 0.5
+        return {
+            **_project("to_q", module.to_q, factor.left[..., :rank] * scale),
+            **_project("to_k", module.to_k, factor.right[..., :rank]),
+        }
+
+    def emulate(
+        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        left, right = factor.left[..., :rank], factor.right[..., :rank]
+        return _project("to_q", module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
+
+    def macs(self, module: Attention, site: Site, add: Callable[[int], None]) -> list[Any]:
+        """The projections', and those of Q K^T and A V: for each head, every query with every key, once each."""
+        queries: list[int] = []
+
+        def of_query(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            queries[:] = output.shape[:2]
+
+        def of_key(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            batch, count = queries
+            add(2 * batch * site.heads * count * output.shape[1])
+
+        products = [module.to_q.register_forward_hook(of_query), module.to_k.register_forward_hook(of_key)]
+        return super().macs(module, site, add) + products
+
+
+class ValueOutput(_AttentionGroup):
+    """Values and the output projection, which is solved again on the bases that are kept."""
+
+    name = "value_output"
+    inner = {"to_v": Inner(0), "to_out.0": Inner(1)}
+    shares_rank_with = ("query_key",)
+    product_dim = "value_dim"
+
+    def watch(self, module: Attention, site: Site, collector: Collector) -> list[Any]:
+        handle, attended_of = _watch_mask(module)
+
+        def of_value(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            collector.add_heads(site, "value", output.detach(), attended_of(output))
+
+        values = module.to_v.register_forward_hook(of_value)
+        return [handle, values, *super().watch(module, site, collector)]
+
+    def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return super().sums(site) | {f"{site.name}.value": (site.heads, site.dense_rank, site.dense_rank)}
+
+    def factor(self, module: Attention, site: Site, statistics: Statistics, forms: Forms) -> HeadBases:
+        moment, _ = self._received(module, site, statistics, forms)
+        blocks = moment if moment.ndim == 3 else low_rank.head_blocks(moment, site.heads)
+        return low_rank.value_output(blocks, wide(module.to_out[0].weight))
+
+    def slim(
+        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        basis = factor.left[..., :rank]
+        return {**_project("to_v", module.to_v, basis), **self._output(module, site, basis, statistics, forms)}
+
+    def emulate(
+        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        basis = factor.left[..., :rank]
+        weights = self._output(module, site, basis, statistics, forms)
+        return {**weights, "to_out.0.weight": weights["to_out.0.weight"] @ torch.block_diag(*basis).T}
+
+    def _received(
+        self, module: Attention, site: Site, statistics: Statistics, forms: Forms
+    ) -> tuple[Tensor, Tensor | None]:
+        """Second moments of what the output projection receives: `[n, n]`, or `[H, d, d]` to solve head by head."""
+        if forms.value_moments == "values":
+            return statistics.mean(f"{site.name}.value"), None
+        moment, mean = received(site, module.to_out[0], statistics, forms)
+        return (moment if forms.joint_output else low_rank.head_blocks(moment, site.heads)), mean
+
+    def _output(
+        self, module: Attention, site: Site, basis: Tensor, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        """The output projection solved on a basis `[H, d, r]` of each head, and its bias if that changes."""
+        output = module.to_out[0]
+        moment, mean = self._received(module, site, statistics, forms)
+        weight = low_rank.solve_output(moment, wide(output.weight), basis)
+        kept = torch.block_diag(*basis).T
+        return solved("to_out.0", output, weight, mean, lambda mean: kept @ mean)
+
+
+def _obstacle(attention: Attention) -> str | None:
+    """Everything that keeps an attention layer dense, or None."""
+    reasons = _oddities(attention)
+    if attention.to_out is None:
+        reasons.append("no output projection of its own")
+    elif not attention.only_cross_attention:
+        linears = [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            reasons.append("a projection is not a plain linear layer")
+    if attention.fused_projections:
+        reasons.append("fused projections (call unfuse_qkv_projections first)")
+    if attention.inner_kv_dim != attention.inner_dim:
+        reasons.append("fewer key and value heads than query heads")
+    if attention.inner_dim % attention.heads:
+        reasons.append(f"its {attention.inner_dim} inner dimensions do not divide into {attention.heads} heads")
+    if not attention.scale_qk:
+        reasons.append("unscaled scores")
+    processor = type(attention.processor).__name__
+    if not reasons and not (
+        processor in _STOCK_PROCESSORS and isinstance(attention.processor, getattr(processors, processor, ()))
+    ):
+        reasons.append(f"its processor {processor} may do more than softmax attention")
+    return "; ".join(reasons) or None
+
+
+def _oddities(attention: nn.Module) -> list[str]:
+    """What an attention module of any class does between its projections that the closed forms do not know."""
+    reasons = []
+    if getattr(attention, "added_kv_proj_dim", None) is not None:
+        reasons.append("added key and value projections")
+    if getattr(attention, "norm_q", None) is not None or getattr(attention, "norm_k", None) is not None:
+        reasons.append("queries and keys are normalised (qk-norm)")
+    processor = getattr(attention, "processor", None)
+    if processor is not None and any("rotary" in name for name in inspect.signature(processor.__call__).parameters):
+        reasons.append("rotary positions turn queries and keys")
+    return reasons
+
+
+def _project(name: str, linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:
+    """A projection whose head outputs x become x B: basis `[H, d, r]`."""
+    heads, d, _ = basis.shape
+    weight = wide(linear.weight).reshape(heads, d, -1)
+    result = {f"{name}.weight": (basis.mT @ weight).flatten(0, 1)}
+    if linear.bias is not None:
+        bias = wide(linear.bias).reshape(heads, d, 1)
+        result[f"{name}.bias"] = (basis.mT @ bias).flatten()
+    return result
+
+
+def _watch_mask(attention: Attention) -> tuple[Any, Callable[[Tensor], Tensor | None]]:
+    """The handle of a hook, and a function from keys `[B, L, n]` to which of them the mask leaves: float `[B, L, 1]`.
+
+    `attention_mask` is an additive bias `[B, 1, L]`, far below zero where nothing attends; without one, all do: None.
+    """
+    seen: list[Tensor | None] = [None]
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        bias = kwargs.get("attention_mask")
+        states = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        keys: Tensor = (args[0] if args else kwargs["hidden_states"]) if states is None else states
+        fits = isinstance(bias, Tensor) and bias.is_floating_point() and bias.numel() == keys[..., 0].numel()
+        seen[0] = (bias > -1).float() if isinstance(bias, Tensor) and fits else None
+
+    def attended_of(keys: Tensor) -> Tensor | None:
+        return None if seen[0] is None else seen[0].to(keys.device).reshape(len(keys), -1, 1)
+
+    return attention.register_forward_pre_hook(hook, with_kwargs=True), attended_of
+
+
+def _mean(x: Tensor, attended: Tensor | None) -> Tensor:
+    """Mean over the tokens of `[B, T, n]`, float32 `[B, 1, n]`."""
+    if attended is None:
+        return x.mean(dim=1, keepdim=True, dtype=torch.float32)
+    return (x.float() * attended).sum(1, keepdim=True) / attended.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,68 @@
+"""The `feed_forward` group: channels between the two linears of a `FeedForward`, with their gate rows if any."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from slimdiff.algebra import elimination
+from slimdiff.algebra.elimination import ChannelOrder
+from slimdiff.groups.group import Group, Inner, Site, received, solved, wide
+from slimdiff.settings import Forms
+from slimdiff.statistics import Statistics
+
+_GATED = ("GEGLU", "SwiGLU")
+_PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
+
+
+class FeedForwardGroup(Group[ChannelOrder]):
+    """Channels are eliminated by what their loss does to the output, and the down projection is solved again."""
+
+    name = "feed_forward"
+    inner = {"net.0.proj": Inner(0, times=(2, 1)), "net.2": Inner(1)}
+    compensated = "net.2"
+
+    def site(self, path: str, module: nn.Module) -> Site | str | None:
+        if not isinstance(module, FeedForward):
+            return None
+        up, down = module.net[0], module.net[2]
+        activation = type(up).__name__
+        if activation not in _GATED + _PLAIN:
+            return f"its activation {activation} is not one of {', '.join(_GATED + _PLAIN)}"
+        if type(up.proj) is not nn.Linear or type(down) is not nn.Linear:
+            return "a projection is not a plain linear layer"
+        return self.at(path, module, down.in_features)
+
+    def factor(self, module: FeedForward, site: Site, statistics: Statistics, forms: Forms) -> ChannelOrder:
+        moment, _ = received(site, module.net[2], statistics, forms)
+        if site.dense_rank > elimination.EXACT_CHANNELS:
+            moment = moment.float()  # as it was summed: an order needs no more, and half the memory
+        by_leverage = forms.channels == "ridge_leverage"
+        choose = elimination.leverage_order if by_leverage else elimination.elimination_order
+        return choose(moment, wide(module.net[2].weight))
+
+    def slim(
+        self, module: FeedForward, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        kept = factor.order[:rank].sort().values
+        weights = {name: wide(weight) for name, weight in self.cut(module, site, kept).items()}
+        return weights | self._down(module, site, kept, statistics, forms)
+
+    def emulate(
+        self, module: FeedForward, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        kept = factor.order[:rank]
+        weights = self._down(module, site, kept, statistics, forms)
+        weight = torch.zeros(module.net[2].weight.shape, dtype=torch.float64)
+        weight[:, kept] = weights["net.2.weight"]
+        return {**weights, "net.2.weight": weight}
+
+    def _down(
+        self, module: FeedForward, site: Site, kept: Tensor, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        """The down projection solved on the kept channels, and its bias if that changes."""
+        down = module.net[2]
+        moment, mean = received(site, down, statistics, forms)
+        weight = elimination.solve_down(moment, wide(down.weight), kept)
+        return solved("net.2", down, weight, mean, lambda mean: mean[kept])

@@ -1,0 +1,271 @@
+"""What a kind of group says of itself, and what all kinds have in common.
+
+A group is the layers of a module that share an inner dimension. Most of what others ask follows from `Group.inner`:
+what a unit of rank costs, smaller weights and layers, and where graphs and engines show the rank. A new kind needs no
+more than `site`, `factor` and `slim` beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slimdiff.denoising.trajectory import Call
+from slimdiff.settings import Forms, ResnetSettings
+from slimdiff.statistics import Statistics, triangle_size
+
+
+@dataclass(frozen=True)
+class Site:
+    """One group at one module path.
+
+    Attributes:
+        path: the module's path in the denoiser.
+        group: the group's name.
+        heads: number of heads; 1 but for attention.
+        dense_rank: the inner dimension of the dense model: per head for attention, channels for the others.
+        cost: parameters that one unit of rank costs (per head dimension: all heads' rows, columns and biases).
+        multiple: ranks are multiples of this: the groups of a resnet's inner norm, which must stay equal.
+    """
+
+    path: str
+    group: str
+    heads: int
+    dense_rank: int
+    cost: int
+    multiple: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.group}"
+
+    def first(self, rank: int) -> Tensor:
+        """The first inner dimensions `[rank]`, equally many out of each of `multiple` parts."""
+        return torch.arange(self.dense_rank).unflatten(0, (self.multiple, -1))[:, : rank // self.multiple].flatten()
+
+
+class Inner(NamedTuple):
+    """How a layer's weight `[out, in, ...]` carries a group's rank.
+
+    Attributes:
+        axis: which one it is: 0 where the layer gives the inner dimensions out, 1 where it receives them.
+        times: how often, for all heads, the axis may hold the rank: twice where gate rows follow the value rows.
+        checked: whether every exported graph has this layer's weight.
+    """
+
+    axis: int
+    times: tuple[int, ...] = (1,)
+    checked: bool = True
+
+
+class Factor(Protocol):
+    """Everything of a site that does not depend on the rank; `tail[r]` is the relative local error at rank r."""
+
+    @property
+    def tail(self) -> Tensor: ...
+
+
+F = TypeVar("F", bound=Factor)
+
+
+class Collector(Protocol):
+    """What calibration adds to: an even selection of each call's tokens, times the weight of its timestep."""
+
+    def add_rows(self, site: Site, x: Tensor) -> None:
+        """Add `x [B, T, n]` to the sums named after the site: the triangle of E[x x^T], and E[x]."""
+
+    def add_heads(
+        self, site: Site, what: str, x: Tensor, attended: Tensor | None = None, mean: Tensor | None = None
+    ) -> None:
+        """Add `x [B, T, H d]` to one moment per head, `what` of the site.
+
+        Args:
+            attended: float `[B, T, 1]`, zero for the tokens that do not count.
+            mean: float32 `[B, 1, H d]`, subtracted first.
+        """
+
+
+class Group(ABC, Generic[F]):
+    """A kind of group. Modules are the dense model's; weights go by parameter name below the site's module.
+
+    Attributes:
+        name: in plans, settings and names of sites.
+        inner: the layers that carry the rank, by path below the module.
+        per_head: whether the rank is one head's.
+        shares_rank_with: groups of the same modules that keep the same rank: they are slimmed together.
+        fitted: whether slim weights come from `fit`, on recorded calls, and not from `slim`.
+        compensated: path of the linear that error compensation solves again; None if it is to leave the module alone.
+        second_input: name of the module's second argument, where it has one.
+        stands_alone: whether the module has its norm and residual inside.
+        product_dim: what `attention_of` of a TensorRT network calls this rank in the attention products.
+    """
+
+    name: str
+    inner: Mapping[str, Inner]
+    per_head = False
+    shares_rank_with: tuple[str, ...] = ()
+    fitted = False
+    compensated: str | None = None
+    second_input = "encoder_hidden_states"
+    stands_alone = False
+    product_dim: str | None = None
+
+    @abstractmethod
+    def site(self, path: str, module: nn.Module) -> Site | str | None:
+        """The site at a module, or the reason why it stays dense; None for a module of another kind."""
+
+    @abstractmethod
+    def factor(self, module: nn.Module, site: Site, statistics: Statistics, forms: Forms) -> F:
+        """The site's basis or order."""
+
+    @abstractmethod
+    def slim(
+        self, module: nn.Module, site: Site, rank: int, factor: F, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        """The site's smaller weights and biases, float64."""
+
+    def emulate(
+        self, module: nn.Module, site: Site, rank: int, factor: F, statistics: Statistics, forms: Forms
+    ) -> dict[str, Tensor]:
+        """Weights with which the dense module computes what it would with this site alone slim.
+
+        Their shapes are the dense ones where another group of the module shares the rank.
+        """
+        return self.slim(module, site, rank, factor, statistics, forms)
+
+    def fit(
+        self,
+        denoiser: nn.Module,
+        ranks: Mapping[Site, int],
+        factors: Mapping[str, F],
+        calls: Sequence[Call],
+        settings: ResnetSettings | None = None,
+        progress: str | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """By site name, slim weights of these sites from forward passes of the dense model; none if not `fitted`.
+
+        Raises:
+            InputError: if there is no call, or the model gives values that are not finite.
+        """
+        return {}
+
+    def at(self, path: str, module: nn.Module, dense_rank: int, heads: int = 1, multiple: int = 1) -> Site:
+        """The site of a module, its cost counted off the layers."""
+        cost = sum(parameter.numel() for _, parameter, _ in self._carriers(module)) // dense_rank
+        return Site(path, self.name, heads, dense_rank, cost, multiple)
+
+    def last(self, module: nn.Module) -> nn.Module:
+        """The layer that receives the inner dimensions."""
+        return next(layer for _, layer, inner in self.layers(module) if inner.axis == 1)
+
+    def layers(self, module: nn.Module) -> Iterator[tuple[str, Any, Inner]]:
+        """The layers that carry the rank, of those that the module has, with their paths."""
+        for path, inner in self.inner.items():
+            if (layer := attrgetter(path)(module)) is not None:
+                yield path, layer, inner
+
+    def watch(self, module: nn.Module, site: Site, collector: Collector) -> list[Any]:
+        """Handles of hooks that add to the statistics in every call: here, what the last layer receives."""
+
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            if isinstance(layer, nn.Conv2d):  # [B, n, H, W], whose tokens are its pixels
+                x = x.flatten(2).mT
+            collector.add_rows(site, x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[:, None])
+
+        return [self.last(module).register_forward_pre_hook(hook)]
+
+    def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The moments that `watch` fills, by name: `(n,)` for a triangle with its E[x], `(H, d, d)` for heads."""
+        return {site.name: (site.heads * site.dense_rank,)}
+
+    def moment_bytes(self, site: Site) -> int:
+        """Memory that a site's sums take while they are collected."""
+        shapes = self.sums(site).values()
+        return sum(4 * triangle_size(s[0]) + 8 * s[0] if len(s) == 1 else 4 * math.prod(s) for s in shapes)
+
+    def covers(self, site: Site, statistics: Statistics) -> bool:
+        """Whether the site ran during calibration."""
+        return bool(statistics.tokens.get(site.name))
+
+    def cut(self, module: nn.Module, site: Site, kept: Tensor) -> dict[str, Tensor]:
+        """The dense weights of these inner dimensions, rising: `[r]` alike in every head, or `[H, r]`."""
+        weights = {}
+        for name, parameter, axis in self._carriers(module):
+            parts = torch.arange(parameter.shape[axis] // site.dense_rank)[:, None]
+            rows = (kept + parts * site.dense_rank).flatten()
+            weights[name] = parameter[:, rows] if axis else parameter[rows]
+        return weights
+
+    def resize(self, module: nn.Module, site: Site, rank: int) -> None:
+        """Replace the layers that carry the rank by uninitialised smaller ones, in place."""
+        for path, layer, inner in list(self.layers(module)):
+            parts = layer.weight.shape[inner.axis] // site.dense_rank
+            module.set_submodule(path, _like(layer, inner.axis, parts * rank))
+
+    def macs(self, module: nn.Module, site: Site, add: Callable[[int], None]) -> list[Any]:
+        """Handles of hooks that add, in every call, the multiply-accumulates that one unit of rank costs."""
+
+        def hook(weight: Tensor, _layer: nn.Module, _args: Any, output: Tensor) -> None:
+            places = output.numel() // output.shape[1 if weight.ndim == 4 else -1]
+            add(places * weight.numel() // site.dense_rank)
+
+        weights = ((layer, layer.weight) for _, layer, _ in self.layers(module))
+        return [layer.register_forward_hook(partial(hook, w)) for layer, w in weights if w.ndim > 1]
+
+    def _carriers(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """The parameters with an axis that carries the rank, with their names and that axis."""
+        for path, layer, inner in self.layers(module):
+            for kind, parameter in layer.named_parameters():
+                if kind == "weight" or inner.axis == 0:
+                    yield f"{path}.{kind}", parameter, inner.axis
+
+
+def _like(layer: Any, axis: int, width: int) -> nn.Module:
+    """An uninitialised layer that is like this one but for one axis of its weight."""
+    place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.GroupNorm):
+        return nn.GroupNorm(layer.num_groups, width, layer.eps, **place)
+    shape = list(layer.weight.shape[:2])
+    shape[axis] = width
+    place["bias"] = layer.bias is not None
+    if isinstance(layer, nn.Conv2d):
+        size: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        return nn.utils.skip_init(nn.Conv2d, shape[1], shape[0], *size, **place)
+    return nn.utils.skip_init(nn.Linear, shape[1], shape[0], **place)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor as the algebra takes it: float64 on the CPU."""
+    return tensor.detach().double().cpu()
+
+
+def received(site: Site, last: nn.Linear, statistics: Statistics, forms: Forms) -> tuple[Tensor, Tensor | None]:
+    """The second moment `[n, n]` of what a last linear receives, about its mean `[n]` where a constant is carried."""
+    moment, mean = statistics.mean(site.name), None
+    if forms.constant and last.bias is not None:
+        mean = statistics.first(site.name)
+        moment.addr_(mean, mean, alpha=-1)
+    return moment, mean
+
+
+def solved(
+    path: str, last: nn.Linear, weight: Tensor, mean: Tensor | None, keep: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """A last linear's slim weight W' by name, and `b + W E[x] - W' E[x']` as its bias where a constant is carried.
+
+    Args:
+        mean: E[x], or None; keep: gives E[x'] of it.
+    """
+    weights = {f"{path}.weight": weight}
+    if mean is not None:  # what goes leaves its mean there
+        weights[f"{path}.bias"] = wide(last.bias) + wide(last.weight) @ mean - weight @ keep(mean)
+    return weights
