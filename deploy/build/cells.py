@@ -13,22 +13,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from diffusers import DiffusionPipeline
 
 from deploy.artifacts import build_folder
 from deploy.build import cluster, gates, steps
 from deploy.build.stages import Done, Stage, keys, run_stages
 from deploy.build.workshop import Workshop
 from deploy.recipe.prompts import EMBEDDED, GENERAL
-from deploy.recipe.recipe import ImageShape, Recipe
+from deploy.recipe.recipe import Gates, ImageShape, Recipe
 from slimdiff.errors import SlimdiffError
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from deploy.recipe.recipe import Gates
 
 log = logging.getLogger("slimdiff")
 

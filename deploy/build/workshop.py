@@ -6,7 +6,9 @@ import importlib.metadata
 from collections.abc import Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from diffusers import DiffusionPipeline
 
 import exporters
 import slimdiff
@@ -26,9 +28,6 @@ from slimdiff.settings import Sampling
 from slimdiff.slimming.slim import factorise
 from slimdiff.storage import manifest
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 _CORE = ("torch", "diffusers", "transformers")
 _EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
@@ -39,7 +38,7 @@ class Workshop:
     images = 1
     """How many go through the exported denoisers together."""
     runtime = "onnxruntime"
-    """What graphs are held against torch and timed in."""
+    """The runtime that graphs are compared with torch and timed in."""
     exported: tuple[str, ...] = ("dense", "slim")
     """The denoisers that become graphs."""
     engine_precision = "fp16"
@@ -118,6 +117,11 @@ class Workshop:
         sampling = self.recipe.calibration.sampling
         call = partial(example_call, self.dense, height=sampling.height, width=sampling.width)
         check_budgets(denoiser_of(self.dense), self.budgets, self.recipe.plan, call=call)
+
+    @property
+    def trajectory_settings(self) -> dict[str, Any]:
+        """For stages whose result depends on the trajectory."""
+        return {"trajectory": self.recipe.compare.sampling.model_dump()}
 
     @cached_property
     def statistics(self) -> Statistics:

@@ -10,8 +10,8 @@ from deploy.artifacts import build_folder as layout
 from deploy.artifacts import numbers
 from slimdiff.storage.manifest import replacing
 
-FOLDERS = [Path(__file__).parent / name for name in ("templates", "sections")]
-FILTERS = ("digits", "scaled", "in_bytes", "exact", "percent", "signed", "milliseconds", "duration", "measured")
+_FOLDERS = [Path(__file__).parent / name for name in ("templates", "sections")]
+_FILTERS = ("digits", "scaled", "in_bytes", "exact", "percent", "signed", "milliseconds", "duration", "measured")
 
 
 def write_report(build_folder: Path, out_file: Path) -> None:
@@ -47,13 +47,13 @@ def write_page(template: str, file: Path, **shown: Any) -> None:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(FOLDERS),
+        loader=FileSystemLoader(_FOLDERS),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({name: getattr(numbers, name) for name in FILTERS})
+    environment.filters.update({name: getattr(numbers, name) for name in _FILTERS})
     text = environment.get_template(template).render(**shown)
     with replacing(file, is_file=True) as temporary:
         temporary.write_text(text, encoding="utf-8")

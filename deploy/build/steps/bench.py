@@ -30,15 +30,11 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
     return {"latency_ms": {"dense": result["baseline"]["median_ms"], "slim": result["candidate"]["median_ms"]}}
 
 
-def _settings(shop: Workshop) -> dict[str, Any]:
-    return {**shop.recipe.bench.model_dump(), "min_speedup": shop.recipe.gates.min_speedup}
-
-
 STAGE = Stage(
     "bench",
     run,
     needs=("export",),
-    settings=_settings,
+    settings=lambda shop: shop.recipe.bench.model_dump() | {"min_speedup": shop.recipe.gates.min_speedup},
     inputs=lambda shop: shop.exporting | shop.machine,
     kind="latency",
     packages=lambda shop: packages_of(shop.runtime),

@@ -51,15 +51,11 @@ def _runs_on(folder: Path) -> dict[str, Any]:
     return {"precision": report["precision"], "shapes": report["slim"]["inputs"]}
 
 
-def _settings(shop: Workshop) -> dict[str, Any]:
-    return {**shop.recipe.export.model_dump(), "trajectory": shop.recipe.compare.sampling.model_dump()}
-
-
 STAGE = Stage(
     "export",
     run,
     needs=("slim",),
-    settings=_settings,
+    settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
     inputs=lambda shop: shop.exporting | shop.captions_hash,
     kind="onnx",
     runs_on=_runs_on,

@@ -8,7 +8,6 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, write_result
-from deploy.recipe.recipe import Recipe
 from slimdiff import make_plan
 from slimdiff.compression import planning_calls
 from slimdiff.storage import manifest
@@ -30,15 +29,7 @@ def run(shop: Workshop, folder: Path) -> None:
         write_result(
             folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
         )
-    plan = make_plan(
-        denoiser,
-        statistics,
-        budget,
-        recipe.plan,
-        latency=latency,
-        factors=shop.factors,
-        **recorded,
-    )
+    plan = make_plan(denoiser, statistics, budget, recipe.plan, latency=latency, factors=shop.factors, **recorded)
     plan.save(folder / Path(build_folder.PLAN).name)
 
 
@@ -49,15 +40,11 @@ def _inputs(shop: Workshop) -> dict[str, str]:
     return inputs
 
 
-def _settings(recipe: Recipe) -> dict[str, object]:
-    return {**recipe.budget.model_dump(), **recipe.plan.model_dump()}
-
-
 STAGE = Stage(
     "plan",
     run,
     needs=("calibrate", "sensitivity"),
-    settings=lambda shop: _settings(shop.recipe),
+    settings=lambda shop: shop.recipe.budget.model_dump() | shop.recipe.plan.model_dump(),
     inputs=_inputs,
     kind="plan",
     packages=lambda shop: packages_of(shop.recipe.budget.runtime) if shop.recipe.budget.speedup is not None else (),

@@ -20,14 +20,8 @@ def run(shop: Workshop, folder: Path) -> None:
     recipe = shop.recipe
     calls = fitting_calls(shop.dense, shop.prompts, recipe.calibration, recipe.plan) if plan.is_fitted() else []
     start = time.perf_counter()
-    slim = slim_denoiser(
-        dense,
-        shop.statistics,
-        plan,
-        shop.factors,
-        fitting_calls=calls,
-        resnet_settings=recipe.plan.resnets,
-    )
+    resnets = recipe.plan.resnets
+    slim = slim_denoiser(dense, shop.statistics, plan, shop.factors, fitting_calls=calls, resnet_settings=resnets)
     seconds = round(time.perf_counter() - start, 3)
     save_pipeline(with_denoiser(shop.dense, slim), folder)
     copy_licenses(recipe.model, folder)
@@ -48,7 +42,7 @@ STAGE = Stage(
     "slim",
     run,
     needs=("plan",),
-    settings=lambda shop: {"trajectory": shop.recipe.compare.sampling.model_dump()},
+    settings=lambda shop: shop.trajectory_settings,
     inputs=lambda shop: shop.core,
     kind="slim-model",
     figures=_figures,

@@ -52,15 +52,11 @@ def run(shop: Workshop, folder: Path) -> None:
     )
 
 
-def _settings(shop: Workshop) -> dict[str, Any]:
-    return {**shop.recipe.validation.model_dump(), "trajectory": shop.recipe.compare.sampling.model_dump()}
-
-
 STAGE = Stage(
     "validate",
     run,
     needs=("slim", "export", "engine"),
-    settings=_settings,
+    settings=lambda shop: shop.recipe.validation.model_dump() | shop.trajectory_settings,
     inputs=lambda shop: shop.exporting,
     kind="parity",
     packages=lambda shop: (*packages_of(shop.runtime), ("polygraphy", "onnx")),

@@ -15,7 +15,7 @@ from slimdiff.settings import TRANSFORMER_GROUPS
 def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
     """`sites`: a table for each module that sites sit in, and the totals of each group."""
     planned = results["plan"]["sites"]
-    # What was in no group that was asked for has nothing to tell but that it is dense.
+    # Sites of groups that the recipe leaves out are dense, and there is nothing else to say of them.
     sites = {name: s for name, s in planned.items() if s["rank"] < s["dense_rank"] or s.get("local_error") is not None}
     predicted = any(s.get("predicted_error") is not None for s in sites.values())
     key = "predicted_error" if predicted else "local_error"
