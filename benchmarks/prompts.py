@@ -18,7 +18,7 @@ import torch
 import benchmarks
 import slimdiff
 from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
-from deploy.build.workshop import source_hash
+from deploy.artifacts.hashes import source_hash
 from exporters.machine import machine_name
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embedded, make_plan, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate

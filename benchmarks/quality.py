@@ -24,7 +24,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
-from deploy.build.workshop import source_hash
+from deploy.artifacts.hashes import source_hash
 from exporters.graphs.export import export_unet
 from exporters.latency.decision import LOOKS
 from exporters.latency.measure import bench as bench_pairs

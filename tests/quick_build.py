@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from bundles import DESCRIPTION
 
@@ -19,25 +20,25 @@ def build(folder: str, text: str, wait_for: str = "") -> None:
     """Two stages that depend on each other and one that does not; `text` decides what the first two hold."""
     out = Path(folder)
 
-    def first(into: Path) -> None:
+    def first(_: object, into: Path) -> None:
         (into / "deep").mkdir()
         (into / "deep" / "text.txt").write_text(text * 100)
         while wait_for and not Path(wait_for).exists():
             time.sleep(0.005)
 
-    def second(into: Path) -> None:
+    def second(_: object, into: Path) -> None:
         (into / "copy.txt").write_text((out / "first" / "deep" / "text.txt").read_text())
 
-    def aside(into: Path) -> None:
+    def aside(_: object, into: Path) -> None:
         manifest.write_json(into / "aside.json", [1])
 
     stages = [
-        Stage("first", first, settings=text),
+        Stage("first", first, settings=lambda _: text),
         Stage("second", second, needs=("first",)),
         Stage("aside", aside),
     ]
     with locked(out):
-        done = [vars(stage) for stage in run_stages(out, stages)]
+        done = [vars(stage) for stage in run_stages(SimpleNamespace(folder=out), stages)]
         manifest.write_json(out / "build.json", {"stages": [{k: d[k] for k in ("name", "key")} for d in done]})
 
 

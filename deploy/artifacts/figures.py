@@ -1,12 +1,18 @@
-"""The four figures of a denoiser, and what people see of a machine."""
+"""Figures of a denoiser, alone and slim against dense, and what people see of a machine."""
 
 from __future__ import annotations
 
 import platform
 from typing import Any
 
-from slimdiff.denoising.trajectory import Call
+from slimdiff.denoising.trajectory import Call, denoiser_name
+from slimdiff.plan import Plan
 from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The pipeline's unet or transformer."""
+    return getattr(pipeline, denoiser_name(pipeline))
 
 
 def costs(denoiser: Any, call: Call) -> dict[str, int]:
@@ -21,6 +27,27 @@ def costs(denoiser: Any, call: Call) -> dict[str, int]:
 def side_by_side(dense: dict[str, int], slim: dict[str, int]) -> dict[str, dict[str, int]]:
     """`{"macs": {"dense", "slim"}, ...}` from the costs of both."""
     return {name: {"dense": dense[name], "slim": slim[name]} for name in dense}
+
+
+def compression_result(
+    plan: Plan, dense: dict[str, int], slim: dict[str, int], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What `slimdiff compress` reports, without `out`.
+
+    `parameters.budget` is what the budget leaves; where the budget is in another unit, what the plan leaves.
+    """
+    figures: dict[str, Any] = side_by_side(dense, slim)
+    figures["parameters"]["budget"] = plan.parameters.get("budget", plan.parameters["slim"])
+    sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
+    return {
+        **figures,
+        "budget": plan.budget,
+        "predicted": plan.costs,
+        "noise_error": plan.noise_error,
+        "sites": sites,
+        "left_dense": plan.left_dense,
+        "seconds": seconds,
+    }
 
 
 def machine() -> dict[str, Any]:

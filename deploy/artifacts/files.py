@@ -1,10 +1,13 @@
-"""Writing a pipeline as an artifact: nothing of this machine in it."""
+"""Writing a pipeline as an artifact, with its licences and without a trace of this machine."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+_LICENSES = ("license", "licence", "notice", "copying")
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
@@ -15,3 +18,15 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         if isinstance(content, dict) and {"_name_or_path", "name_or_path"} & set(content):
             kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def license_files(folder: Path) -> list[Path]:
+    """Files in a folder whose names say that they are licences or notices; none if there is no such folder."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in found if p.is_file() and p.name.lower().startswith(_LICENSES)]
+
+
+def copy_licenses(source: Path | str, folder: Path) -> None:
+    """Copy what is a licence from the folder of a model to that of what was made from it; `demo`'s is our own."""
+    for file in license_files(Path(source)) if str(source) != "demo" else []:
+        shutil.copyfile(file, folder / file.name)

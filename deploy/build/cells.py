@@ -7,28 +7,27 @@ is a small build by itself. So cells are built in any order, anywhere that sees 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from diffusers import DiffusionPipeline
 
 from deploy.artifacts import build_folder
-from deploy.build import cluster, gates
+from deploy.build import cluster, gates, steps
 from deploy.build.stages import Done, Stage, keys, run_stages
 from deploy.build.workshop import Workshop
-from deploy.cli.console import log
 from deploy.recipe.prompts import EMBEDDED, GENERAL
-from deploy.recipe.recipe import ImageShape, Recipe
+from deploy.recipe.recipe import Gates, ImageShape, Recipe
 from slimdiff.errors import SlimdiffError
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from deploy.recipe.recipe import Gates
+log = logging.getLogger("slimdiff")
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,22 @@ def is_gpu(target: str) -> bool:
 
 def cells_of(recipe: Recipe) -> list[Cell]:
     """All of them; none if there is no matrix."""
-    asked = recipe.matrix
-    if asked is None:
+    matrix = recipe.matrix
+    if matrix is None:
         return []
-    return [Cell(t, s, p) for t in asked.targets for s in asked.shapes for p in asked.precision]
+    return [Cell(t, s, p) for t in matrix.targets for s in matrix.shapes for p in matrix.precision]
 
 
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe as it holds for one cell."""
     sampling = recipe.compare.sampling.model_copy(update={"height": cell.shape.height, "width": cell.shape.width})
-    built: dict[str, Any] = {"enabled": is_gpu(cell.target), "batch": None, "shapes": {}, "profiles": []}
+    engine: dict[str, Any] = {"enabled": is_gpu(cell.target), "batch": None, "shapes": {}, "profiles": []}
     if is_gpu(cell.target):
-        built |= {"backend": "tensorrt-rtx", "targets": [cell.target]}
+        engine |= {"backend": "tensorrt-rtx", "targets": [cell.target]}
     return recipe.model_copy(
         update={
             "export": recipe.export.model_copy(update={"precision": cell.precision, "dynamic_batch": False}),
-            "engine": recipe.engine.model_copy(update=built),
+            "engine": recipe.engine.model_copy(update=engine),
             "compare": recipe.compare.model_copy(update={"sampling": sampling}),
             "matrix": None,
             "sweep": None,
@@ -83,15 +82,15 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 class CellWorkshop(Workshop):
     """A cell's own recipe and folder; models, statistics and plan are the build's."""
 
-    def __init__(self, job: Job, whole: Workshop | None = None) -> None:
-        super().__init__(recipe_of(job.recipe, job.cell), job.folder / build_folder.CELLS / job.cell.name, job.forced)
-        self.whole = whole or Workshop(job.recipe, job.folder)
-        self.images = job.cell.shape.images
-        self.engine_precision = job.cell.precision
-        if is_gpu(job.cell.target):
+    def __init__(self, cell: Cell, whole: Workshop, forced: Collection[str] = ()) -> None:
+        super().__init__(recipe_of(whole.recipe, cell), whole.folder / build_folder.CELLS / cell.name, forced)
+        self.cell, self.whole = cell, whole
+        self.images = cell.shape.images
+        self.engine_precision = cell.precision
+        if is_gpu(cell.target):
             self.exported = ("slim",)
         else:
-            self.runtime = job.cell.target
+            self.runtime = cell.target
 
     @property
     def shared(self) -> Path:
@@ -104,6 +103,17 @@ class CellWorkshop(Workshop):
     @cached_property
     def slim(self) -> DiffusionPipeline:
         return self.whole.slim
+
+    def stages(self, slim: str = "") -> list[Stage]:
+        """The cell's stages, which begin where the slim model is there; `slim` is its key."""
+        names = self.cell.stages
+        return [
+            dataclasses.replace(stage, needs=tuple(n for n in stage.needs or () if n in names)).also_decided_by(
+                slim=slim, runtime=self.runtime, images=str(self.images)
+            )
+            for stage in steps.stages_of(self.recipe)
+            if stage.name in names
+        ]
 
 
 @dataclass(frozen=True)
@@ -122,20 +132,6 @@ class Job:
     """Whether latency is measured, too."""
 
 
-def stages_of(job: Job, shop: CellWorkshop) -> list[Stage]:
-    """A cell's stages, which begin where the slim model is there."""
-    from deploy.build.chain import artifact_stages
-
-    shared = {"slim": job.slim, "runtime": shop.runtime, "images": str(shop.images)}
-    return [
-        dataclasses.replace(
-            stage, needs=tuple(n for n in stage.needs if n in job.cell.stages), inputs={**stage.inputs, **shared}
-        )
-        for stage in artifact_stages(shop)
-        if stage.name in job.cell.stages and (job.timed or stage.name != "bench")
-    ]
-
-
 def build_cell(job: Job, whole: Workshop | None = None) -> list[Done]:
     """Build one cell, in this process or in one of Ray's.
 
@@ -143,57 +139,56 @@ def build_cell(job: Job, whole: Workshop | None = None) -> list[Done]:
         job: which.
         whole: the build's workshop, with the models that are open in it; opened again if not given.
     """
-    shop = CellWorkshop(job, whole)
+    shop = CellWorkshop(job.cell, whole or Workshop(job.recipe, job.folder), job.forced)
+    stages = [stage for stage in shop.stages(job.slim) if job.timed or stage.name != "bench"]
     with locked(shop.folder):
-        done = list(run_stages(shop.folder, stages_of(job, shop), [s for s in job.forced if s in job.cell.stages]))
+        done = list(run_stages(shop, stages, [name for name in job.forced if name in job.cell.stages]))
     return [dataclasses.replace(d, name=f"{build_folder.CELLS}/{job.cell.name}/{d.name}") for d in done]
 
 
 class Cells:
     """The cells of a build."""
 
-    def __init__(self, shop: Workshop, slim: str, forced: Collection[str]) -> None:
+    def __init__(self, shop: Workshop, forced: Collection[str]) -> None:
         self.shop = shop
-        again = tuple(sorted(forced))
-        self.jobs = [Job(shop.recipe, cell, shop.folder, slim, again) for cell in cells_of(shop.recipe)]
+        self.forced = tuple(sorted(forced))
+        self.shops = [CellWorkshop(cell, shop, self.forced) for cell in cells_of(shop.recipe)]
 
-    @property
-    def key(self) -> str:
-        """Changes when what any cell is made from does."""
-        found = {job.cell.name: keys(stages_of(job, CellWorkshop(job, self.shop))) for job in self.jobs}
-        return manifest.fingerprint(found)
+    def key(self, slim: str) -> str:
+        """Changes when the inputs of any cell do; `slim` is the key of the slim model."""
+        return manifest.fingerprint({shop.cell.name: keys(shop, shop.stages(slim)) for shop in self.shops})
 
-    def build(self, ray: str | None = None) -> Iterator[Done]:
-        """Build those that are not there yet; see `deploy.build.chain.build`.
+    def build(self, slim: str, ray: str | None = None) -> Iterator[Done]:
+        """Build those that are not there yet; see `deploy.build.chain.run_build`.
 
         Raises:
             SlimdiffError: if one cannot be built, once all others are.
         """
-        if not self.jobs:
-            return
-        made: Iterator[list[Done] | SlimdiffError] = cluster.run_here(partial(build_cell, whole=self.shop), self.jobs)
-        if ray is not None:
-            away = [_anywhere(job) for job in self.jobs]
-            made = map(self._timed, self.jobs, cluster.run_on_ray(build_cell, away, ray, build_folder.CELLS))
+        jobs = [Job(self.shop.recipe, s.cell, self.shop.folder, slim, self.forced) for s in self.shops]
+        here = partial(build_cell, whole=self.shop)
+        built: Iterable[list[Done] | SlimdiffError] = cluster.run_here(here, jobs)
+        if ray is not None and jobs:
+            away = cluster.run_on_ray(build_cell, [_anywhere(job) for job in jobs], ray)
+            built = map(self._timed, jobs, away)
         failed: list[tuple[str, SlimdiffError]] = []
-        for job, found in zip(self.jobs, made, strict=True):
-            if isinstance(found, SlimdiffError):
-                log.error("cell %s: %s", job.cell.name, found)
-                failed.append((job.cell.name, found))
+        for job, done in zip(jobs, built, strict=True):
+            if isinstance(done, SlimdiffError):
+                log.error("cell %s: %s", job.cell.name, done)
+                failed.append((job.cell.name, done))
             else:
-                yield from found
+                yield from done
         if failed:
             name, error = failed[0]
             more = f" ({len(failed) - 1} more could not be built)" if len(failed) > 1 else ""
             raise type(error)(f"cell {name}: {error}{more}") from error
 
-    def _timed(self, job: Job, found: list[Done] | SlimdiffError) -> list[Done] | SlimdiffError:
-        """What Ray's tasks made of a cell, and its latency, measured here, where nothing else runs."""
-        if isinstance(found, SlimdiffError) or "bench" not in job.cell.stages:
-            return found
-        forced = tuple(name for name in job.forced if name == "bench")
-        (whole,) = cluster.run_here(partial(build_cell, whole=self.shop), [dataclasses.replace(job, forced=forced)])
-        return whole if isinstance(whole, SlimdiffError) else [*found, whole[-1]]
+    def _timed(self, job: Job, away: list[Done] | SlimdiffError) -> list[Done] | SlimdiffError:
+        """A cell as Ray built it, with its latency, measured here, where nothing else runs."""
+        if isinstance(away, SlimdiffError) or "bench" not in job.cell.stages:
+            return away
+        job = dataclasses.replace(job, forced=tuple(name for name in job.forced if name == "bench"))
+        (here,) = cluster.run_here(partial(build_cell, whole=self.shop), [job])
+        return here if isinstance(here, SlimdiffError) else [*away, here[-1]]
 
 
 def _anywhere(job: Job) -> Job:
@@ -225,6 +220,6 @@ def results(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def judge_cells(asked: Gates, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A gate of parity for each cell, if it is asked for."""
-    return [gates.parity(cell["parity"], cell["name"]) for cell in cells] if asked.parity else []
+def judge_cells(bounds: Gates, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A gate of parity for each cell, if the recipe has it."""
+    return [gates.parity(cell["parity"], cell["name"]) for cell in cells] if bounds.parity else []

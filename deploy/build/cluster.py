@@ -6,18 +6,16 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from slimdiff.errors import InputError, SlimdiffError, require
+from slimdiff.progress import bar
 
 J = TypeVar("J")
 R = TypeVar("R")
-LOCAL = "local"
 CONNECT_SECONDS = 5.0
 
 
 def run_here(function: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R | SlimdiffError]:
-    """Run a function on every job; what it gives, or the error that it raised, in the order of the jobs."""
+    """A function's result for every job, or the error that it raised, in the order of the jobs."""
     for job in jobs:
         try:
             yield function(job)
@@ -25,19 +23,16 @@ def run_here(function: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R | Slim
             yield error
 
 
-def run_on_ray(
-    function: Callable[[J], R], jobs: Sequence[J], address: str, progress: str
-) -> Iterator[R | SlimdiffError]:
-    """Likewise, each job as a task of Ray that takes one of the cluster's cores.
+def run_on_ray(function: Callable[[J], R], jobs: Sequence[J], address: str) -> list[R | SlimdiffError]:
+    """The same, each job as a task of Ray that takes one of the cluster's cores; returns when all are done.
 
     Args:
         function: at the top level of a module that the cluster's machines have, too.
-        jobs: what can be pickled; files that they name must be where the machines see them.
+        jobs: picklable; files that they name must be where the machines see them.
         address: of a cluster, as `ray.init` takes it, or `local` to start one on this machine.
-        progress: name of the progress bar on stderr.
 
     Raises:
-        MissingPackageError: if ray is not here.
+        MissingPackageError: if ray is not installed.
         InputError: if there is no cluster at the address.
     """
     ray: Any = require("ray", "ray")
@@ -46,21 +41,18 @@ def run_on_ray(
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: {' '.join(str(error).split())}") from error
+
+    def result(task: Any) -> R | SlimdiffError:
+        try:
+            return ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, SlimdiffError):
+                raise
+            return error.cause
+
     try:
-        task = ray.remote(max_retries=0)(function)
-        waiting = [task.remote(job) for job in jobs]
-        with tqdm(total=len(waiting), desc=progress, unit="cell") as bar:
-            left = list(waiting)
-            while left:
-                ready, left = ray.wait(left, num_returns=1)
-                bar.update(len(ready))
-        for reference in waiting:
-            try:
-                yield ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, SlimdiffError):
-                    raise
-                yield error.cause
+        tasks = [ray.remote(max_retries=0)(function).remote(job) for job in jobs]
+        return [result(task) for task in bar(tasks, name="cells", unit="cell")]
     finally:
         ray.shutdown()
 

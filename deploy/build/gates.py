@@ -12,31 +12,30 @@ EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 
 def judge(gates: Gates, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every gate that is asked for, with the value it was held against.
+    """Every gate that the recipe has, with the value that it bounds.
 
     Args:
         gates: the recipe's.
         results: `validate`, `compare` and `bench` as their stages wrote them.
     """
+    compare = results["compare"]
     judged = []
     if gates.parity:
         judged.append(parity(results["validate"]))
     if gates.min_speedup is not None:
         judged.append(_speedup(results["bench"], gates.min_speedup))
     if gates.max_quality_loss is not None:
-        judged.append(_quality(results["compare"], gates.max_quality_loss))
-    if gates.max_noise_error is not None:
-        value = results["compare"]["noise_error"]["relative_mse"]
-        verdict = _verdict(value is not None and value <= gates.max_noise_error)
+        judged.append(_quality(compare["quality"].get("caption_accuracy"), gates.max_quality_loss))
+    if (bound := gates.max_noise_error) is not None:
+        value = compare["noise_error"]["relative_mse"]
         detail = "relative mean squared change of the noise prediction on the dense model's trajectory"
-        judged.append(
-            _gate("noise_error", "Noise-prediction error", value, gates.max_noise_error, "lower", "", verdict, detail)
-        )
-    if gates.min_psnr_db is not None:
-        value = results["compare"]["images"]["psnr_db"]  # null: the images are identical
-        verdict = _verdict(value is None or value >= gates.min_psnr_db)
+        holds = value is not None and value <= bound
+        judged.append(_gate("noise_error", "Noise-prediction error", value, bound, "lower", "", holds, detail))
+    if (bound := gates.min_psnr_db) is not None:
+        value = compare["images"]["psnr_db"]  # null: the images are identical
         detail = "slim images against dense ones, same captions and seeds"
-        judged.append(_gate("psnr_db", "PSNR to dense", value, gates.min_psnr_db, "higher", "dB", verdict, detail))
+        holds = value is None or value >= bound
+        judged.append(_gate("psnr_db", "PSNR to dense", value, bound, "higher", "dB", holds, detail))
     return judged
 
 
@@ -46,23 +45,13 @@ def overall(judged: Sequence[Mapping[str, Any]]) -> str:
     return next((v for v in ("fail", "inconclusive") if v in verdicts), "pass")
 
 
-def _verdict(holds: bool) -> str:
-    return "pass" if holds else "fail"
-
-
 def _gate(
-    gate: str, name: str, value: Any, bound: Any, better: str, unit: str, verdict: str, detail: str
+    gate: str, name: str, value: Any, bound: Any, better: str, unit: str, verdict: bool | str, detail: str
 ) -> dict[str, Any]:
-    return {
-        "gate": gate,
-        "name": name,
-        "value": value,
-        "bound": bound,
-        "better": better,
-        "unit": unit,
-        "verdict": verdict,
-        "detail": detail,
-    }
+    if isinstance(verdict, bool):
+        verdict = "pass" if verdict else "fail"
+    result = {"gate": gate, "name": name, "value": value, "bound": bound, "better": better, "unit": unit}
+    return {**result, "verdict": verdict, "detail": detail}
 
 
 def parity(validate: Mapping[str, Any], cell: str | None = None) -> dict[str, Any]:
@@ -75,25 +64,24 @@ def parity(validate: Mapping[str, Any], cell: str | None = None) -> dict[str, An
         detail += f"; {worst['metric']} of {worst['tensor']} is {worst['value']}, bound {worst['bound']}"
     passed = bool(validate["passed"])
     gate, name = ("parity", "the exported slim model") if cell is None else (f"parity/{cell}", cell)
-    return _gate(gate, f"Parity of {name}", passed, True, "true", "", _verdict(passed), detail)
+    return _gate(gate, f"Parity of {name}", passed, True, "true", "", passed, detail)
 
 
 def _speedup(bench: Mapping[str, Any], bound: float) -> dict[str, Any]:
-    name = "Speedup over dense"
-    if "skipped" in bench:
-        return _gate("speedup", name, None, bound, "higher", "x", "inconclusive", f"not measured: {bench['skipped']}")
-    low, high, median = (bench["speedup"][k] for k in ("low", "high", "median"))
-    detail = f"95 % interval {low:.3f} to {high:.3f}"
-    verdict = Gate("speedup", bound).verdict(low, high)
-    return _gate("speedup", name, median, bound, "higher", "x", verdict, detail)
+    value, verdict, detail = None, "inconclusive", f"not measured: {bench.get('skipped')}"
+    if "skipped" not in bench:
+        low, high, value = (bench["speedup"][k] for k in ("low", "high", "median"))
+        verdict, detail = Gate("speedup", bound).verdict(low, high), f"95 % interval {low:.3f} to {high:.3f}"
+    return _gate("speedup", "Speedup over dense", value, bound, "higher", "x", verdict, detail)
 
 
-def _quality(compare: Mapping[str, Any], bound: float) -> dict[str, Any]:
-    name = "Loss of caption accuracy"
-    accuracy = compare["quality"].get("caption_accuracy")
-    if accuracy is None:
-        detail = "this model has no evaluator: gate it by max_noise_error or min_psnr_db"
-        return _gate("quality_loss", name, None, bound, "lower", "points", "inconclusive", detail)
-    loss = 100 * (accuracy["dense"] - accuracy["slim"])
-    detail = f"{100 * accuracy['dense']:.1f} % dense, {100 * accuracy['slim']:.1f} % slim, {accuracy['count']} captions"
-    return _gate("quality_loss", name, loss, bound, "lower", "points", _verdict(loss <= bound), detail)
+def _quality(accuracy: Mapping[str, Any] | None, bound: float) -> dict[str, Any]:
+    loss: float | None = None
+    verdict: bool | str = "inconclusive"
+    detail = "this model has no evaluator: gate it by max_noise_error or min_psnr_db"
+    if accuracy is not None:
+        dense, slim = accuracy["dense"], accuracy["slim"]
+        loss = 100 * (dense - slim)
+        verdict = loss <= bound
+        detail = f"{100 * dense:.1f} % dense, {100 * slim:.1f} % slim, {accuracy['count']} captions"
+    return _gate("quality_loss", "Loss of caption accuracy", loss, bound, "lower", "points", verdict, detail)

@@ -7,38 +7,54 @@ manifest carries the same key, and whose files are what the manifest says, is no
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.console import log
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
+log = logging.getLogger("slimdiff")
 
-def _anywhere(_folder: Path) -> dict[str, Any]:
+
+def _nothing(_: Any) -> dict[str, Any]:
     return {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a build."""
+    """One stage of a build, all that there is to say of it.
+
+    Its functions take the shop: the build that they belong to, an object with at least the `folder` of all stages
+    (`deploy.build.workshop.Workshop`).
+    """
 
     name: str
-    run: Callable[[Path], None]
-    """Writes the stage's files into the (new, empty) folder that it is given."""
-    needs: tuple[str, ...] = ()
-    """Stages that must be done before, whose results this one reads."""
-    settings: Any = None
-    """What the stage is told to do, as JSON."""
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    run: Callable[[Any, Path], None]
+    """Writes the stage's files, with the shop, into the new, empty folder of this stage."""
+    needs: tuple[str, ...] | None = ()
+    """Stages that must be done before, whose results this one reads; None: all that come before it."""
+    settings: Callable[[Any], Any] = _nothing
+    """The recipe's settings of the stage, as JSON."""
+    inputs: Callable[[Any], Mapping[str, str]] = _nothing
     """Content hashes of what it reads from outside the build, and of the code and versions that it runs."""
     kind: str = "stage"
     """What the manifest calls the folder."""
-    runs_on: Callable[[Path], dict[str, Any]] = _anywhere
+    runs_on: Callable[[Path], dict[str, Any]] = _nothing
     """What the manifest says of where the result runs, read from the folder once it is written."""
+    packages: Callable[[Any], Sequence[tuple[str, str]]] = lambda _: ()
+    """Optional modules that it imports, each with the extra that installs it."""
+    figures: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Its rows of the figures in `build.json`, dense against slim, from its result."""
+
+    def also_decided_by(self, **hashes: str) -> Stage:
+        """The same stage with more inputs."""
+        return dataclasses.replace(self, inputs=lambda shop: {**self.inputs(shop), **hashes})
 
 
 @dataclass(frozen=True)
@@ -53,19 +69,24 @@ class Done:
     """Whether the folder was there already."""
 
 
-def keys(stages: Sequence[Stage]) -> dict[str, str]:
+def keys(shop: Any, stages: Sequence[Stage]) -> dict[str, str]:
     """The key of every stage; stages come after those they need."""
+    return {name: key for name, key, _ in _decided(shop, stages)}
+
+
+def _decided(shop: Any, stages: Sequence[Stage]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name and key of every stage, and the settings and inputs that are in the key."""
     found: dict[str, str] = {}
     for stage in stages:
-        found[stage.name] = manifest.fingerprint(
-            {
-                "stage": stage.name,
-                "settings": stage.settings,
-                "inputs": dict(stage.inputs),
-                "needs": {name: found[name] for name in stage.needs},
-            }
-        )
-    return found
+        decided = {"settings": stage.settings(shop), "inputs": {**stage.inputs(shop), **_code_of(stage)}}
+        needs = {name: found[name] for name in (found if stage.needs is None else stage.needs)}
+        found[stage.name] = manifest.fingerprint({"stage": stage.name, **decided, "needs": needs})
+        yield stage.name, found[stage.name], decided
+
+
+def _code_of(stage: Stage) -> dict[str, str]:
+    """A hash of the file that the stage is in."""
+    return {"steps": manifest.sha256_of(Path(inspect.getfile(stage.run)))}
 
 
 def forced(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
@@ -80,19 +101,19 @@ def forced(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
             raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(known)}")
     again = set(names)
     for stage in stages:
-        if again.intersection(stage.needs):
+        if again and (stage.needs is None or again.intersection(stage.needs)):
             again.add(stage.name)
     return again
 
 
-def run_stages(folder: Path, stages: Sequence[Stage], force: Collection[str] = ()) -> Iterator[Done]:
+def run_stages(shop: Any, stages: Sequence[Stage], force: Collection[str] = ()) -> Iterator[Done]:
     """Do the stages in order, skipping those that are done; yields each as it is finished.
 
     A stage that raises leaves its folder as it was before. Finished stages stay, so the next run goes on from there.
     """
     again = forced(stages, force)
-    for stage, key in zip(stages, keys(stages).values(), strict=True):
-        target = folder / stage.name
+    for stage, (_, key, decided) in zip(stages, list(_decided(shop, stages)), strict=True):
+        target = shop.folder / stage.name
         made_from = None if stage.name in again else _finished(target, key)
         if made_from is not None:
             log.info("%s: unchanged, skipped", stage.name)
@@ -101,11 +122,10 @@ def run_stages(folder: Path, stages: Sequence[Stage], force: Collection[str] = (
         log.info("%s: started", stage.name)
         start = time.perf_counter()
         with manifest.replacing(target) as temporary:
-            stage.run(temporary)
+            stage.run(shop, temporary)
             seconds = round(time.perf_counter() - start, 3)
-            made = {"stage": stage.name, "key": key, "seconds": seconds, "settings": stage.settings}
-            inputs = {"inputs": dict(stage.inputs)}
-            manifest.write_manifest(temporary, stage.kind, made | inputs, stage.runs_on(temporary))
+            made_from = {"stage": stage.name, "key": key, "seconds": seconds, **decided}
+            manifest.write_manifest(temporary, stage.kind, made_from, stage.runs_on(temporary))
         log.info("%s: done in %.1f s", stage.name, seconds)
         yield Done(stage.name, key, seconds, reused=False)
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from diffusers import DiffusionPipeline
+
+import exporters
+import slimdiff
 from deploy.artifacts import build_folder
+from deploy.artifacts.figures import machine as describe_machine
+from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
-from deploy.recipe.recipe import Recipe
-from slimdiff import Plan, Statistics, embedded
-from slimdiff.compression import Compressor
-from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
-from slimdiff.errors import InputError
+from deploy.recipe.recipe import Recipe, point_budget
+from exporters.graphs.pipeline import example_call
+from exporters.registry import runtime_of
+from slimdiff import Budget, Compressor, Plan, Statistics
+from slimdiff.denoising.trajectory import Call, record_calls
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+_CORE = ("torch", "diffusers", "transformers")
+_EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Workshop:
@@ -28,7 +35,7 @@ class Workshop:
     images = 1
     """How many go through the exported denoisers together."""
     runtime = "onnxruntime"
-    """What graphs are held against torch and timed in."""
+    """The runtime that graphs are compared with torch and timed in."""
     exported: tuple[str, ...] = ("dense", "slim")
     """The denoisers that become graphs."""
     engine_precision = "fp16"
@@ -38,7 +45,7 @@ class Workshop:
         self.recipe = recipe
         self.folder = folder
         self.forced = forced
-        """Stages that are done again whatever is there."""
+        """Stages that are done again, whether they are finished or not."""
 
     @property
     def shared(self) -> Path:
@@ -55,12 +62,12 @@ class Workshop:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """What calibration sees."""
+        """The prompts of the calibration."""
         return calibration_prompts(self.prompts_from, self.recipe.calibration.samples)
 
     @cached_property
     def prompts_and_more(self) -> list[str]:
-        """The same, and after them a batch that calibration does not see, as far as there are so many."""
+        """The same, and after them a batch that calibration does not see, if there are more prompts."""
         calibration = self.recipe.calibration
         return calibration_prompts(self.prompts_from, calibration.samples + calibration.sampling.batch)
 
@@ -76,8 +83,8 @@ class Workshop:
         return self.recipe.prompts or default_source(self.recipe.model)
 
     @property
-    def judged(self) -> bool:
-        """Whether there is an evaluator for the images: there is one for the embedded model's world."""
+    def has_evaluator(self) -> bool:
+        """Whether images can be scored by themselves: those of the embedded model's world can."""
         return self.recipe.model == "demo" and self.prompts_from == EMBEDDED
 
     @cached_property
@@ -90,6 +97,28 @@ class Workshop:
         """What is sampled through a graph: as many captions as go through it together, and how."""
         captions = (self.captions * self.images)[: self.images]
         return captions, self.recipe.compare.sampling.model_copy(update={"batch": self.images})
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The recipe's, and those of its sweep's points."""
+        sweep = self.recipe.sweep
+        points = [point_budget(sweep.by, text) for text in sweep.budgets()] if sweep else []
+        return [self.recipe.budget.budget(), *points]
+
+    def refuse_impossible(self) -> None:
+        """Refuse a budget that cannot be met, before the long work.
+
+        Raises:
+            InputError: saying how much can go.
+        """
+        sampling = self.recipe.calibration.sampling
+        call = partial(example_call, self.dense, height=sampling.height, width=sampling.width)
+        self.new_compressor().check(self.budgets, call=call)
+
+    @property
+    def trajectory_settings(self) -> dict[str, Any]:
+        """For stages whose result depends on the trajectory."""
+        return {"trajectory": self.recipe.compare.sampling.model_dump()}
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -106,14 +135,62 @@ class Workshop:
         compressor.statistics = self.statistics
         return compressor
 
+    def measured_compressor(self) -> Compressor:
+        """The same, with what the stage `sensitivity` measured."""
+        measured = build_folder.read(self.folder, "sensitivity")
+        statistics = self.compressor.statistics
+        statistics.sensitivities, statistics.macs = measured["sensitivities"], measured["macs"]
+        return self.compressor
+
     def new_compressor(self) -> Compressor:
         """The same before calibration."""
         return Compressor(self.dense, self.prompts_and_more, self.recipe.calibration, self.recipe.plan)
 
+    @cached_property
+    def core(self) -> dict[str, str]:
+        """What decides a slim model: slimdiff's code and the libraries below it."""
+        return {"slimdiff": source_hash(Path(slimdiff.__file__).parent), **versions(_CORE)}
 
-def denoiser_of(pipeline: Any) -> Any:
-    """The pipeline's unet or transformer."""
-    return getattr(pipeline, denoiser_name(pipeline))
+    @cached_property
+    def exporting(self) -> dict[str, str]:
+        """What decides a graph: the same, and the exporters' code and the libraries below it."""
+        return {**self.core, "exporters": source_hash(Path(exporters.__file__).parent), **versions(_EXPORT)}
+
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        """What decides a latency beside the code."""
+        return {"machine": manifest.fingerprint(describe_machine())}
+
+    @cached_property
+    def captions_hash(self) -> dict[str, str]:
+        return {"captions": manifest.fingerprint(self.captions)}
+
+    @cached_property
+    def model_inputs(self) -> dict[str, str]:
+        """What decides statistics: the model and the prompts."""
+        return {"model": model_hash(self.recipe.model), "prompts": manifest.fingerprint(self.prompts)}
+
+
+def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
+    """Write a stage's JSON into its folder."""
+    manifest.write_json(folder / Path(build_folder.result_file(stage)).name, build_folder.strict(value))
+
+
+def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:
+    """The module of a runtime, with the extra that installs it; none for torch."""
+    row = runtime_of(runtime)
+    return ((row.module, row.extra),) if row.extra else ()
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of distributions, `none` for those that are not installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def spread(calls: Sequence[Call], count: int) -> list[Call]:
@@ -123,48 +200,3 @@ def spread(calls: Sequence[Call], count: int) -> list[Call]:
     if count == 1:
         return [calls[len(calls) // 2]]
     return [calls[round(i * (len(calls) - 1) / (count - 1))] for i in range(count)]
-
-
-def public_name(model: str) -> str:
-    """A model as it may be told to others: no path of this machine."""
-    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
-
-
-def model_hash(model: str) -> str:
-    """What a model's files are, without loading it: it changes when any of them does.
-
-    Raises:
-        InputError: if there is no such model.
-    """
-    if model == "demo":
-        return folder_hash(embedded.path())
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"{path} is not a diffusers pipeline directory: it has no model_index.json")
-        return folder_hash(path)
-    # A hub id: what is in the cache is named by its commit. Loading it says what is wrong if there is none.
-    pipeline = load_pipeline(model)
-    return manifest.fingerprint({"hub": model, "weights": _weights(denoiser_of(pipeline))})
-
-
-def _weights(denoiser: Any) -> str:
-    from slimdiff.calibration.calibrate import weights_hash
-
-    return weights_hash(denoiser)
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files, hidden ones and the manifest aside."""
-    found = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        if file.is_file() and file.name != manifest.MANIFEST and not any(part.startswith(".") for part in name.parts):
-            found[name.as_posix()] = manifest.sha256_of(file)
-    return manifest.fingerprint(found)
-
-
-def source_hash(package: Path, *patterns: str) -> str:
-    """SHA-256 over a package's source: what it computes may change with it, also between two versions."""
-    files = sorted({p for pattern in patterns or ("**/*.py",) for p in package.glob(pattern) if p.is_file()})
-    return manifest.fingerprint({p.relative_to(package).as_posix(): manifest.sha256_of(p) for p in files})

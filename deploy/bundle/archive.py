@@ -18,12 +18,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from deploy.artifacts.kinds import is_archive
 from deploy.bundle.description import describe
 from slimdiff.errors import InputError, require
 from slimdiff.storage import manifest as manifests
 
 SUFFIX = ".tar.zst"
-_ZSTD = b"\x28\xb5\x2f\xfd"
 _LEVEL = 6  # weights hardly shrink; more takes longer for nothing
 _WINDOW = 2**27
 """Bytes that decompression may hold; what `pack` writes needs a sixteenth."""
@@ -87,15 +87,6 @@ def _add(tar: tarfile.TarFile, file: Path, name: str) -> None:
             raise InputError(f"{name} changed while it was written into the archive") from error
         if content.read(1):
             raise InputError(f"{name} changed while it was written into the archive")
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file begins like an archive of this kind."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_ZSTD)) == _ZSTD
-    except OSError:
-        return False
 
 
 def unpack(archive: Path, folder: Path) -> Path:

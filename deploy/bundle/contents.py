@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import slimdiff
-from deploy.artifacts.licenses import license_files
+from deploy.artifacts.files import license_files
 from deploy.bundle.description import KIND, Denoiser, Description, describe
 from deploy.bundle.readme import write_readme
 from deploy.bundle.rest import place_of

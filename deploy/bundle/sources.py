@@ -130,7 +130,7 @@ def engine_candidate(name: str, folder: Path) -> Candidate:
 
 
 def _model(name: str, shapes: Sequence[tuple[int, int, int]], precisions: Sequence[str]) -> Source:
-    from deploy.build.workshop import model_hash
+    from deploy.artifacts.hashes import model_hash
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings

@@ -147,7 +147,7 @@ def append(file: Path, result: Mapping[str, Any], label: str = "") -> None:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[FileIO]:
-    """The file to be read and appended to, made if it is not there; what goes wrong is told in one line."""
+    """The file to be read and appended to, made if it is not there; a failure is one line."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab+", buffering=0) as stream:
@@ -190,7 +190,7 @@ def all_series(
 
     Args:
         entries: by time.
-        trend: of which figure.
+        trend: the figure that is followed.
         across_machines: compare what different machines measured. Their ratios may differ as much as their times do.
         last: leave out all but so many of each.
 

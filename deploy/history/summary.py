@@ -20,7 +20,7 @@ class Case:
 
     name: str
     verdict: str
-    """`pass`, `fail` or `inconclusive`, which JUnit has no word for: it is told as skipped."""
+    """`pass`, `fail` or `inconclusive`, for which JUnit has no word: it says skipped."""
     message: str
     detail: str
     seconds: float = 0.0
@@ -91,8 +91,8 @@ def write_junit(cases: Sequence[Case], file: Path) -> None:
     root = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(root, "testsuite", {"name": "slimdiff bench", **counts})
     for case in cases:
-        told = {"classname": "slimdiff.bench", "name": case.name, "time": f"{case.seconds:.3f}"}
-        test = ElementTree.SubElement(suite, "testcase", told)
+        attributes = {"classname": "slimdiff.bench", "name": case.name, "time": f"{case.seconds:.3f}"}
+        test = ElementTree.SubElement(suite, "testcase", attributes)
         if case.verdict == "fail":
             ElementTree.SubElement(test, "failure", {"message": case.message}).text = case.detail
         elif case.verdict == "inconclusive":

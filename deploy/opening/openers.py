@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.kinds import ENGINE_REPORT, kind_of
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -18,55 +19,6 @@ if TYPE_CHECKING:
     from slimdiff import Plan
     from slimdiff.denoising.trajectory import Call
     from slimdiff.settings import Sampling
-
-ENGINE_REPORT = "engine.json"
-
-
-def kind_of(name: str) -> str:
-    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
-
-    What is not here is taken for a model (a hub id).
-
-    Raises:
-        InputError: if it is here and is none of these.
-    """
-    path = Path(name)
-    if name == "demo" or not path.exists():
-        return "model"
-    if path.is_file():
-        kinds = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
-        if path.suffix in kinds:
-            return kinds[path.suffix]
-        from deploy.bundle.archive import is_archive
-
-        if is_archive(path):
-            return "bundle"
-    elif (named := _named_kind(path)) is not None:
-        return named
-    else:
-        for mark, kind in (
-            ("build.json", "build"),
-            ("unet/model.onnx", "onnx"),
-            ("model.onnx", "onnx"),
-            (ENGINE_REPORT, "engine"),
-            ("model_index.json", "model"),
-            ("statistics.safetensors", "statistics"),
-            ("plan.json", "plan"),
-        ):
-            if (path / mark).is_file():
-                return kind
-    raise InputError(
-        f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
-        "folder, a bundle, statistics, a plan or a build folder"
-    )
-
-
-def _named_kind(folder: Path) -> str | None:
-    """The kind of a folder that only its manifest tells: parts of bundles and of pipelines look like other kinds."""
-    if not (folder / manifest.MANIFEST).is_file():
-        return None
-    kind = manifest.read_manifest(folder)["kind"]
-    return kind if kind in ("bundle", "engines", ENGINE_PIPELINE) else None
 
 
 def graph_of(name: str) -> Path:

@@ -26,9 +26,9 @@ def _fault(loc: tuple[int | str, ...], kind: str, message: str, value: Any, mode
         return f"{_section(loc[:-1])}unknown key {str(loc[-1])!r}{nearest(str(loc[-1]), names)}"
     if kind == "missing":
         return f"{_section(loc[:-1])}the key {str(loc[-1])!r} is missing"
-    told = message.removeprefix("Value error, ")
-    told = told[:1].lower() + told[1:]
-    return f"{place or 'the recipe'}: {told}, got {_short(value)}"
+    fault = message.removeprefix("Value error, ")
+    fault = fault[:1].lower() + fault[1:]
+    return f"{place or 'the recipe'}: {fault}, got {_short(value)}"
 
 
 def _section(loc: Iterable[int | str]) -> str:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,16 +19,16 @@ from pydantic import (
 
 from deploy.recipe.errors import explain
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
+from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 
+BUDGETS = ("reduce", "macs", "speedup", "max_error")
+"""The keys of a recipe's budget; it has one of them."""
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 """Budgets of a sweep, by unit, if none are given."""
-
-BUDGETS = ("reduce", "macs", "speedup", "max_error")
-"""The keys of a recipe's budget, of which there is one."""
 
 
 class Settings(BaseModel):
@@ -66,22 +65,17 @@ class BudgetSettings(Settings):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetSettings:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(given)}")
+        names = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(names)}")
         if "runtime" in self.model_fields_set and self.speedup is None:
             raise ValueError("runtime says where speedup is measured: give speedup with it")
         return self
 
     def budget(self) -> Budget:
-        """What it asks for."""
-        if self.macs is not None:
-            return Budget(macs=self.macs)
-        if self.speedup is not None:
-            return Budget(speedup=self.speedup)
-        if self.max_error is not None:
-            return Budget(max_error=self.max_error)
-        return Budget(self.reduce or "12%")
+        """The budget of the method."""
+        chosen = {name: getattr(self, name) for name in BUDGETS[1:] if getattr(self, name) is not None}
+        return Budget(**chosen) if chosen else Budget(self.reduce or "12%")
 
 
 class EngineStage(EngineSettings):
@@ -95,7 +89,7 @@ class ValidateStage(Settings):
     """Parity of the exported slim model with the slim model in torch."""
 
     calls: int = Field(4, ge=1)
-    """How many recorded calls of a trajectory to hold against each other, spread over its timesteps."""
+    """How many recorded calls of a trajectory are compared, spread over its timesteps."""
 
 
 class CompareStage(Settings):
@@ -122,8 +116,10 @@ class SweepStage(Settings):
     """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
     runtime: TableRuntime = "onnxruntime"
     """Where their latency is measured, by the settings of `bench`."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of that runtime; its own choice if not given."""
     images: int = Field(4, ge=0)
-    """How many images of each point are held against the dense model's."""
+    """How many images of each point are compared with the dense model's."""
 
     @field_validator("points", mode="before")
     @classmethod
@@ -166,7 +162,7 @@ class ImageShape(Settings):
     height: int = Field(ge=8, le=65536, multiple_of=8)
     """Pixels, a multiple of 8 as diffusers asks for."""
     width: int = Field(ge=8, le=65536, multiple_of=8)
-    """Likewise."""
+    """Pixels, a multiple of 8 too."""
     images: int = Field(1, ge=1, le=1024)
     """In one call, in which guidance takes two samples of each."""
 
@@ -212,7 +208,7 @@ class MatrixStage(Settings):
 
 
 class Gates(Settings):
-    """What must hold for the build to succeed; a gate that is null is not asked for."""
+    """Bounds that must hold for the build to succeed; a gate that is null is left out."""
 
     parity: bool = True
     """Whether the exported slim model must agree with the slim model in torch."""
@@ -235,7 +231,7 @@ class Recipe(Settings):
     """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
     the default, or `embedded`: the demo model's own, the default for it."""
     calibration: CalibrationSettings = CalibrationSettings()
-    """What the denoiser is watched doing."""
+    """The runs in which the denoiser is watched."""
     budget: BudgetSettings = BudgetSettings()
     """How much smaller the denoiser must be."""
     plan: PlanSettings = PlanSettings()
@@ -258,27 +254,16 @@ class Recipe(Settings):
     """What decides the exit code."""
 
 
-_MOST_NODES = 100_000
-
 DEMO = Path(__file__).parent / "demo.yaml"
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; what is wrong with it is told in one line.
+    """Read a recipe; a fault in it is said in one line.
 
     Raises:
         InputError: naming the file, the place in it, and what would be right.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a recipe: {error}") from error
-    try:
-        content = _load_yaml(text)
-    except Exception as error:  # beside YAMLError, what Python's parsers say of odd dates and numbers, or deep nests
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a recipe: it must be a YAML mapping with at least the key 'model'")
     return make_recipe(content, str(path), path.parent)
@@ -299,14 +284,14 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
 
         if fault := fault_in(recipe.plan.groups):
             raise InputError(f"{source}: plan.groups: {fault}")
-    found: dict[str, Any] = {}
+    resolved: dict[str, Any] = {}
     if recipe.prompts is None:
-        found["prompts"] = default_source(recipe.model)
+        resolved["prompts"] = default_source(recipe.model)
     if recipe.model != "demo" and (recipe.model.startswith(".") or _exists(folder / recipe.model)):
-        found["model"] = str(folder / recipe.model)
+        resolved["model"] = str(folder / recipe.model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
-        found["prompts"] = str(folder / recipe.prompts)
-    return recipe.model_copy(update=found)
+        resolved["prompts"] = str(folder / recipe.prompts)
+    return recipe.model_copy(update=resolved)
 
 
 def _exists(path: Path) -> bool:
@@ -314,45 +299,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # no name of a file
         return False
-
-
-def _load_yaml(text: str) -> Any:
-    """Safe YAML, whose aliases may not blow it up."""
-    loader = _UniqueKeys(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _size(node, {}) > _MOST_NODES:
-            raise yaml.YAMLError(f"with its aliases it has over {_MOST_NODES} entries")
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Entries of a node, those behind aliases counted wherever they are named."""
-    if id(node) not in sizes:
-        sizes[id(node)] = None
-        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-        nested = isinstance(node, yaml.CollectionNode)
-        sizes[id(node)] = 1 + (sum(_size(n, sizes) for n in inner) if nested else 0)
-    found = sizes[id(node)]
-    if found is None:
-        raise yaml.YAMLError("one of its aliases names what it is in itself")
-    return found
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key that is written twice is an error, not a silent loss."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from deploy.history.results import Entry, Series
+from deploy.report.page import write_page
 from deploy.report.plots import Tick, line, linear_scale
-from slimdiff.storage.manifest import replacing
 
 SHOWN = 20
 """Results in a table; the plot has them all."""
@@ -17,26 +17,25 @@ _WIDTH, _HEIGHT = 640, 200
 
 
 def heading(series: Series) -> str:
-    """What is compared with what, where."""
+    """The candidate, the baseline, the runtime and the machine."""
     return f"{series.candidate} against {series.baseline}, {series.runtime}, {series.machine}"
 
 
 def changes(series: Series) -> list[str]:
     """One line for each change of level, the newest first."""
-    told = []
+    lines = []
     for before, after in pairwise(series.levels):
         moved = after.value / before.value - 1
         first = series.entries[after.start].title
-        told.append(f"{'slower' if moved > 0 else 'faster'} by {abs(moved):.1%} since {first}")
-    return told[::-1]
+        lines.append(f"{'slower' if moved > 0 else 'faster'} by {abs(moved):.1%} since {first}")
+    return lines[::-1]
 
 
 def text(all_series: Sequence[Series], skipped: int) -> str:
     """All series as tables of text."""
     blocks = []
     for series in all_series:
-        rows = [_cells(entry, _starts_level(series, i)) for i, entry in _shown(series)]
-        table = [_HEAD, *rows]
+        table = [_HEAD, *_rows(series)]
         widths = [max(len(row[column]) for row in table) for column in range(len(_HEAD))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         blocks.append("\n".join([heading(series), *_left_out(series), *lines, *(changes(series) or ["no change"])]))
@@ -47,35 +46,30 @@ def markdown(all_series: Sequence[Series], skipped: int) -> str:
     """All series as Markdown."""
     blocks = []
     for series in all_series:
-        rows = [_cells(entry, _starts_level(series, i)) for i, entry in _shown(series)]
-        table = [_HEAD, ["---"] * len(_HEAD), *rows]
+        table = [_HEAD, ["---"] * len(_HEAD), *_rows(series)]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-        told = [f"- {change}" for change in changes(series)] or ["No change of level."]
-        blocks.append("\n".join([f"### {heading(series)}", "", *told, "", *_left_out(series), *lines]))
+        moves = [f"- {change}" for change in changes(series)] or ["No change of level."]
+        blocks.append("\n".join([f"### {heading(series)}", "", *moves, "", *_left_out(series), *lines]))
     return "\n\n".join([*blocks, *_skipped(skipped)]) + "\n"
 
 
 _HEAD = ["result", "candidate ms", "latency", "interval", "verdict", ""]
 
 
-def _cells(entry: Entry, starts_level: bool) -> list[str]:
-    speedup = entry.speedup
+def _rows(series: Series) -> list[list[str]]:
+    """The cells of the results that a table shows."""
+    starts = {level.start for level in series.levels[1:]}
     return [
-        entry.title,
-        f"{entry.candidate.median_ms:.2f}",
-        f"{1 / speedup.median:.3f}",
-        f"{1 / speedup.high:.3f} to {1 / speedup.low:.3f}",
-        entry.verdict if entry.gate else "no gate",
-        "changed" if starts_level else "",
+        [
+            entry.title,
+            f"{entry.candidate.median_ms:.2f}",
+            f"{1 / entry.speedup.median:.3f}",
+            f"{1 / entry.speedup.high:.3f} to {1 / entry.speedup.low:.3f}",
+            entry.verdict if entry.gate else "no gate",
+            "changed" if i in starts else "",
+        ]
+        for i, entry in list(enumerate(series.entries))[-SHOWN:]
     ]
-
-
-def _starts_level(series: Series, index: int) -> bool:
-    return index in {level.start for level in series.levels[1:]}
-
-
-def _shown(series: Series) -> list[tuple[int, Entry]]:
-    return list(enumerate(series.entries))[-SHOWN:]
 
 
 def _left_out(series: Series) -> list[str]:
@@ -87,34 +81,15 @@ def _skipped(skipped: int) -> list[str]:
     return [f"{skipped} damaged lines were left out"] if skipped else []
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One series, in pixels of a field that is `_WIDTH` by `_HEIGHT`."""
-
-    title: str
-    axis: str
-    top: int
-    dots: list[tuple[float, float, str, str]]
-    """Place, text and verdict of each result."""
-    spans: list[tuple[float, float, float]]
-    """Place, upper and lower end of each result's interval."""
-    levels: list[str]
-    """Paths of the levels, joined at the changes."""
-    ticks: list[Tick]
-
-
 def write_plot(all_series: Sequence[Series], file: Path) -> None:
     """Write all series as one SVG file."""
-    from deploy.report.page import environment
-
     plots = [_plot(series, 60 + index * (_HEIGHT + 90)) for index, series in enumerate(all_series)]
-    template = environment().get_template("history.svg.j2")
-    drawn = template.render(plots=plots, width=_WIDTH, height=_HEIGHT, total=len(plots) * (_HEIGHT + 90) + 20)
-    with replacing(file, is_file=True) as temporary:
-        temporary.write_text(drawn, encoding="utf-8")
+    total = len(plots) * (_HEIGHT + 90) + 20
+    write_page("history.svg.j2", file, plots=plots, width=_WIDTH, height=_HEIGHT, total=total)
 
 
-def _plot(series: Series, top: int) -> Plot:
+def _plot(series: Series, top: int) -> dict[str, Any]:
+    """One series, in pixels of a field that is `_WIDTH` by `_HEIGHT`."""
     ends = [_ends(series, entry) for entry in series.entries]
     scale = linear_scale(value for pair in ends for value in pair)
     step = _WIDTH / len(series.entries)
@@ -130,18 +105,19 @@ def _plot(series: Series, top: int) -> Plot:
         for level in series.levels
         for index in (level.start - 0.5 * (level.start > 0), level.end - 1 + 0.5 * (level.end < len(series.entries)))
     ]
-    return Plot(
-        title=heading(series),
-        axis="candidate's time / baseline's" if series.trend == "ratio" else "candidate, ms",
-        top=top,
-        dots=[
-            (x(i), y(e.value(series.trend)), f"{e.title}: {e.value(series.trend):.3f}", e.verdict)
-            for i, e in enumerate(series.entries)
+    values = [entry.value(series.trend) for entry in series.entries]
+    return {
+        "title": heading(series),
+        "axis": "candidate's time / baseline's" if series.trend == "ratio" else "candidate, ms",
+        "top": top,
+        "dots": [
+            (x(i), y(value), f"{entry.title}: {value:.3f}", entry.verdict)
+            for i, (entry, value) in enumerate(zip(series.entries, values, strict=True))
         ],
-        spans=[(x(i), y(high), y(low)) for i, (low, high) in enumerate(ends) if high > low],
-        levels=[line(corners)],
-        ticks=[Tick(round(_HEIGHT * (1 - tick.at / 100), 1), tick.label) for tick in scale.ticks()],
-    )
+        "spans": [(x(i), y(high), y(low)) for i, (low, high) in enumerate(ends) if high > low],
+        "levels": [line(corners)],
+        "ticks": [Tick(round(_HEIGHT * (1 - tick.at / 100), 1), tick.label) for tick in scale.ticks()],
+    }
 
 
 def _ends(series: Series, entry: Entry) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from deploy.cli import flags
 
@@ -62,12 +61,11 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
         require("ray", "ray")
 
     calm_libraries()
-    from deploy.build.chain import build, log_verdict
+    from deploy.build import run_build
 
-    whole = build(recipe, source.stem, out, args.force, ray)
-    log_verdict(whole)
+    whole = run_build(recipe, source.stem, out, args.force, ray)
     report = str(out / build_folder.REPORT)
     gates = [f"gate {g['gate']}: {g['verdict']} ({g['detail']})" for g in whole["gates"]]
     text = [whole["sentence"], "", *figures(whole["figures"]), "", *gates, f"verdict: {whole['verdict']}"]
-    value: dict[str, Any] = {"out": str(out), "report": report, **whole}
+    value = {"out": str(out), "report": report, **whole}
     return result(args, value, "\n".join([*text, f"report: {report}"]), whole["exit_code"])

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
     calm_libraries()
-    from deploy.build.steps import quality
+    from deploy.build import quality
     from slimdiff import compare, load_pipeline
 
     value = compare(

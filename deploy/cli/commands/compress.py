@@ -56,11 +56,8 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.console import calm_libraries, log, result
 
     calm_libraries()
-    from deploy.artifacts.figures import costs
-    from deploy.artifacts.files import save_pipeline
-    from deploy.artifacts.licenses import copy_licenses
-    from deploy.build.steps import compression_result
-    from deploy.build.workshop import denoiser_of
+    from deploy.artifacts.figures import compression_result, costs, denoiser_of
+    from deploy.artifacts.files import copy_licenses, save_pipeline
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed

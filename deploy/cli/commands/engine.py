@@ -162,7 +162,7 @@ def _describe_set(out: Path, engines: list[dict[str, Any]]) -> None:
 
 
 def _finish_pipeline(source: Path, out: Path, engines: list[dict[str, Any]]) -> None:
-    from deploy.artifacts.licenses import copy_licenses
+    from deploy.artifacts.files import copy_licenses
     from exporters.engine.pipeline import finish_pipeline
 
     copy_licenses(source, out)

@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.console import calm_libraries, log, result
 
     calm_libraries()
-    from deploy.artifacts.licenses import copy_licenses
-    from deploy.build.steps import shapes
-    from deploy.build.workshop import model_hash
+    from deploy.artifacts.files import copy_licenses
+    from deploy.artifacts.hashes import model_hash
+    from deploy.build import shapes
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
     from slimdiff.loading.pipelines import load_pipeline

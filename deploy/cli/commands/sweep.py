@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import flags
-from deploy.recipe.recipe import POINTS, point_budget
+from deploy.recipe.recipe import POINTS, Recipe, SweepStage, point_budget
 from exporters.settings import BenchSettings, TableSettings
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.cli.console import calm_libraries, result
     from deploy.cli.outputs import check_folder
     from deploy.recipe.prompts import calibration_prompts, default_source
+    from slimdiff.errors import InputError
     from slimdiff.loading.naming import find_model
     from slimdiff.storage.manifest import LOCK
 
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     table = flags.read(args, TableSettings)
     bench = flags.read(args, BenchSettings, **({"threads": table.threads} if table.threads else {}))
     points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
+    if not points:
+        raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for point in points:
         point_budget(args.by, point)
     source = args.prompts or default_source(args.model)
@@ -54,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
     planning = flags.read_planning(args)
 
     calm_libraries()
-    from deploy.build.sweep import Sweep, write_sweep
+    from deploy.build import run_sweep
 
-    work = Sweep(args.model, source, args.by, points, calibration, planning, table, bench, args.images, out)
-    value = {"out": str(out), **write_sweep(work)}
+    sweep = SweepStage(by=args.by, points=points, images=args.images, **table.model_dump(exclude_unset=True))
+    recipe = Recipe(
+        model=args.model, prompts=args.prompts, calibration=calibration, plan=planning, bench=bench, sweep=sweep
+    )
+    value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 
 

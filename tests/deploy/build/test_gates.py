@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from deploy.build.chain import _sentence
 from deploy.build.gates import EXIT_CODE, judge, overall
+from deploy.build.verdict import sentence
 from deploy.recipe.recipe import Gates, Recipe
 
 
@@ -82,4 +82,4 @@ def test_the_sentence_claims_no_speed_that_was_not_measured(low, median, high, s
         "slim": {"parameters": {"dense": 100, "slim": 88}, "sites": 3},
         "bench": {"speedup": {"low": low, "median": median, "high": high}, "runtime": "ONNX Runtime"},
     }
-    assert said in _sentence(Recipe.model_validate({"model": "demo", "budget": {"reduce": "12%"}}), results)
+    assert said in sentence(Recipe.model_validate({"model": "demo", "budget": {"reduce": "12%"}}), results)

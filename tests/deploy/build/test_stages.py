@@ -25,9 +25,9 @@ class Chain:
 
     def stages(self) -> list[Stage]:
         return [
-            Stage("first", self.first, settings={"number": self.number}),
-            Stage("second", self.second, needs=("first",)),
-            Stage("aside", self.aside),
+            Stage("first", Chain.first, settings=lambda chain: {"number": chain.number}),
+            Stage("second", Chain.second, needs=("first",)),
+            Stage("aside", Chain.aside),
         ]
 
     def first(self, into: Path) -> None:
@@ -46,7 +46,7 @@ class Chain:
 
     def run(self, *force: str) -> list[str]:
         self.ran = []
-        list(run_stages(self.folder, self.stages(), force))
+        list(run_stages(self, self.stages(), force))
         return self.ran
 
 
@@ -58,7 +58,7 @@ def chain(tmp_path: Path) -> Chain:
 def test_finished_stages_are_skipped(chain):
     assert chain.run() == ["first", "second", "aside"]
     assert chain.run() == []
-    done = list(run_stages(chain.folder, chain.stages()))
+    done = list(run_stages(chain, chain.stages()))
     assert all(stage.reused for stage in done)
 
 
@@ -70,8 +70,19 @@ def test_a_changed_setting_redoes_the_stage_and_what_depends_on_it(chain):
 
 
 def test_a_changed_input_changes_the_key():
-    one, other = (keys([Stage("a", print, inputs={"file": text})])["a"] for text in ("1", "2"))
+    one, other = (keys(None, [Stage("a", Chain.first).also_decided_by(file=text)])["a"] for text in ("1", "2"))
     assert one != other and len(one) == 64
+
+
+def test_a_stage_may_need_all_that_come_before_it(chain):
+    def last(_: Chain, into: Path) -> None:
+        (into / "last.txt").write_text("x")
+
+    stages = [*chain.stages(), Stage("last", last, needs=None)]
+    list(run_stages(chain, stages))
+    chain.number = 2
+    made = [done.name for done in run_stages(chain, stages, ["aside"]) if not done.reused]
+    assert made == ["first", "second", "aside", "last"]
 
 
 def test_force_redoes_the_stage_and_what_depends_on_it(chain):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from deploy.cli.app import main
-from deploy.report.sweep import write_page
+from deploy.report.page import write_sweep_page
 from slimdiff.storage import manifest
 
 
@@ -74,7 +74,7 @@ def test_a_page_without_any_error_says_so(out, tmp_path):
     value = json.loads((out / "sweep.json").read_text())
     for point in value["points"]:
         point["noise_error"], point["images"] = 0.0, None
-    write_page(value, tmp_path / "x.html")
+    write_sweep_page(value, tmp_path / "x.html")
     assert "nothing to draw" in (tmp_path / "x.html").read_text()
 
 

@@ -1,33 +1,20 @@
-"""The frontier as charts: noise-prediction error against what slim models cost. For a sweep's page and the report."""
+"""The frontier: noise-prediction error against the costs of slim models. For a sweep's page and the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import numbers
 from deploy.report.plots import Tick, line, linear_scale, log_scale
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Noise-prediction error against what is left of a cost, in percent of the dense model's."""
-
-    name: str
-    axis: str
-    path: str
-    points: list[tuple[float, float, str]]
-    """Place and text of each."""
-    spans: list[tuple[float, float, float]]
-    """Left, right and height of each point's interval, where there is one."""
-    x: list[Tick]
-    y: list[Tick]
-
-
-def frontier_charts(value: Mapping[str, Any]) -> list[Chart]:
-    """Error against size, work and latency, of the content of a `sweep.json`; none if nothing was lost anywhere."""
-    points, dense = value["points"], value["dense"]
+def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+    """`charts`: error against size, work and latency; none if there is no sweep or nothing was lost anywhere."""
+    if results["sweep"] is None:
+        return {"charts": []}
+    points, dense = results["sweep"]["points"], results["sweep"]["dense"]
     charts = [
         _chart(
             "Size", "parameters kept, % of dense", points, [(p["parameters"] / dense["parameters"],) for p in points]
@@ -35,7 +22,7 @@ def frontier_charts(value: Mapping[str, Any]) -> list[Chart]:
         _chart("Work", "MACs kept, % of dense", points, [(p["macs"] / dense["macs"],) for p in points]),
         _chart("Latency", "time of one denoiser call, % of dense", points, [_times(p["speedup"]) for p in points]),
     ]
-    return [chart for chart in charts if chart]
+    return {"charts": [chart for chart in charts if chart]}
 
 
 def _times(speedup: Mapping[str, float]) -> tuple[float, ...]:
@@ -44,7 +31,8 @@ def _times(speedup: Mapping[str, float]) -> tuple[float, ...]:
 
 def _chart(
     name: str, axis: str, points: Sequence[Mapping[str, Any]], shares: Sequence[tuple[float, ...]]
-) -> Chart | None:
+) -> dict[str, Any] | None:
+    """Error against the share of a cost that is left, with an interval where shares are median, low and high."""
     y = log_scale(p["noise_error"] for p in points)
     if y is None:  # nothing was lost anywhere: nothing to draw on a logarithmic axis
         return None
@@ -56,13 +44,13 @@ def _chart(
     ]
     drawn.sort(key=lambda d: d[0])
     texts = [f"{p['budget']}: {100 * s[0]:.1f} %, error {numbers.digits(p['noise_error'])}" for _, _, p, s in drawn]
-    return Chart(
-        name,
-        axis,
+    return {
+        "name": name,
+        "axis": axis,
         # A line through measured times would draw their noise.
-        "" if len(shares[0]) > 1 else line((left, top) for left, top, _, _ in drawn),
-        [(left, top, text) for (left, top, _, _), text in zip(drawn, texts, strict=True)],
-        [(x.at(100 * s[1]), x.at(100 * s[2]), top) for _, top, _, s in drawn if len(s) > 1],
-        x.ticks(),
-        [Tick(100 - tick.at, tick.label) for tick in y.ticks()],
-    )
+        "path": "" if len(shares[0]) > 1 else line((left, top) for left, top, _, _ in drawn),
+        "points": [(left, top, text) for (left, top, _, _), text in zip(drawn, texts, strict=True)],
+        "spans": [(x.at(100 * s[1]), x.at(100 * s[2]), top) for _, top, _, s in drawn if len(s) > 1],
+        "x": x.ticks(),
+        "y": [Tick(100 - tick.at, tick.label) for tick in y.ticks()],
+    }

@@ -1,0 +1,49 @@
+"""What decides an artifact, as hashes: a model's files, a folder's files, the source code that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
+
+def public_name(model: str) -> str:
+    """A model's name without a path of this machine, for what others read."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
+
+
+def model_hash(model: str) -> str:
+    """A hash of a model's files, which are not loaded: it changes when any of them does.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    if model == "demo":
+        from slimdiff import embedded
+
+        return folder_hash(embedded.path())
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{path} is not a diffusers pipeline directory: it has no model_index.json")
+        return folder_hash(path)
+    from deploy.artifacts.figures import denoiser_of
+    from slimdiff.calibration.calibrate import weights_hash
+    from slimdiff.loading.pipelines import load_pipeline
+
+    # A hub id: the cache is named by its commit. Loading it says what is wrong if there is none.
+    return manifest.fingerprint({"hub": model, "weights": weights_hash(denoiser_of(load_pipeline(model)))})
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files, hidden ones and the manifest aside."""
+    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != manifest.MANIFEST]
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return manifest.fingerprint({name.as_posix(): manifest.sha256_of(folder / name) for name in shown})
+
+
+def source_hash(package: Path, *patterns: str) -> str:
+    """SHA-256 over a package's source: the same version may compute something else after a change."""
+    files = sorted({p for pattern in patterns or ("**/*.py",) for p in package.glob(pattern) if p.is_file()})
+    return manifest.fingerprint({p.relative_to(package).as_posix(): manifest.sha256_of(p) for p in files})

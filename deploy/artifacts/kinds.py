@@ -1,0 +1,66 @@
+"""The kind of an artifact on disk: model, graph, engine, bundle, statistics, plan or build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporters.layout import ENGINE_PIPELINE
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
+ENGINE_REPORT = "engine.json"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+_SUFFIXES = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
+_MARKS = {
+    "build.json": "build",
+    "unet/model.onnx": "onnx",
+    "model.onnx": "onnx",
+    ENGINE_REPORT: "engine",
+    "model_index.json": "model",
+    "statistics.safetensors": "statistics",
+    "plan.json": "plan",
+}
+"""The file that a folder of a kind has; the first that is there decides."""
+
+
+def kind_of(name: str) -> str:
+    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
+
+    A name that is not on the disk is taken for a model (a hub id).
+
+    Raises:
+        InputError: if it is on the disk and is none of these.
+    """
+    path = Path(name)
+    if name == "demo" or not path.exists():
+        return "model"
+    kind = _kind_of_file(path) if path.is_file() else _kind_of_folder(path)
+    if kind is None:
+        raise InputError(
+            f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
+            "folder, a bundle, statistics, a plan or a build folder"
+        )
+    return kind
+
+
+def _kind_of_file(file: Path) -> str | None:
+    return _SUFFIXES.get(file.suffix) or ("bundle" if is_archive(file) else None)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins like the archive of a bundle."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZSTD)) == _ZSTD
+    except OSError:
+        return False
+
+
+def _kind_of_folder(folder: Path) -> str | None:
+    if (folder / manifest.MANIFEST).is_file():
+        # Parts of bundles and of pipelines look like other kinds: only the manifest tells them apart.
+        kind = manifest.read_manifest(folder)["kind"]
+        if kind in ("bundle", "engines", ENGINE_PIPELINE):
+            return kind
+    return next((kind for mark, kind in _MARKS.items() if (folder / mark).is_file()), None)

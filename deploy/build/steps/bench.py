@@ -1,0 +1,43 @@
+"""Paired latency of the dense and the slim graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, packages_of, write_result
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    from exporters.graphs.export import unet_inputs
+    from exporters.latency.decision import Gate
+    from exporters.latency.measure import bench
+    from exporters.latency.pair import Job
+
+    call = shop.trajectory[len(shop.trajectory) // 2]
+    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}  # where the graphs are open
+    dense, slim = (
+        Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, shapes) for name in ("dense", "slim")
+    )
+    bound = shop.recipe.gates.min_speedup
+    gate = None if bound is None else Gate("speedup", bound)
+    write_result(folder, "bench", bench(dense, slim, shop.recipe.bench, gate=gate))
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    if "skipped" in result:
+        return {"latency_ms": None}
+    return {"latency_ms": {"dense": result["baseline"]["median_ms"], "slim": result["candidate"]["median_ms"]}}
+
+
+STAGE = Stage(
+    "bench",
+    run,
+    needs=("export",),
+    settings=lambda shop: shop.recipe.bench.model_dump() | {"min_speedup": shop.recipe.gates.min_speedup},
+    inputs=lambda shop: shop.exporting | shop.machine,
+    kind="latency",
+    packages=lambda shop: packages_of(shop.runtime),
+    figures=_figures,
+)

@@ -1,0 +1,76 @@
+"""Fidelity of slim against dense: noise prediction, images, and quality where there is an evaluator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts import build_folder
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, packages_of, write_result
+from slimdiff.compression import with_denoiser
+from slimdiff.denoising.trajectory import sample_images
+from slimdiff.fidelity import compare_noise, image_fidelity
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    from exporters.runtimes.unet import UNet
+
+    settings = shop.recipe.compare
+    captions = shop.captions[: settings.images]
+    shown = min(settings.shown, len(captions))
+    noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
+    images = {
+        name: sample_images(pipeline, captions, settings.sampling, progress=f"compare: {name}")
+        for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
+    }
+    if shown:  # the graph has the shapes of one image
+        one = settings.sampling.model_copy(update={"batch": 1})
+        exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
+        images["slim_onnx"] = sample_images(exported, captions[:shown], one, progress="compare: slim in ONNX Runtime")
+    (folder / "images").mkdir()
+    pictures = []
+    for i, caption in enumerate(captions[:shown]):
+        picture: dict[str, Any] = {"caption": caption, "seed": settings.sampling.seed + i}
+        for name, sampled in images.items():
+            sampled[i].save(folder / "images" / f"{i:02d}-{name}.png")
+            picture[name] = f"{build_folder.IMAGES}/{i:02d}-{name}.png"
+        pictures.append(picture)
+    scores = quality(images["dense"], images["slim"], settings.captions_seed) if shop.has_evaluator else {}
+    write_result(
+        folder,
+        "compare",
+        {
+            "noise_error": noise,
+            "images": image_fidelity(images["dense"], images["slim"]),
+            "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
+            "quality": scores,
+            "sampling": settings.sampling.model_dump(),
+            "pictures": pictures,
+        },
+    )
+
+
+def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
+    """What the embedded model's evaluator says of both sets of images."""
+    from slimdiff import embedded
+
+    sides = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
+    direction = {"caption_accuracy": ("share", "higher"), "frechet_distance": ("", "lower")}
+    result = {}
+    for metric in sides["dense"]:
+        unit, better = direction.get(metric, ("", ""))
+        values = {name: scores[metric] for name, scores in sides.items()}
+        result[metric] = {**values, "unit": unit, "better": better, "count": len(dense)}
+    return result
+
+
+STAGE = Stage(
+    "compare",
+    run,
+    needs=("slim", "export"),
+    settings=lambda shop: shop.recipe.compare.model_dump(),
+    inputs=lambda shop: shop.exporting | shop.captions_hash,
+    kind="fidelity",
+    packages=lambda _: packages_of("onnxruntime"),
+)

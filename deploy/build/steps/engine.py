@@ -1,0 +1,96 @@
+"""The engine of the slim graph in fp16, or the reason why there is none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts.figures import denoiser_of
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, versions, write_result
+from slimdiff.storage import manifest
+
+log = logging.getLogger("slimdiff")
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    reason = _why_none(shop)
+    if reason is not None:
+        log.info("engine: skipped, %s", reason)
+        write_result(folder, "engine", {"skipped": reason})
+        return
+    from exporters.engine import request_engine
+    from exporters.graphs.export import export_unet
+    from exporters.settings import EngineSettings
+
+    graph = shop.folder / "export" / "slim" / "model.onnx"
+    if shop.recipe.export.precision != shop.engine_precision:
+        log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
+        half = shop.recipe.export.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
+        graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
+    settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
+    request = request_engine(graph, settings, plan=shop.plan)
+    before = shop.folder / "engine"
+    why = "it was asked for" if "engine" in shop.forced else request.why_build(before)
+    if why is None:
+        log.info("engine: the one from before is the same")
+        request.reuse(before, folder)
+    else:
+        log.info("engine: built, because %s", why)
+        request.build(folder)
+
+
+def _why_none(shop: Workshop) -> str | None:
+    """Why there will be no engine; None if there will be one."""
+    from exporters.engine import MODULES, available_backend, has_gpu
+
+    stage = shop.recipe.engine
+    if not stage.enabled:
+        return "the recipe says so (engine.enabled: false)"
+    if stage.backend == "auto" and available_backend() is not None and not stage.targets and not has_gpu():
+        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
+    if stage.backend == "auto" and available_backend() is None:
+        return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
+    return None
+
+
+def _runs_on(folder: Path) -> dict[str, Any]:
+    from exporters.engine.check import runs_on
+
+    report = manifest.read_json(folder / "engine.json")
+    return {} if "skipped" in report else runs_on(report)
+
+
+def _inputs(shop: Workshop) -> dict[str, str]:
+    from exporters.engine import gpu_here
+
+    settings = shop.recipe.engine
+    gpu = None if settings.targets or not settings.enabled else gpu_here()
+    return {
+        **shop.exporting,
+        "skipped": str(_why_none(shop)),
+        "gpu": "" if gpu is None else f"{gpu.name} {gpu.capability} {gpu.driver}",
+        **versions(("tensorrt", "tensorrt-rtx-cu13", "polygraphy")),
+    }
+
+
+def _packages(shop: Workshop) -> list[tuple[str, str]]:
+    from exporters.engine import EXTRAS, MODULES
+
+    settings = shop.recipe.engine
+    if not settings.enabled or settings.backend == "auto":
+        return []
+    return [(MODULES[settings.backend], EXTRAS[settings.backend])]
+
+
+STAGE = Stage(
+    "engine",
+    run,
+    needs=("export",),
+    settings=lambda shop: shop.recipe.engine.model_dump(),
+    inputs=_inputs,
+    kind="engine",
+    runs_on=_runs_on,
+    packages=_packages,
+)

@@ -1,0 +1,63 @@
+"""ONNX of the dense and the slim denoiser, with the shapes of the calls for one image or for a cell's images."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts.figures import denoiser_of
+from deploy.artifacts.hashes import public_name
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, write_result
+from slimdiff.storage import manifest
+
+log = logging.getLogger("slimdiff")
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.precision import fp32_islands
+
+    settings = shop.recipe.export
+    result: dict[str, Any] = {"precision": settings.precision}
+    for name in shop.exported:
+        pipeline = shop.dense if name == "dense" else shop.slim
+        log.info("export: %s to ONNX, %s", name, settings.precision)
+        start = time.perf_counter()
+        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
+        seconds = round(time.perf_counter() - start, 3)
+        made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
+        inputs = shapes(shop.trajectory[0])
+        wide = fp32_islands(folder / name / "model.onnx")
+        runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
+        manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
+        size = sum(f.stat().st_size for f in (folder / name).glob("model.onnx*"))
+        written = {"folder": f"export/{name}", "bytes": size, "inputs": inputs, "seconds": seconds}
+        result[name] = {**written, "fp32_islands": wide}
+    write_result(folder, "export", result)
+
+
+def shapes(call: Any) -> dict[str, list[int]]:
+    """Shapes of the graph's inputs for a recorded call."""
+    from exporters.graphs.export import unet_inputs
+
+    return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
+
+
+def _runs_on(folder: Path) -> dict[str, Any]:
+    report = manifest.read_json(folder / "export.json")
+    return {"precision": report["precision"], "shapes": report["slim"]["inputs"]}
+
+
+STAGE = Stage(
+    "export",
+    run,
+    needs=("slim",),
+    settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
+    inputs=lambda shop: shop.exporting | shop.captions_hash,
+    kind="onnx",
+    runs_on=_runs_on,
+    packages=lambda _: (("onnx", "onnx"), ("onnxscript", "onnx")),
+)

@@ -1,0 +1,47 @@
+"""Ranks under the budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.artifacts import build_folder
+from deploy.artifacts.figures import denoiser_of
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, packages_of, write_result
+from slimdiff.storage import manifest
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    recipe = shop.recipe
+    budget = recipe.budget.budget()
+    shop.refuse_impossible()
+    latency = None
+    if budget.kind == "speedup":
+        from exporters.latency.table import measure_latency
+        from exporters.settings import TableSettings
+
+        table = TableSettings(runtime=recipe.budget.runtime)
+        latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
+        write_result(
+            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        )
+    plan = shop.measured_compressor().plan(budget, latency)
+    plan.save(folder / Path(build_folder.PLAN).name)
+
+
+def _inputs(shop: Workshop) -> dict[str, str]:
+    inputs = shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)}
+    if shop.recipe.budget.speedup is not None:
+        inputs |= shop.exporting | shop.machine | shop.captions_hash
+    return inputs
+
+
+STAGE = Stage(
+    "plan",
+    run,
+    needs=("calibrate", "sensitivity"),
+    settings=lambda shop: shop.recipe.budget.model_dump() | shop.recipe.plan.model_dump(),
+    inputs=_inputs,
+    kind="plan",
+    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if shop.recipe.budget.speedup is not None else (),
+)

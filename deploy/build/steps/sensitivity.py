@@ -1,0 +1,43 @@
+"""What planning measures by forward passes, whatever the budget: planning for another budget then needs none.
+
+Sensitivities and MACs are small: they lie beside the statistics as JSON. `Workshop.measured_compressor` has both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, write_result
+from slimdiff.planning.planner import keeps_measured
+from slimdiff.storage import manifest
+
+_DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls"}
+"""The settings of the plan that the result depends on."""
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    """Write `sensitivities` by site, and `macs` as `Statistics` has them.
+
+    Where nothing can be kept for another budget, both are empty and `skipped` says why.
+    """
+    shop.refuse_impossible()
+    result: dict[str, Any] = {"sensitivities": {}, "macs": {}}
+    if keeps_measured(shop.recipe.plan):
+        shop.compressor.measure()
+        statistics = shop.compressor.statistics
+        result = {"sensitivities": statistics.sensitivities, "macs": statistics.macs}
+    else:
+        result["skipped"] = "only the global allocation with the usual forms keeps what it measures"
+    write_result(folder, "sensitivity", result)
+
+
+STAGE = Stage(
+    "sensitivity",
+    run,
+    needs=("calibrate",),
+    settings=lambda shop: shop.recipe.plan.model_dump(include=_DECIDING),
+    inputs=lambda shop: shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)},
+    kind="sensitivity",
+)

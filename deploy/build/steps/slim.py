@@ -1,0 +1,45 @@
+"""The slim model, a diffusers pipeline directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts.figures import compression_result, costs, denoiser_of
+from deploy.artifacts.files import copy_licenses, save_pipeline
+from deploy.build.stages import Stage
+from deploy.build.workshop import Workshop, write_result
+from slimdiff.storage import manifest
+
+
+def run(shop: Workshop, folder: Path) -> None:
+    plan, dense = shop.plan, denoiser_of(shop.dense)
+    recipe = shop.recipe
+    start = time.perf_counter()
+    slim = shop.compressor.slim(plan)
+    seconds = round(time.perf_counter() - start, 3)
+    save_pipeline(shop.compressor.pipeline_with(slim), folder)
+    copy_licenses(recipe.model, folder)
+    call = shop.trajectory[0]
+    calibrated, sensitivity, planned = (
+        manifest.read_manifest(shop.folder / stage)["made_from"]["seconds"]
+        for stage in ("calibrate", "sensitivity", "plan")
+    )
+    took = {"calibrate": calibrated, "plan": round(sensitivity + planned, 3), "slim": seconds}
+    write_result(folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), took))
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: {side: result[key][side] for side in ("dense", "slim")} for key in ("parameters", "macs", "bytes")}
+
+
+STAGE = Stage(
+    "slim",
+    run,
+    needs=("plan",),
+    settings=lambda shop: shop.trajectory_settings,
+    inputs=lambda shop: shop.core,
+    kind="slim-model",
+    figures=_figures,
+)

@@ -1,0 +1,112 @@
+"""The page as a whole: nothing beside it is needed, every element is closed, every text escaped."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from reports import SKIPPED, edit, report_of, save, text_of
+
+from deploy.artifacts import build_folder
+
+
+class Elements(HTMLParser):
+    """Every start tag, and whether elements are closed in the order in which they were opened."""
+
+    VOID = ("meta", "img", "link", "br", "wbr")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(page)
+        self.wrong += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_report_shows_every_part(build):
+    page = report_of(build)
+    text = text_of(page)
+    assert "Passed: every gate holds" in text
+    assert build_folder.read(build, "build")["sentence"] in text
+    for shown in ("5.924 M", "5.213 M", "\u221212.0 %", "412.9 M", "23.72 MB", "18.4 ms", "15.5 ms"):
+        assert shown in text, shown
+    assert "95 % interval \u221217.3 % to \u221214.1 %" in text  # 1/1.209 - 1, 1/1.164 - 1
+    assert "31.4 dB" in text and "93.2 %" in text and "\u22120.35 points" in text
+    assert "its processor is not a stock one" in text
+    assert "12 of 12 attention modules, 3 distinct kernels" in text and "30 of 30 checks against the plan hold" in text
+    assert "256 \u00d7 77" in text and "built-in" not in text
+    assert "1.187\u00d7" in text and "reduce: 12%" in text
+    assert "compression ratio" not in text.lower()
+
+
+def test_report_needs_nothing_else(build):
+    elements = Elements(report_of(build)).found
+    images = [a["src"] for tag, a in elements if tag == "img"]
+    assert len(images) == 6 and all(src and src.startswith("data:image/png;base64,") for src in images)
+    assert not [tag for tag, _ in elements if tag in ("script", "link", "iframe", "object", "embed")]
+    links = [a[key] for _, a in elements for key in ("href", "src", "srcset", "xlink:href", "action") if key in a]
+    assert all(link and link.startswith(("#", "data:")) for link in links)
+    assert "@import" not in report_of(build) and "url(" not in report_of(build)
+
+
+def test_elements_are_closed_and_ids_are_met(build):
+    elements = Elements(report_of(build))
+    assert not elements.wrong
+    ids = [a["id"] for _, a in elements.found if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {str(a["href"])[1:] for tag, a in elements.found if tag == "a"} <= set(ids)
+
+
+def test_text_is_escaped(build):
+    hostile = "</title><script>alert(1)</script> \" onerror='x' & {{ 7*7 }} <b>"
+    compare = build_folder.read(build, "compare")
+    compare["pictures"][0]["caption"] = hostile
+    save(build, "compare", compare)
+    edit(build, "build", name=hostile, sentence=hostile, recipe={"prompts": [hostile]})
+    edit(build, "engine", skipped=hostile)
+    page = report_of(build)
+    assert "<script" not in page and " onerror='" not in re.sub(r">[^<]*<", "><", page)
+    assert hostile in text_of(page)
+    assert not Elements(page).wrong
+
+
+@pytest.mark.parametrize("stage", ["engine", "validate", "bench"])
+def test_skipped_stage_says_why(build, stage):
+    save(build, stage, SKIPPED)
+    assert SKIPPED["skipped"] in text_of(report_of(build))
+
+
+def test_optional_parts_may_be_absent(build):
+    compare = build_folder.read(build, "compare")
+    compare |= {"images_onnx": None, "quality": {}, "images": {"psnr_db": None, "ssim": 1.0, "count": 2}}
+    compare["noise_error"] = {"relative_mse": 0.0, "by_timestep": [[961, 0.0], [1, 0.0]]}
+    for picture in compare["pictures"]:
+        picture["slim_onnx"] = None
+    save(build, "compare", compare)
+    plan = build_folder.read(build, "plan")
+    for site in plan["sites"].values():
+        site |= {"sensitivity": None, "predicted_error": None}
+    save(build, "plan", plan | {"left_dense": []})
+    edit(build, "build", gates=[])
+    page = report_of(build)
+    text = text_of(page)
+    for said in ("identical", "no evaluator", "No gate was set", "the error is zero", "local error"):
+        assert said in text, said
+    assert "slim, ONNX Runtime" not in text and "Left dense" not in text
+    assert page.count("<img") == 4

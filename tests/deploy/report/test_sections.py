@@ -1,0 +1,110 @@
+"""Sections of the report, each by what only it shows."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from reports import SKIPPED, edit, fake_build, report_of, save, text_of
+
+from deploy.artifacts import build_folder
+from deploy.report.page import write_report
+from deploy.report.sections.gates import gate_bound, gate_value
+from slimdiff.errors import InputError
+
+# --- gates and parity ---------------------------------------------------------------------------------------------
+
+
+def test_gates_are_said_with_their_unit():
+    speedup = {"gate": "speedup", "value": 1.187, "bound": 1.05, "better": "higher", "unit": "x", "verdict": "pass"}
+    assert gate_value(speedup) == "1.19\u00d7" and gate_bound(speedup) == "\u2265\u00a01.05\u00d7"
+    psnr = {"gate": "psnr_db", "value": None, "bound": 30, "better": "higher", "unit": "dB", "verdict": "pass"}
+    assert gate_value(psnr) == "identical"
+    assert gate_value(speedup | {"value": None, "verdict": "inconclusive"}) == "not measured"
+
+
+def test_failed_gate_and_parity_come_first(build):
+    result = build_folder.read(build, "build")
+    result["gates"][0] |= {"verdict": "fail", "value": False}
+    save(build, "build", result | {"verdict": "fail", "exit_code": 1})
+    validate = build_folder.read(build, "validate")
+    part = validate["parts"][0]
+    part |= {"passed": False, "first_diverging": "out_sample@t=641"}
+    part["checks"][5] |= {"value": 0.0123, "passed": False}
+    part["checks"][4] |= {"value": None, "passed": False}
+    save(build, "validate", validate)
+    text = text_of(report_of(build))
+    assert "Failed: 1 of 4 gates does not hold" in text and "First to diverge: out_sample@t=641" in text
+    worst = text[text.index("The worst of each metric") : text.index("All 12 checks")]
+    assert "0.0123" in worst and "fail" in worst
+
+
+# --- figures and latency ------------------------------------------------------------------------------------------
+
+
+def test_no_latency(build):
+    result = build_folder.read(build, "build")
+    result["figures"]["latency_ms"] = None
+    save(build, "build", result)
+    save(build, "bench", SKIPPED)
+    assert "not measured" in text_of(report_of(build))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"speedup": {"median": 1.01, "low": 0.98, "high": 1.04}}, "the interval holds 0 %"),
+        ({}, "the interval holds its bound"),
+    ],
+)
+def test_latency_says_when_it_is_inconclusive(build, changes, said):
+    edit(build, "bench", **changes)
+    result = build_folder.read(build, "build")
+    result["gates"][1]["verdict"] = "inconclusive"
+    save(build, "build", result | {"verdict": "inconclusive", "exit_code": 4})
+    assert said in text_of(report_of(build))
+
+
+# --- sites --------------------------------------------------------------------------------------------------------
+
+
+def test_every_site_is_named(build):
+    text = re.sub(r"</?span[^>]*>|<wbr>", "", report_of(build))
+    for name in build_folder.read(build, "plan")["sites"]:
+        assert f">{name}</th>" in text
+
+
+def test_sites_that_were_not_asked_for_are_counted_and_not_drawn(build):
+    plan = build_folder.read(build, "plan")
+    assert "not asked for" not in text_of(report_of(build))
+    name, site = next((n, s) for n, s in plan["sites"].items() if s["group"] == "feed_forward")
+    nothing = {"local_error": None, "sensitivity": None, "predicted_error": None}
+    plan["sites"][name] = {**site, **nothing, "rank": site["dense_rank"]}
+    save(build, "plan", plan)
+    text = re.sub(r"</?span[^>]*>|<wbr>", "", report_of(build))
+    assert f">{name}</th>" not in text and "not asked for: 1." in text
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def test_no_pictures(build):
+    edit(build, "compare", pictures=[])
+    assert "compare.shown is 0" in text_of(report_of(build))
+
+
+def test_large_images_are_embedded_smaller(tmp_path):
+    folder = fake_build(tmp_path, pictures=1, pixels=64)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / build_folder.IMAGES / "00-dense.png")
+    page = report_of(folder)
+    assert "data:image/webp;base64," in page and "embedded here as WebP" in page
+
+
+def test_missing_image_is_told(build):
+    (build / build_folder.IMAGES / "00-slim.png").unlink()
+    with pytest.raises(InputError, match=r"00-slim.png .*--force compare"):
+        write_report(build, build / "report.html")
+    assert not list(build.glob("*report.html*"))
