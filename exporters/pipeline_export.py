@@ -27,6 +27,7 @@ from exporters.onnx_export import (
 )
 from slimdiff.errors import InputError
 from slimdiff.trajectory import Call, Sampling, denoiser_name, record_calls
+from slimdiff.transformers_files import write_vocabulary
 
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
@@ -127,6 +128,7 @@ def export_pipeline(
     for name in CONFIGURED:
         if parts[name] is not None:
             parts[name].save_pretrained(folder / name)
+            write_vocabulary(parts[name], folder / name)
     (folder / INDEX).write_text(json.dumps(_index(pipeline), indent=2) + "\n")
     return files
 
