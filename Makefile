@@ -3,17 +3,20 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+OPTIMUM := .venv-optimum
 # Two cores are enough, and more threads than cores make every figure worse.
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-optimum test-slow lint bench clean
 
 # An environment is ready when the lock and the project's metadata that it was made from have not changed since.
-$(READY): requirements/lock.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --requirement requirements/lock.txt
-	$(RUN)/python -m pip install --quiet --no-deps --editable .
+$(READY): requirements/lock.txt
+$(OPTIMUM)/.ready: requirements/optimum.txt
+%/.ready: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --requirement $(filter requirements/%,$^)
+	$*/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 demo: $(READY)  ## the main job on the embedded model; the report is runs/demo/report.html
@@ -22,8 +25,11 @@ demo: $(READY)  ## the main job on the embedded model; the report is runs/demo/r
 test: $(READY)  ## the test suite, a file at a time on each core
 	$(RUN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+test-optimum: $(OPTIMUM)/.ready  ## optimum opens what we export, and old artifacts open, on its older libraries
+	$(OPTIMUM)/bin/python -m pytest -m "optimum or not slow" tests/exporters/test_optimum.py tests/test_old_artifacts.py
+
 test-slow: $(READY)  ## what takes over a minute a test
-	$(RUN)/python -m pytest -m slow
+	$(RUN)/python -m pytest -m "slow and not optimum"
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN)/ruff check .
@@ -33,5 +39,5 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## the figures in the README
 	$(RUN)/python -m benchmarks.quality
 
-clean:  ## remove the environment and every build
-	rm -rf $(VENV) runs
+clean:  ## remove the environments and every build
+	rm -rf $(VENV) $(OPTIMUM) runs

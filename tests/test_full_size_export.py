@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
-pytest.importorskip("optimum.onnxruntime", reason="ORTDiffusionPipeline needs the extra optimum")
 
 from benchmarks.full_size import MODELS
 from benchmarks.full_size_export import measure, table
@@ -18,11 +17,10 @@ from slimdiff.slimming.skeleton import skeleton
 
 
 def test_a_row_is_measured_and_told(tmp_path):
-    row = measure("tiny", "slim", ExportSettings(), tmp_path, torch.float32, check=True, steps=2)
+    row = measure("tiny", "slim", ExportSettings(), tmp_path, torch.float32, check=True)
     assert set(row["bytes"]) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
     assert 4 * row["parameters"] <= row["bytes"]["unet"] < 4.6 * row["parameters"]
     assert row["leftovers"] == row["misfits"] == row["unknown"] == 0 and row["error"] < 1e-4
-    assert row["psnr"] >= 80 and row["image"] == [16, 16, 3]  # twice the bar: untrained models hide faults
     assert min(row["peak"], row["before"]) > row["weights"] and row["wall"] > 0
     assert "| tiny, slim | 0.7 M | fp32 |" in table([row]) and "0 dense dimensions left" in table([row])
 

@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slimdiff.loading.transformers_files import write_vocabulary
+
 _LICENSES = ("license", "licence", "notice", "copying")
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Save a diffusers pipeline as safetensors; the paths that diffusers notes in its JSON are taken out again."""
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for name, component in pipeline.components.items():
+        write_vocabulary(component, folder / name)
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and {"_name_or_path", "name_or_path"} & set(content):

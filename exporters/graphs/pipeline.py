@@ -26,6 +26,7 @@ from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
@@ -129,6 +130,7 @@ def export_pipeline(
     for name in CONFIGURED:
         if parts[name] is not None:
             parts[name].save_pretrained(folder / name)
+            write_vocabulary(parts[name], folder / name)
     (folder / INDEX).write_text(json.dumps(_index(pipeline), indent=2) + "\n")
     return files
 

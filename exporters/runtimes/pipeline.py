@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
 from exporters.runtimes.text_encoder import TextEncoder
@@ -16,6 +16,7 @@ from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.model_directory import library_class, pipeline_class, read_index
+from slimdiff.loading.transformers_files import check_vocabulary
 from slimdiff.storage import manifest
 
 
@@ -80,7 +81,7 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
     for name in CONFIGURED:
         if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
-            library_class(entry, folder / INDEX)
+            library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name == "scheduler" else []))
     return index, kind
 
 
@@ -99,7 +100,9 @@ def _from_library(folder: Path, name: str, entry: list[Any]) -> Any:
     """A scheduler, a tokenizer or a feature extractor, of a class that the two libraries bring: no other code."""
     if name not in CONFIGURED:
         raise InputError(f"{folder / INDEX} asks for the {name} {entry}; taken are {', '.join(CONFIGURED)}")
-    return library_class(entry, folder / INDEX).from_pretrained(folder / name, local_files_only=True)
+    kind = library_class(entry, folder / INDEX)
+    check_vocabulary(kind, folder / name)
+    return kind.from_pretrained(folder / name, local_files_only=True)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers.image_processing_utils import ImageProcessingMixin
 
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import INDEX
+from slimdiff.loading.transformers_files import check_text_weights, check_vocabulary
 from slimdiff.storage import manifest
 
 LIBRARIES = ("diffusers", "transformers", "slimdiff.models")
@@ -71,11 +72,11 @@ def check_model_directory(folder: Path) -> None:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
-        library_class(entry, folder / INDEX, _MODELS + _CONFIGURED)
+        kind = library_class(entry, folder / INDEX, _MODELS + _CONFIGURED)
         if not manifest.is_inside(name) or "/" in name:
             raise InputError(f"{folder / INDEX} names a component {name!r}, which is outside the directory: refused")
         if (folder / name).is_dir():
-            _check_component(folder / name)
+            _check_component(folder / name, kind)
 
 
 def pipeline_class(name: Any, where: Path) -> type[diffusers.DiffusionPipeline]:
@@ -125,7 +126,8 @@ def _pipeline_module(library: str) -> ModuleType | None:
     return found if inside else None
 
 
-def _check_component(folder: Path) -> None:
+def _check_component(folder: Path, kind: Any) -> None:
+    check_vocabulary(kind, folder)
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter_config.json, which names another model: fuse the adapter first")
     if (folder / "config.json").exists():
@@ -137,6 +139,7 @@ def _check_component(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         check_safetensors(file)
+    check_text_weights(kind, weights)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles and not weights:
         raise InputError(

@@ -25,7 +25,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from slimdiff.denoising.trajectory import Call
-from slimdiff.groups import GROUPS
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.slimming.skeleton import skeleton
 
 TIMESTEPS = (981, 501, 21)
 
@@ -112,6 +113,11 @@ def _linear(dense: nn.Linear, rows: int | None = None, columns: int | None = Non
     if dense.bias is not None:
         slim.bias.data = dense.bias.data[:rows].clone()
     return slim
+
+
+def halves(unet: nn.Module) -> dict[str, int]:
+    """Half the dense rank of every site."""
+    return {site.path: site.dense_rank // 2 for site in find_sites(unet)[0]}
 
 
 @pytest.fixture(scope="session")
@@ -240,6 +246,26 @@ def onnx_folder(tmp_path_factory, pipeline) -> Path:
 def onnx_xl_folder(tmp_path_factory, xl_pipeline) -> Path:
     """The whole `xl_pipeline`, likewise."""
     return _exported(xl_pipeline, tmp_path_factory.mktemp("onnx-xl-pipeline"))
+
+
+@pytest.fixture(scope="session")
+def slim_pipeline(pipeline) -> StableDiffusionPipeline:
+    """The same with half of every dense dimension."""
+    parts = {**pipeline.components, "unet": skeleton(pipeline.unet, halves(pipeline.unet))}
+    return type(pipeline)(**parts, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="session")
+def open_folder(tmp_path_factory, slim_pipeline) -> Path:
+    """It, open in batch, height and width."""
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    from exporters.graphs.pipeline import example_call, export_pipeline
+    from exporters.settings import ExportSettings
+
+    folder = tmp_path_factory.mktemp("open")
+    call = example_call(slim_pipeline, height=16, width=16)
+    export_pipeline(slim_pipeline, folder, ExportSettings(dynamic_batch=True, dynamic_size=True), call=call)
+    return folder
 
 
 def _exported(pipeline: StableDiffusionPipeline, folder: Path) -> Path:

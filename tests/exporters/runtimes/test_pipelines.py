@@ -205,7 +205,7 @@ def change_index(folder, **changes) -> None:
         ({"scheduler": ["os", "system"]}, "asks for os.system; taken are diffusers, transformers"),
         ({"safety_checker": ["diffusers", "AutoencoderKL"]}, "asks for the safety_checker"),
         ({"scheduler": ["diffusers", "NoSuchScheduler"]}, "diffusers.NoSuchScheduler, which this diffusers does not"),
-        ({"scheduler": ["transformers", "CLIPTokenizer"]}, "the scheduler in .* could not be loaded"),
+        ({"scheduler": ["transformers", "CLIPTokenizer"]}, "no class that belongs there"),
     ],
 )
 def test_an_index_that_names_something_else(copied, changes, told):
