@@ -7,8 +7,9 @@ OPTIMUM := .venv-optimum
 # Two cores are enough, and more threads than cores make every figure worse.
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-optimum test-slow lint bench clean
+.PHONY: demo test test-optimum test-slow lint docs bench clean
 
 # An environment is ready when the lock and the project's metadata that it was made from have not changed since.
 $(READY): requirements/lock.txt
@@ -31,13 +32,17 @@ test-optimum: $(OPTIMUM)/.ready  ## optimum opens what we export, and old artifa
 test-slow: $(READY)  ## what takes over a minute a test
 	$(RUN)/python -m pytest -m "slow and not optimum"
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, and the contracts of who imports whom
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+docs: $(READY)  ## the pages, in site/; any warning is an error
+	$(RUN)/mkdocs build --quiet
 
 bench: $(READY)  ## the figures in the README
 	$(RUN)/python -m benchmarks.quality
 
 clean:  ## remove the environments and every build
-	rm -rf $(VENV) $(OPTIMUM) runs
+	rm -rf $(VENV) $(OPTIMUM) runs site

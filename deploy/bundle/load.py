@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
-from deploy.cli.console import log
 from exporters.registry import names, runtime_of
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.unet import UNet
@@ -20,6 +20,8 @@ from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+log = logging.getLogger("slimdiff")
 
 
 @dataclass(frozen=True)

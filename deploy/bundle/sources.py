@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import build_folder
+from deploy.artifacts.kinds import engine_of, graph_of, kind_of
 from deploy.bundle.rest import ExportedRest, Rest, TorchRest
-from deploy.opening.openers import engine_of, graph_of, kind_of
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.graphs.reading import inputs_of, read_graph

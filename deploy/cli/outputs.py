@@ -63,7 +63,7 @@ def check_runnable(*names: str | None) -> None:
     Raises:
         InputError: if one is neither here nor the id of a model on the hub, or is nothing that slimdiff knows.
     """
-    from deploy.opening.openers import kind_of
+    from deploy.artifacts.kinds import kind_of
     from slimdiff.loading.naming import find_model
 
     for name in names:

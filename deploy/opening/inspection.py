@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts import build_folder
-from deploy.opening.openers import ENGINE_REPORT, graph_of, plan_beside
+from deploy.artifacts.kinds import ENGINE_REPORT, graph_of, plan_beside
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError

@@ -8,51 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifacts.kinds import ENGINE_REPORT, kind_of
+from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff.errors import InputError
-from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimdiff import Plan
     from slimdiff.denoising.trajectory import Call
     from slimdiff.settings import Sampling
-
-
-def graph_of(name: str) -> Path:
-    """The UNet's graph of an ONNX file or folder; a folder with a manifest is checked against it.
-
-    Raises:
-        InputError: if there is none, or it is not what the manifest says.
-    """
-    path = Path(name)
-    found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
-    if found is None or found.suffix != ".onnx":
-        raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
-    if path.is_dir() and (path / manifest.MANIFEST).is_file():
-        manifest.verify_manifest(path)
-    return found
-
-
-def engine_of(name: str, kind: str) -> Path:
-    """The folder of the UNet's engine; `kind` is `kind_of(name)`."""
-    return Path(name) / "unet" if kind == ENGINE_PIPELINE else Path(name)
-
-
-def plan_beside(graph: Path) -> Plan | None:
-    """The plan in the `config.json` beside a slim graph; None for a dense one."""
-    from slimdiff import Plan
-
-    config = graph.parent / "config.json"
-    if not config.is_file():
-        return None
-    content = manifest.read_json(config)
-    if not isinstance(content, dict):
-        raise InputError(f"{config} is not a model's config: it is no JSON object")
-    plan = content.get("slim_plan")
-    return Plan.parse(plan, str(config)) if plan else None
 
 
 @dataclass

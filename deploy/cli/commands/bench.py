@@ -116,7 +116,8 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
         InputError: if it is nothing that can be run, or that runtime does not take it.
         MissingPackageError: if the runtime is not here.
     """
-    from deploy.opening.openers import engine_of, graph_of, kind_of, runtime_for
+    from deploy.artifacts.kinds import engine_of, graph_of, kind_of
+    from deploy.opening.openers import runtime_for
     from exporters.latency.pair import Job
 
     kind = kind_of(name)

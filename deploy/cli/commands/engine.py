@@ -57,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.opening.openers import graph_of, plan_beside
+    from deploy.artifacts.kinds import graph_of, plan_beside
     from exporters.layout import ENGINE_PIPELINE, GRAPHS
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked

@@ -21,8 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from deploy.artifacts.kinds import kind_of
     from deploy.cli.console import calm_libraries, log, result
-    from deploy.opening.openers import kind_of
     from slimdiff.errors import InputError
 
     if args.artifact != "demo" and not Path(args.artifact).exists():

@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
+    from deploy.artifacts.kinds import graph_of
     from deploy.build import spread
-    from deploy.opening.openers import graph_of, open_denoiser
+    from deploy.opening.openers import open_denoiser
     from exporters.validation.graph import check_graph
     from exporters.validation.parity import check_calls, check_trajectory, with_checks
     from slimdiff.compression import with_denoiser

@@ -11,9 +11,9 @@ import pytest
 from command_line import call, refused
 
 import deploy
+from deploy.artifacts.kinds import kind_of
 from deploy.cli.app import main
 from deploy.cli.commands.bench import job_of
-from deploy.opening.openers import kind_of
 from exporters.engine import EngineRequest, Gpu, check_engine, has_gpu
 from exporters.runtimes.pipeline import load_pipeline
 from slimdiff.errors import InputError, MissingPackageError
