@@ -28,7 +28,7 @@ def test_the_files_are_small_and_half_precision():
 
 def test_pictures_show_what_their_captions_say():
     """And not what others say: with a text encoder or UNet that was not loaded, neither would hold."""
-    pipeline = StableDiffusionPipeline.from_pretrained(THINGS / "model")
+    pipeline = StableDiffusionPipeline.from_pretrained(THINGS / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     scenes = world.sample_scenes(6, evaluate.SEED, held=True)
     pictures = pipeline(
@@ -49,6 +49,6 @@ def test_what_training_saves_has_names_that_both_transformers_read(tmp_path):
     tokenizer = models.build_tokenizer(tmp_path / "tokenizer")
     encoder = models.build_text_encoder(tokenizer)
     models.save_pipeline(tmp_path / "model", models.build_unet(), models.build_vae(), encoder, tokenizer)
-    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(loaded.text_encoder.state_dict()[name], tensor.half().float(), rtol=0, atol=0)

@@ -97,7 +97,10 @@ def main() -> int:
         if not path.exists():
             print(f"error: {path} is missing; train the model with python -m benchmarks.things.train", file=sys.stderr)
             return 2
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None).to(arguments.device)
+    # The files are fp16, and transformers would leave the text encoder so.
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        arguments.model, safety_checker=None, torch_dtype=torch.float32
+    ).to(arguments.device)
     pipeline.unet.eval(), pipeline.vae.eval(), pipeline.text_encoder.eval()
     judge = judges.load(weights).to(arguments.device)
     kept: list[Tensor] = []
