@@ -48,7 +48,7 @@ class Family:
 
 
 def attention_and(feed_forward: int, attention: int | None = None, resnet: int = 0) -> dict[str, int]:
-    """Counts of sites by group, of these feed-forwards, attention layers (two a feed-forward if not given) and resnets."""
+    """Counts of sites by group; attention layers are two a feed-forward if not given."""
     attention = 2 * feed_forward if attention is None else attention
     counts = {"query_key": attention, "value_output": attention, "feed_forward": feed_forward, "resnet": resnet}
     return {group: count for group, count in counts.items() if count}
