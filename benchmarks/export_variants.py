@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.full_size import MODELS, random_calls
-from benchmarks.random_models import random_unet, uniform_ranks
+from benchmarks.random_models import random_unet
+from benchmarks.ranks import uniform_ranks
 from exporters.graphs.export import _UNet, export_unet, unet_inputs, write_config
 from exporters.latency.measure import bench
 from exporters.latency.pair import Job

@@ -87,6 +87,8 @@ MODELS = {
     "sdxl": Model(XL, 2_567_463_684, 64, 2048, "25%", 1, {"text_embeds": (1280,), "time_ids": (6,)}),
     "tiny": Model(TINY, 792_964, 8, 32, "10%"),
 }
+LATENTS = {"sdxl": 128}
+"""Height and width of the latents, where they are not the model's in `MODELS`: SDXL's own images have 1024 pixels."""
 
 
 def random_calls(model: Model, count: int) -> list[Call]:

@@ -22,8 +22,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from benchmarks.full_size import MODELS, Clock, peak_bytes
-from benchmarks.random_models import random_pipeline, uniform_ranks
+from benchmarks.full_size import LATENTS, MODELS, Clock, peak_bytes
+from benchmarks.random_models import random_pipeline
+from benchmarks.ranks import uniform_ranks
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
@@ -35,8 +36,6 @@ from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.slimming.skeleton import skeleton
 
-LATENTS = {"sdxl": 128}
-"""Height and width of the latents, where they are not the model's in `MODELS`: SDXL's own images have 1024 pixels."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 
 

@@ -284,26 +284,32 @@ def ablation_tables(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--ablation", action="store_true", help="the ablation instead of the README's table")
+    made.add_argument("--cuts", help="percent of the transformer-block parameters")
+    made.add_argument("--unet-cuts", help=f"percent of the whole UNet's parameters, for {', '.join(WHOLE)}")
+    made.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
+    made.add_argument("--captions", type=int, help="how many images per row")
+    made.add_argument("--out", type=Path, default=Path("runs/bench"))
+    return made
+
+
+def parse_cuts(text: str | None, usual: str, whole: bool = False) -> list[Cut]:
+    """Cuts from percents with commas between them; none from an empty text."""
+    percents = usual if text is None else text
+    return [Cut(float(percent), whole) for percent in percents.split(",") if percent]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ablation", action="store_true", help="the ablation instead of the README's table")
-    parser.add_argument("--cuts", help="percent of the transformer-block parameters")
-    parser.add_argument("--unet-cuts", help=f"percent of the whole UNet's parameters, for {', '.join(WHOLE)}")
-    parser.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
-    parser.add_argument("--captions", type=int, help="how many images per row")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    arguments = parser.parse_args()
-    percents = (
-        arguments.cuts if arguments.cuts is not None else ("10,20,30,40,50" if arguments.ablation else "25,10,50")
-    )
-    cuts = [Cut(float(percent)) for percent in percents.split(",") if percent]
-    percents = arguments.unet_cuts if arguments.unet_cuts is not None else "12,20,30" if arguments.ablation else "30"
-    unet_cuts = [Cut(float(percent), whole=True) for percent in percents.split(",") if percent]
-    usual = (*ABLATION, *WHOLE) if arguments.ablation else README
-    methods = arguments.methods.split(",") if arguments.methods else list(usual)
-    captions = arguments.captions or (100 if arguments.ablation else 500)
+    arguments = parser().parse_args()
+    ablation = arguments.ablation
+    cuts = parse_cuts(arguments.cuts, "10,20,30,40,50" if ablation else "25,10,50")
+    unet_cuts = parse_cuts(arguments.unet_cuts, "12,20,30" if ablation else "30", whole=True)
+    methods = arguments.methods.split(",") if arguments.methods else [*ABLATION, *WHOLE] if ablation else list(README)
+    captions = arguments.captions or (100 if ablation else 500)
     if unknown := set(methods) - set(METHODS):
-        parser.error(f"--methods knows {', '.join(METHODS)}, not {', '.join(sorted(unknown))}")
+        parser().error(f"--methods knows {', '.join(METHODS)}, not {', '.join(sorted(unknown))}")
     bench = Bench(captions)
     settings = {
         "model": bench.statistics.model_hash,
@@ -323,13 +329,13 @@ def main() -> None:
         manifest.write_json(file, {"settings": settings, "machine": machine_name(), "rows": list(known.values())})
 
     # With resnets, shares are of the whole UNet; in the ablation, our default without them stands beside.
-    both = () if arguments.ablation else ("global",)
-    wanted = [(name, cut) for cut in cuts for name in methods if name in both or name not in WHOLE]
-    wanted += [(name, cut) for cut in unet_cuts for name in methods if name in WHOLE and name not in both]
+    both = () if ablation else ("global",)
+    chosen = [(name, cut) for cut in cuts for name in methods if name in both or name not in WHOLE]
+    chosen += [(name, cut) for cut in unet_cuts for name in methods if name in WHOLE and name not in both]
     # Timings first and together: whoever measures can leave the machine alone for these minutes.
-    for name, cut in wanted:
+    for name, cut in chosen:
         method = METHODS[name]
-        timed = method.baseline is None and not arguments.ablation
+        timed = method.baseline is None and not ablation
         if timed and "speedup" not in known.get((name, str(cut)), {}):
             keep((name, str(cut)), {"speedup": onnx_speedup(bench, method, cut, folder)})
     images = dense_images(bench, folder / "dense.npy")
@@ -342,14 +348,14 @@ def main() -> None:
         "caption_accuracy": float(hits[:, 0].sum() / hits[:, 1].sum()),
         "frechet_distance": evaluator.frechet_distance(bench.judge, evaluator.to_tensor(images), bench.rendered),
     }
-    for name, cut in wanted:
+    for name, cut in chosen:
         if "caption_accuracy" not in known.get((name, str(cut)), {}):
             keep((name, str(cut)), measure_quality(bench, dense, METHODS[name], cut))
     for whole in (False, True):
-        keys = sorted((key for key in wanted if key[1].whole == whole), key=lambda key: key[1].percent)
+        keys = sorted((key for key in chosen if key[1].whole == whole), key=lambda key: key[1].percent)
         rows = [known[name, str(cut)] for name, cut in keys]
         if rows:
-            print(ablation_tables(dense, rows) if arguments.ablation else readme_table(dense, rows), end="\n\n")
+            print(ablation_tables(dense, rows) if ablation else readme_table(dense, rows), end="\n\n")
     print(f"{captions} captions; {machine_name()}; torch {torch.__version__}")
 
 

@@ -1,4 +1,4 @@
-"""Whole pipelines of public configurations with random weights, and ranks for slim UNets without calibration.
+"""Whole pipelines of public configurations with random weights.
 
 Enough for time, memory and sizes; images from them are noise, and say nothing of quality.
 """
@@ -16,17 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.full_size import MODELS, Model
-from slimdiff import Budget, embedded
-from slimdiff.groups import find_sites
-from slimdiff.planning.budgets import most_removable, removed_within
-from slimdiff.planning.costs import CostTable, count_parameters, parameter_costs
-from slimdiff.planning.knapsack import Layer, choose, distances, find_layers
-from slimdiff.planning.planner import chosen_sites
-from slimdiff.settings import PlanSettings
+from slimdiff import embedded
+from slimdiff.planning.costs import count_parameters
 
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -86,37 +80,3 @@ def random_pipeline(name: str, latents: int | None = None) -> StableDiffusionPip
         return StableDiffusionXLPipeline(**parts, add_watermarker=False)
     parts["scheduler"] = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
-def sliceable(denoiser: nn.Module) -> list[Layer]:
-    """The layers that are slimmed by default, with the ranks they may take."""
-    planning = PlanSettings()
-    return find_layers(chosen_sites(find_sites(denoiser)[0], planning), planning.align)
-
-
-def uniform_ranks(denoiser: nn.Module, budget: str) -> dict[str, int]:
-    """Ranks by module path: the same share goes from every transformer block, as a budget of parameters says."""
-    layers = sliceable(denoiser)
-    table = parameter_costs(denoiser, [site for layer in layers for site in layer.sites])
-    removed = removed_within(Budget(budget), table, layers)
-    savings = [table.savings(layer.path, layer.candidates) for layer in layers]
-    picked = choose(savings, distances(layers, savings, [1.0] * len(layers), removed), removed)
-    return {layer.path: layer.candidates[index] for layer, index in zip(layers, picked, strict=True)}
-
-
-def ranks_for_speedup(denoiser: nn.Module, table: CostTable, speedup: float) -> dict[str, int]:
-    """Ranks by module path that a table of latencies promises a speedup for.
-
-    Random weights have no errors to weigh: a layer's is taken to be the square of the share that it loses, times its
-    parameters. Where the table promises less at the smallest ranks, nine tenths of that are sought.
-    """
-    layers = sliceable(denoiser)
-    parameters = parameter_costs(denoiser, [site for layer in layers for site in layer.sites])
-    removed = min(Budget(speedup=speedup).removed(table.dense), 0.9 * most_removable(table, layers))
-    savings = [table.savings(layer.path, layer.candidates) for layer in layers]
-    errors = []
-    for layer in layers:
-        saved = parameters.savings(layer.path, layer.candidates)
-        errors.append(saved**2 / float(parameters.savings(layer.path, [0])[0]))
-    picked = choose(savings, errors, removed)
-    return {layer.path: layer.candidates[index] for layer, index in zip(layers, picked, strict=True)}

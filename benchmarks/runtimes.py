@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from benchmarks.full_size import MODELS, random_calls
-from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
+from benchmarks.random_models import random_unet
+from benchmarks.ranks import ranks_for_speedup, uniform_ranks
 from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
 from exporters.latency.table import measure_latency

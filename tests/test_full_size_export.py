@@ -10,7 +10,8 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
 
 from benchmarks.full_size import MODELS
 from benchmarks.full_size_export import measure, table
-from benchmarks.random_models import random_pipeline, uniform_ranks
+from benchmarks.random_models import random_pipeline
+from benchmarks.ranks import uniform_ranks
 from exporters.settings import ExportSettings
 from slimdiff.planning.costs import count_parameters
 from slimdiff.slimming.skeleton import skeleton

@@ -12,7 +12,8 @@ pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime needs the extra onnx")
 
 from benchmarks.full_size import MODELS
-from benchmarks.random_models import random_unet, ranks_for_speedup
+from benchmarks.random_models import random_unet
+from benchmarks.ranks import ranks_for_speedup
 from benchmarks.runtimes import RUNTIMES, Settings, main, measure, table
 from exporters.settings import BenchSettings, TableSettings
 from slimdiff.groups import find_sites

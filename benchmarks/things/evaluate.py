@@ -97,6 +97,7 @@ def main() -> int:
         if not path.exists():
             print(f"error: {path} is missing; train the model with python -m benchmarks.things.train", file=sys.stderr)
             return 2
+    # The files are fp16, and transformers would leave the text encoder so.
     pipeline = StableDiffusionPipeline.from_pretrained(
         arguments.model, safety_checker=None, torch_dtype=torch.float32
     ).to(arguments.device)

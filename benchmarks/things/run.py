@@ -7,6 +7,7 @@ import os
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,50 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * max(0.0, min(1.0, (progress + 1e-3) / 0.02, (1 - progress) / 0.5))
 
 
+@dataclass
+class Checkpoint:
+    """A stage's modules and optimiser, and the file that they are kept in."""
+
+    file: Path
+    modules: dict[str, nn.Module]
+    optimiser: torch.optim.Optimizer
+    device: torch.device
+
+    def restore(self) -> int:
+        """Load what was kept; the step that it was kept at."""
+        state = torch.load(self.file, weights_only=True, map_location=self.device)
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+
+    def keep(self, step: int) -> None:
+        state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"optimiser": self.optimiser.state_dict(), "step": step}
+        write_atomically(self.file, lambda p: torch.save(state, p))
+
+
+class Meter:
+    """Losses since it was last reset, summed on the device so that nothing waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.total, self.steps, self.since = torch.zeros((), device=self.device), 0, time.time()
+
+    def add(self, loss: Tensor) -> None:
+        self.total, self.steps = self.total + loss.detach(), self.steps + 1
+
+    def is_due(self) -> bool:
+        return self.steps >= 100 or time.time() - self.since > 15
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss, and steps per second."""
+        return self.total.item() / self.steps, self.steps / (time.time() - self.since)
+
+
 def optimise(
     run: Run,
     stage: str,
@@ -108,28 +153,13 @@ def optimise(
     ]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=decay, fused=cuda)
     parameters = [p for group in groups for p in group["params"]]
-    checkpoint, step = run.work / f"{stage}.checkpoint", 0
-
-    def restore() -> int:
-        state = torch.load(checkpoint, weights_only=True, map_location=run.device)
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        optimiser.load_state_dict(state["optimiser"])
-        return int(state["step"])
-
-    def keep() -> None:
-        state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
-        state |= {"optimiser": optimiser.state_dict(), "step": step}
-        write_atomically(checkpoint, lambda p: torch.save(state, p))
-        run.save()
-
-    if checkpoint.exists():
-        step = restore()
+    checkpoint, step = Checkpoint(run.work / f"{stage}.checkpoint", modules, optimiser, run.device), 0
+    if checkpoint.file.exists():
+        step = checkpoint.restore()
         print(f"[{run.elapsed():6.0f} s] {stage} resumes at step {step}", flush=True)
     run.start(stage)
-    for module in modules.values():
-        module.train()
-    total, counted, since, kept = torch.zeros((), device=run.device), 0, time.time(), time.time()
+    set_training(modules, True)
+    meter, kept = Meter(run.device), time.time()
     while (progress := run.progress(stage, step * batch)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(group["peak"], progress)
@@ -138,31 +168,37 @@ def optimise(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        total, counted, step = total + loss.detach(), counted + 1, step + 1
+        meter.add(loss)
+        step += 1
         if step % 20 == 0 and cuda:
             torch.cuda.synchronize()  # or the clock would run behind the device
-        if counted >= 100 or time.time() - since > 15:
-            mean, speed = total.item() / counted, counted * batch / (time.time() - since)
-            if mean != mean:
-                if not checkpoint.exists():
-                    raise RuntimeError(f"{stage}: the loss is not a number, and there is no checkpoint to go back to")
-                step = restore()
+        if meter.is_due():
+            mean, speed = meter.read()
+            if mean == mean:
+                run.log(stage, step=step, loss=round(mean, 5), samples_per_s=round(speed * batch, 1))
+            elif checkpoint.file.exists():
+                step = checkpoint.restore()
                 print(f"{stage}: the loss is not a number; back to step {step}", flush=True)
             else:
-                run.log(stage, step=step, loss=round(mean, 5), samples_per_s=round(speed, 1))
-            total, counted, since = torch.zeros((), device=run.device), 0, time.time()
+                raise RuntimeError(f"{stage}: the loss is not a number, and there is no checkpoint to go back to")
+            meter.reset()
         if time.time() - kept > CHECKPOINT_SECONDS:
-            keep()
+            checkpoint.keep(step)
+            run.save()
             if at_checkpoint:
                 run.log(stage, step=step, **at_checkpoint())
-                for module in modules.values():
-                    module.train()
-            kept = since = time.time()
-            total, counted = torch.zeros((), device=run.device), 0
-    keep()
+                set_training(modules, True)
+            meter.reset()
+            kept = time.time()
+    checkpoint.keep(step)
+    run.save()
     run.log(stage, step=step, samples=step * batch)
+    set_training(modules, False)
+
+
+def set_training(modules: dict[str, nn.Module], training: bool) -> None:
     for module in modules.values():
-        module.eval()
+        module.train(training)
 
 
 def save_half(path: Path, module: nn.Module) -> None:

@@ -19,7 +19,8 @@ from diffusers import (
     T2IAdapter,
     UNet1DModel,
 )
-from families import FAMILIES, SAMPLING, TWO_LEVELS, Family, picture, quiet
+from families import FAMILIES
+from families.family import SAMPLING, TWO_LEVELS, Family, picture, quiet
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 

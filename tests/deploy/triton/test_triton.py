@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from families import xl
+from families.images import xl
 from pydantic import ValidationError
 
 import deploy

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import FAMILIES, SAMPLING, dit, image_to_video, unconditional
+from families import FAMILIES
+from families.family import SAMPLING
+from families.images import unconditional
+from families.transformers import dit
+from families.videos import image_to_video
 from pydantic import ValidationError
 from torch import nn
 

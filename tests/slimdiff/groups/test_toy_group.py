@@ -9,7 +9,7 @@ import torch
 from conftest import PROMPTS, SAMPLING, tiny_unet
 from diffusers import DiffusionPipeline
 from diffusers.models.embeddings import TimestepEmbedding
-from families import TWO_LEVELS, noise
+from families.family import TWO_LEVELS, noise
 from torch import Tensor, nn
 
 from slimdiff import (
