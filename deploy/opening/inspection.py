@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,10 +52,8 @@ def onnx(name: str) -> dict[str, Any]:
 
     graph = graph_of(name)
     content, plan = read_graph(graph), plan_beside(graph)
-    size = sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
     rows: list[dict[str, Any]] = [
-        {"site": module, "dims": " x ".join(str(d) for d in dims)}
-        for module, dims in sorted(weight_dims(content).items())
+        {"site": module, "dims": " x ".join(map(str, dims))} for module, dims in sorted(weight_dims(content).items())
     ]
     value: dict[str, Any] = {
         "graph": graph.name,
@@ -64,7 +62,7 @@ def onnx(name: str) -> dict[str, Any]:
         "inputs": {name: list(spec.shape) for name, spec in inputs_of(content).items()},
         "outputs": {name: list(spec.shape) for name, spec in outputs_of(content).items()},
         "parameters": sum(w.const_value.size for w in content.graph.initializers.values() if w.const_value),
-        "bytes": size,
+        "bytes": sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*")),
         "slim": plan is not None,
     }
     if plan is not None:
@@ -85,9 +83,12 @@ def engine(name: str) -> dict[str, Any]:
         raise InputError(f"{folder / ENGINE_REPORT} is not a JSON object: build the engine again")
     if "skipped" in report:
         return {"skipped": report["skipped"]}
-    rows = [{"site": r["site"], "dims": _dims(r["found"]), "ok": r["ok"]} for r in report.get("sites") or []]
+    rows = [
+        {"site": row["site"], "dims": ", ".join(f"{name} {dim}" for name, dim in row["found"].items()), "ok": row["ok"]}
+        for row in report.get("sites") or []
+    ]
     kept = ("backend", "version", "targets", "bytes", "seconds", "inputs", "outputs", "layers", "fused_attention")
-    return {**{k: report[k] for k in kept if k in report}, "sites": rows, "provenance": provenance(folder)}
+    return {**_only(report, kept), "sites": rows, "provenance": provenance(folder)}
 
 
 def engines(name: str) -> dict[str, Any]:
@@ -95,9 +96,9 @@ def engines(name: str) -> dict[str, Any]:
     folder = Path(name)
     manifests.verify_manifest(folder)
     kept = ("backend", "version", "targets", "bytes", "inputs")
-    found = {file.parent.name: engine(str(file.parent)) for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))}
-    rows = [{"name": name, **{k: e[k] for k in kept if k in e}} for name, e in found.items()]
-    return {"engines": rows, "bytes": sum(e.get("bytes", 0) for e in found.values()), "provenance": provenance(folder)}
+    folders = [file.parent for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))]
+    rows = [{"name": each.name, **_only(engine(str(each)), kept)} for each in folders]
+    return {"engines": rows, "bytes": sum(row.get("bytes", 0) for row in rows), "provenance": provenance(folder)}
 
 
 def bundle(name: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def bundle(name: str) -> dict[str, Any]:
             **found.description.model_dump(),
             "files": len(files),
             "bytes": sum(entry["bytes"] for entry in files.values()),
-            "provenance": {k: found.manifest[k] for k in ("kind", "made_from", "versions")},
+            "provenance": _only(found.manifest, ("kind", "made_from", "versions")),
         }
 
 
@@ -138,22 +139,18 @@ def plan(name: str) -> dict[str, Any]:
         "dense_parameters": found.parameters["dense"],
         "sites": sites_of(found),
         "left_dense": found.left_dense,
-        "provenance": {
-            "model_class": found.model_class,
-            "model_hash": found.model_hash,
-            "calibration": found.calibration,
-        },
+        "provenance": _only(vars(found), ("model_class", "model_hash", "calibration")),
     }
 
 
 def build(name: str) -> dict[str, Any]:
     """A whole build."""
     whole = build_folder.read_verdict(Path(name))
-    kept = ("sentence", "verdict", "figures", "machine")
     stages = [f"{s['name']} {s['seconds']:.1f} s" for s in whole["stages"]]
     gates = [f"{g['gate']} {g['verdict']}" for g in whole["gates"]]
     provenance = {**whole["made_from"], "versions": whole["versions"]}
-    return {**{k: whole[k] for k in kept}, "gates": gates, "stages": stages, "provenance": provenance}
+    kept = _only(whole, ("sentence", "verdict", "figures", "machine"))
+    return {**kept, "gates": gates, "stages": stages, "provenance": provenance}
 
 
 LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -185,9 +182,8 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     """From the manifest: what it was made from, runs on, and the versions that made it."""
     if not folder.is_dir() or not (folder / manifests.MANIFEST).is_file():
         return None
-    manifest = manifests.read_manifest(folder)
-    return {k: manifest.get(k) for k in ("kind", "made_from", "runs_on", "versions")}
+    return _only(manifests.read_manifest(folder), ("kind", "made_from", "runs_on", "versions"))
 
 
-def _dims(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {dim}" for name, dim in found.items())
+def _only(value: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value[key] for key in keys if key in value}
