@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 import slimdiff
 from deploy.artifacts.files import license_files
 from deploy.bundle.description import KIND, TRITON, Denoiser, Description, describe
-from deploy.bundle.readme import write_readme
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
@@ -116,7 +117,7 @@ def write_bundle(
     packages = _packages(denoisers)
     description = Description(target=selection.target, python=python, packages=packages, denoisers=denoisers)
     _write_licenses(folder / "licenses", source.folders)
-    write_readme(folder / "README.md", description)
+    (folder / "README.md").write_text(_readme(description), encoding="utf-8")
     if triton:
         write_repository(folder, folder / TRITON)
     made_from = source.made_from
@@ -157,6 +158,16 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
         if denoiser.is_engine and denoiser.version:
             found[runtime_of(denoiser.runtimes[0]).packages[0]] = f"=={denoiser.version}"
     return found
+
+
+def _readme(description: Description) -> str:
+    """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
+    templates = Environment(
+        loader=PackageLoader("deploy.bundle"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    packages = [f"'{name}{version}'" for name, version in description.packages.items()]
+    runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
+    return templates.get_template("README.md.j2").render(bundle=description, packages=packages, runtimes=runtimes)
 
 
 def _write_licenses(folder: Path, sources: Sequence[Path]) -> None:
