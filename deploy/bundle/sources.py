@@ -216,11 +216,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
     file = folder / manifests.MANIFEST
     if folder.is_dir() and file.is_file():
         manifest = manifests.read_manifest(folder)
-        return {
-            "manifest": manifests.sha256_of(file),
-            "made_from": manifest["made_from"],
-            "versions": manifest["versions"],
-        }
+        return {"manifest": manifests.sha256_of(file), **{k: manifest[k] for k in ("made_from", "versions")}}
     if (folder / build_folder.BUILD).is_file():
         whole = build_folder.read(folder, "build")
         kept = ("name", "model", "verdict", "made_from", "versions")

@@ -8,31 +8,32 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts import build_folder
+from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.kinds import ENGINE_REPORT, graph_of, plan_beside
+from deploy.bundle.archive import unpack
+from deploy.bundle.description import read_bundle
+from exporters.graphs.naming import check_reduced_dims, weight_dims
+from exporters.graphs.pipeline import example_call
+from exporters.graphs.reading import inputs_of, outputs_of, read_graph
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError
-from slimdiff.groups import GROUPS
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.models import plan_of
 from slimdiff.storage import manifest as manifests
 
 
 def model(name: str) -> dict[str, Any]:
     """A diffusers pipeline, dense or slim."""
-    from deploy.artifacts.figures import costs
-    from exporters.graphs.pipeline import example_call
-    from slimdiff.denoising.trajectory import denoiser_name
-    from slimdiff.groups import find_sites
-    from slimdiff.loading.pipelines import load_pipeline
-    from slimdiff.models import plan_of
-
     pipeline = load_pipeline(name)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = denoiser_of(pipeline)
     plan = plan_of(denoiser)
     if plan is not None:
         rows, left_dense = sites_of(plan), plan.left_dense
     else:
-        found, left_dense = find_sites(denoiser)
-        rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in found]
+        sites, left_dense = find_sites(denoiser)
+        rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in sites]
     return {
         "pipeline": type(pipeline).__name__,
         "denoiser": type(denoiser).__name__,
@@ -47,9 +48,6 @@ def model(name: str) -> dict[str, Any]:
 
 def onnx(name: str) -> dict[str, Any]:
     """A UNet's graph: dims from the graph itself."""
-    from exporters.graphs.naming import check_reduced_dims, weight_dims
-    from exporters.graphs.reading import inputs_of, outputs_of, read_graph
-
     graph = graph_of(name)
     content, plan = read_graph(graph), plan_beside(graph)
     rows: list[dict[str, Any]] = [
@@ -103,18 +101,15 @@ def engines(name: str) -> dict[str, Any]:
 
 def bundle(name: str) -> dict[str, Any]:
     """A bundle: what it is for, needs and holds; an archive is unpacked for that, and so checked."""
-    from deploy.bundle.archive import unpack
-    from deploy.bundle.description import read_bundle
-
     with TemporaryDirectory(prefix="slimdiff-inspect-") as scratch:
         folder = Path(name) if Path(name).is_dir() else unpack(Path(name), Path(scratch) / "bundle")
-        found = read_bundle(folder)
-        files = found.manifest["files"]
+        content = read_bundle(folder)
+        files = content.manifest["files"]
         return {
-            **found.description.model_dump(),
+            **content.description.model_dump(),
             "files": len(files),
             "bytes": sum(entry["bytes"] for entry in files.values()),
-            "provenance": _only(found.manifest, ("kind", "made_from", "versions")),
+            "provenance": _only(content.manifest, ("kind", "made_from", "versions")),
         }
 
 
@@ -122,24 +117,24 @@ def statistics(name: str) -> dict[str, Any]:
     """Second moments of a calibration."""
     path = Path(name)
     file = path / Path(build_folder.STATISTICS).name if path.is_dir() else path
-    found = Statistics.load(file)
-    rows = [{"site": k, "dims": f"{list(m.shape)}, {found.tokens[k]} tokens"} for k, m in found.moments.items()]
-    made_from = {"model_hash": found.model_hash, **found.made_from}
+    sums = Statistics.load(file)
+    rows = [{"site": k, "dims": f"{list(m.shape)}, {sums.tokens[k]} tokens"} for k, m in sums.moments.items()]
+    made_from = {"model_hash": sums.model_hash, **sums.made_from}
     return {"bytes": file.stat().st_size, "moments": len(rows), "sites": rows, "provenance": made_from}
 
 
 def plan(name: str) -> dict[str, Any]:
     """Ranks by site."""
     path = Path(name)
-    found = Plan.load(path / Path(build_folder.PLAN).name if path.is_dir() else path)
+    ranks = Plan.load(path / Path(build_folder.PLAN).name if path.is_dir() else path)
     return {
-        "allocation": found.allocation,
-        "align": found.align,
-        "parameters": found.recount().parameters["slim"],
-        "dense_parameters": found.parameters["dense"],
-        "sites": sites_of(found),
-        "left_dense": found.left_dense,
-        "provenance": _only(vars(found), ("model_class", "model_hash", "calibration")),
+        "allocation": ranks.allocation,
+        "align": ranks.align,
+        "parameters": ranks.recount().parameters["slim"],
+        "dense_parameters": ranks.parameters["dense"],
+        "sites": sites_of(ranks),
+        "left_dense": ranks.left_dense,
+        "provenance": _only(vars(ranks), ("model_class", "model_hash", "calibration")),
     }
 
 
@@ -167,9 +162,9 @@ LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
 """How each kind of `kind_of` is looked at."""
 
 
-def sites_of(found: Plan) -> list[dict[str, Any]]:
+def sites_of(plan: Plan) -> list[dict[str, Any]]:
     """A plan's sites as rows."""
-    return [site_row(name, s.group, s.heads, s.dense_rank, s.rank) for name, s in found.sites.items()]
+    return [site_row(name, s.group, s.heads, s.dense_rank, s.rank) for name, s in plan.sites.items()]
 
 
 def site_row(site: str, group: str, heads: int, dense_rank: int, rank: int) -> dict[str, Any]:

@@ -88,11 +88,12 @@ def open_denoiser(
         return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
-        from slimdiff.denoising.trajectory import denoiser_name, predict
+        from deploy.artifacts.figures import denoiser_of
+        from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
         pipeline = load_pipeline(name)
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
     from exporters.runtimes.unet import UNet
 
