@@ -52,12 +52,10 @@ def _fits(candidate: Candidate, selection: Selection) -> bool:
     runs_in = (candidate.backend,) if candidate.is_engine else names("graph")
     if selection.runtime not in (None, *runs_in):
         return False
-    if selection.capabilities:
-        # An engine may be for more GPUs than are asked for; that is one file, and it cannot be cut.
-        if candidate.is_engine and not set(selection.capabilities) & set(candidate.capabilities):
-            return False
-        if not candidate.is_engine and selection.target == "edge":
-            return False
+    # A graph is for no GPU. An engine may be for more than are asked for; that is one file, and it cannot be cut.
+    on_gpus = selection.capabilities and (candidate.is_engine or selection.target == "edge")
+    if on_gpus and set(selection.capabilities).isdisjoint(candidate.capabilities):
+        return False
     if selection.precisions and candidate.precision not in selection.precisions:
         return False
     return not selection.shapes or any(

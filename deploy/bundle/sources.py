@@ -27,10 +27,9 @@ class Selection:
 
     target: Literal["edge", "server"]
     shapes: Sequence[tuple[int, int, int]] = ()
-    """Samples in one call, height and width in pixels; a model is exported for each, in its own size if there is none.
-    """
+    """Samples in one call, height and width in pixels. A model is exported for each, else in its own size."""
     precisions: Sequence[str] = ()
-    """A model is exported in each, in fp32 if there is none."""
+    """A model is exported in each, else in fp32."""
     capabilities: Sequence[str] = ()
     """Compute capabilities of engines; graphs go along on a server, and an edge gets none."""
     runtime: str | None = None
@@ -106,7 +105,7 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         folders = sorted(file.parent for file in path.glob(f"*/{ENGINE}"))
         candidates = [_engine(folder.name, folder, rest.scale) for folder in folders]
     elif kind == "build":
-        candidates = _build(path, rest.scale)
+        candidates = _build(path, rest)
     else:  # of a pipeline of engines, the UNet alone: a bundle has all else in ONNX
         candidates = [_engine("engine", engine_of(name, kind), rest.scale)]
     folders = [path, path / "slim", *([Path(pipeline)] if pipeline else [])]  # a build has its model in a folder
@@ -192,11 +191,11 @@ def _rest(name: str, pipeline: str | None) -> ExportedRest | TorchRest:
     return TorchRest(pipeline)
 
 
-def _build(folder: Path, scale: int) -> list[Candidate]:
+def _build(folder: Path, rest: TorchRest | ExportedRest) -> list[Candidate]:
     """The slim graphs of a build and its cells, and its engines with the graphs that they were built from."""
     cells = [cell["name"] for cell in build_folder.read_verdict(folder).get("cells", [])]
     manifests.verify_manifest(folder / "slim")
-    candidates = []
+    candidates, scale = [], rest.scale
     for place, prefix in ((folder, ""), *((folder / build_folder.CELLS / cell, f"{cell}-") for cell in cells)):
         for stage in ("export", "engine"):
             if (place / stage).is_dir():

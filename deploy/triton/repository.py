@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from exporters.engine.key import weight_files
 from exporters.graphs.reading import write_graph
 from exporters.layout import GRAPH, INDEX
 from slimdiff.errors import InputError
+from slimdiff.loading.model_directory import read_index
 from slimdiff.storage import manifest
 
 _SERVER = Path(text_to_image.__file__).parent
@@ -73,10 +73,7 @@ def _index(source: Path) -> dict[str, Any]:
     file = source / INDEX
     if not file.is_file():
         raise InputError(f"{source} is no exported pipeline: it has no {INDEX}; make one with slimdiff export")
-    try:
-        index = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} is no pipeline's index: {error}") from error
+    index = read_index(source)
     name = str(index.get("_class_name")).removeprefix("ORT")
     if name not in text_to_image.PIPELINES:
         raise InputError(f"{source} is a {name}; served are {' and '.join(text_to_image.PIPELINES)}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.kinds import kind_of
-from deploy.artifacts.numbers import amount, size
 from deploy.cli import flags
-from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.console import SHOWN, calm_libraries, log, result
 from slimdiff.errors import InputError
 
 DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes,
@@ -18,8 +16,6 @@ provenance. What has a manifest is checked against it first."""
 EXAMPLE = """examples:
   slimdiff inspect demo-slim
   slimdiff inspect slim-onnx --json"""
-
-_SHOWN: dict[str, Callable[[Any], str]] = {"parameters": amount, "macs": amount, "bytes": size}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +42,7 @@ def _text(value: dict[str, Any]) -> str:
         if isinstance(entry, list) and entry and all(isinstance(item, dict) for item in entry):
             lines += [f"{name}:", *(f"  {_plain(item)}" for item in entry)]
         else:
-            lines.append(f"{name:14} {_SHOWN.get(name, _plain)(entry)}")
+            lines.append(f"{name:14} {SHOWN.get(name, _plain)(entry)}")
     if sites := value.get("sites"):
         width = max(len(site["site"]) for site in sites)
         lines += ["", f"{'site':{width}}  dims"]
