@@ -146,7 +146,7 @@ def test_a_part_from_elsewhere_is_found_out(whole, tmp_path):
 
 def test_bench_times_its_unet(whole, tmp_path):
     job = job_of(str(whole), None, 2, tmp_path)
-    assert (job.kind, job.runtime, Path(job.path)) == ("engine", "tensorrt-rtx", whole / "unet")
+    assert (job.runtime, Path(job.path)) == ("tensorrt-rtx", whole / "unet")
 
 
 def test_other_runtimes_and_bundles(whole, exported, tmp_path, capsys):
