@@ -1,8 +1,8 @@
 """Bundles: what a machine needs to make images, and nothing else, with a manifest that is checked before all else.
 
 `sources.py` finds the denoisers that an artifact has, `rest.py` the pipeline's other components, `contents.py` chooses
-and writes, `readme.py` says how to run it; `description.py` is what the manifest tells of it; `archive.py` packs it
-into one file and unpacks that safely; `load.py` opens it in the best runtime that is here.
+and writes; `description.py` is what the manifest says of it; `archive.py` packs it into one file and unpacks that
+safely; `load.py` opens it in the best runtime that is here.
 
     manifest.json            files, sizes, SHA-256, provenance, requirements
     README.md, licenses/

@@ -8,26 +8,22 @@ of, are refused before they are read.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-from tqdm import tqdm
 
 from deploy.artifacts.kinds import is_archive
 from deploy.bundle.description import describe
 from slimdiff.errors import InputError, require
+from slimdiff.progress import bar
 from slimdiff.storage import manifest as manifests
 
 SUFFIX = ".tar.zst"
 _LEVEL = 6  # weights hardly shrink; more takes longer for nothing
 _WINDOW = 2**27
 """Bytes that decompression may hold; what `pack` writes needs a sixteenth."""
-_PIECE = 1 << 20
 _LONGEST = 100
 """Bytes of a name that need no extended header."""
 _MOST_EXPANSION = 100
@@ -54,39 +50,31 @@ def pack(folder: Path, file: Path) -> None:
         file: to write; an earlier file there is replaced.
 
     Raises:
-        InputError: if a name is too long, or a file changes meanwhile.
+        InputError: if a name is too long, or a file has another size than the manifest says.
         MissingPackageError: if zstandard is not installed.
     """
     zstandard = require("zstandard", "bundle")
-    names = [manifests.MANIFEST, *sorted(manifests.read_manifest(folder)["files"])]
-    total = sum((folder / name).stat().st_size for name in names)
+    files = manifests.read_manifest(folder)["files"]
+    sizes = {name: (folder / name).stat().st_size for name in (manifests.MANIFEST, *sorted(files))}
+    for name, size in sizes.items():
+        if len(name.encode()) > _LONGEST:
+            raise InputError(f"{name} is too long a name for an archive: at most {_LONGEST} bytes")
+        if name in files and size != files[name]["bytes"]:
+            raise InputError(f"{folder / name} changed after its manifest was written: make the bundle again")
     with (
         manifests.replacing(file, is_file=True) as temporary,
         temporary.open("wb") as out,
         zstandard.ZstdCompressor(level=_LEVEL).stream_writer(out, closefd=False) as compressed,
         # GNU's format writes sizes of 8 GB and more without an extended header.
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.GNU_FORMAT) as tar,
-        tqdm(total=total, desc="archive", unit="B", unit_scale=True) as bar,
+        bar(total=sum(sizes.values()), name="archive", unit="B", unit_scale=True) as progress,
     ):
-        for name in names:
-            _add(tar, folder / name, name)
-            bar.update((folder / name).stat().st_size)
-
-
-def _add(tar: tarfile.TarFile, file: Path, name: str) -> None:
-    if len(name.encode()) > _LONGEST:
-        raise InputError(f"{name} is too long a name for an archive: at most {_LONGEST} bytes")
-    info = tarfile.TarInfo(name)  # neither times nor owners: the same files give the same bytes
-    info.size, info.mode = file.stat().st_size, 0o644
-    with file.open("rb") as content:
-        try:
-            tar.addfile(info, content)
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise InputError(f"{name} changed while it was written into the archive") from error
-        if content.read(1):
-            raise InputError(f"{name} changed while it was written into the archive")
+        for name, size in sizes.items():
+            info = tarfile.TarInfo(name)  # neither times nor owners: the same files give the same bytes
+            info.size, info.mode = size, 0o644
+            with (folder / name).open("rb") as content:
+                tar.addfile(info, content)
+            progress.update(size)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -106,65 +94,57 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there and is not an empty folder: name another to unpack into")
-    with manifests.replacing(folder) as temporary, _members(archive) as members:
-        _write_members(members, temporary, archive)
+    with manifests.replacing(folder) as temporary, _opened(archive) as tar:
+        _extract(tar, temporary, archive)
     return folder
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]]]]:
-    """The archive's files in turn, each to be read before the next."""
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    """The archive as a stream: what is not read in its order is gone."""
     if not is_archive(archive):
         raise InputError(f"{archive} is no archive of a bundle: it is not a {SUFFIX} file")
     zstandard = require("zstandard", "bundle")
-
-    def members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-        for info in tar:
-            content = tar.extractfile(info)
-            assert content is not None  # `_RegularFile` refuses all others
-            yield info, content
-
     with archive.open("rb") as file:
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(file, closefd=False)
         try:
             with tarfile.open(fileobj=reader, mode="r|", tarinfo=_RegularFile) as tar:
-                yield members(tar)
+                yield tar
         except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
             raise InputError(f"{archive} is damaged, or ends early ({error}): copy it again, whole") from error
 
 
-def _write_members(members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]], folder: Path, archive: Path) -> None:
-    info, content = next(members, (None, None))
-    if info is None or content is None or info.name != manifests.MANIFEST or info.size > manifests.MOST_JSON:
+def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:
+    first = tar.next()
+    if first is None or first.name != manifests.MANIFEST or first.size > manifests.MOST_JSON:
         raise InputError(f"{archive} does not begin with a {manifests.MANIFEST}: it is no archive of a bundle")
-    (folder / manifests.MANIFEST).write_bytes(content.read())
-    manifest: dict[str, Any] = manifests.read_manifest(folder)
+    _write(tar, first, folder / manifests.MANIFEST)
+    manifest = manifests.read_manifest(folder)
     describe(manifest, f"{archive}: {manifests.MANIFEST}")
     missing = dict(manifest["files"])
     _demand_room(sum(entry["bytes"] for entry in missing.values()), archive, folder)
-    for info, content in members:
+    while (info := tar.next()) is not None:
         expected = missing.pop(info.name, None)
         if expected is None:
             raise InputError(f"{archive} holds {info.name}, which its manifest does not list, or it holds it twice")
         if info.size != expected["bytes"]:
             raise InputError(f"{archive}: {info.name} has {info.size} bytes, its manifest says {expected['bytes']}")
-        if _write(content, folder / info.name) != expected["sha256"]:
+        _write(tar, info, folder / info.name)
+        if manifests.sha256_of(folder / info.name) != expected["sha256"]:
             raise InputError(f"{archive}: {info.name} is not what its manifest says (SHA-256 differs): refused")
     if missing:
         raise InputError(f"{archive} lacks {next(iter(missing))}, which its manifest lists: copy it again, whole")
 
 
-def _write(content: IO[bytes], file: Path) -> str:
-    digest = hashlib.sha256()
+def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, file: Path) -> None:
+    content = tar.extractfile(info)
+    assert content is not None  # `_RegularFile` refuses all others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("xb") as out:
-            while piece := content.read(_PIECE):
-                digest.update(piece)
-                out.write(piece)
+            shutil.copyfileobj(content, out, 1 << 20)
     except (FileExistsError, NotADirectoryError) as error:  # one name is another's folder, or differs in case alone
         raise InputError(f"{file.name} cannot lie beside the other files of its archive: refused") from error
-    return digest.hexdigest()
 
 
 def _demand_room(needed: int, archive: Path, folder: Path) -> None:

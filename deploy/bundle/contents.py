@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import slimdiff
 from deploy.artifacts.files import license_files
-from deploy.bundle.description import KIND, Denoiser, Description, describe
-from deploy.bundle.readme import write_readme
+from deploy.bundle.description import KIND, TRITON, Denoiser, Description, describe
 from deploy.bundle.rest import place_of
-from deploy.bundle.sources import Candidate, Source
+from deploy.bundle.sources import Candidate, Selection, Source
+from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 
-Target = Literal["edge", "server"]
 _GRAPHS_ON_SERVERS = {
     "fp32": ["onnxruntime-cuda", "openvino-fp32", "onnxruntime"],
     "fp16": ["onnxruntime-cuda", "openvino", "onnxruntime"],
@@ -30,109 +30,78 @@ _GRAPHS_ON_EDGES = ["openvino"]  # the fastest on CPUs: `python -m benchmarks.ru
 _READ_OF_ENGINES = ("backend", "version", "targets", "precision", "bytes", "inputs", "outputs", "key", "parts")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which of the denoisers; what is empty leaves the choice open."""
-
-    shapes: Sequence[tuple[int, int, int]] = ()
-    """Samples in one call, height and width in pixels."""
-    precisions: Sequence[str] = ()
-    capabilities: Sequence[str] = ()
-    """Compute capabilities of engines; graphs go along on a server, and an edge gets none."""
-    runtime: str | None = None
-
-
-def choose(source: Source, target: Target, wanted: Wanted) -> tuple[list[Candidate], list[Candidate]]:
+def choose(source: Source, selection: Selection) -> tuple[list[Candidate], list[Candidate]]:
     """The denoisers that go into the bundle, and those of the source that do not.
 
     A server gets all that fit, an edge the first: a graph, which runs anywhere, unless an engine was asked for.
 
     Raises:
-        InputError: if none fits, telling what there is.
+        InputError: if none fits, saying what there is.
     """
-    fitting = [c for c in source.candidates if _fits(c, source.scale, wanted, target)]
-    if target == "edge" and not wanted.capabilities and wanted.runtime is None:
+    fitting = [c for c in source.candidates if _fits(c, selection)]
+    if selection.target == "edge" and not selection.capabilities and selection.runtime is None:
         fitting = sorted(fitting, key=lambda c: c.is_engine)
     if not fitting:
-        there = "; ".join(_told(c, source.scale) for c in source.candidates)
+        there = "; ".join(map(str, source.candidates))
         raise InputError(f"none of what there is fits what was asked for; there is: {there}")
-    taken = fitting[:1] if target == "edge" else fitting
+    taken = fitting[:1] if selection.target == "edge" else fitting
     return taken, [c for c in source.candidates if c not in taken]
 
 
-def _fits(candidate: Candidate, scale: int, wanted: Wanted, target: Target) -> bool:
-    if wanted.runtime is not None:
-        runs_in = [candidate.backend] if candidate.is_engine else names("graph")
-        if wanted.runtime not in runs_in:
-            return False
-    if wanted.capabilities:
-        # An engine may be for more GPUs than are asked for; that is one file, and it cannot be cut.
-        if candidate.is_engine and not set(wanted.capabilities) & set(candidate.capabilities):
-            return False
-        if not candidate.is_engine and target == "edge":
-            return False
-    if wanted.precisions and candidate.precision not in wanted.precisions:
+def _fits(candidate: Candidate, selection: Selection) -> bool:
+    runs_in = (candidate.backend,) if candidate.is_engine else names("graph")
+    if selection.runtime not in (None, *runs_in):
         return False
-    have = _pixels(candidate, scale)
-    return not wanted.shapes or any(
-        all(mine in (None, asked) for mine, asked in zip(have, shape, strict=True)) for shape in wanted.shapes
+    # A graph is for no GPU. An engine may be for more than are asked for; that is one file, and it cannot be cut.
+    on_gpus = selection.capabilities and (candidate.is_engine or selection.target == "edge")
+    if on_gpus and set(selection.capabilities).isdisjoint(candidate.capabilities):
+        return False
+    if selection.precisions and candidate.precision not in selection.precisions:
+        return False
+    return not selection.shapes or any(
+        all(own in (None, asked) for own, asked in zip(candidate.shape, shape, strict=True))
+        for shape in selection.shapes
     )
 
 
-def _pixels(candidate: Candidate, scale: int) -> tuple[int | None, int | None, int | None]:
-    height, width = (None if n is None else n * scale for n in candidate.latents)
-    return candidate.batch, height, width
-
-
-def _told(candidate: Candidate, scale: int) -> str:
-    shape = "x".join("*" if n is None else str(n) for n in _pixels(candidate, scale))
-    where = f", an engine of {candidate.backend} for {' '.join(candidate.capabilities)}" if candidate.is_engine else ""
-    return f"{candidate.name}, {candidate.precision}, {shape}{where}"
-
-
 def write_bundle(
-    source: Source,
-    folder: Path,
-    target: Target,
-    wanted: Wanted,
-    *,
-    more: Sequence[Callable[[Path], None]] = (),
-    progress: str | None = None,
+    source: Source, taken: Sequence[Candidate], folder: Path, selection: Selection, *, triton: bool = False
 ) -> Description:
     """Write a bundle into an empty folder.
 
     Args:
         source: from `open_source`.
+        taken: its denoisers that go into the bundle, from `choose`.
         folder: that is there.
-        target: what kind of machine it is for.
-        wanted: which of the source's denoisers.
-        more: write further things into the folder, once the pipeline is in it and before the manifest is made.
-        progress: what to call exports on stderr; None: say nothing.
+        selection: what they were chosen by.
+        triton: write a Triton repository of the bundle's own pipeline, too.
 
     Returns:
-        what the manifest tells of it.
+        what the manifest says of it.
 
     Raises:
-        InputError: if nothing of the source fits, or its parts do not fit together.
+        InputError: if the source's parts do not fit together.
     """
-    taken, left = choose(source, target, wanted)
+    edge = selection.target == "edge"
     sizes = list(dict.fromkeys(c.latents for c in taken))
     odd = next((c for c in taken if c.precision not in _GRAPHS_ON_SERVERS), None)
     if odd is not None:
         raise InputError(f"{odd.name} is neither fp32 nor fp16: export it in one of these to bundle it")
     denoisers: list[Denoiser] = []
     for candidate in taken:
-        place = _place(candidate, [d.folder for d in denoisers])
+        place = f"engines/{candidate.name}" if candidate.is_engine else "unet"
+        if place in [d.folder for d in denoisers]:
+            place = f"graphs/{candidate.name}"
         candidate.write(folder / place)
-        if target == "edge":
-            make_lean(folder / place)
-        batch, height, width = _pixels(candidate, source.scale)
+        if edge:
+            _make_lean(folder / place)
+        batch, height, width = candidate.shape
         denoisers.append(
             Denoiser(
                 name=candidate.name,
                 folder=place,
                 vae=place_of(candidate.latents, sizes),
-                runtimes=_runtimes(candidate, target, wanted),
+                runtimes=_runtimes(candidate, selection),
                 precision=candidate.precision,  # type: ignore[arg-type]
                 batch=batch,
                 height=height,
@@ -141,32 +110,30 @@ def write_bundle(
                 version=candidate.version,
             )
         )
-    source.rest.write(folder, taken[0].precision, sizes, target == "server", progress)
-    description = Description(target=target, python=_python(), packages=_packages(denoisers), denoisers=denoisers)
-    write_licenses(folder / "licenses", source.folders)
-    write_readme(folder / "README.md", description)
-    for step in more:
-        step(folder)
-    made_from = {"source": source.kind, **source.made_from} if target == "server" else _hashes(source)
-    manifest = manifests.write_manifest(folder, KIND, made_from, description.model_dump())
+    source.rest.write(folder, taken[0].precision, sizes, not edge)
+    python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
+    packages = _packages(denoisers)
+    description = Description(target=selection.target, python=python, packages=packages, denoisers=denoisers)
+    _write_licenses(folder / "licenses", source.folders)
+    (folder / "README.md").write_text(_readme(description), encoding="utf-8")
+    if triton:
+        write_repository(folder, folder / TRITON)
+    made_from = source.made_from
+    if edge:  # what ties it to its source, without the settings that made that
+        made_from = {k: v for k, v in made_from.items() if k in ("manifest", "build", "model") and isinstance(v, str)}
+    manifest = manifests.write_manifest(folder, KIND, {"source": source.kind, **made_from}, description.model_dump())
     return describe(manifest, str(folder / manifests.MANIFEST))  # what would be refused later is refused now
 
 
-def _place(candidate: Candidate, taken: list[str]) -> str:
-    if candidate.is_engine:
-        return f"engines/{candidate.name}"
-    return f"graphs/{candidate.name}" if "unet" in taken else "unet"
-
-
-def _runtimes(candidate: Candidate, target: Target, wanted: Wanted) -> list[Any]:
+def _runtimes(candidate: Candidate, selection: Selection) -> list[Any]:
     if candidate.is_engine:
         return [candidate.backend]
-    if wanted.runtime is not None:
-        return [wanted.runtime]
-    return list(_GRAPHS_ON_EDGES if target == "edge" else _GRAPHS_ON_SERVERS[candidate.precision])
+    if selection.runtime is not None:
+        return [selection.runtime]
+    return _GRAPHS_ON_EDGES if selection.target == "edge" else _GRAPHS_ON_SERVERS[candidate.precision]
 
 
-def make_lean(folder: Path) -> None:
+def _make_lean(folder: Path) -> None:
     """Take out what only a denoiser's builder reads: the plan in its configuration, an engine's layers."""
     config = manifests.read_json(folder / "config.json")
     manifests.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "slim_plan"})
@@ -191,33 +158,24 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     return found
 
 
-def _python() -> str:
-    return str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
+def _readme(description: Description) -> str:
+    """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
+    templates = Environment(
+        loader=PackageLoader("deploy.bundle"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    packages = [f"'{name}{version}'" for name, version in description.packages.items()]
+    runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
+    return templates.get_template("README.md.j2").render(bundle=description, packages=packages, runtimes=runtimes)
 
 
-def _hashes(source: Source) -> dict[str, Any]:
-    """What ties a bundle to its source, without the settings that made that."""
-    kept = {k: v for k, v in source.made_from.items() if k in ("manifest", "build", "model") and isinstance(v, str)}
-    return {"source": source.kind, **kept}
-
-
-def write_licenses(folder: Path, sources: Sequence[Path]) -> None:
-    """Our licence, and what of that kind lies in the folders of the sources.
-
-    Raises:
-        InputError: if ours is not there.
-    """
+def _write_licenses(folder: Path, sources: Sequence[Path]) -> None:
+    """Our licence, and what of that kind lies in the folders of the sources."""
     folder.mkdir()
-    shutil.copyfile(_own_license(), folder / "slimdiff-LICENSE.txt")
+    beside = Path(slimdiff.__file__).parents[1] / "LICENSE"
+    installed = [str(f.locate()) for f in importlib.metadata.files("slimdiff") or [] if f.name == "LICENSE"]
+    own = next((file for file in [beside, *map(Path, installed)] if file.is_file()), None)
+    if own is None:
+        raise InputError("slimdiff's own LICENSE is missing from its installation: install it again")
+    shutil.copyfile(own, folder / "slimdiff-LICENSE.txt")
     for file in [f for s in sources for f in license_files(s)]:
         shutil.copyfile(file, folder / f"model-{file.stem}.txt")
-
-
-def _own_license() -> Path:
-    beside = Path(slimdiff.__file__).parents[1] / "LICENSE"
-    if beside.is_file():
-        return beside
-    for file in importlib.metadata.files("slimdiff") or []:
-        if file.name == "LICENSE":
-            return Path(str(file.locate()))
-    raise InputError("slimdiff's own LICENSE is missing from its installation: install it again")

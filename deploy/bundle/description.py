@@ -1,4 +1,4 @@
-"""What a bundle's manifest tells of it; nothing of a bundle is used before it is found to be whole."""
+"""What a bundle's manifest says of it; nothing of a bundle is used before it is found to be whole."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Denoiser(BaseModel):
     height: int | None = Field(ge=1)
     """Of the images, pixels; None: any."""
     width: int | None = Field(ge=1)
-    """Likewise."""
+    """Of the images, pixels; None: any."""
     capabilities: list[str]
     """Compute capabilities that an engine is for, e.g. `sm89`; empty for a graph."""
     version: str | None
@@ -79,12 +79,6 @@ class Bundle:
     description: Description
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder's manifest says that it is a bundle; nothing is checked yet."""
-    file = folder / manifests.MANIFEST
-    return file.is_file() and manifests.read_manifest(folder)["kind"] == KIND
-
-
 def read_bundle(folder: Path) -> Bundle:
     """Open a bundle's manifest and hold every file against it.
 
@@ -99,7 +93,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def describe(manifest: dict[str, Any], where: str) -> Description:
-    """What a manifest tells of a bundle, checked against its own list of files.
+    """What a manifest says of a bundle, checked against its own list of files.
 
     Raises:
         InputError: see `read_bundle`.

@@ -6,11 +6,12 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.bundle.archive import unpack
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from exporters.registry import names, runtime_of
 from exporters.runtimes.pipeline import check_index, load_pipeline
@@ -57,40 +58,41 @@ def load(
         runtime: that and no other, of `exporters.runtimes`.
         height: of the images, pixels, where a bundle has denoisers for several sizes. Squares are then the pipeline's
             default; where they are no squares, say the size in its calls, too (diffusers' pipelines have one number).
-        width: likewise.
+        width: of the images, pixels.
         threads: of a runtime on the CPU; its own choice if not given.
         unpack_to: a folder that an archive is unpacked into, to stay there; by default one that goes with the pipeline.
 
     Returns:
-        the pipeline; its attribute `chosen` (`Chosen`) tells the runtime and the reason.
+        the pipeline; its attribute `chosen` (`Chosen`) says the runtime and the reason.
 
     Raises:
         InputError: if it is no bundle, not what its manifest says, or has nothing for that runtime or size.
         MissingPackageError: if none of the runtimes that it is meant for is here.
     """
     path = Path(path)
-    if path.is_file():
-        return _from_archive(path, runtime, height, width, threads, unpack_to)
-    if not path.is_dir():
-        raise InputError(f"{path}: there is no such bundle, folder or archive")
-    if unpack_to is not None:
-        raise InputError(f"{path} is a folder: only an archive is unpacked")
-    return open_bundle(read_bundle(path), runtime, height=height, width=width, threads=threads)
+    with ExitStack() as unless_opened:
+        if path.is_file():
+            if unpack_to is None:
+                scratch = tempfile.mkdtemp(prefix="slimdiff-bundle-")
+                unless_opened.callback(shutil.rmtree, scratch, ignore_errors=True)
+                unpack_to = Path(scratch) / "bundle"
+            path = unpack(path, Path(unpack_to))
+        elif not path.is_dir():
+            raise InputError(f"{path}: there is no such bundle, folder or archive")
+        elif unpack_to is not None:
+            raise InputError(f"{path} is a folder: only an archive is unpacked")
+        pipeline = _open(read_bundle(path), runtime, height, width, threads)
+        weakref.finalize(pipeline, unless_opened.pop_all().close)
+    return pipeline
 
 
-def open_bundle(
-    bundle: Bundle,
-    runtime: str | None = None,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    threads: int | None = None,
+def _open(
+    bundle: Bundle, runtime: str | None, height: int | None, width: int | None, threads: int | None
 ) -> DiffusionPipeline:
-    """`load` for a bundle that was checked."""
     check_index(bundle.folder)
-    ways = ranked(bundle, runtime, height, width)
+    ways = _ways(bundle, runtime, height, width)
     passed_over: list[str] = []
-    failed: list[SlimdiffError] = []
+    failed: SlimdiffError | None = None
     for denoiser, name in ways:
         folder = bundle.folder / denoiser.folder
         try:
@@ -98,36 +100,35 @@ def open_bundle(
         except (MissingPackageError, InputError) as error:
             if runtime is not None or len(ways) == 1 or (isinstance(error, InputError) and not denoiser.is_engine):
                 raise
-            failed.append(error)
+            failed = error
             passed_over.append(f"{denoiser.name} in {name}: {error}")
             continue
-        beside = "onnxruntime-cuda" if _on_gpu(name) and _has_cuda_provider() else _rest_runtime(name)
+        beside = _beside(name)
         vae = VAE.open(bundle.folder / denoiser.vae, beside, threads)
         pipeline: Any = load_pipeline(bundle.folder, beside, threads=threads, unet=unet, vae=vae, checked=True)
-        chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, name, runtime, failed), tuple(passed_over))
+        chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, runtime, failed), tuple(passed_over))
         log.info("bundle: %s in %s, %s", denoiser, chosen.title, chosen.why)
         pipeline.chosen = chosen
         return pipeline
     raise MissingPackageError(f"nothing of {bundle.folder} runs here: {'; '.join(passed_over)}")
 
 
-def ranked(
-    bundle: Bundle, runtime: str | None = None, height: int | None = None, width: int | None = None
-) -> list[tuple[Denoiser, str]]:
-    """Ways to run a bundle, best first.
-
-    Raises:
-        InputError: if there is none for that runtime or size.
-    """
+def _ways(bundle: Bundle, runtime: str | None, height: int | None, width: int | None) -> list[tuple[Denoiser, str]]:
+    """Ways to run a bundle, best first."""
     known = names("graph", "engine")
-    if runtime is not None and runtime not in known:
+    if runtime not in (None, *known):
         raise InputError(f"there is no runtime {runtime!r} for bundles; there is {', '.join(known)}")
     denoisers = bundle.description.denoisers
     fitting = [d for d in denoisers if d.height in (None, height or d.height) and d.width in (None, width or d.width)]
     if not fitting:
         there = ", ".join(dict.fromkeys(f"{d.height}x{d.width}" for d in denoisers))
         raise InputError(f"{bundle.folder} has no denoiser for {height or '*'}x{width or '*'} pixels; there is {there}")
-    ways = [(d, r) for d in fitting for r in _runtimes(d, runtime)]
+    ways = [
+        (d, r)
+        for d in fitting
+        for r in (d.runtimes if runtime is None or d.is_engine else names("graph"))
+        if runtime in (None, r)
+    ]
     if not ways:
         there = ", ".join(dict.fromkeys(r for d in fitting for r in d.runtimes))
         raise InputError(f"{bundle.folder} has nothing that {runtime} runs; it is meant for {there}")
@@ -135,56 +136,26 @@ def ranked(
     return sorted(ways, key=lambda way: (runtime_of(way[1]).rank, (way[0].precision == "fp16") != _on_gpu(way[1])))
 
 
+def _beside(runtime: str) -> str:
+    """What the VAE and the text encoders, which are graphs, run in beside a denoiser in this runtime."""
+    if _on_gpu(runtime):
+        with suppress(ImportError):
+            import onnxruntime
+
+            if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                return "onnxruntime-cuda"
+    return runtime if runtime in names("graph") else "onnxruntime"
+
+
 def _on_gpu(runtime: str) -> bool:
     return runtime_of(runtime).device == "gpu"
 
 
-def _runtimes(denoiser: Denoiser, wanted: str | None) -> Sequence[str]:
-    if wanted is None:
-        return denoiser.runtimes
-    return [wanted] if wanted in (denoiser.runtimes if denoiser.is_engine else names("graph")) else []
-
-
-def _why(denoiser: Denoiser, name: str, wanted: str | None, failed: Sequence[SlimdiffError]) -> str:
-    if wanted is not None:
+def _why(denoiser: Denoiser, asked: str | None, failed: SlimdiffError | None) -> str:
+    if asked is not None:
         return "which was asked for"
     if denoiser.is_engine:
         return "an engine for the GPU that is here"
-    if not failed:
+    if failed is None:
         return f"the {'only runtime' if len(denoiser.runtimes) == 1 else 'best'} that it is meant for"
-    return f"the best that is here of what it is meant for ({failed[-1]})"
-
-
-def _has_cuda_provider() -> bool:
-    try:
-        import onnxruntime
-    except ImportError:
-        return False
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
-def _rest_runtime(name: str) -> str:
-    return name if name in names("graph") else "onnxruntime"
-
-
-def _from_archive(
-    path: Path,
-    runtime: str | None,
-    height: int | None,
-    width: int | None,
-    threads: int | None,
-    unpack_to: Path | str | None,
-) -> DiffusionPipeline:
-    from deploy.bundle.archive import unpack
-
-    if unpack_to is not None:
-        return load(unpack(path, Path(unpack_to)), runtime, height=height, width=width, threads=threads)
-    scratch = tempfile.mkdtemp(prefix="slimdiff-bundle-")
-    try:
-        folder = unpack(path, Path(scratch) / "bundle")
-        pipeline = load(folder, runtime, height=height, width=width, threads=threads)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    weakref.finalize(pipeline, shutil.rmtree, scratch, ignore_errors=True)
-    return pipeline
+    return f"the best that is here of what it is meant for ({failed})"

@@ -1,4 +1,13 @@
-"""A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model."""
+"""A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
+
+Both have `scale`, pixels per latent along a side, and `write(folder, precision, sizes, encoder)`, which writes
+tokenizers, scheduler and graphs in optimum's layout:
+
+    folder       of the bundle
+    precision    of what is exported; what was exported before stays as it is
+    sizes        of the latents that a VAE is needed for; each goes where `place_of` says
+    encoder      whether the VAE's encoder goes along, for image to image
+"""
 
 from __future__ import annotations
 
@@ -6,8 +15,9 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIGURED, GRAPH, INDEX, TEXT_ENCODERS, latent_scale
 from exporters.runtimes.module import read_config
@@ -16,27 +26,6 @@ from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
 """Height and width of what a denoiser denoises; None where it takes any."""
-
-
-class Rest(Protocol):
-    """Where the other components come from."""
-
-    @property
-    def scale(self) -> int:
-        """Pixels per latent, along a side."""
-
-    def write(
-        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
-    ) -> None:
-        """Write tokenizers, scheduler and graphs in optimum's layout; VAEs into the places that `place_of` names.
-
-        Args:
-            folder: of the bundle.
-            precision: of what is exported; what was exported before stays as it is.
-            sizes: of the latents that a VAE is needed for.
-            encoder: whether the VAE's encoder goes along, for image to image.
-            progress: what to call the work on stderr; None: say nothing.
-        """
 
 
 def place_of(size: Latents, sizes: Sequence[Latents]) -> str:
@@ -56,34 +45,27 @@ class ExportedRest:
     def scale(self) -> int:
         return latent_scale(read_config(self.folder / "vae_decoder"))
 
-    def write(
-        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
-    ) -> None:
-        """See `Rest`.
-
-        Raises:
-            InputError: if a size is not the one that its VAE is for.
-        """
+    def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
+        """Copy all; an InputError if a size is not the one that the VAE is for."""
         spec = next(iter(inputs_of(read_graph(self.folder / "vae_decoder" / GRAPH)).values()))
-        high, wide = ([d if isinstance(d, int) else None for d in spec.shape] + [None] * 4)[2:4]
+        own = (*(d if isinstance(d, int) else None for d in spec.shape[2:4]), None, None)[:2]
         for size in sizes:
-            if any(have is not None and have != wanted for have, wanted in zip((high, wide), size, strict=True)):
+            if any(have not in (None, need) for have, need in zip(own, size, strict=True)):
                 raise InputError(
-                    f"the VAE in {self.folder} is for latents of {high}x{wide}, a denoiser for {size[0]}x{size[1]}: "
-                    "name a model with --pipeline, whose VAE is exported for every size"
+                    f"the VAE in {self.folder} is for latents of {own[0]}x{own[1]}, a denoiser for {size[0]}x{size[1]}:"
+                    " name a model with --pipeline, whose VAE is exported for every size"
                 )
         shutil.copyfile(self.folder / INDEX, folder / INDEX)
         vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
         for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes):
             if (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, folder / name, ignore=_other_weights)
+                shutil.copytree(self.folder / name, folder / name, ignore=_other_files)
 
 
-def _other_weights(folder: str, names: list[str]) -> list[str]:
+def _other_files(folder: str, names: list[str]) -> list[str]:
     """What has no place in a bundle: caches, and the weights that the graph was exported from."""
-    from deploy.bundle.description import allowed
-
-    return [n for n in names if (Path(folder) / n).is_symlink() or not ((Path(folder) / n).is_dir() or allowed(n))]
+    paths = [Path(folder, name) for name in names]
+    return [path.name for path in paths if path.is_symlink() or not (path.is_dir() or allowed(path.name))]
 
 
 class TorchRest:
@@ -105,20 +87,17 @@ class TorchRest:
             raise InputError(f"{self.model} has no vae: only latent diffusion pipelines are bundled")
         return latent_scale(dict(vae.config))
 
-    def write(
-        self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool, progress: str | None
-    ) -> None:
-        """See `Rest`."""
+    def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
+        """Export all for the first size, and VAEs for the others."""
         from exporters.graphs.pipeline import example_call, export_pipeline
         from exporters.settings import ExportSettings
 
         settings = ExportSettings(precision=precision)  # type: ignore[arg-type]
-        unwanted = ["unet"] if encoder else ["unet", "vae_encoder"]
         for size in sizes:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)
+            without = ["unet", *([] if encoder else ["vae_encoder"]), *([] if place == folder else TEXT_ENCODERS)]
             call = example_call(self.pipeline, **pixels)
-            without = unwanted if place == folder else [*unwanted, *TEXT_ENCODERS]
             export_pipeline(self.pipeline, place, settings, call=call, without=without)
             if place != folder:  # further sizes have a VAE alone
                 for path in place.iterdir():

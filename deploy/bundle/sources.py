@@ -5,19 +5,34 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deploy.artifacts import build_folder
 from deploy.artifacts.kinds import engine_of, graph_of, kind_of
-from deploy.bundle.rest import ExportedRest, Rest, TorchRest
+from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import ENGINE_PIPELINE
-from exporters.runtimes.module import read_config
+from exporters.layout import ENGINE_PIPELINE, GRAPH, INDEX
+from exporters.runtimes.module import CONFIG, read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which denoisers a machine gets, and how; what is empty leaves the choice open."""
+
+    target: Literal["edge", "server"]
+    shapes: Sequence[tuple[int, int, int]] = ()
+    """Samples in one call, height and width in pixels. A model is exported for each, else in its own size."""
+    precisions: Sequence[str] = ()
+    """A model is exported in each, else in fp32."""
+    capabilities: Sequence[str] = ()
+    """Compute capabilities of engines; graphs go along on a server, and an edge gets none."""
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,9 @@ class Candidate:
     precision: str
     batch: int | None
     """Samples in one call; None: any."""
-    latents: tuple[int | None, int | None]
-    """Height and width of what it denoises; None: any."""
+    latents: Latents
+    scale: int
+    """Pixels per latent, along a side."""
     backend: str | None = None
     """What an engine was built with; None for a graph."""
     capabilities: tuple[str, ...] = ()
@@ -40,6 +56,17 @@ class Candidate:
     @property
     def is_engine(self) -> bool:
         return self.backend is not None
+
+    @property
+    def shape(self) -> tuple[int | None, int | None, int | None]:
+        """Samples, height and width in pixels; None: any."""
+        height, width = (None if n is None else n * self.scale for n in self.latents)
+        return self.batch, height, width
+
+    def __str__(self) -> str:
+        shape = "x".join("*" if n is None else str(n) for n in self.shape)
+        where = f", an engine of {self.backend} for {' '.join(self.capabilities)}" if self.is_engine else ""
+        return f"{self.name}, {self.precision}, {shape}{where}"
 
 
 @dataclass(frozen=True)
@@ -50,151 +77,137 @@ class Source:
     folders: list[Path]
     """In which licences may lie; none for the embedded model."""
     candidates: list[Candidate]
-    rest: Rest
-    scale: int
-    """Pixels per latent, along a side."""
+    rest: ExportedRest | TorchRest
     made_from: dict[str, Any]
 
 
-def open_source(
-    name: str, pipeline: str | None, shapes: Sequence[tuple[int, int, int]], precisions: Sequence[str]
-) -> Source:
+def open_source(name: str, pipeline: str | None, selection: Selection) -> Source:
     """Find what there is to bundle.
 
     Args:
         name: a model, an ONNX folder, an engine or several, or a finished build.
         pipeline: a model or the folder of a whole pipeline in ONNX, whose other components go with a denoiser alone.
-        shapes: samples, height and width in pixels that a model is exported for; its own size if empty.
-        precisions: that a model is exported in; fp32 if empty.
+        selection: what a model is exported for.
 
     Raises:
         InputError: if it is nothing of these, or a denoiser alone and no pipeline is named.
     """
     kind, path = kind_of(name), Path(name)
     if kind == "model":
-        return _model(name, shapes, precisions)
+        return _model(name, selection)
+    if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
+        raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
+    rest = TorchRest(str(path / "slim")) if kind == "build" else _rest(name, pipeline)
     if kind == "onnx":
-        graph = graph_of(name)
-        found = [graph_candidate("onnx", graph)]
-        whole = graph.parent == path / "unet" and (path / "model_index.json").is_file()
-        rest = ExportedRest(path) if whole and pipeline is None else _rest(name, pipeline)
-    elif kind in ("engine", ENGINE_PIPELINE):  # of a pipeline, the UNet alone: a bundle has all else in ONNX
-        found, rest = [engine_candidate("engine", engine_of(name, kind))], _rest(name, pipeline)
+        candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
         manifests.verify_manifest(path)
         folders = sorted(file.parent for file in path.glob(f"*/{ENGINE}"))
-        found, rest = [engine_candidate(folder.name, folder) for folder in folders], _rest(name, pipeline)
+        candidates = [_engine(folder.name, folder, rest.scale) for folder in folders]
     elif kind == "build":
-        found, rest = _build(path), TorchRest(str(path / "slim"))
-    else:
-        raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
+        candidates = _build(path, rest)
+    else:  # of a pipeline of engines, the UNet alone: a bundle has all else in ONNX
+        candidates = [_engine("engine", engine_of(name, kind), rest.scale)]
     folders = [path, path / "slim", *([Path(pipeline)] if pipeline else [])]  # a build has its model in a folder
-    return Source(kind, folders, found, rest, rest.scale, _made_from(path))
+    return Source(kind, folders, candidates, rest, _made_from(path))
 
 
-def graph_candidate(name: str, graph: Path) -> Candidate:
+def _graph(name: str, graph: Path, scale: int) -> Candidate:
     """A graph of a UNet, as it is."""
     inputs = inputs_of(read_graph(graph))
     if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    sizes = [dim if isinstance(dim, int) else None for dim in inputs["sample"].shape]
+    batch, _, height, width = (dim if isinstance(dim, int) else None for dim in inputs["sample"].shape)
     precision = PRECISIONS.get(inputs["sample"].dtype, "other")
-    return Candidate(name, lambda folder: _copy(graph.parent, folder), precision, sizes[0], (sizes[2], sizes[3]))
+    endings = (".onnx", ".onnx.data", ".onnx_data")
+    files = [p.name for p in graph.parent.iterdir() if p.is_file() and (p.name == CONFIG or p.name.endswith(endings))]
+    return Candidate(name, partial(_copy, graph.parent, files), precision, batch, (height, width), scale)
 
 
-def engine_candidate(name: str, folder: Path) -> Candidate:
-    """An engine of a UNet, as it is.
-
-    Raises:
-        InputError: if it was changed, or is no engine of a UNet.
-    """
+def _engine(name: str, folder: Path, scale: int) -> Candidate:
+    """An engine of a UNet, as it is; an InputError if it was changed, or is of something else."""
     report = read_engine(folder)
     read_config(folder)
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:
         raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
-    sizes = [None if n < 0 else n for n in shape]
-    parts = report["parts"]
+    batch, _, height, width = (None if n < 0 else n for n in shape)
+    parts, backend = report["parts"], report["backend"]
     place = parts["runs_on"]
-    capabilities = (place["gpu"]["capability"],) if "gpu" in place else tuple(place["targets"])
     return Candidate(
         name,
-        lambda into: _copy(folder, into, ENGINE, REPORT, "config.json", manifests.MANIFEST),
+        partial(_copy, folder, [ENGINE, REPORT, CONFIG, manifests.MANIFEST]),
         parts["precision"],
-        sizes[0],
-        (sizes[2], sizes[3]),
-        report["backend"],
-        capabilities,
-        parts["versions"][report["backend"]],
+        batch,
+        (height, width),
+        scale,
+        backend,
+        (place["gpu"]["capability"],) if "gpu" in place else tuple(place["targets"]),
+        parts["versions"][backend],
     )
 
 
-def _model(name: str, shapes: Sequence[tuple[int, int, int]], precisions: Sequence[str]) -> Source:
+def _model(name: str, selection: Selection) -> Source:
     from deploy.artifacts.hashes import model_hash
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
 
     rest = TorchRest(name)
-    pipeline = rest.pipeline
-    scale = rest.scale
+    pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    found = []
-    for batch, high, wide in shapes or [(2, height * scale, width * scale)]:
-        for precision in precisions or ["fp32"]:
 
-            def write(folder: Path, b: int = batch, h: int = high, w: int = wide, p: Any = precision) -> None:
-                call = example_call(pipeline, height=h, width=w, batch=b)
-                export_unet(pipeline.unet, folder, call, ExportSettings(precision=p))
+    def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
+        call = example_call(pipeline, height=height, width=width, batch=batch)
+        export_unet(pipeline.unet, folder, call, ExportSettings(precision=precision))
 
-            label = f"{precision}-{batch}x{high}x{wide}"
-            found.append(Candidate(label, write, precision, batch, (high // scale, wide // scale)))
+    candidates = []
+    for batch, high, wide in selection.shapes or [(2, height * scale, width * scale)]:
+        for precision in selection.precisions or ["fp32"]:
+            label, latents = f"{precision}-{batch}x{high}x{wide}", (high // scale, wide // scale)
+            export = partial(write, batch, high, wide, precision)
+            candidates.append(Candidate(label, export, precision, batch, latents, scale))
     folders = [] if name == "demo" else [Path(name)]
-    return Source("model", folders, found, rest, scale, {"model": model_hash(name)})
+    return Source("model", folders, candidates, rest, {"model": model_hash(name)})
 
 
-def _rest(name: str, pipeline: str | None) -> Rest:
-    if kind_of(whole := pipeline or name) == ENGINE_PIPELINE:
+def _rest(name: str, pipeline: str | None) -> ExportedRest | TorchRest:
+    whole = Path(pipeline or name)
+    if kind_of(str(whole)) == ENGINE_PIPELINE:
         raise InputError(
             f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
             "exported folder they were built from"
         )
+    if (whole / INDEX).is_file() and (whole / "vae_decoder").is_dir():
+        return ExportedRest(whole)
     if pipeline is None:
         raise InputError(
             f"{name} is a denoiser alone: say with --pipeline which model, or which exported folder, has the other "
             "components that go with it"
         )
-    if (Path(pipeline) / "model_index.json").is_file() and (Path(pipeline) / "vae_decoder").is_dir():
-        return ExportedRest(Path(pipeline))
     return TorchRest(pipeline)
 
 
-def _build(folder: Path) -> list[Candidate]:
-    cells = build_folder.read_verdict(folder).get("cells", [])
+def _build(folder: Path, rest: TorchRest | ExportedRest) -> list[Candidate]:
+    """The slim graphs of a build and its cells, and its engines with the graphs that they were built from."""
+    cells = [cell["name"] for cell in build_folder.read_verdict(folder).get("cells", [])]
     manifests.verify_manifest(folder / "slim")
-    found = parts_of_build(folder, "")
-    for cell in cells:
-        found += parts_of_build(folder / build_folder.CELLS / cell["name"], f"{cell['name']}-")
+    candidates, scale = [], rest.scale
+    for place, prefix in ((folder, ""), *((folder / build_folder.CELLS / cell, f"{cell}-") for cell in cells)):
+        for stage in ("export", "engine"):
+            if (place / stage).is_dir():
+                manifests.verify_manifest(place / stage)
+        candidates.append(_graph(f"{prefix}onnx", place / "export" / "slim" / GRAPH, scale))
+        if (place / "engine" / ENGINE).is_file():
+            candidates.append(_engine(f"{prefix}engine", place / "engine", scale))
+        if (half := place / "engine" / "onnx-fp16" / GRAPH).is_file():
+            candidates.append(_graph(f"{prefix}onnx-fp16", half, scale))
     # Cells for several GPUs have the same graph.
-    alike = {(c.name if c.is_engine else (c.precision, c.batch, c.latents)): c for c in reversed(found)}
-    return [candidate for candidate in found if candidate in alike.values()]
-
-
-def parts_of_build(folder: Path, prefix: str) -> list[Candidate]:
-    """The slim graph of a build, and its engine with the graph that it was built from, where there is one."""
-    for stage in ("export", "engine"):
-        if (folder / stage).is_dir():
-            manifests.verify_manifest(folder / stage)
-    found = [graph_candidate(f"{prefix}onnx", folder / "export" / "slim" / "model.onnx")]
-    if (folder / "engine" / ENGINE).is_file():
-        found.append(engine_candidate(f"{prefix}engine", folder / "engine"))
-    half = folder / "engine" / "onnx-fp16" / "model.onnx"
-    if half.is_file():
-        found.append(graph_candidate(f"{prefix}onnx-fp16", half))
-    return found
+    first = {(c.name if c.is_engine else (c.precision, c.batch, c.latents)): c for c in reversed(candidates)}
+    return [candidate for candidate in candidates if candidate in first.values()]
 
 
 def _made_from(folder: Path) -> dict[str, Any]:
@@ -202,11 +215,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
     file = folder / manifests.MANIFEST
     if folder.is_dir() and file.is_file():
         manifest = manifests.read_manifest(folder)
-        return {
-            "manifest": manifests.sha256_of(file),
-            "made_from": manifest["made_from"],
-            "versions": manifest["versions"],
-        }
+        return {"manifest": manifests.sha256_of(file), **{k: manifest[k] for k in ("made_from", "versions")}}
     if (folder / build_folder.BUILD).is_file():
         whole = build_folder.read(folder, "build")
         kept = ("name", "model", "verdict", "made_from", "versions")
@@ -214,13 +223,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _copy(source: Path, folder: Path, *names: str) -> None:
-    """The named files, or all that a graph is made of."""
+def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = names or [p.name for p in source.iterdir() if p.is_file() and _belongs_to_graph(p.name)]
-    for name in wanted:
+    for name in names:
         shutil.copyfile(source / name, folder / name)
-
-
-def _belongs_to_graph(name: str) -> bool:
-    return name == "config.json" or name.endswith((".onnx", ".onnx.data", ".onnx_data"))

@@ -24,6 +24,15 @@ SECONDS_BETWEEN_BARS = 10.0
 _LIBRARIES = ("torch", "torch.onnx", "diffusers", "transformers", "optimum", "onnxscript", "onnx_ir", "huggingface_hub")
 
 
+SHOWN: dict[str, Callable[[float], str]] = {
+    "parameters": amount,
+    "macs": amount,
+    "bytes": size,
+    "latency_ms": lambda ms: f"{ms:.2f} ms",
+}
+"""Figures of a model, and how people read them."""
+
+
 class _Elapsed(logging.Formatter):
     """`[   12.3 s] message`, counted from the start of the command."""
 
@@ -100,18 +109,10 @@ def result(args: argparse.Namespace, value: dict[str, Any], text: str, code: int
 def figures(of_both: dict[str, Any]) -> list[str]:
     """A line for each of the four figures: name -> `dense` and `slim`; those that were not measured have none."""
     lines = []
-    for name, show in _SHOWN.items():
+    for name, show in SHOWN.items():
         if figure := of_both.get(name):
             dense, slim = figure["dense"], figure["slim"]
             lines.append(
                 f"{name.removesuffix('_ms'):12}{show(dense):>12} -> {show(slim):>12}   {relative(dense, slim)}"
             )
     return lines
-
-
-_SHOWN: dict[str, Callable[[float], str]] = {
-    "parameters": amount,
-    "macs": amount,
-    "bytes": size,
-    "latency_ms": lambda ms: f"{ms:.2f} ms",
-}

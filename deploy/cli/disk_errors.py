@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from slimdiff.storage.atomic import is_leftover
@@ -33,16 +32,15 @@ def describe(error: BaseException, out: str | None) -> str | None:
         error: any; libraries raise errors of their own for those of the system.
         out: where the command writes, which is named if the error names none.
     """
-    for cause in _chain(error):
+    cause: BaseException | None = error
+    while cause is not None:
         code = _code(cause)
         if code is not None:
             where = _place(cause) or out
-            return f"{where}: {_advice(code)}" if where else _advice(code)
+            advice = f"{_NO_ROOM[code]}; what was finished is kept" if code in _NO_ROOM else _NOT_HERE[code]
+            return f"{where}: {advice}" if where else advice
+        cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _advice(code: int) -> str:
-    return f"{_NO_ROOM[code]}; what was finished is kept" if code in _NO_ROOM else _NOT_HERE[code]
 
 
 def _code(error: BaseException) -> int | None:
@@ -58,9 +56,3 @@ def _place(error: BaseException) -> str | None:
     if not isinstance(name, str | bytes) or not name:
         return None
     return str(Path(*(part for part in Path(os.fsdecode(name)).parts if not is_leftover(part))))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,7 +1,8 @@
 """Flags made of settings: a field's type, bounds, default and docstring are said there once and read from there.
 
 A flag's value is checked as the field's would be, when the command line is parsed. `add` notes it as
-`Sampling.steps`, and `read(args, Sampling)` takes together all that were given of a kind.
+`Sampling.steps`, and `read(args, Sampling)` takes together all that were given of a kind. What reads flags raises an
+InputError that names the flag and says what would be right.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from deploy.recipe.prompts import calibration_prompts, default_source
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_model
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
@@ -25,54 +28,41 @@ MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
-def add(parser: Any, kind: type[BaseModel], *names: str) -> None:
-    """A flag for each field of these names; `parser` may be a group of one."""
-    for name in names:
-        add_one(parser, kind, name)
-
-
-def add_one(parser: Any, kind: type[BaseModel], name: str, flag: str = "", **changed: Any) -> None:
-    """A flag for a field.
+def add(parser: Any, kind: type[BaseModel], *names: str, flag: str = "", **changed: Any) -> None:
+    """A flag for each field of these names.
 
     Args:
         parser: or a group of one.
         kind: the settings.
-        name: of the field.
-        flag: where it is not called as the field is.
+        names: of the fields.
+        flag: where it is not called as its field is.
         changed: arguments of argparse's `add_argument` in the place of those that the field gives.
     """
-    field = kind.model_fields[name]
-    inner = field.annotation
-    if get_origin(inner) in (Union, UnionType):
-        inner = next(part for part in get_args(inner) if part is not type(None))
-    how: dict[str, Any] = {"type": _checked(field, listed=get_origin(inner) is tuple)}
-    if get_origin(inner) is Literal:
-        how = {"choices": get_args(inner)}
-    elif named := next((part for part in field.metadata if isinstance(part, OneOf)), None):
-        how = {"choices": named.choices()}
-    elif inner is bool:
-        how = {"action": "store_const", "const": True}
-    elif get_origin(inner) in (tuple, list):
-        how |= {"metavar": "LIST"}
-    else:
-        how |= {"metavar": _METAVARS.get(inner, "TEXT")}
-    if "action" in changed or "nargs" in changed:  # the items of a list one by one: the settings check them
-        how.pop("type", None)
-    default = changed.get("default", field.get_default(call_default_factory=True))
-    how |= {"help": _help(field.description or "", default).replace("%", "%%"), **changed}
-    parser.add_argument(flag or f"--{name.replace('_', '-')}", dest=f"{kind.__name__}.{name}", **how)
+    for name in names:
+        field = kind.model_fields[name]
+        inner = field.annotation
+        if get_origin(inner) in (Union, UnionType):
+            inner = next(part for part in get_args(inner) if part is not type(None))
+        how: dict[str, Any] = {}
+        if get_origin(inner) is Literal:
+            how["choices"] = get_args(inner)
+        elif named := next((part for part in field.metadata if isinstance(part, OneOf)), None):
+            how["choices"] = named.choices()
+        elif inner is bool:
+            how |= {"action": "store_const", "const": True}
+        elif not changed.keys() & {"action", "nargs"}:  # the settings check a list's items that come one by one
+            listed = get_origin(inner) is tuple
+            how |= {"metavar": "LIST" if listed else _METAVARS.get(inner, "TEXT"), "type": _checked(field, listed)}
+        default = changed.get("default", field.get_default(call_default_factory=True))
+        how |= {"help": _help(field.description or "", default).replace("%", "%%"), **changed}
+        parser.add_argument(flag or f"--{name.replace('_', '-')}", dest=f"{kind.__name__}.{name}", **how)
 
 
 def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
-    """Settings from the flags that were given; the rest keeps its default.
-
-    Raises:
-        InputError: naming the flag and what would be right.
-    """
-    start = f"{kind.__name__}."
-    given = {name.removeprefix(start): value for name, value in vars(args).items() if name.startswith(start)}
+    """Settings from the flags that were given; the rest keeps its default."""
+    flags = {name: getattr(args, f"{kind.__name__}.{name}", None) for name in kind.model_fields}
     try:
-        return kind(**{name: value for name, value in given.items() if value is not None} | more)
+        return kind(**{name: value for name, value in flags.items() if value is not None} | more)
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else kind.__name__
@@ -87,11 +77,6 @@ def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) ->
 def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
     """A flag that may be given again for more."""
     text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
-
-
-def switch(parser: Any, name: str, what: str) -> None:
-    """A flag without a value."""
-    parser.add_argument(name, action="store_true", help=what)
 
 
 def whole(parser: Any, name: str, what: str, *, least: int = 1, default: int | None = None, **more: Any) -> None:
@@ -118,17 +103,20 @@ def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
     return read(args, CalibrationSettings, sampling=read(args, Sampling))
 
 
+def read_prompts(args: argparse.Namespace, count: int) -> tuple[str, list[str]]:
+    """Where the prompts of `add_calibration` come from, and up to `count` of them; also refuses what is no model."""
+    find_model(args.model)
+    source = args.prompts or default_source(args.model)
+    return source, calibration_prompts(source, count)
+
+
 def add_planning(parser: argparse.ArgumentParser) -> None:
     """How ranks are chosen, for `read_planning`."""
     add(parser, PlanSettings, "groups", "align", "allocation")
 
 
 def read_planning(args: argparse.Namespace) -> PlanSettings:
-    """What `add_planning` takes; loads torch where groups are named, so it comes after what is cheap to check.
-
-    Raises:
-        InputError: if these groups cannot be slimmed alone, or there is no such group.
-    """
+    """What `add_planning` takes; loads torch where groups are named, so it comes after what is cheap to check."""
     planning = read(args, PlanSettings)
     if "groups" in planning.model_fields_set:
         from slimdiff.groups import fault_in
@@ -153,7 +141,7 @@ def _budget(kind: BudgetKind) -> Callable[[str], Budget]:
     def convert(text: str) -> Budget:
         try:
             budget = Budget(**{kind.name: text})
-        except (InputError, ValidationError) as error:
+        except InputError as error:
             raise argparse.ArgumentTypeError(_reason(error)) from error
         try:
             if kind.removed is not None:
@@ -167,9 +155,8 @@ def _budget(kind: BudgetKind) -> Callable[[str], Budget]:
     return convert
 
 
-def _checked(field: FieldInfo, *, listed: bool) -> Callable[[str], Any]:
+def _checked(field: FieldInfo, listed: bool) -> Callable[[str], Any]:
     """The type of a flag whose value is a field's; `listed`: several, with commas between them."""
-
     annotation: Any = Annotated[field.annotation, field]
 
     def convert(text: str) -> Any:

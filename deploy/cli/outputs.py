@@ -1,4 +1,7 @@
-"""Files that commands are given, and places where they write: whole or not at all, and only over what is ours."""
+"""Files that commands are given, and places where they write: whole or not at all, and only over what is ours.
+
+Every check is made before the long work, and raises an InputError that says what is wrong and what would be right.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.artifacts.kinds import kind_of
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_model
 from slimdiff.storage import manifest
 
 
 def check_folder(folder: Path, *marks: str) -> None:
-    """Refuse a place that holds something else.
+    """Refuse a place to write into that is a file, cannot be written, or holds other people's files.
 
     Args:
         folder: where a command is to write.
         marks: files of which a folder that slimdiff wrote has at least one.
-
-    Raises:
-        InputError: if it is a file, a folder with other people's files in it, or cannot be written.
     """
     check_writable(folder)
     if folder.exists() and not folder.is_dir():
@@ -29,15 +31,7 @@ def check_folder(folder: Path, *marks: str) -> None:
 
 
 def check_writable(path: Path, flag: str = "--out") -> None:
-    """Refuse a place that cannot be written, before the long work and not after it.
-
-    Args:
-        path: to be written; what is not there yet is looked at where it would be made.
-        flag: that named it, for the message.
-
-    Raises:
-        InputError: saying why it cannot.
-    """
+    """Refuse a place, named by a flag, that cannot be written; if it is not there, look where it would be made."""
     whole = path.absolute()
     place = next(p for p in (whole, *whole.parents) if p.exists())
     if os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
@@ -48,35 +42,24 @@ def check_writable(path: Path, flag: str = "--out") -> None:
 
 
 def check_file(path: str, flag: str) -> None:
-    """A file that a command is to read.
-
-    Raises:
-        InputError: if it is not there.
-    """
+    """Refuse a file to read, named by a flag, that is not there."""
     if not Path(path).is_file():
         raise InputError(f"{flag} {path}: there is no such file")
 
 
 def check_runnable(*names: str | None) -> None:
-    """Artifacts that a command is to open, as the user names them; None for one that was not named.
+    """Refuse artifacts to open that are neither here nor the id of a model on the hub, or nothing that slimdiff knows.
 
-    Raises:
-        InputError: if one is neither here nor the id of a model on the hub, or is nothing that slimdiff knows.
+    Args:
+        names: as the user named them; None for one that was not named.
     """
-    from deploy.artifacts.kinds import kind_of
-    from slimdiff.loading.naming import find_model
-
     for name in names:
         if name is not None and kind_of(name) == "model":
             find_model(name)
 
 
 def check_artifact(out: Path) -> None:
-    """Refuse a place where no artifact can appear.
-
-    Raises:
-        InputError: see `check_folder`; also for a mount point, which nothing can take the place of.
-    """
+    """Refuse a place where no artifact can appear: see `check_folder`, and a mount point, which cannot be replaced."""
     if os.path.ismount(out):
         raise InputError(f"--out {out} is a mount point, which cannot be replaced as a whole: name a folder in it")
     check_folder(out, manifest.MANIFEST)
@@ -85,11 +68,7 @@ def check_artifact(out: Path) -> None:
 
 @contextmanager
 def artifact_folder(out: Path) -> Iterator[Path]:
-    """A folder to write an artifact into, which takes the place of `out` when the block ends well.
-
-    Raises:
-        InputError: if `out` is not free to be written.
-    """
+    """A folder to write an artifact into, which takes the place of `out` when the block ends well."""
     check_artifact(out)
     with manifest.replacing(out) as temporary:
         yield temporary

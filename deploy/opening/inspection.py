@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts import build_folder
+from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.kinds import ENGINE_REPORT, graph_of, plan_beside
+from deploy.bundle.archive import unpack
+from deploy.bundle.description import read_bundle
+from exporters.graphs.naming import check_reduced_dims, weight_dims
+from exporters.graphs.pipeline import example_call
+from exporters.graphs.reading import inputs_of, outputs_of, read_graph
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError
-from slimdiff.groups import GROUPS
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.models import plan_of
 from slimdiff.storage import manifest as manifests
 
 
 def model(name: str) -> dict[str, Any]:
     """A diffusers pipeline, dense or slim."""
-    from deploy.artifacts.figures import costs
-    from exporters.graphs.pipeline import example_call
-    from slimdiff.denoising.trajectory import denoiser_name
-    from slimdiff.groups import find_sites
-    from slimdiff.loading.pipelines import load_pipeline
-    from slimdiff.models import plan_of
-
     pipeline = load_pipeline(name)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = denoiser_of(pipeline)
     plan = plan_of(denoiser)
     if plan is not None:
         rows, left_dense = sites_of(plan), plan.left_dense
     else:
-        found, left_dense = find_sites(denoiser)
-        rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in found]
+        sites, left_dense = find_sites(denoiser)
+        rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in sites]
     return {
         "pipeline": type(pipeline).__name__,
         "denoiser": type(denoiser).__name__,
@@ -47,15 +48,10 @@ def model(name: str) -> dict[str, Any]:
 
 def onnx(name: str) -> dict[str, Any]:
     """A UNet's graph: dims from the graph itself."""
-    from exporters.graphs.naming import check_reduced_dims, weight_dims
-    from exporters.graphs.reading import inputs_of, outputs_of, read_graph
-
     graph = graph_of(name)
     content, plan = read_graph(graph), plan_beside(graph)
-    size = sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
     rows: list[dict[str, Any]] = [
-        {"site": module, "dims": " x ".join(str(d) for d in dims)}
-        for module, dims in sorted(weight_dims(content).items())
+        {"site": module, "dims": " x ".join(map(str, dims))} for module, dims in sorted(weight_dims(content).items())
     ]
     value: dict[str, Any] = {
         "graph": graph.name,
@@ -64,7 +60,7 @@ def onnx(name: str) -> dict[str, Any]:
         "inputs": {name: list(spec.shape) for name, spec in inputs_of(content).items()},
         "outputs": {name: list(spec.shape) for name, spec in outputs_of(content).items()},
         "parameters": sum(w.const_value.size for w in content.graph.initializers.values() if w.const_value),
-        "bytes": size,
+        "bytes": sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*")),
         "slim": plan is not None,
     }
     if plan is not None:
@@ -85,9 +81,12 @@ def engine(name: str) -> dict[str, Any]:
         raise InputError(f"{folder / ENGINE_REPORT} is not a JSON object: build the engine again")
     if "skipped" in report:
         return {"skipped": report["skipped"]}
-    rows = [{"site": r["site"], "dims": _dims(r["found"]), "ok": r["ok"]} for r in report.get("sites") or []]
+    rows = [
+        {"site": row["site"], "dims": ", ".join(f"{name} {dim}" for name, dim in row["found"].items()), "ok": row["ok"]}
+        for row in report.get("sites") or []
+    ]
     kept = ("backend", "version", "targets", "bytes", "seconds", "inputs", "outputs", "layers", "fused_attention")
-    return {**{k: report[k] for k in kept if k in report}, "sites": rows, "provenance": provenance(folder)}
+    return {**_only(report, kept), "sites": rows, "provenance": provenance(folder)}
 
 
 def engines(name: str) -> dict[str, Any]:
@@ -95,25 +94,22 @@ def engines(name: str) -> dict[str, Any]:
     folder = Path(name)
     manifests.verify_manifest(folder)
     kept = ("backend", "version", "targets", "bytes", "inputs")
-    found = {file.parent.name: engine(str(file.parent)) for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))}
-    rows = [{"name": name, **{k: e[k] for k in kept if k in e}} for name, e in found.items()]
-    return {"engines": rows, "bytes": sum(e.get("bytes", 0) for e in found.values()), "provenance": provenance(folder)}
+    folders = [file.parent for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))]
+    rows = [{"name": each.name, **_only(engine(str(each)), kept)} for each in folders]
+    return {"engines": rows, "bytes": sum(row.get("bytes", 0) for row in rows), "provenance": provenance(folder)}
 
 
 def bundle(name: str) -> dict[str, Any]:
     """A bundle: what it is for, needs and holds; an archive is unpacked for that, and so checked."""
-    from deploy.bundle.archive import unpack
-    from deploy.bundle.description import read_bundle
-
     with TemporaryDirectory(prefix="slimdiff-inspect-") as scratch:
         folder = Path(name) if Path(name).is_dir() else unpack(Path(name), Path(scratch) / "bundle")
-        found = read_bundle(folder)
-        files = found.manifest["files"]
+        content = read_bundle(folder)
+        files = content.manifest["files"]
         return {
-            **found.description.model_dump(),
+            **content.description.model_dump(),
             "files": len(files),
             "bytes": sum(entry["bytes"] for entry in files.values()),
-            "provenance": {k: found.manifest[k] for k in ("kind", "made_from", "versions")},
+            "provenance": _only(content.manifest, ("kind", "made_from", "versions")),
         }
 
 
@@ -121,39 +117,35 @@ def statistics(name: str) -> dict[str, Any]:
     """Second moments of a calibration."""
     path = Path(name)
     file = path / Path(build_folder.STATISTICS).name if path.is_dir() else path
-    found = Statistics.load(file)
-    rows = [{"site": k, "dims": f"{list(m.shape)}, {found.tokens[k]} tokens"} for k, m in found.moments.items()]
-    made_from = {"model_hash": found.model_hash, **found.made_from}
+    sums = Statistics.load(file)
+    rows = [{"site": k, "dims": f"{list(m.shape)}, {sums.tokens[k]} tokens"} for k, m in sums.moments.items()]
+    made_from = {"model_hash": sums.model_hash, **sums.made_from}
     return {"bytes": file.stat().st_size, "moments": len(rows), "sites": rows, "provenance": made_from}
 
 
 def plan(name: str) -> dict[str, Any]:
     """Ranks by site."""
     path = Path(name)
-    found = Plan.load(path / Path(build_folder.PLAN).name if path.is_dir() else path)
+    ranks = Plan.load(path / Path(build_folder.PLAN).name if path.is_dir() else path)
     return {
-        "allocation": found.allocation,
-        "align": found.align,
-        "parameters": found.recount().parameters["slim"],
-        "dense_parameters": found.parameters["dense"],
-        "sites": sites_of(found),
-        "left_dense": found.left_dense,
-        "provenance": {
-            "model_class": found.model_class,
-            "model_hash": found.model_hash,
-            "calibration": found.calibration,
-        },
+        "allocation": ranks.allocation,
+        "align": ranks.align,
+        "parameters": ranks.recount().parameters["slim"],
+        "dense_parameters": ranks.parameters["dense"],
+        "sites": sites_of(ranks),
+        "left_dense": ranks.left_dense,
+        "provenance": _only(vars(ranks), ("model_class", "model_hash", "calibration")),
     }
 
 
 def build(name: str) -> dict[str, Any]:
     """A whole build."""
     whole = build_folder.read_verdict(Path(name))
-    kept = ("sentence", "verdict", "figures", "machine")
     stages = [f"{s['name']} {s['seconds']:.1f} s" for s in whole["stages"]]
     gates = [f"{g['gate']} {g['verdict']}" for g in whole["gates"]]
     provenance = {**whole["made_from"], "versions": whole["versions"]}
-    return {**{k: whole[k] for k in kept}, "gates": gates, "stages": stages, "provenance": provenance}
+    kept = _only(whole, ("sentence", "verdict", "figures", "machine"))
+    return {**kept, "gates": gates, "stages": stages, "provenance": provenance}
 
 
 LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -170,9 +162,9 @@ LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
 """How each kind of `kind_of` is looked at."""
 
 
-def sites_of(found: Plan) -> list[dict[str, Any]]:
+def sites_of(plan: Plan) -> list[dict[str, Any]]:
     """A plan's sites as rows."""
-    return [site_row(name, s.group, s.heads, s.dense_rank, s.rank) for name, s in found.sites.items()]
+    return [site_row(name, s.group, s.heads, s.dense_rank, s.rank) for name, s in plan.sites.items()]
 
 
 def site_row(site: str, group: str, heads: int, dense_rank: int, rank: int) -> dict[str, Any]:
@@ -185,9 +177,8 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     """From the manifest: what it was made from, runs on, and the versions that made it."""
     if not folder.is_dir() or not (folder / manifests.MANIFEST).is_file():
         return None
-    manifest = manifests.read_manifest(folder)
-    return {k: manifest.get(k) for k in ("kind", "made_from", "runs_on", "versions")}
+    return _only(manifests.read_manifest(folder), ("kind", "made_from", "runs_on", "versions"))
 
 
-def _dims(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {dim}" for name, dim in found.items())
+def _only(value: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value[key] for key in keys if key in value}

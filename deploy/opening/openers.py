@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of
+from exporters.dtypes import PRECISIONS
 from exporters.layout import ENGINE_PIPELINE
+from exporters.registry import names
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,36 +35,25 @@ class Opened:
     """The whole pipeline, for a model or a bundle."""
 
     @property
-    def title(self) -> str:
-        """The runtime with its version and device, for people."""
-        if self.kind != "model":
-            return self.denoiser.session.runtime
-        import torch
-
-        return f"torch {torch.__version__}"
-
-    @property
     def precision(self) -> str:
         """`fp32`, `fp16` or `bf16`, as the denoiser computes."""
         if self.kind != "model":
             return self.denoiser.session.precision
         name = str(self.denoiser.dtype).removeprefix("torch.")
-        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
+        return PRECISIONS.get(name, name)
 
-    def sampling(self, wanted: Sampling) -> Sampling:
-        """`wanted`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
-        if self.kind == "model":
-            return wanted
-        batch = self.denoiser.inputs["sample"][0]
+    def sampling(self, asked: Sampling) -> Sampling:
+        """`asked`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
+        batch = None if self.kind == "model" else self.denoiser.inputs["sample"][0]
         if not isinstance(batch, int):
-            return wanted
-        guided = wanted.guidance > 1
+            return asked
+        guided = asked.guidance > 1
         if guided and batch % 2:
             raise InputError(
                 f"this graph takes batches of {batch}, and guidance needs two samples an image: export with an even "
                 "batch, --dynamic batch, or use --guidance 1"
             )
-        return wanted.model_copy(update={"batch": batch // 2 if guided else batch})
+        return asked.model_copy(update={"batch": batch // 2 if guided else batch})
 
     def pixels(self, pipeline: Any) -> dict[str, int]:
         """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""
@@ -74,12 +65,7 @@ class Opened:
 
 
 def open_denoiser(
-    name: str,
-    runtime: str | None = None,
-    threads: int | None = None,
-    *,
-    height: int | None = None,
-    width: int | None = None,
+    name: str, runtime: str | None = None, *, height: int | None = None, width: int | None = None
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -87,9 +73,8 @@ def open_denoiser(
         name: how the user named it.
         runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
             engine has but one.
-        threads: of a runtime on the CPU; its own choice if not given.
         height: of the images, pixels, where a bundle has denoisers for several sizes.
-        width: likewise.
+        width: of the images, pixels.
 
     Raises:
         InputError: if it is none of them, or that runtime does not take it.
@@ -99,20 +84,20 @@ def open_denoiser(
     if kind == "bundle":
         from deploy.bundle.load import load
 
-        whole: Any = load(name, runtime, height=height, width=width, threads=threads)
+        whole: Any = load(name, runtime, height=height, width=width)
         return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
-        from slimdiff.denoising.trajectory import denoiser_name, predict
+        from deploy.artifacts.figures import denoiser_of
+        from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
         pipeline = load_pipeline(name)
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
     from exporters.runtimes.unet import UNet
 
-    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
-    unet = UNet.open(path, chosen, threads)
+    unet = UNet.open(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen)
     return Opened(kind, unet, unet.predict, chosen)
 
 
@@ -136,22 +121,21 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
         raise InputError(f"{name} holds several engines: name one of them ({there})")
     if kind not in ("onnx", "engine", ENGINE_PIPELINE):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
-    from exporters.settings import GRAPH_RUNTIMES
-
-    takes: tuple[str, ...] = GRAPH_RUNTIMES
+    takes = names("graph")
     if kind != "onnx":
         from exporters.engine.check import read_engine
 
         takes = (read_engine(engine_of(name, kind))["backend"],)
     chosen = runtime or takes[0]
-    if chosen not in takes:
-        what, remedy = ("ONNX", "build an engine of it (slimdiff engine)") if kind == "onnx" else ("an engine", "")
-        if chosen == "torch":
-            remedy = "name the model that it was made from"
-        elif kind != "onnx":
-            remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
-        raise InputError(f"{name} is {what}, which {chosen} does not run: {remedy}")
-    return chosen
+    if chosen in takes:
+        return chosen
+    if chosen == "torch":
+        remedy = "name the model that it was made from"
+    elif kind == "onnx":
+        remedy = "build an engine of it (slimdiff engine)"
+    else:
+        remedy = f"leave out --runtime for {takes[0]}, or name the ONNX folder that it was built from"
+    raise InputError(f"{name} is {'ONNX' if kind == 'onnx' else 'an engine'}, which {chosen} does not run: {remedy}")
 
 
 def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.triton.components import Component, TensorSpec
+from deploy.triton.components import Component
 from deploy.triton.settings import TritonSettings
+from exporters.graphs.reading import TensorSpec
 from slimdiff.errors import require
 
 PIPELINE = "text_to_image"
@@ -29,24 +30,25 @@ def component_config(component: Component, settings: TritonSettings) -> str:
     Raises:
         MissingPackageError: without tritonclient, which has the schema.
     """
-    schema = _schema()
-    batching = component.max_batch > 0
-    config = schema.ModelConfig(
-        name=component.name,
-        platform=_PLATFORMS[component.backend],
-        default_model_filename=FILES[component.backend],
-        max_batch_size=component.max_batch,
-        input=[schema.ModelInput(**_tensor(schema, t, batching)) for t in component.inputs],
-        output=[schema.ModelOutput(**_tensor(schema, t, batching)) for t in component.outputs],
-        instance_group=[_group(schema, settings.instances, settings.device)],
-        model_warmup=[_warmup(schema, component, batching)],
-    )
-    if batching:
-        config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
+    inputs, outputs = ([_tensor(n, t, component) for n, t in s.items()] for s in (component.inputs, component.outputs))
+    # One call of zeros before the model counts as ready: the first one allocates, and chooses kernels.
+    zeros = {t["name"]: {"data_type": t["data_type"], "dims": t["dims"], "zero_data": True} for t in inputs}
+    config = {
+        "name": component.name,
+        "platform": _PLATFORMS[component.backend],
+        "default_model_filename": FILES[component.backend],
+        "max_batch_size": component.max_batch,
+        "input": inputs,
+        "output": outputs,
+        "instance_group": [{"count": settings.instances, "kind": f"KIND_{settings.device.upper()}"}],
+        "model_warmup": [{"name": "zeros", "batch_size": 1, "inputs": zeros}],
+    }
+    if component.max_batch:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": settings.queue_delay_us}
     return _text(config)
 
 
-def pipeline_config(size: Sequence[int], settings: TritonSettings) -> str:
+def pipeline_config(size: Sequence[int | str], settings: TritonSettings) -> str:
     """The configuration of the model that calls all others, as text.
 
     Args:
@@ -56,51 +58,31 @@ def pipeline_config(size: Sequence[int], settings: TritonSettings) -> str:
     Raises:
         MissingPackageError: without tritonclient, which has the schema.
     """
-    schema = _schema()
-    config = schema.ModelConfig(
-        name=PIPELINE,
-        backend="python",
-        default_model_filename="model.py",
-        max_batch_size=0,
-        input=[
-            schema.ModelInput(name=name, data_type=kind, dims=[1], optional=name != "prompt")
-            for name, kind in _REQUEST.items()
-        ],
-        output=[schema.ModelOutput(name="image", data_type="TYPE_UINT8", dims=[*size, 3])],
-        instance_group=[_group(schema, settings.concurrency, "cpu")],
+    inputs = [{"name": n, "data_type": t, "dims": [1], "optional": n != "prompt"} for n, t in _REQUEST.items()]
+    return _text(
+        {
+            "name": PIPELINE,
+            "backend": "python",
+            "default_model_filename": "model.py",
+            "max_batch_size": 0,
+            "input": inputs,
+            "output": [{"name": "image", "data_type": "TYPE_UINT8", "dims": [*size, 3]}],
+            "instance_group": [{"count": settings.concurrency, "kind": "KIND_CPU"}],
+            "parameters": {"max_steps": {"string_value": str(settings.max_steps)}},
+        }
     )
-    config.parameters["max_steps"].string_value = str(settings.max_steps)
-    return _text(config)
 
 
-def _schema() -> Any:
-    return require("tritonclient.grpc.model_config_pb2", "triton")
-
-
-def _tensor(schema: Any, tensor: TensorSpec, batching: bool) -> dict[str, Any]:
+def _tensor(name: str, tensor: TensorSpec, component: Component) -> dict[str, Any]:
     """A tensor of a batch alone has no dims left, which Triton does not have: callers give it one more axis of 1."""
+    inside = list(tensor.shape[1:] if component.max_batch else tensor.shape)
     flat = len(tensor.shape) == 1
-    inside = list(tensor.shape[1:] if batching else tensor.shape)
-    reshape = {"reshape": schema.ModelTensorReshape(shape=inside)} if flat else {}
-    return {"name": tensor.name, "data_type": _TYPES[tensor.dtype], "dims": inside + [1] * flat, **reshape}
+    reshape = {"reshape": {"shape": inside}} if flat else {}
+    return {"name": name, "data_type": _TYPES[tensor.dtype], "dims": inside + [1] * flat, **reshape}
 
 
-def _warmup(schema: Any, component: Component, batching: bool) -> Any:
-    """One call of zeros before the model counts as ready: the first one allocates, and chooses kernels."""
-    warmup = schema.ModelWarmup(name="zeros", batch_size=1)
-    for tensor in component.inputs:
-        described = _tensor(schema, tensor, batching)
-        warmup.inputs[tensor.name].MergeFrom(
-            schema.ModelWarmup.Input(data_type=described["data_type"], dims=described["dims"], zero_data=True)
-        )
-    return warmup
+def _text(config: dict[str, Any]) -> str:
+    schema = require("tritonclient.grpc.model_config_pb2", "triton")
+    from google.protobuf import json_format, text_format
 
-
-def _group(schema: Any, count: int, device: str) -> Any:
-    return schema.ModelInstanceGroup(count=count, kind="KIND_GPU" if device == "gpu" else "KIND_CPU")
-
-
-def _text(config: Any) -> str:
-    from google.protobuf import text_format
-
-    return text_format.MessageToString(config)
+    return text_format.MessageToString(json_format.ParseDict(config, schema.ModelConfig()))

@@ -15,6 +15,7 @@ from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
+    from deploy.history.summary import Case
     from exporters.latency.decision import Gate
     from exporters.latency.pair import Job
 
@@ -49,11 +50,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(results, "--plot", "FILE.svg", "draw the history", type=Path)
     results.add_argument("--trend", choices=("ratio", "milliseconds"), default="ratio", help="what is followed")
     flags.whole(results, "--last", "only this many results of each series")
-    flags.switch(results, "--across-machines", "compare results of different machines")
+    results.add_argument("--across-machines", action="store_true", help="compare results of different machines")
 
 
 def run(args: argparse.Namespace) -> int:
-
     gate, alone = gate_of(args), args.base is None
     for flag in ("junit", "markdown", "plot") if alone else ("history", "junit", "markdown", "plot"):
         if (file := getattr(args, flag)) is not None:
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(f"--{flag} {file} is a folder: name a file")
             check_writable(file, f"--{flag}")
     if alone and args.history is not None:
-        return show(args, gate)
+        return _show(args, gate)
     if args.base is None or args.candidate is None:
         raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")
     if args.plot is not None and args.history is None:
         raise InputError("--plot draws a history: say with --history which")
     check_runnable(args.base, args.candidate)
-    return measure(args, gate)
+    return _measure(args, gate)
 
 
 def gate_of(args: argparse.Namespace) -> Gate | None:
@@ -85,10 +85,8 @@ def gate_of(args: argparse.Namespace) -> Gate | None:
     return Gate("latency", round(1 + share, 6))
 
 
-def measure(args: argparse.Namespace, gate: Gate | None) -> int:
-    """Bench the candidate against the baseline."""
+def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from deploy.history import results, summary
-    from deploy.report import trend
     from exporters.latency.measure import bench
 
     chosen = flags.read(args, BenchSettings)
@@ -100,12 +98,7 @@ def measure(args: argparse.Namespace, gate: Gate | None) -> int:
     code = result(args, value, summary.text(value), EXIT_CODE[value["verdict"]])  # first: a full disk does not lose it
     if args.history is not None:
         results.append(args.history, value, args.label)
-    if args.junit:
-        summary.write_junit([summary.case_of(value)], args.junit)
-    if args.markdown:
-        summary.write_text(summary.markdown(value), args.markdown)
-    if args.plot:
-        trend.write_plot(trends(args)[0], args.plot)
+    _write(args, [summary.case_of(value)], summary.markdown(value))
     return code
 
 
@@ -127,8 +120,7 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
     runtime = runtime_for(name, kind, runtime)
     if kind == "model":
         return Job(name, name, runtime)
-    path = graph_of(name) if kind == "onnx" else engine_of(name, kind)
-    return Job(name, str(path), runtime)
+    return Job(name, str(graph_of(name) if kind == "onnx" else engine_of(name, kind)), runtime)
 
 
 def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
@@ -145,40 +137,46 @@ def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
     return export_unet(opened.denoiser, folder, example_call(opened.pipeline, batch=batch))
 
 
-def show(args: argparse.Namespace, gate: Gate | None) -> int:
+def _show(args: argparse.Namespace, gate: Gate | None) -> int:
     """The history's trend; with a gate, whether a series has crept beyond it since it was fastest."""
     from deploy.history import summary
     from deploy.report import trend
 
-    series, skipped = trends(args)
+    series, skipped = _trends(args)
     verdicts = [gate.verdict(1 / s.creep, 1 / s.creep) if gate else "pass" for s in series]
-    text = trend.text(series, skipped)
-    if args.junit:
-        cases = [
-            summary.Case(
-                f"trend of {trend.heading(s)}",
-                verdict,
-                f"{s.creep - 1:.1%} above its fastest level",
-                trend.text([s], 0),
-            )
-            for s, verdict in zip(series, verdicts, strict=True)
-        ]
-        summary.write_junit(cases, args.junit)
-    if args.markdown:
-        summary.write_text(trend.markdown(series, skipped), args.markdown)
-    if args.plot:
-        trend.write_plot(series, args.plot)
     verdict = "fail" if "fail" in verdicts else "pass"
     value = {
         "verdict": verdict,
         "gate": str(gate) if gate else None,
         "skipped_lines": skipped,
-        "series": [_series(s, v) for s, v in zip(series, verdicts, strict=True)],
+        "series": [_as_json(s, v) for s, v in zip(series, verdicts, strict=True)],
     }
-    return result(args, value, text + (f"\n\ngate {gate}: {verdict}" if gate else ""), EXIT_CODE[verdict])
+    text = trend.text(series, skipped) + (f"\n\ngate {gate}: {verdict}" if gate else "")
+    code = result(args, value, text, EXIT_CODE[verdict])
+    cases = [
+        summary.Case(
+            f"trend of {trend.heading(s)}", v, f"{s.creep - 1:.1%} above its fastest level", trend.text([s], 0)
+        )
+        for s, v in zip(series, verdicts, strict=True)
+    ]
+    _write(args, cases, trend.markdown(series, skipped))
+    return code
 
 
-def trends(args: argparse.Namespace) -> tuple[list[Series], int]:
+def _write(args: argparse.Namespace, cases: list[Case], markdown: str) -> None:
+    """Write the files for CI and the plot, as far as they are asked for."""
+    from deploy.history import summary
+    from deploy.report import trend
+
+    if args.junit:
+        summary.write_junit(cases, args.junit)
+    if args.markdown:
+        summary.write_text(markdown, args.markdown)
+    if args.plot:
+        trend.write_plot(_trends(args)[0], args.plot)
+
+
+def _trends(args: argparse.Namespace) -> tuple[list[Series], int]:
     """The history's series, and how many of its lines were damaged."""
     from deploy.history import results
 
@@ -186,24 +184,16 @@ def trends(args: argparse.Namespace) -> tuple[list[Series], int]:
     return results.all_series(entries, args.trend, across_machines=args.across_machines, last=args.last), skipped
 
 
-def _series(series: Series, verdict: str) -> dict[str, Any]:
+def _as_json(series: Series, verdict: str) -> dict[str, Any]:
+    results = [
+        {"time": e.time.isoformat(), "label": e.label, "verdict": e.verdict, "value": e.value(series.trend)}
+        for e in series.entries
+    ]
     return {
-        "baseline": series.baseline,
-        "candidate": series.candidate,
-        "runtime": series.runtime,
-        "machine": series.machine,
-        "trend": series.trend,
+        **{name: getattr(series, name) for name in ("baseline", "candidate", "runtime", "machine", "trend")},
         "verdict": verdict,
         "above_fastest": series.creep - 1,
-        "results": [
-            {
-                "time": entry.time.isoformat(),
-                "label": entry.label,
-                "verdict": entry.verdict,
-                "value": entry.value(series.trend),
-            }
-            for entry in series.entries
-        ],
+        "results": results,
         "levels": [vars(level) for level in series.levels],
         "changes": [level.start for level in series.levels[1:]],
     }

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deploy.artifacts import build_folder
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, figures, result
+from deploy.cli.outputs import check_folder
+from deploy.recipe.recipe import load_recipe
+from slimdiff.errors import InputError, require
+from slimdiff.loading.naming import find_model
+from slimdiff.storage.manifest import LOCK
 
 DESCRIPTION = """Calibrate, plan, slim, export, build the engine, validate, compare, bench, report. Finished stages
 with unchanged inputs are skipped, an interrupted build goes on where it was. The recipe's gates decide the exit
@@ -41,14 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
-    from deploy.artifacts import build_folder
-    from deploy.cli.console import calm_libraries, figures, result
-    from deploy.cli.outputs import check_folder
-    from deploy.recipe.recipe import load_recipe
-    from slimdiff.errors import InputError, require
-    from slimdiff.loading.naming import find_model
-    from slimdiff.storage.manifest import LOCK
-
     for name in args.force:
         if name not in (*build_folder.STAGES, build_folder.SWEEP):
             raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(build_folder.STAGES)}")

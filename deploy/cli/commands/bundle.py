@@ -6,8 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.numbers import size
 from deploy.cli import flags
-from exporters.settings import RUNTIMES
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
+from exporters.settings import RUNTIMES, parse_sizes
+from slimdiff.errors import InputError, require
+from slimdiff.storage import manifest
 
 DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
 runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is exported to ONNX
@@ -28,13 +33,14 @@ server  every graph and engine of the source (or those that --precision, --shape
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    flags.text(
-        parser, "source", "DIR", "a model, an ONNX folder, an engine or several, or the folder of a finished build"
-    )
+    source = "a model, an ONNX folder, an engine or several, or the folder of a finished build"
+    flags.text(parser, "source", "DIR", source)
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
     flags.text(parser, "--out", "DIR", "where the bundle goes", required=True)
     parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
-    flags.switch(parser, "--triton", "for servers: a Triton model repository, compose file and client, too")
+    parser.add_argument(
+        "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
+    )
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
@@ -44,10 +50,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
-    from slimdiff.errors import InputError, require
-    from slimdiff.storage import manifest
-
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
@@ -55,40 +57,31 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
     require("onnx", "onnx")
-    if args.archive == "tar.zst":
+    if args.archive:
         require("zstandard", "bundle")
     if args.triton:
         require("tritonclient", "triton")
 
-    from deploy.cli.console import calm_libraries, log, result
-
     calm_libraries()
     from deploy.bundle.archive import SUFFIX, pack
-    from deploy.bundle.contents import Wanted, choose, write_bundle
-    from deploy.bundle.sources import open_source
+    from deploy.bundle.contents import choose, write_bundle
+    from deploy.bundle.sources import Selection, open_source
 
-    source = open_source(args.source, args.pipeline, shapes, args.precision)
-    wanted = Wanted(shapes, args.precision, args.capability, args.runtime)
-    taken, left = choose(source, args.target, wanted)
+    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime)
+    source = open_source(args.source, args.pipeline, selection)
+    taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
     if left:
         log.info("bundle: left out are %s", ", ".join(c.name for c in left))
     with artifact_folder(out) as temporary:
-        description = write_bundle(
-            source,
-            temporary,
-            args.target,
-            wanted,
-            more=[_write_triton] if args.triton else [],
-        )
+        description = write_bundle(source, taken, temporary, selection, triton=args.triton)
         files = manifest.read_manifest(temporary)["files"]
-    archive = None
-    if args.archive:
-        archive = out.parent / f"{out.resolve().name}{SUFFIX}"
+    archive = out.parent / f"{out.resolve().name}{SUFFIX}" if args.archive else None
+    if archive:
         pack(out, archive)
     value = {
         "out": str(out),
-        "archive": None if archive is None else str(archive),
+        "archive": archive and str(archive),
         "triton": "triton" if args.triton else None,
         "source": source.kind,
         **description.model_dump(),
@@ -99,18 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return result(args, value, _text(value, description))
 
 
-def _write_triton(folder: Path) -> None:
-    """A Triton repository of the bundle's own pipeline, in a folder of the bundle."""
-    from deploy.bundle.description import TRITON
-    from deploy.triton import write_repository
-
-    write_repository(folder, folder / TRITON)
-
-
 def _shape(spec: str) -> tuple[int, int, int]:
-    from exporters.settings import parse_sizes
-    from slimdiff.errors import InputError
-
     sizes = parse_sizes(spec)
     if sizes is None or len(sizes) != 3 or 0 in sizes:
         raise InputError(f"--shape is samples, height and width in pixels, such as 2x512x512, not {spec!r}")
@@ -119,8 +101,6 @@ def _shape(spec: str) -> tuple[int, int, int]:
 
 
 def _text(value: dict[str, Any], description: Any) -> str:
-    from deploy.artifacts.numbers import size
-
     lines = [f"{value['out']}: {value['target']}, {value['files']} files, {size(value['bytes'])}"]
     lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
     lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.artifacts.numbers import size
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_file, check_writable
+from deploy.recipe.prompts import described
+from slimdiff.errors import InputError
 from slimdiff.settings import CalibrationSettings
+from slimdiff.storage.lock import locked, remove_empty
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
-
     from slimdiff import Statistics
 
 DESCRIPTION = """Watch a model make images of the calibration prompts and keep the moments of its inner activations.
@@ -32,20 +38,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     merged = "statistics of the same model to add: other prompts, seeds"
     flags.text(parser, "--merge", "FILE", merged, nargs="+", default=[])
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
-    flags.switch(parser, "--sensitivities", measured)
+    parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 
 def run(args: argparse.Namespace) -> int:
-    import shutil
-    from contextlib import ExitStack
-
-    from deploy.cli.outputs import check_file, check_writable
-    from deploy.recipe.prompts import calibration_prompts, default_source
-    from slimdiff.errors import InputError
-    from slimdiff.loading.naming import find_model
-
     out = Path(args.out)
     if args.model is None and not args.merge:
         raise InputError("name a MODEL to calibrate, or statistics to --merge")
@@ -53,13 +51,8 @@ def run(args: argparse.Namespace) -> int:
     for name in args.merge:
         check_file(name, "--merge")
     calibration = flags.read_calibration(args)
-    source, prompts = "", []
-    if args.model is not None:
-        find_model(args.model)
-        source = args.prompts or default_source(args.model)
-        prompts = calibration_prompts(source, calibration.samples)
+    source, prompts = flags.read_prompts(args, calibration.samples) if args.model is not None else ("", [])
 
-    from slimdiff.calibration import distributed
     from slimdiff.statistics import Statistics, read_metadata
 
     if out.exists():
@@ -71,49 +64,31 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     if args.model is None:
         return _write(out, others, args, started)
-    with ExitStack() as until_written:
-        unfinished = out.absolute().parent / f".{out.name}.unfinished"
-        statistics = _calibrate(args, calibration, source, prompts, unfinished, until_written)
-        if distributed.world()[0] > 0:
-            return 0
-        code = _write(out, [statistics, *others], args, started)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return code
-
-
-def _calibrate(
-    args: argparse.Namespace,
-    calibration: CalibrationSettings,
-    source: str,
-    prompts: list[str],
-    unfinished: Path,
-    until_written: ExitStack,
-) -> Statistics:
-    from deploy.cli.console import calm_libraries, log
-    from deploy.recipe.prompts import described
-    from slimdiff.storage.lock import locked, remove_empty
 
     calm_libraries()
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
 
     pipeline = load_pipeline(args.model)
-    if distributed.world()[0] == 0:
-        until_written.enter_context(locked(unfinished, "calibration", Path(args.out), stays=False))
-        until_written.callback(remove_empty, unfinished)
-    log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), calibration.sampling.steps)
-    work = Compressor(pipeline, prompts, calibration, unfinished=unfinished)
-    statistics = work.statistics
-    if args.sensitivities:
-        work.measure()
-    distributed.agree(None, None)  # until every process has what it needs of the others
-    return statistics
+    first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
+    with ExitStack() as until_written:
+        if first:
+            until_written.enter_context(locked(unfinished, "calibration", out, stays=False))
+            until_written.callback(remove_empty, unfinished)
+        log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), calibration.sampling.steps)
+        work = Compressor(pipeline, prompts, calibration, unfinished=unfinished)
+        statistics = work.statistics
+        if args.sensitivities:
+            work.measure()
+        distributed.agree(None, None)  # until every process has what it needs of the others
+        if not first:
+            return 0
+        code = _write(out, [statistics, *others], args, started)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return code
 
 
 def _write(out: Path, parts: list[Statistics], args: argparse.Namespace, started: float) -> int:
-    from deploy.artifacts.numbers import size
-    from deploy.cli.console import log, result
-
     merged = parts[0].merge(*parts[1:]) if len(parts) > 1 else parts[0]
     merged.save(out)
     log.info("calibrate: written to %s", out)

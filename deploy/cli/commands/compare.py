@@ -7,6 +7,9 @@ from functools import partial
 from typing import Any
 
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, result
+from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
+from slimdiff.loading.naming import find_model
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Hold a slim model against the dense one on the dense model's trajectories, and their images of the
@@ -27,16 +30,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
-    flags.add_one(parser, Sampling, "steps", default=25)
+    flags.add(parser, Sampling, "steps", default=25)
     flags.add(parser, Sampling, "guidance", "batch")
-    flags.add_one(parser, Sampling, "seed", default=10_000)
+    flags.add(parser, Sampling, "seed", default=10_000)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, result
-    from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
-    from slimdiff.loading.naming import find_model
-
     for model in (args.dense, args.slim):
         find_model(model)
     sampling = flags.read(args, Sampling)

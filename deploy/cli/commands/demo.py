@@ -6,6 +6,7 @@ import argparse
 
 from deploy.cli import flags
 from deploy.cli.commands.build import FORCE, run_recipe
+from deploy.recipe.recipe import DEMO
 
 DESCRIPTION = """Slim, export, check, compare and time the embedded model on this CPU, and write a report. A second
 run does only what is not done yet."""
@@ -19,6 +20,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.recipe.recipe import DEMO
-
     return run_recipe(DEMO, args)

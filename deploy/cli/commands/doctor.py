@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import platform
 from pathlib import Path
 from typing import Any
 
+from deploy.cli.console import calm_libraries, log, result
 from exporters.registry import installable
+from slimdiff.storage import manifest
 
 DESCRIPTION = """Say which runtimes, devices and versions are here, what each missing one would need, and which folder
 each package is imported from."""
@@ -38,12 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, log, result
-
     log.info("doctor: looking at what is installed")
     calm_libraries()
     from deploy.artifacts.figures import machine
-    from slimdiff.storage import manifest
 
     here = machine()
     value = {
@@ -57,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     return result(args, value, _text(value))
 
 
-def _folder(package: str) -> str | None:
-    """Where a package is imported from; None if it is not here."""
+def _folder(module: str) -> str | None:
+    """Where a module is imported from; None if it is not here."""
     try:
-        spec = importlib.util.find_spec(package)
-    except ValueError:  # a module in sys.modules that has none
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a parent package that is not there; a module in sys.modules without a spec
         return None
     if spec is None:
         return None
@@ -69,10 +67,10 @@ def _folder(package: str) -> str | None:
 
 
 def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str) -> dict[str, Any]:
-    here = _found(module)
-    runtime: dict[str, Any] = {"name": name, "installed": here, "version": _version(distributions) if here else None}
-    if not here:
-        return {**runtime, "needs": needs}
+    if _folder(module) is None:
+        return {"name": name, "installed": False, "version": None, "needs": needs}
+    version = next(iter(manifest.versions(distributions).values()), None)
+    runtime: dict[str, Any] = {"name": name, "installed": True, "version": version}
     if module == "onnxruntime":
         import onnxruntime
 
@@ -98,22 +96,6 @@ def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str)
     return runtime
 
 
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # a parent package that is not there
-        return False
-
-
-def _version(distributions: tuple[str, ...]) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def _text(value: dict[str, Any]) -> str:
     machine = value["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
@@ -123,13 +105,13 @@ def _text(value: dict[str, Any]) -> str:
         "",
     ]
     for runtime in value["runtimes"]:
-        state = f"{runtime['version'] or 'version unknown'}" if runtime["installed"] else "missing"
         details = [*runtime.get("providers", []), *runtime.get("devices", [])]
         if "cpu_default" in runtime:
             details.append(f"computes in {runtime['cpu_default']} by default")
-        extra = f" ({', '.join(details)})" if details else ""
-        needs = f"; needs {runtime['needs']}" if runtime["installed"] and "needs" in runtime else ""
-        remedy = f": {runtime['needs']}" if not runtime["installed"] else ""
-        lines.append(f"{runtime['name']:20} {state}{extra}{needs}{remedy}")
+        state = runtime["version"] or "version unknown" if runtime["installed"] else "missing"
+        state += f" ({', '.join(details)})" if details else ""
+        if "needs" in runtime:
+            state += f"; needs {runtime['needs']}" if runtime["installed"] else f": {runtime['needs']}"
+        lines.append(f"{runtime['name']:20} {state}")
     lines += ["", "imported from", *(f"{name:20} {folder}" for name, folder in value["imported_from"].items())]
     return "\n".join(lines)

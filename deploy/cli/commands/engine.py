@@ -42,18 +42,17 @@ ENDS = ("min", "opt", "max")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "onnx", "DIR", "what `slimdiff export` wrote, or a folder with model.onnx")
     flags.text(parser, "--out", "DIR", "where the engine goes", required=True)
-    # Not --pipeline: in other commands that names a model.
     whole = "text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's"
-    flags.switch(parser, "--whole", whole)
+    parser.add_argument("--whole", action="store_true", help=whole)  # --pipeline names a model in other commands
     flags.add(parser, EngineSettings, "backend")
-    flags.add_one(parser, EngineSettings, "targets", "--target", action="append", metavar="SM")
+    flags.add(parser, EngineSettings, "targets", flag="--target", action="append", metavar="SM")
     shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
     flags.several(shapes, "--batch", "N", "of an engine", type=int)
     flags.several(shapes, "--shapes", "SPEC", "of an engine, as in sample:2x4x64x64")
     for end in ENDS:
         flags.several(shapes, f"--{end}-shapes", "SPEC", "of an engine's optimisation profile")
     flags.add(parser, EngineSettings, "workspace_gib", "tf32")
-    flags.switch(parser, "--ignore-memory", "build though memory seems too small")
+    parser.add_argument("--ignore-memory", action="store_true", help="build though memory seems too small")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
 
+    from deploy.artifacts.files import copy_licenses
     from exporters.engine import request_engine
-    from exporters.engine.pipeline import request_pipeline
+    from exporters.engine.pipeline import finish_pipeline, request_pipeline
 
     if args.whole:
         requests = request_pipeline(source, settings[""], plan=plan)
@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     with locked(out, kind.replace("-", " "), stays=False):
         engines = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
         if args.whole:
-            _finish_pipeline(source, out, engines)
+            copy_licenses(source, out)
+            finish_pipeline(source, out, {engine["name"]: engine for engine in engines})
         else:
             _describe_set(out, engines)
     return result(args, {"out": str(out), "engines": engines}, "\n".join(map(_text, engines)))
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
     """Per engine, by the name of its folder (empty if there is one engine), how it is built."""
     ends = {end: [_shapes(spec) for spec in getattr(args, f"{end}_shapes")] for end in ENDS}
-    if len({len(given) for given in ends.values()}) > 1:
+    if len(set(map(len, ends.values()))) > 1:
         raise InputError("a profile has --min-shapes, --opt-shapes and --max-shapes: give as many of each")
     profiles = [dict(zip(ends, shapes, strict=True)) for shapes in zip(*ends.values(), strict=True)]
     ways: list[tuple[str, dict[str, Any]]] = [(f"batch-{n}", {"batch": n}) for n in args.batch]
@@ -112,13 +113,10 @@ def _settings(args: argparse.Namespace) -> dict[str, EngineSettings]:
 
 def _shapes(spec: str) -> dict[str, str]:
     """`sample:2x4x64x64,text:2x77x768`, as trtexec takes it."""
-    found = {}
-    for part in spec.split(","):
-        name, colon, shape = part.strip().rpartition(":")
-        if not colon or not name:
-            raise InputError(f"shapes are written like sample:2x4x64x64, with commas between inputs, not {spec!r}")
-        found[name] = shape
-    return found
+    parts = [part.strip().rpartition(":") for part in spec.split(",")]
+    if not all(name for name, _, _ in parts):
+        raise InputError(f"shapes are written like sample:2x4x64x64, with commas between inputs, not {spec!r}")
+    return {name: shape for name, _, shape in parts}
 
 
 def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
@@ -159,14 +157,6 @@ def _describe_set(out: Path, engines: list[dict[str, Any]]) -> None:
     if (out / manifest.MANIFEST).is_file():  # engines from before, for other shapes, stay in the set
         keys = {**manifest.read_manifest(out)["made_from"].get("engines", {}), **keys}
     manifest.write_manifest(out, "engines", {"engines": keys}, {"backend": engines[0]["backend"]})
-
-
-def _finish_pipeline(source: Path, out: Path, engines: list[dict[str, Any]]) -> None:
-    from deploy.artifacts.files import copy_licenses
-    from exporters.engine.pipeline import finish_pipeline
-
-    copy_licenses(source, out)
-    finish_pipeline(source, out, {engine["name"]: engine for engine in engines})
 
 
 def _text(value: dict[str, Any]) -> str:

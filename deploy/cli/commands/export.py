@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deploy.artifacts.numbers import size
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
+from slimdiff.errors import InputError, require
+from slimdiff.loading.naming import find_model
 from slimdiff.settings import Sampling
+from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
 EXAMPLE = """examples:
@@ -20,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", flags.MODEL)
     flags.text(parser, "--out", "DIR", "where the ONNX folder goes", required=True)
     flags.add(parser, ExportSettings, "precision")
-    flags.add_one(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
+    flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
     flags.whole(parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
@@ -28,11 +34,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.outputs import artifact_folder, check_artifact
-    from slimdiff.errors import InputError, require
-    from slimdiff.loading.naming import find_model
-    from slimdiff.storage import manifest
-
     out = Path(args.out)
     check_artifact(out)
     open_dims = args.dynamic.split(",") if args.dynamic else []
@@ -43,9 +44,6 @@ def run(args: argparse.Namespace) -> int:
     find_model(args.model)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
-
-    from deploy.artifacts.numbers import size
-    from deploy.cli.console import calm_libraries, log, result
 
     calm_libraries()
     from deploy.artifacts.files import copy_licenses
@@ -62,11 +60,8 @@ def run(args: argparse.Namespace) -> int:
         files = export_pipeline(pipeline, temporary, settings, call=call)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
-        about = {
-            "precision": settings.precision,
-            "dynamic": args.dynamic,
-            "fp32_islands": fp32_islands(temporary / "unet" / "model.onnx"),
-        }
+        islands = fp32_islands(temporary / "unet" / "model.onnx")
+        about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         manifest.write_manifest(temporary, "onnx", {"model": model_hash(args.model), **settings.model_dump()}, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))

@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_runnable, check_writable
 from exporters.settings import RUNTIMES
+from slimdiff.errors import InputError
 from slimdiff.settings import Sampling
+from slimdiff.storage import manifest
 
 DESCRIPTION = "Make one image. The same seed gives the same starting noise, whatever the artifact."
 EXAMPLE = """examples:
@@ -28,11 +32,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, log, result
-    from deploy.cli.outputs import check_runnable, check_writable
-    from slimdiff.errors import InputError
-    from slimdiff.storage import manifest
-
     out = Path(args.out)
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {out}: name a file that ends in .png")

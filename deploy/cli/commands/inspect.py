@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.kinds import kind_of
 from deploy.cli import flags
+from deploy.cli.console import SHOWN, calm_libraries, log, result
+from slimdiff.errors import InputError
 
 DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes,
 provenance. What has a manifest is checked against it first."""
@@ -19,12 +23,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from deploy.artifacts.kinds import kind_of
-    from deploy.cli.console import calm_libraries, log, result
-    from slimdiff.errors import InputError
-
     if args.artifact != "demo" and not Path(args.artifact).exists():
         raise InputError(f"{args.artifact}: there is no such file or folder")
     kind = kind_of(args.artifact)
@@ -37,21 +35,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.artifacts.numbers import amount, size
-
-    show = {"parameters": amount, "macs": amount, "bytes": size}
     lines = [f"{value['artifact']}: {value['kind']}"]
     for name, entry in value.items():
         if name in ("artifact", "kind", "sites", "left_dense", "provenance") or entry is None:
             continue
         if isinstance(entry, list) and entry and all(isinstance(item, dict) for item in entry):
             lines += [f"{name}:", *(f"  {_plain(item)}" for item in entry)]
-            continue
-        lines.append(
-            f"{name:14} {show[name](entry) if name in show and isinstance(entry, int | float) else _plain(entry)}"
-        )
-    sites = value.get("sites") or []
-    if sites:
+        else:
+            lines.append(f"{name:14} {SHOWN.get(name, _plain)(entry)}")
+    if sites := value.get("sites"):
         width = max(len(site["site"]) for site in sites)
         lines += ["", f"{'site':{width}}  dims"]
         lines += [f"{site['site']:{width}}  {site['dims']}" for site in sites]

@@ -7,6 +7,12 @@ import time
 from pathlib import Path
 
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_writable
+from deploy.recipe.prompts import all_prompts
+from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_model
+from slimdiff.storage import manifest
 
 DESCRIPTION = """Select prompts out of a large file so that their embeddings, by the model's own text encoders, have
 the moments of all of it. The same input gives the same output, in the order of the file."""
@@ -24,12 +30,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, log, result
-    from deploy.cli.outputs import check_writable
-    from deploy.recipe.prompts import all_prompts
-    from slimdiff.errors import InputError
-    from slimdiff.loading.naming import find_model
-
     out = Path(args.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a text file")
@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
     from slimdiff.loading.pipelines import load_pipeline
     from slimdiff.prompts.selection import embed, moment_error, select
-    from slimdiff.storage import manifest
 
     start = time.perf_counter()
     pipeline = load_pipeline(args.model, without=("unet", "transformer", "vae"))
@@ -56,13 +55,7 @@ def run(args: argparse.Namespace) -> int:
         temporary.write_text("".join(f"{prompts[i]}\n" for i in chosen), encoding="utf-8")
     error = {"selected": moment_error(embeddings, chosen), "random": moment_error(embeddings, by_chance)}
     seconds = round(time.perf_counter() - start, 3)
-    value = {
-        "out": str(out),
-        "selected": len(chosen),
-        "of": len(prompts),
-        "moment_error": error,
-        "seconds": seconds,
-    }
+    value = {"out": str(out), "selected": len(chosen), "of": len(prompts), "moment_error": error, "seconds": seconds}
     text = (
         f"{out}: {len(chosen)} of {len(prompts)} prompts in {seconds:.1f} s\n"
         f"their embeddings' moments are off by {error['selected']:.1%} (a random pick's by {error['random']:.1%})"

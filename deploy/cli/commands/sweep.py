@@ -6,9 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.numbers import amount
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, result
+from deploy.cli.outputs import check_folder
 from deploy.recipe.recipe import POINTS, Recipe, SweepStage, point_budget
 from exporters.settings import BenchSettings, TableSettings
+from slimdiff.errors import InputError
+from slimdiff.storage.manifest import LOCK
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
 images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
@@ -34,16 +39,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, result
-    from deploy.cli.outputs import check_folder
-    from deploy.recipe.prompts import calibration_prompts, default_source
-    from slimdiff.errors import InputError
-    from slimdiff.loading.naming import find_model
-    from slimdiff.storage.manifest import LOCK
-
     out = Path(args.out)
     check_folder(out, LOCK, "sweep.json")
-    find_model(args.model)
     calibration = flags.read_calibration(args)
     table = flags.read(args, TableSettings)
     bench = flags.read(args, BenchSettings, **({"threads": table.threads} if table.threads else {}))
@@ -52,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for point in points:
         point_budget(args.by, point)
-    source = args.prompts or default_source(args.model)
-    calibration_prompts(source, 1)  # whether there are any
+    flags.read_prompts(args, 1)  # whether there are any
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -68,11 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(value: dict[str, Any]) -> str:
-    from deploy.artifacts.numbers import amount
-
+    predicted = value["by"] == "speedup"  # else there is no table of latencies
     lines = [f"{'budget':>10}{'parameters':>13}{'MACs':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
-    if value["by"] == "speedup":
-        lines[0] += f"{'predicted':>12}"
+    lines[0] += f"{'predicted':>12}" * predicted
     for point in value["points"]:
         psnr = point["images"]["psnr_db"] if point["images"] else None
         lines.append(
@@ -80,7 +74,7 @@ def _text(value: dict[str, Any]) -> str:
             f"{point['speedup']['median']:>9.3f}x{point['noise_error']:>14.3g}"
             + (f"{psnr:>7.1f} dB" if psnr is not None else f"{'-':>10}")
         )
-        if value["by"] == "speedup":  # else there is no table of latencies
+        if predicted:
             latency = point["predicted"]["latency_ms"]
             lines[-1] += f"{latency['dense'] / latency['slim']:>11.3f}x"
     return "\n".join([*lines, f"{value['runtime']} on {value['machine']}", f"{value['out']}/sweep.html"])

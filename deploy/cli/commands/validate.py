@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.artifacts.kinds import graph_of
 from deploy.cli import flags
+from deploy.cli.console import calm_libraries, log, result
+from deploy.cli.outputs import check_runnable
 from exporters.settings import RUNTIMES
+from slimdiff.errors import InputError, require
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
@@ -29,20 +33,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
     flags.text(parser, "--prompt", "TEXT", "of the trajectory (default: 'a photo')", default="a photo")
-    flags.switch(parser, "--every-module", "also hold every module in the graph against the model's own")
-    flags.switch(parser, "--no-image", "leave out the image, which takes a trajectory of each")
+    parser.add_argument(
+        "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
+    )
+    parser.add_argument("--no-image", action="store_true", help="leave out the image, which takes a trajectory of each")
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy.cli.console import calm_libraries, log, result
-    from deploy.cli.outputs import check_runnable
-    from slimdiff.errors import InputError, require
-
     asked = flags.read(args, Sampling, batch=1)
     check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
-    from deploy.artifacts.kinds import graph_of
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
     from exporters.validation.graph import check_graph
@@ -89,19 +90,18 @@ def _text(value: dict[str, Any], precision: str) -> str:
         f"{'ok  ' if c['passed'] else 'FAIL'} {c['tensor']} {c['metric']} {c['value']} (bound {c['bound']})"
         for c in value["checks"]
     ]
-    verdict = "the same" if value["passed"] else f"they differ, first at {value['first_diverging']}"
-    lines.append(f"{verdict}, within the bounds of {precision}" if value["passed"] else verdict)
-    found = value["divergence"] or {}
-    if found.get("kind") == "own error":
-        if found["relative_l2"] is None:
-            size = found["problem"] or f"{found['not_finite']} values are not finite"
-        else:
-            size = f"relative L2 {found['relative_l2']:.3g}, bound {found['bound']:g}"
-        lines.append(f"given the model's own inputs, {found['module']} goes wrong at node {found['node']}: {size}")
-    elif found.get("kind") == "not finite":
-        lines.append(f"{found['not_finite']} values of node {found['node']} are not finite: {found['advice']}")
-    elif found.get("kind") == "accumulated":
-        largest = found["largest"]
+    same = f"the same, within the bounds of {precision}"
+    lines.append(same if value["passed"] else f"they differ, first at {value['first_diverging']}")
+    place = value["divergence"] or {"kind": None}
+    if place["kind"] == "own error":
+        size = place["problem"] or f"{place['not_finite']} values are not finite"
+        if place["relative_l2"] is not None:
+            size = f"relative L2 {place['relative_l2']:.3g}, bound {place['bound']:g}"
+        lines.append(f"given the model's own inputs, {place['module']} goes wrong at node {place['node']}: {size}")
+    elif place["kind"] == "not finite":
+        lines.append(f"{place['not_finite']} values of node {place['node']} are not finite: {place['advice']}")
+    elif place["kind"] == "accumulated":
+        largest = place["largest"]
         lines.append(
             "every module is right within its bound, the errors add up; the largest is "
             f"{largest['tensor']}'s, relative L2 {largest['relative_l2']:.3g}"

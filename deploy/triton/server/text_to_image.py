@@ -21,7 +21,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 Infer = Callable[[str, dict[str, np.ndarray], list[str]], dict[str, np.ndarray]]
-"""Model's name, its inputs, names of the wanted outputs -> those outputs."""
+"""Model's name, its inputs, names of outputs -> those outputs."""
 
 COMPONENTS = "components.json"
 """By model: `batch` (of its graph; null where it is open), `inputs` and `outputs`, both name -> `dtype`, `shape`."""
@@ -132,10 +132,13 @@ class TextToImage:
 class _Remote(nn.Module):
     """A model that answers through `infer`, in the place of a pipeline's own."""
 
-    def __init__(self, name: str, graph: dict[str, Any], config: Any, infer: Infer, dtype_of: str):
+    dtype_of: str
+    """Tensor whose dtype is the model's."""
+
+    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
         super().__init__()
-        self.name, self.graph, self.config, self.infer = name, graph, config, infer
-        self.dtype = getattr(torch, (graph["inputs"] | graph["outputs"])[dtype_of]["dtype"])
+        self.name, self.graph, self.config, self.infer = name, graph, FrozenDict(config), infer
+        self.dtype = getattr(torch, (graph["inputs"] | graph["outputs"])[self.dtype_of]["dtype"])
         self.device = torch.device("cpu")
 
     def ask(self, outputs: list[str], **given: Tensor) -> list[Tensor]:
@@ -164,23 +167,24 @@ class _Encoded(NamedTuple):
 class _TextEncoder(_Remote):
     """CLIP, with or without projection."""
 
-    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
-        super().__init__(name, graph, FrozenDict(config), infer, "last_hidden_state")
-        self.first = "text_embeds" if "text_embeds" in graph["outputs"] else "last_hidden_state"
+    dtype_of = "last_hidden_state"
 
     def forward(self, input_ids: Tensor, attention_mask: None = None, output_hidden_states: bool = False) -> _Encoded:
+        first = "text_embeds" if "text_embeds" in self.graph["outputs"] else "last_hidden_state"
         if not output_hidden_states:
-            return _Encoded(self.ask([self.first], input_ids=input_ids)[0], None)
+            return _Encoded(self.ask([first], input_ids=input_ids)[0], None)
         # Of these, SDXL reads the one before the last alone.
         layer = f"hidden_states.{self.config['num_hidden_layers'] - 1}"
-        names = list(dict.fromkeys([self.first, layer, "last_hidden_state"]))
-        found = dict(zip(names, self.ask(names, input_ids=input_ids), strict=True))
-        return _Encoded(found[self.first], (found[layer], found["last_hidden_state"]))
+        names = list(dict.fromkeys([first, layer, "last_hidden_state"]))
+        answers = dict(zip(names, self.ask(names, input_ids=input_ids), strict=True))
+        return _Encoded(answers[first], (answers[layer], answers["last_hidden_state"]))
 
 
 class _UNet(_Remote):
+    dtype_of = "sample"
+
     def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
-        super().__init__(name, graph, FrozenDict(config), infer, "sample")
+        super().__init__(name, graph, config, infer)
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
@@ -205,8 +209,7 @@ class _UNet(_Remote):
 
 
 class _VAE(_Remote):
-    def __init__(self, name: str, graph: dict[str, Any], config: dict[str, Any], infer: Infer):
-        super().__init__(name, graph, FrozenDict(config), infer, "latent_sample")
+    dtype_of = "latent_sample"
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> tuple[Tensor]:
         return (self.ask(["sample"], latent_sample=z)[0],)

@@ -16,7 +16,8 @@ from command_line import call, refused
 from PIL import Image
 
 import deploy
-from deploy.bundle.description import is_bundle, read_bundle
+from deploy.artifacts.kinds import kind_of
+from deploy.bundle.description import read_bundle
 from deploy.cli.app import main
 from exporters.engine.check import read_engine
 from exporters.validation.parity import image_psnr
@@ -157,7 +158,7 @@ def test_several_engines_are_told_apart(engine, tmp_path, capsys):
 
 def test_a_builds_bundle_is_its_slim_model(built, tmp_path, capsys):
     value = call(["bundle", built, "--target", "edge", "--out", tmp_path / "edge"], capsys)
-    assert value["source"] == "build" and is_bundle(tmp_path / "edge")
+    assert value["source"] == "build" and kind_of(str(tmp_path / "edge")) == "bundle"
     assert manifests.read_manifest(tmp_path / "edge")["made_from"]["build"] == manifests.sha256_of(built / "build.json")
     config = json.loads((tmp_path / "edge" / "unet" / "config.json").read_text())
     assert "slim_plan" not in config
