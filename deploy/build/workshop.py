@@ -16,7 +16,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
-from deploy.recipe.recipe import Recipe, point_budget
+from deploy.recipe.recipe import Recipe, parse_budget
 from exporters.graphs.pipeline import example_call
 from exporters.registry import runtime_of
 from slimdiff import Budget, Compressor, Plan, Statistics
@@ -102,7 +102,7 @@ class Workshop:
     def budgets(self) -> list[Budget]:
         """The recipe's, and those of its sweep's points."""
         sweep = self.recipe.sweep
-        points = [point_budget(sweep.by, text) for text in sweep.budgets()] if sweep else []
+        points = [parse_budget(sweep.by, text) for text in sweep.budgets()] if sweep else []
         return [self.recipe.budget.budget(), *points]
 
     def refuse_impossible(self) -> None:

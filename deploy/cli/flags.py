@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from deploy.recipe.recipe import parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
@@ -152,17 +153,9 @@ def read_budget(args: argparse.Namespace) -> Budget | None:
 def _budget(kind: BudgetKind) -> Callable[[str], Budget]:
     def convert(text: str) -> Budget:
         try:
-            budget = Budget(**{kind.name: text})
-        except (InputError, ValidationError) as error:
+            return parse_budget(kind.name, text)
+        except InputError as error:
             raise argparse.ArgumentTypeError(_reason(error)) from error
-        try:
-            if kind.removed is not None:
-                budget.removed(10**15)  # how much of the model it is shows when that is there
-        except InputError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must lie between nothing and all: write a count such as 100M, or a share such as 25%"
-            ) from None
-        return budget
 
     return convert
 

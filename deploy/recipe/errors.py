@@ -26,6 +26,8 @@ def _fault(loc: tuple[int | str, ...], kind: str, message: str, value: Any, mode
         return f"{_section(loc[:-1])}unknown key {str(loc[-1])!r}{nearest(str(loc[-1]), names)}"
     if kind == "missing":
         return f"{_section(loc[:-1])}the key {str(loc[-1])!r} is missing"
+    if kind == "refused":  # it says itself what was there
+        return f"{place}: {message}"
     fault = message.removeprefix("Value error, ")
     fault = fault[:1].lower() + fault[1:]
     return f"{place or 'the recipe'}: {fault}, got {_short(value)}"

@@ -16,7 +16,7 @@ def run(shop: Workshop, folder: Path) -> None:
     budget = recipe.budget.budget()
     shop.refuse_impossible()
     latency = None
-    if budget.kind == "speedup":
+    if _by_latency(shop):
         from exporters.latency.table import measure_latency
         from exporters.settings import TableSettings
 
@@ -29,9 +29,13 @@ def run(shop: Workshop, folder: Path) -> None:
     plan.save(folder / Path(build_folder.PLAN).name)
 
 
+def _by_latency(shop: Workshop) -> bool:
+    return shop.recipe.budget.budget().kind == "speedup"
+
+
 def _inputs(shop: Workshop) -> dict[str, str]:
     inputs = shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)}
-    if shop.recipe.budget.speedup is not None:
+    if _by_latency(shop):
         inputs |= shop.exporting | shop.machine | shop.captions_hash
     return inputs
 
@@ -43,5 +47,5 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.budget.model_dump() | shop.recipe.plan.model_dump(),
     inputs=_inputs,
     kind="plan",
-    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if shop.recipe.budget.speedup is not None else (),
+    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if _by_latency(shop) else (),
 )

@@ -17,7 +17,7 @@ from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, write_result
 from deploy.recipe.prompts import comparison_prompts
-from deploy.recipe.recipe import Recipe, SweepStage, point_budget
+from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
 from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
@@ -93,7 +93,7 @@ def captions(shop: Workshop) -> list[str]:
 def _measure_point(work: Sweep, text: str, folder: Path) -> None:
     """Plan, slim and measure the model of one budget."""
     work.shop.refuse_impossible()
-    plan = work.compressor.plan(point_budget(work.settings.by, text), work.latency)
+    plan = work.compressor.plan(parse_budget(work.settings.by, text), work.latency)
     dense = denoiser_of(work.pipeline)
     slim = work.compressor.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)

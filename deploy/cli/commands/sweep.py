@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import flags
-from deploy.recipe.recipe import POINTS, Recipe, SweepStage, point_budget
+from deploy.recipe.recipe import POINTS, Recipe, SweepStage, parse_budget
 from exporters.settings import BenchSettings, TableSettings
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not points:
         raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for point in points:
-        point_budget(args.by, point)
+        parse_budget(args.by, point)
     source = args.prompts or default_source(args.model)
     calibration_prompts(source, 1)  # whether there are any
     planning = flags.read_planning(args)
