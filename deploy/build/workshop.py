@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -171,11 +170,6 @@ class Workshop:
         return {"model": model_hash(self.recipe.model), "prompts": manifest.fingerprint(self.prompts)}
 
 
-def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
-    """Write a stage's JSON into its folder."""
-    manifest.write_json(folder / Path(build_folder.result_file(stage)).name, build_folder.strict(value))
-
-
 def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:
     """The module of a runtime, with the extra that installs it; none for torch."""
     row = runtime_of(runtime)
@@ -184,13 +178,7 @@ def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:
 
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Versions of distributions, `none` for those that are not installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    return dict.fromkeys(names, "none") | manifest.versions(names)
 
 
 def spread(calls: Sequence[Call], count: int) -> list[Call]:

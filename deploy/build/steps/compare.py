@@ -7,13 +7,13 @@ from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
 
 
-def run(shop: Workshop, folder: Path) -> None:
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     from exporters.runtimes.unet import UNet
 
     settings = shop.recipe.compare
@@ -37,18 +37,14 @@ def run(shop: Workshop, folder: Path) -> None:
             picture[name] = f"{build_folder.IMAGES}/{i:02d}-{name}.png"
         pictures.append(picture)
     scores = quality(images["dense"], images["slim"], settings.captions_seed) if shop.has_evaluator else {}
-    write_result(
-        folder,
-        "compare",
-        {
-            "noise_error": noise,
-            "images": image_fidelity(images["dense"], images["slim"]),
-            "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
-            "quality": scores,
-            "sampling": settings.sampling.model_dump(),
-            "pictures": pictures,
-        },
-    )
+    return {
+        "noise_error": noise,
+        "images": image_fidelity(images["dense"], images["slim"]),
+        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
+        "quality": scores,
+        "sampling": settings.sampling.model_dump(),
+        "pictures": pictures,
+    }
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:

@@ -8,18 +8,16 @@ from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, versions, write_result
-from slimdiff.storage import manifest
+from deploy.build.workshop import Workshop, versions
 
 log = logging.getLogger("slimdiff")
 
 
-def run(shop: Workshop, folder: Path) -> None:
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     reason = _why_none(shop)
     if reason is not None:
         log.info("engine: skipped, %s", reason)
-        write_result(folder, "engine", {"skipped": reason})
-        return
+        return {"skipped": reason}
     from exporters.engine import request_engine
     from exporters.graphs.export import export_unet
     from exporters.settings import EngineSettings
@@ -35,30 +33,30 @@ def run(shop: Workshop, folder: Path) -> None:
     why = "it was asked for" if "engine" in shop.forced else request.why_build(before)
     if why is None:
         log.info("engine: the one from before is the same")
-        request.reuse(before, folder)
-    else:
-        log.info("engine: built, because %s", why)
-        request.build(folder)
+        return request.reuse(before, folder)
+    log.info("engine: built, because %s", why)
+    return request.build(folder)
 
 
 def _why_none(shop: Workshop) -> str | None:
     """Why there will be no engine; None if there will be one."""
     from exporters.engine import MODULES, available_backend, has_gpu
 
-    stage = shop.recipe.engine
-    if not stage.enabled:
+    settings = shop.recipe.engine
+    if not settings.enabled:
         return "the recipe says so (engine.enabled: false)"
-    if stage.backend == "auto" and available_backend() is not None and not stage.targets and not has_gpu():
-        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
-    if stage.backend == "auto" and available_backend() is None:
+    if settings.backend != "auto":
+        return None
+    if available_backend() is None:
         return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
+    if not settings.targets and not has_gpu():
+        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
     return None
 
 
-def _runs_on(folder: Path) -> dict[str, Any]:
+def _runs_on(report: dict[str, Any]) -> dict[str, Any]:
     from exporters.engine.check import runs_on
 
-    report = manifest.read_json(folder / "engine.json")
     return {} if "skipped" in report else runs_on(report)
 
 

@@ -7,25 +7,22 @@ from pathlib import Path
 from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
 from slimdiff.storage import manifest
 
 
 def run(shop: Workshop, folder: Path) -> None:
-    recipe = shop.recipe
-    budget = recipe.budget.budget()
     shop.refuse_impossible()
-    latency = None
+    recipe, latency = shop.recipe, None
     if _by_latency(shop):
         from exporters.latency.table import measure_latency
         from exporters.settings import TableSettings
 
         table = TableSettings(runtime=recipe.budget.runtime)
         latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
-        write_result(
-            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
-        )
-    plan = shop.measured_compressor().plan(budget, latency)
+        value = {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        manifest.write_json(folder / "latency.json", build_folder.strict(value))
+    plan = shop.measured_compressor().plan(recipe.budget.budget(), latency)
     plan.save(folder / Path(build_folder.PLAN).name)
 
 

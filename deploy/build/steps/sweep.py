@@ -15,7 +15,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
 from deploy.recipe.prompts import comparison_prompts
 from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
@@ -182,7 +182,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         return []
     points = point_stages(recipe.sweep)
 
-    def run(shop: Workshop, folder: Path) -> None:
-        write_result(folder, build_folder.SWEEP, frontier(shop, points))
+    def run(shop: Workshop, _: Path) -> dict[str, Any]:
+        return frontier(shop, points)
 
     return [*points, Stage(build_folder.SWEEP, run, needs=tuple(p.name for p in points), kind="sweep")]
