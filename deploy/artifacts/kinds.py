@@ -39,17 +39,16 @@ def kind_of(name: str) -> str:
     path = Path(name)
     if name == "demo" or not path.exists():
         return "model"
-    kind = _kind_of_file(path) if path.is_file() else _kind_of_folder(path)
+    if path.is_file():
+        kind = _SUFFIXES.get(path.suffix) or ("bundle" if is_archive(path) else None)
+    else:
+        kind = _kind_of_folder(path)
     if kind is None:
         raise InputError(
             f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
             "folder, a bundle, statistics, a plan or a build folder"
         )
     return kind
-
-
-def _kind_of_file(file: Path) -> str | None:
-    return _SUFFIXES.get(file.suffix) or ("bundle" if is_archive(file) else None)
 
 
 def is_archive(path: Path) -> bool:

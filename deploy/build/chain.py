@@ -24,7 +24,6 @@ from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
 from deploy.recipe.recipe import Recipe
-from slimdiff import Budget
 from slimdiff.errors import MissingPackageError, require
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
@@ -105,7 +104,8 @@ def run_sweep(recipe: Recipe, folder: Path) -> dict[str, Any]:
     from deploy.report.page import write_sweep_page
 
     assert recipe.sweep is not None
-    shop = _SweepWorkshop(recipe, folder)
+    shop = Workshop(recipe, folder)
+    shop.budgets = shop.budgets[1:]  # those of the points: a sweep alone has no other
     points = sweep.point_stages(recipe.sweep)
     with locked(folder, "sweep"):
         for _ in run_stages(shop, [calibrate.STAGE, sensitivity.STAGE, *points]):
@@ -117,10 +117,3 @@ def run_sweep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.budgets()}
         manifest.write_manifest(folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value
-
-
-class _SweepWorkshop(Workshop):
-    @property
-    def budgets(self) -> list[Budget]:
-        """Those of the points: a sweep alone has no other."""
-        return super().budgets[1:]

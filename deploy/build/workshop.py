@@ -43,13 +43,10 @@ class Workshop:
     def __init__(self, recipe: Recipe, folder: Path, forced: Collection[str] = ()) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.shared = folder
+        """The folder with what the cells of a matrix have in common: statistics, plan and slim model."""
         self.forced = forced
         """Stages that are done again, whether they are finished or not."""
-
-    @property
-    def shared(self) -> Path:
-        """The folder with what the cells of a matrix have in common: statistics, plan and slim model."""
-        return self.folder
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
@@ -97,7 +94,7 @@ class Workshop:
         captions = (self.captions * self.images)[: self.images]
         return captions, self.recipe.compare.sampling.model_copy(update={"batch": self.images})
 
-    @property
+    @cached_property
     def budgets(self) -> list[Budget]:
         """The recipe's, and those of its sweep's points."""
         sweep = self.recipe.sweep
