@@ -24,6 +24,7 @@ from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
 from deploy.recipe.recipe import Recipe
+from deploy.report.page import write_sweep_page
 from slimdiff.errors import MissingPackageError, require
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
@@ -100,20 +101,17 @@ def run_sweep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         InputError: if a point cannot be met; a speedup that cannot be met shows when its point is planned, and points
             before it are kept.
     """
-    from deploy.build.steps import calibrate, sensitivity, sweep
-    from deploy.report.page import write_sweep_page
-
     assert recipe.sweep is not None
     shop = Workshop(recipe, folder)
     shop.budgets = shop.budgets[1:]  # those of the points: a sweep alone has no other
-    points = sweep.point_stages(recipe.sweep)
+    points = steps.sweep.point_stages(recipe.sweep)
     with locked(folder, "sweep"):
-        for _ in run_stages(shop, [calibrate.STAGE, sensitivity.STAGE, *points]):
+        for _ in run_stages(shop, [steps.calibrate.STAGE, steps.sensitivity.STAGE, *points]):
             pass
-        value = sweep.frontier(shop, points)
+        value = steps.sweep.frontier(shop, points)
         manifest.write_json(folder / "sweep.json", value)
         write_sweep_page(value, folder / "sweep.html")
-        prompts = manifest.fingerprint([shop.prompts_and_more, sweep.captions(shop)])
-        made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.budgets()}
+        prompts = manifest.fingerprint([shop.prompts_and_more, steps.sweep.captions(shop)])
+        made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.texts}
         manifest.write_manifest(folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value

@@ -15,7 +15,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
-from deploy.recipe.recipe import Recipe, parse_budget
+from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
 from exporters.registry import runtime_of
 from slimdiff import Budget, Compressor, Plan, Statistics
@@ -98,8 +98,7 @@ class Workshop:
     def budgets(self) -> list[Budget]:
         """The recipe's, and those of its sweep's points."""
         sweep = self.recipe.sweep
-        points = [parse_budget(sweep.by, text) for text in sweep.budgets()] if sweep else []
-        return [self.recipe.budget.budget(), *points]
+        return [self.recipe.budget.budget(), *(sweep.budgets() if sweep else [])]
 
     def refuse_impossible(self) -> None:
         """Refuse a budget that cannot be met, before the long work.
@@ -117,10 +116,6 @@ class Workshop:
         return {"trajectory": self.recipe.compare.sampling.model_dump()}
 
     @cached_property
-    def statistics(self) -> Statistics:
-        return Statistics.load(self.shared / build_folder.STATISTICS)
-
-    @cached_property
     def plan(self) -> Plan:
         return Plan.load(self.shared / build_folder.PLAN)
 
@@ -128,7 +123,7 @@ class Workshop:
     def compressor(self) -> Compressor:
         """The dense model on its way, with the statistics of the calibrate stage."""
         compressor = self.new_compressor()
-        compressor.statistics = self.statistics
+        compressor.statistics = Statistics.load(self.shared / build_folder.STATISTICS)
         return compressor
 
     def measured_compressor(self) -> Compressor:

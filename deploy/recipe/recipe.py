@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deploy.recipe.errors import explain, nearest
@@ -14,7 +15,7 @@ from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
-from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.errors import InputError
 from slimdiff.settings import BUDGETS, TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
 from slimdiff.settings import Settings as Strict
 
@@ -134,17 +135,21 @@ class SweepStage(Settings):
         return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
-    def _budgets(self) -> SweepStage:
-        for text in self.points:
-            try:
-                parse_budget(self.by, text)
-            except SlimdiffError as error:
-                raise ValueError(str(error)) from None
+    def _readable(self) -> SweepStage:
+        try:
+            self.budgets()
+        except InputError as error:
+            raise ValueError(str(error)) from None
         return self
 
-    def budgets(self) -> list[str]:
-        """The points, as `slimdiff sweep` takes them."""
+    @property
+    def texts(self) -> list[str]:
+        """The points, as they are written."""
         return list(self.points) or POINTS[self.by].split(",")
+
+    def budgets(self) -> list[Budget]:
+        """The points as budgets."""
+        return [parse_budget(self.by, text) for text in self.texts]
 
 
 class ImageShape(Settings):
@@ -157,18 +162,19 @@ class ImageShape(Settings):
     images: int = Field(1, ge=1, le=1024)
     """In one call, in which guidance takes two samples of each."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        """Also of `512x512`, or of `4x512x512` for four images."""
+        if not isinstance(value, str):
+            return value
+        sizes = parse_sizes(value)
+        if sizes is None or len(sizes) not in (2, 3):
+            raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
+        return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
+
     def __str__(self) -> str:
         return f"{self.images}x{self.height}x{self.width}"
-
-
-def _image_shape(value: Any) -> Any:
-    """`512x512`, or `4x512x512` for four images."""
-    if not isinstance(value, str):
-        return value
-    sizes = parse_sizes(value)
-    if sizes is None or len(sizes) not in (2, 3):
-        raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
-    return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
 
 
 class MatrixStage(Settings):
@@ -177,7 +183,7 @@ class MatrixStage(Settings):
     targets: tuple[str, ...] = Field(("onnxruntime",), min_length=1)
     """A runtime for graphs, such as `onnxruntime` or `openvino`, or the compute capability, such as `sm89`, of a GPU
     that TensorRT-RTX builds an engine for."""
-    shapes: tuple[Annotated[ImageShape, BeforeValidator(_image_shape)], ...] = Field(min_length=1)
+    shapes: tuple[ImageShape, ...] = Field(min_length=1)
     """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
     precision: tuple[Literal["fp32", "fp16"], ...] = Field(("fp32",), min_length=1)
     """Of graphs and engines."""
@@ -278,15 +284,8 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     resolved: dict[str, Any] = {}
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
-    if recipe.model != "demo" and (recipe.model.startswith(".") or _exists(folder / recipe.model)):
+    if recipe.model != "demo" and (recipe.model.startswith(".") or os.path.exists(folder / recipe.model)):
         resolved["model"] = str(folder / recipe.model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=resolved)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # no name of a file
-        return False

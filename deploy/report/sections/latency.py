@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deploy.report.plots import Tick, linear_scale
 from deploy.report.sections.gates import gate_of
 
 
-def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+def build(results: Mapping[str, Any]) -> dict[str, Any]:
     """`speedup`: places on the axis, None if it was not measured; `speedup_verdict`."""
     bench, plot = results["bench"], None
     if "skipped" not in bench:

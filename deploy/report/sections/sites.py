@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import numbers
@@ -12,7 +11,7 @@ from deploy.report.plots import log_scale, place
 from slimdiff.settings import TRANSFORMER_GROUPS
 
 
-def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+def build(results: Mapping[str, Any]) -> dict[str, Any]:
     """`sites`: a table for each module that sites sit in, and the totals of each group."""
     planned = results["plan"]["sites"]
     # Sites of groups that the recipe leaves out are dense, and there is nothing else to say of them.
@@ -41,7 +40,7 @@ def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
             }
         )
     shown = {
-        "blocks": dict(blocks),
+        "blocks": blocks,
         "totals": _totals(list(sites.values()), predicted),
         "error_name": "predicted error" if predicted else "local error",
         "error_scale": errors,
@@ -53,14 +52,13 @@ def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
 
 
 def _totals(sites: Sequence[Mapping[str, Any]], predicted: bool) -> list[dict[str, Any]]:
-    totals = []
-    for group in dict.fromkeys([*TRANSFORMER_GROUPS, *(s["group"] for s in sites)]):
+    totals, present = [], dict.fromkeys(s["group"] for s in sites)
+    for group in sorted(present, key=lambda group: (*TRANSFORMER_GROUPS, group).index(group)):
         members = [s for s in sites if s["group"] == group]
-        if members:
-            kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)
-            known = [s["predicted_error"] for s in members if predicted and s.get("predicted_error") is not None]
-            error = _digits(sum(known) if known else None)
-            totals.append({"group": group, "sites": len(members), "share": numbers.percent(kept), "error": error})
+        kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)
+        known = [s["predicted_error"] for s in members if predicted and s.get("predicted_error") is not None]
+        error = _digits(sum(known) if known else None)
+        totals.append({"group": group, "sites": len(members), "share": numbers.percent(kept), "error": error})
     return totals
 
 

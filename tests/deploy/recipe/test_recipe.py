@@ -44,7 +44,7 @@ def test_the_general_prompts_are_the_default(tmp_path, text):
     ],
 )
 def test_points_of_a_sweep(tmp_path, text, budgets):
-    assert load_recipe(recipe(tmp_path, f"model: demo\n{text}")).sweep.budgets() == budgets
+    assert load_recipe(recipe(tmp_path, f"model: demo\n{text}")).sweep.texts == budgets
 
 
 def test_relative_paths_are_the_recipes(tmp_path):
