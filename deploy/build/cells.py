@@ -7,7 +7,7 @@ is a small build by itself. So cells are built in any order, anywhere that sees 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,12 @@ from diffusers import DiffusionPipeline
 from deploy.artifacts import build_folder
 from deploy.build import steps
 from deploy.build.cluster import run_on_ray
-from deploy.build.stages import Done, Stage, keys, run_stages
+from deploy.build.stages import Done, Stage, run_stages
 from deploy.build.workshop import Workshop
 from deploy.recipe.prompts import EMBEDDED, GENERAL
 from deploy.recipe.recipe import ImageShape, Recipe
 from exporters.registry import names
 from slimdiff.errors import SlimdiffError
-from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
 
 log = logging.getLogger("slimdiff")
@@ -121,7 +120,7 @@ class Job:
     """The whole build's."""
     slim: str
     """The key of the slim model."""
-    forced: tuple[str, ...] = ()
+    forced: Collection[str] = ()
     timed: bool = True
     """Whether latency is measured, too."""
 
@@ -150,46 +149,36 @@ def build_cell(job: Job, whole: Workshop | None = None) -> list[Done] | Slimdiff
     return [replace(d, name=f"{build_folder.CELLS}/{job.cell.name}/{d.name}") for d in done]
 
 
-class Cells:
-    """The cells of a build."""
+def build_cells(whole: Workshop, shops: Sequence[CellWorkshop], slim: str, ray: str | None = None) -> Iterator[Done]:
+    """Build the cells that are not there yet; `slim` is the key of the slim model. See `deploy.build.chain.run_build`.
 
-    def __init__(self, shop: Workshop, forced: Collection[str]) -> None:
-        self.shop = shop
-        self.forced = tuple(sorted(forced))
-        self.shops = [CellWorkshop(cell, shop, self.forced) for cell in cells_of(shop.recipe)]
+    Raises:
+        SlimdiffError: if one cannot be built, once all others are.
+    """
+    jobs = [Job(whole.recipe, shop.cell, whole.folder, slim, shop.forced) for shop in shops]
+    built: Iterable[list[Done] | SlimdiffError] = (build_cell(job, whole) for job in jobs)
+    if ray is not None and jobs:
+        away = run_on_ray(build_cell, [job.for_elsewhere() for job in jobs], ray)
+        built = (_timed(job, done, whole) for job, done in zip(jobs, away, strict=True))
+    failed: list[tuple[str, SlimdiffError]] = []
+    for job, done in zip(jobs, built, strict=True):
+        if isinstance(done, SlimdiffError):
+            log.error("cell %s: %s", job.cell.name, done)
+            failed.append((job.cell.name, done))
+        else:
+            yield from done
+    if failed:
+        name, error = failed[0]
+        more = f" ({len(failed) - 1} more could not be built)" if len(failed) > 1 else ""
+        raise type(error)(f"cell {name}: {error}{more}") from error
 
-    def key(self, slim: str) -> str:
-        """Changes when the inputs of any cell do; `slim` is the key of the slim model."""
-        return manifest.fingerprint({shop.cell.name: keys(shop, shop.stages(slim)) for shop in self.shops})
 
-    def build(self, slim: str, ray: str | None = None) -> Iterator[Done]:
-        """Build those that are not there yet; see `deploy.build.chain.run_build`.
-
-        Raises:
-            SlimdiffError: if one cannot be built, once all others are.
-        """
-        jobs = [Job(self.shop.recipe, s.cell, self.shop.folder, slim, self.forced) for s in self.shops]
-        built: Iterable[list[Done] | SlimdiffError] = (build_cell(job, self.shop) for job in jobs)
-        if ray is not None and jobs:
-            built = map(self._timed, jobs, run_on_ray(build_cell, [job.for_elsewhere() for job in jobs], ray))
-        failed: list[tuple[str, SlimdiffError]] = []
-        for job, done in zip(jobs, built, strict=True):
-            if isinstance(done, SlimdiffError):
-                log.error("cell %s: %s", job.cell.name, done)
-                failed.append((job.cell.name, done))
-            else:
-                yield from done
-        if failed:
-            name, error = failed[0]
-            more = f" ({len(failed) - 1} more could not be built)" if len(failed) > 1 else ""
-            raise type(error)(f"cell {name}: {error}{more}") from error
-
-    def _timed(self, job: Job, away: list[Done] | SlimdiffError) -> list[Done] | SlimdiffError:
-        """A cell as Ray built it, with its latency, measured here, where nothing else runs."""
-        if isinstance(away, SlimdiffError) or "bench" not in job.cell.stages:
-            return away
-        here = build_cell(replace(job, forced=tuple(name for name in job.forced if name == "bench")), self.shop)
-        return here if isinstance(here, SlimdiffError) else [*away, here[-1]]
+def _timed(job: Job, away: list[Done] | SlimdiffError, whole: Workshop) -> list[Done] | SlimdiffError:
+    """A cell as Ray built it, with its latency, measured here, where nothing else runs."""
+    if isinstance(away, SlimdiffError) or "bench" not in job.cell.stages:
+        return away
+    here = build_cell(replace(job, forced={"bench"}.intersection(job.forced)), whole)
+    return here if isinstance(here, SlimdiffError) else [*away, here[-1]]
 
 
 def results_of_cells(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.build import steps
-from deploy.build.cells import Cells
+from deploy.build.cells import CellWorkshop, build_cells, cells_of
 from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
@@ -57,19 +57,20 @@ def run_build(
         require("ray", "ray")
     again = {s.name for s in stages if build_folder.SWEEP in force and s.name.startswith("point-")} | set(force)
     shop = Workshop(recipe, folder, force)
-    cells = Cells(shop, again)
+    cells = [CellWorkshop(cell, shop, again) for cell in cells_of(recipe)]
     _require_packages(shop, stages)
-    for cell in cells.shops:
+    for cell in cells:
         _require_packages(cell, cell.stages())
     with locked(folder):
         *before, report = stages
         slim = keys(shop, before)["slim"]
-        stages = [*before, report.also_decided_by(cells=cells.key(slim), name=name)]
+        key = manifest.fingerprint({cell.cell.name: keys(cell, cell.stages(slim)) for cell in cells})
+        stages = [*before, report.also_decided_by(cells=key, name=name)]
         done: list[Done] = []
         for stage in run_stages(shop, stages, again):
             done.append(stage)
             if stage.name == before[-1].name:  # the report is made of the cells and of the summary, too
-                done += cells.build(slim, ray)
+                done += build_cells(shop, cells, slim, ray)
                 manifest.write_json(folder / build_folder.BUILD, summary(recipe, folder, name, stages, done))
         whole = summary(recipe, folder, name, stages, done)
         manifest.write_json(folder / build_folder.BUILD, whole)

@@ -115,7 +115,7 @@ class CompareStage(Settings):
     """Which captions the embedded model is judged on."""
 
 
-class SweepStage(Settings):
+class SweepStage(Settings, coerce_numbers_to_str=True):
     """The frontier: slim models at several budgets, each planned and measured like the one that is built."""
 
     by: Literal["parameters", "macs", "speedup"] = "parameters"
@@ -128,11 +128,6 @@ class SweepStage(Settings):
     """Threads of that runtime; its own choice if not given."""
     images: int = Field(4, ge=0)
     """How many images of each point are compared with the dense model's."""
-
-    @field_validator("points", mode="before")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
-        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _readable(self) -> SweepStage:

@@ -32,6 +32,10 @@ class Scale:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return round(100 * (value - low) / (high - low), 2)
 
+    def below(self, value: float) -> float:
+        """The same from the top, for an axis that goes up."""
+        return round(100 - self.at(value), 2)
+
     def ticks(self, most: int = 6) -> list[Tick]:
         """At most `most` round values (a few more if the axis spans a single decade)."""
         if self.logarithmic:

@@ -8,13 +8,12 @@ from typing import Any
 from deploy.build.stages import Stage
 from deploy.build.steps.export import shapes
 from deploy.build.workshop import Workshop, packages_of
+from exporters.latency.decision import Gate
+from exporters.latency.measure import bench
+from exporters.latency.pair import Job
 
 
 def run(shop: Workshop, _: Path) -> dict[str, Any]:
-    from exporters.latency.decision import Gate
-    from exporters.latency.measure import bench
-    from exporters.latency.pair import Job
-
     inputs = shapes(shop.trajectory[len(shop.trajectory) // 2])  # where the graphs are open
     dense, slim = (
         Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, inputs) for name in ("dense", "slim")

@@ -8,14 +8,14 @@ from typing import Any
 from deploy.artifacts import build_folder
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from exporters.runtimes.unet import UNet
+from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
-    from exporters.runtimes.unet import UNet
-
     settings = shop.recipe.compare
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
@@ -49,13 +49,9 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
     """What the embedded model's evaluator says of both sets of images."""
-    from slimdiff import embedded
-
     sides = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
-    direction = {"caption_accuracy": ("share", "higher"), "frechet_distance": ("", "lower")}
     result = {}
-    for metric in sides["dense"]:
-        unit, better = direction.get(metric, ("", ""))
+    for metric, unit, better in (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower")):
         values = {name: scores[metric] for name, scores in sides.items()}
         result[metric] = {**values, "unit": unit, "better": better, "count": len(dense)}
     return result

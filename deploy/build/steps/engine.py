@@ -9,19 +9,18 @@ from typing import Any
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, versions
+from exporters.engine import EXTRAS, MODULES, available_backend, gpu_here, has_gpu, request_engine
+from exporters.engine.check import runs_on
+from exporters.graphs.export import export_unet
+from exporters.settings import EngineSettings
 
 log = logging.getLogger("slimdiff")
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
-    reason = _why_none(shop)
-    if reason is not None:
+    if (reason := _why_none(shop)) is not None:
         log.info("engine: skipped, %s", reason)
         return {"skipped": reason}
-    from exporters.engine import request_engine
-    from exporters.graphs.export import export_unet
-    from exporters.settings import EngineSettings
-
     graph = shop.folder / "export" / "slim" / "model.onnx"
     if shop.recipe.export.precision != shop.engine_precision:
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
@@ -40,8 +39,6 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
 
 def _why_none(shop: Workshop) -> str | None:
     """Why there will be no engine; None if there will be one."""
-    from exporters.engine import MODULES, available_backend, has_gpu
-
     settings = shop.recipe.engine
     if not settings.enabled:
         return "the recipe says so (engine.enabled: false)"
@@ -54,15 +51,7 @@ def _why_none(shop: Workshop) -> str | None:
     return None
 
 
-def _runs_on(report: dict[str, Any]) -> dict[str, Any]:
-    from exporters.engine.check import runs_on
-
-    return {} if "skipped" in report else runs_on(report)
-
-
 def _inputs(shop: Workshop) -> dict[str, str]:
-    from exporters.engine import gpu_here
-
     settings = shop.recipe.engine
     gpu = None if settings.targets or not settings.enabled else gpu_here()
     return {
@@ -74,12 +63,9 @@ def _inputs(shop: Workshop) -> dict[str, str]:
 
 
 def _packages(shop: Workshop) -> list[tuple[str, str]]:
-    from exporters.engine import EXTRAS, MODULES
-
     settings = shop.recipe.engine
-    if not settings.enabled or settings.backend == "auto":
-        return []
-    return [(MODULES[settings.backend], EXTRAS[settings.backend])]
+    needed = settings.enabled and settings.backend != "auto"
+    return [(MODULES[settings.backend], EXTRAS[settings.backend])] if needed else []
 
 
 STAGE = Stage(
@@ -89,6 +75,6 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.engine.model_dump(),
     inputs=_inputs,
     kind="engine",
-    runs_on=_runs_on,
+    runs_on=lambda report: {} if "skipped" in report else runs_on(report),
     packages=_packages,
 )

@@ -11,15 +11,14 @@ from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.precision import fp32_islands
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
-    from exporters.graphs.export import export_unet
-    from exporters.graphs.precision import fp32_islands
-
     settings = shop.recipe.export
     result: dict[str, Any] = {"precision": settings.precision}
     for name in shop.exported:
@@ -44,8 +43,6 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
 
 def shapes(call: Any) -> dict[str, list[int]]:
     """Shapes of the graph's inputs for a recorded call."""
-    from exporters.graphs.export import unet_inputs
-
     return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
 
 

@@ -8,6 +8,8 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from exporters.latency.table import measure_latency
+from exporters.settings import TableSettings
 from slimdiff.storage import manifest
 
 
@@ -15,9 +17,6 @@ def run(shop: Workshop, folder: Path) -> None:
     shop.refuse_impossible()
     recipe, latency = shop.recipe, None
     if _by_latency(shop):
-        from exporters.latency.table import measure_latency
-        from exporters.settings import TableSettings
-
         table = TableSettings(runtime=recipe.budget.runtime)
         latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
         value = {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}

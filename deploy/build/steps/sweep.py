@@ -133,12 +133,9 @@ def point_stages(settings: SweepStage) -> list[Stage]:
     sweep_in = cache(Sweep)
 
     def point(text: str) -> Stage:
-        def run(shop: Workshop, folder: Path) -> None:
-            _measure_point(sweep_in(shop), text, folder)
-
         return Stage(
             f"point-{re.sub('[^0-9A-Za-z.]', '', text.replace('%', 'pct'))}-{settings.by}",
-            run,
+            lambda shop, folder: _measure_point(sweep_in(shop), text, folder),
             needs=("calibrate", "sensitivity"),
             settings=lambda shop: {**_settings(shop), "point": text},
             inputs=lambda shop: shop.exporting | {"captions": manifest.fingerprint(captions(shop))},
@@ -170,8 +167,5 @@ def stages(recipe: Recipe) -> list[Stage]:
     if recipe.sweep is None:
         return []
     points = point_stages(recipe.sweep)
-
-    def run(shop: Workshop, _: Path) -> dict[str, Any]:
-        return frontier(shop, points)
-
-    return [*points, Stage(build_folder.SWEEP, run, needs=tuple(p.name for p in points), kind="sweep")]
+    needs = tuple(point.name for point in points)
+    return [*points, Stage(build_folder.SWEEP, lambda shop, _: frontier(shop, points), needs, kind="sweep")]

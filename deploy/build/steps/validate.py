@@ -10,16 +10,15 @@ from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.registry import runtime_of
+from exporters.runtimes.unet import UNet
+from exporters.validation.graph import check_graph
+from exporters.validation.parity import check_trajectory, with_checks
 from slimdiff.compression import with_denoiser
 
 log = logging.getLogger("slimdiff")
 
 
 def run(shop: Workshop, _: Path) -> dict[str, Any]:
-    from exporters.runtimes.unet import UNet
-    from exporters.validation.graph import check_graph
-    from exporters.validation.parity import check_trajectory, with_checks
-
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
     graphs = [shop.folder / name for name in ("export/slim", "engine/onnx-fp16") if (shop.folder / name).is_dir()]
     captions, sampling = shop.together

@@ -36,7 +36,7 @@ def _chart(
     for p, share in zip(points, shares, strict=True):
         if p["noise_error"] > 0:
             text = f"{p['budget']}: {100 * share[0]:.1f} %, error {numbers.digits(p['noise_error'])}"
-            drawn.append((x.at(100 * share[0]), round(100 - y.at(p["noise_error"]), 2), text, share))
+            drawn.append((x.at(100 * share[0]), y.below(p["noise_error"]), text, share))
     drawn.sort(key=lambda point: point[0])
     return {
         "name": name,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.artifacts import numbers
 from slimdiff.errors import InputError
 
 INLINE_BYTES = 200_000
@@ -18,11 +17,9 @@ _SMOOTH_FROM = 200  # pixels: smaller images are scaled up with their pixels sho
 
 
 def build(results: Mapping[str, Any]) -> dict[str, Any]:
-    """`pictures`, whether they were `reencoded`, `smooth_from` and the rows of `quality`."""
-    compare = results["compare"]
-    pictures, reencoded = _pictures(results["folder"], compare["pictures"])
-    quality = _quality(compare.get("quality") or {})
-    return {"pictures": pictures, "reencoded": reencoded, "smooth_from": _SMOOTH_FROM, "quality": quality}
+    """`pictures`, whether they were `reencoded`, and `smooth_from`."""
+    pictures, reencoded = _pictures(results["folder"], results["compare"]["pictures"])
+    return {"pictures": pictures, "reencoded": reencoded, "smooth_from": _SMOOTH_FROM}
 
 
 def _pictures(folder: Path, pictures: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
@@ -58,24 +55,3 @@ def _data_uri(file: Path) -> tuple[str, tuple[int, int], bool]:
     except OSError as error:
         raise InputError(f"{file} cannot be shown in the report ({error}): build again with --force compare") from error
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", size, again
-
-
-def _quality(quality: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    rows = []
-    for name, metric in quality.items():
-        dense, slim, change = metric["dense"], metric["slim"], numbers.NONE
-        show = numbers.percent if metric["unit"] == "share" else numbers.measured
-        if dense is not None and slim is not None:
-            share = metric["unit"] == "share"
-            change = f"{numbers.signed(100 * (slim - dense), 2)} points" if share else numbers.signed(slim - dense, 3)
-        rows.append(
-            {
-                "name": name.replace("_", " ").capitalize().replace("Frechet", "Fréchet"),
-                "direction": f"{metric['better']} is better" if metric["better"] else "",
-                "dense": numbers.NONE if dense is None else show(dense),
-                "slim": numbers.NONE if slim is None else show(slim),
-                "change": change,
-                "count": str(metric["count"]),
-            }
-        )
-    return rows
