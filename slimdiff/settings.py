@@ -170,10 +170,10 @@ class BudgetKind:
 _SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 
-def read_amount(value: Any) -> str:
-    """A count such as `100M` or a share such as `12%`, as it was written."""
-    if not re.fullmatch(r"-?\s*\d+(\.\d+)?\s*[kMGBT%]?", str(value).strip()):
-        raise InputError(f"budget {str(value)!r}: write a count such as 100M or a share such as 25%")
+def read_amount(value: Any, example: str = "100M") -> str:
+    """A count such as the `example` or a share such as `12%`, as it was written."""
+    if not re.fullmatch(r"-?\s*[0-9]+(\.[0-9]+)?\s*[kMGBT%]?", str(value).strip()):
+        raise InputError(f"budget {str(value)!r}: write a count such as {example} or a share such as 25%")
     return str(value)
 
 
@@ -191,10 +191,10 @@ def read_number(value: Any, least: float, what: str) -> float:
     """A finite number above `least`; an error says `what` it must be."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{what}, not {value!r}") from None
     if not least < number < math.inf:
-        raise InputError(f"{what}, not {number:g}")
+        raise InputError(f"{what}, not {number:g}: it must be finite and greater than {least}")
     return number
 
 
@@ -211,7 +211,7 @@ BUDGETS: dict[str, BudgetKind] = {
         BudgetKind(
             "macs",
             "what goes out of one call at batch 1: a count of multiply-accumulates (50G) or a share of all (20%)",
-            read_amount,
+            partial(read_amount, example="50G"),
             partial(removed_amount, noun="MACs"),
         ),
         BudgetKind(

@@ -21,9 +21,10 @@ build folder. JSON is strict: what is infinite or undefined is null.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from slimdiff.errors import InputError
 from slimdiff.storage.manifest import read_json, read_manifest
@@ -91,12 +92,4 @@ def read_verdict(build_folder: Path) -> dict[str, Any]:
 
 def strict(value: Any) -> Any:
     """`value` as strict JSON can hold it: NaN and infinities become null, tuples lists, paths strings."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(v) for v in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    return value
+    return to_jsonable_python(value, inf_nan_mode="null")

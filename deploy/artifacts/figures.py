@@ -24,11 +24,6 @@ def costs(denoiser: Any, call: Call) -> dict[str, int]:
     }
 
 
-def side_by_side(dense: dict[str, int], slim: dict[str, int]) -> dict[str, dict[str, int]]:
-    """`{"macs": {"dense", "slim"}, ...}` from the costs of both."""
-    return {name: {"dense": dense[name], "slim": slim[name]} for name in dense}
-
-
 def compression_result(
     plan: Plan, dense: dict[str, int], slim: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
@@ -36,15 +31,14 @@ def compression_result(
 
     `parameters.budget` is what the budget leaves; where the budget is in another unit, what the plan leaves.
     """
-    figures: dict[str, Any] = side_by_side(dense, slim)
+    figures: dict[str, Any] = {name: {"dense": dense[name], "slim": slim[name]} for name in dense}
     figures["parameters"]["budget"] = plan.parameters.get("budget", plan.parameters["slim"])
-    sites = sum(site.rank < site.dense_rank for site in plan.sites.values())
     return {
         **figures,
         "budget": plan.budget,
         "predicted": plan.costs,
         "noise_error": plan.noise_error,
-        "sites": sites,
+        "sites": sum(site.rank < site.dense_rank for site in plan.sites.values()),
         "left_dense": plan.left_dense,
         "seconds": seconds,
     }
@@ -55,12 +49,12 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from exporters.machine import machine_name
+    from exporters.machine import machine_name, usable_cores
 
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": machine_name().split(",")[0],
-        "cpus": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
+        "cpus": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_model
 from slimdiff.storage import manifest
 
 
@@ -19,15 +19,8 @@ def model_hash(model: str) -> str:
     Raises:
         InputError: if there is no such model.
     """
-    if model == "demo":
-        from slimdiff import embedded
-
-        return folder_hash(embedded.path())
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"{path} is not a diffusers pipeline directory: it has no model_index.json")
-        return folder_hash(path)
+    if (folder := find_model(model)) is not None:
+        return folder_hash(folder)
     from deploy.artifacts.figures import denoiser_of
     from slimdiff.calibration.calibrate import weights_hash
     from slimdiff.loading.pipelines import load_pipeline

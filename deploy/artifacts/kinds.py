@@ -27,6 +27,8 @@ _MARKS = {
 }
 """The file that a folder of a kind has; the first that is there decides."""
 
+_BY_MANIFEST = ("bundle", "engines", ENGINE_PIPELINE)
+
 
 def kind_of(name: str) -> str:
     """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
@@ -39,17 +41,19 @@ def kind_of(name: str) -> str:
     path = Path(name)
     if name == "demo" or not path.exists():
         return "model"
-    kind = _kind_of_file(path) if path.is_file() else _kind_of_folder(path)
+    if path.is_file():
+        kind = _SUFFIXES.get(path.suffix) or ("bundle" if is_archive(path) else None)
+    else:
+        kind = next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), None)
+        # Parts of bundles and of pipelines look like other kinds: only the manifest tells them apart.
+        if (path / manifest.MANIFEST).is_file() and (said := manifest.read_manifest(path)["kind"]) in _BY_MANIFEST:
+            kind = said
     if kind is None:
         raise InputError(
             f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
             "folder, a bundle, statistics, a plan or a build folder"
         )
     return kind
-
-
-def _kind_of_file(file: Path) -> str | None:
-    return _SUFFIXES.get(file.suffix) or ("bundle" if is_archive(file) else None)
 
 
 def is_archive(path: Path) -> bool:
@@ -59,15 +63,6 @@ def is_archive(path: Path) -> bool:
             return file.read(len(_ZSTD)) == _ZSTD
     except OSError:
         return False
-
-
-def _kind_of_folder(folder: Path) -> str | None:
-    if (folder / manifest.MANIFEST).is_file():
-        # Parts of bundles and of pipelines look like other kinds: only the manifest tells them apart.
-        kind = manifest.read_manifest(folder)["kind"]
-        if kind in ("bundle", "engines", ENGINE_PIPELINE):
-            return kind
-    return next((kind for mark, kind in _MARKS.items() if (folder / mark).is_file()), None)
 
 
 def graph_of(name: str) -> Path:

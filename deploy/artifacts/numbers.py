@@ -7,6 +7,7 @@ the plain characters that every terminal has.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 NBSP = "\u00a0"
@@ -34,6 +35,10 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{digits(number, 4) if prefix else f'{value:g}'}{NBSP}{prefix}{unit}".rstrip(NBSP)
 
 
+in_bytes = partial(scaled, unit="B")
+"""`22.61 MB`."""
+
+
 def _with_prefix(value: float) -> tuple[float, str]:
     return next(((value / size, prefix) for size, prefix in _PREFIXES if abs(value) >= size), (value, ""))
 
@@ -53,11 +58,6 @@ def size(count: float) -> str:
 def relative(dense: float, slim: float) -> str:
     """For terminals, how much smaller `slim` is: `-12.0 %`."""
     return f"{100 * (slim - dense) / dense:+.1f} %" if dense else "n/a"
-
-
-def in_bytes(value: float) -> str:
-    """`22.61 MB`."""
-    return scaled(value, "B")
 
 
 def exact(value: float) -> str:

@@ -6,25 +6,24 @@ is a small build by itself. So cells are built in any order, anywhere that sees 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from deploy.artifacts import build_folder
-from deploy.build import cluster, gates, steps
-from deploy.build.stages import Done, Stage, keys, run_stages
+from deploy.build import steps
+from deploy.build.cluster import run_on_ray
+from deploy.build.stages import Done, Stage, run_stages
 from deploy.build.workshop import Workshop
 from deploy.recipe.prompts import EMBEDDED, GENERAL
-from deploy.recipe.recipe import Gates, ImageShape, Recipe
+from deploy.recipe.recipe import ImageShape, Recipe
+from exporters.registry import names
 from slimdiff.errors import SlimdiffError
-from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
 
 log = logging.getLogger("slimdiff")
@@ -44,14 +43,14 @@ class Cell:
         return f"{self.target}-{self.shape}-{self.precision}"
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the target is a compute capability, and not a runtime for graphs."""
+        return self.target not in names("graph")
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """An engine has nothing dense here to be timed against, a graph is not built any further."""
-        return ("export", "engine", "validate") if is_gpu(self.target) else ("export", "validate", "bench")
-
-
-def is_gpu(target: str) -> bool:
-    """Whether a target is a compute capability, and not a runtime for graphs."""
-    return re.fullmatch(r"sm\d+", target) is not None
+        return ("export", "engine", "validate") if self.on_gpu else ("export", "validate", "bench")
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:
@@ -65,8 +64,8 @@ def cells_of(recipe: Recipe) -> list[Cell]:
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe as it holds for one cell."""
     sampling = recipe.compare.sampling.model_copy(update={"height": cell.shape.height, "width": cell.shape.width})
-    engine: dict[str, Any] = {"enabled": is_gpu(cell.target), "batch": None, "shapes": {}, "profiles": []}
-    if is_gpu(cell.target):
+    engine: dict[str, Any] = {"enabled": cell.on_gpu, "batch": None, "shapes": {}, "profiles": []}
+    if cell.on_gpu:
         engine |= {"backend": "tensorrt-rtx", "targets": [cell.target]}
     return recipe.model_copy(
         update={
@@ -84,17 +83,12 @@ class CellWorkshop(Workshop):
 
     def __init__(self, cell: Cell, whole: Workshop, forced: Collection[str] = ()) -> None:
         super().__init__(recipe_of(whole.recipe, cell), whole.folder / build_folder.CELLS / cell.name, forced)
-        self.cell, self.whole = cell, whole
-        self.images = cell.shape.images
-        self.engine_precision = cell.precision
-        if is_gpu(cell.target):
+        self.cell, self.whole, self.shared = cell, whole, whole.folder
+        self.images, self.engine_precision = cell.shape.images, cell.precision
+        if cell.on_gpu:
             self.exported = ("slim",)
         else:
             self.runtime = cell.target
-
-    @property
-    def shared(self) -> Path:
-        return self.whole.folder
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
@@ -106,13 +100,12 @@ class CellWorkshop(Workshop):
 
     def stages(self, slim: str = "") -> list[Stage]:
         """The cell's stages, which begin where the slim model is there; `slim` is its key."""
-        names = self.cell.stages
         return [
-            dataclasses.replace(stage, needs=tuple(n for n in stage.needs or () if n in names)).also_decided_by(
+            replace(stage, needs=tuple(n for n in stage.needs or () if n in self.cell.stages)).also_decided_by(
                 slim=slim, runtime=self.runtime, images=str(self.images)
             )
             for stage in steps.stages_of(self.recipe)
-            if stage.name in names
+            if stage.name in self.cell.stages
         ]
 
 
@@ -127,13 +120,20 @@ class Job:
     """The whole build's."""
     slim: str
     """The key of the slim model."""
-    forced: tuple[str, ...] = ()
+    forced: Collection[str] = ()
     timed: bool = True
     """Whether latency is measured, too."""
 
+    def for_elsewhere(self) -> Job:
+        """The same for a process that works in another folder, and beside others: its latencies would mean nothing."""
+        paths = {"model": self.recipe.model, "prompts": self.recipe.prompts}
+        own = {k: p for k, p in paths.items() if isinstance(p, str) and p not in ("demo", EMBEDDED, GENERAL)}
+        here = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
+        return replace(self, recipe=self.recipe.model_copy(update=here), folder=self.folder.resolve(), timed=False)
 
-def build_cell(job: Job, whole: Workshop | None = None) -> list[Done]:
-    """Build one cell, in this process or in one of Ray's.
+
+def build_cell(job: Job, whole: Workshop | None = None) -> list[Done] | SlimdiffError:
+    """Build one cell, in this process or in one of Ray's; an error is returned, for other cells go on.
 
     Args:
         job: which.
@@ -141,85 +141,56 @@ def build_cell(job: Job, whole: Workshop | None = None) -> list[Done]:
     """
     shop = CellWorkshop(job.cell, whole or Workshop(job.recipe, job.folder), job.forced)
     stages = [stage for stage in shop.stages(job.slim) if job.timed or stage.name != "bench"]
-    with locked(shop.folder):
-        done = list(run_stages(shop, stages, [name for name in job.forced if name in job.cell.stages]))
-    return [dataclasses.replace(d, name=f"{build_folder.CELLS}/{job.cell.name}/{d.name}") for d in done]
+    try:
+        with locked(shop.folder):
+            done = list(run_stages(shop, stages, [stage.name for stage in stages if stage.name in job.forced]))
+    except SlimdiffError as error:
+        return error
+    return [replace(d, name=f"{build_folder.CELLS}/{job.cell.name}/{d.name}") for d in done]
 
 
-class Cells:
-    """The cells of a build."""
+def build_cells(whole: Workshop, shops: Sequence[CellWorkshop], slim: str, ray: str | None = None) -> Iterator[Done]:
+    """Build the cells that are not there yet; `slim` is the key of the slim model. See `deploy.build.chain.run_build`.
 
-    def __init__(self, shop: Workshop, forced: Collection[str]) -> None:
-        self.shop = shop
-        self.forced = tuple(sorted(forced))
-        self.shops = [CellWorkshop(cell, shop, self.forced) for cell in cells_of(shop.recipe)]
-
-    def key(self, slim: str) -> str:
-        """Changes when the inputs of any cell do; `slim` is the key of the slim model."""
-        return manifest.fingerprint({shop.cell.name: keys(shop, shop.stages(slim)) for shop in self.shops})
-
-    def build(self, slim: str, ray: str | None = None) -> Iterator[Done]:
-        """Build those that are not there yet; see `deploy.build.chain.run_build`.
-
-        Raises:
-            SlimdiffError: if one cannot be built, once all others are.
-        """
-        jobs = [Job(self.shop.recipe, s.cell, self.shop.folder, slim, self.forced) for s in self.shops]
-        here = partial(build_cell, whole=self.shop)
-        built: Iterable[list[Done] | SlimdiffError] = cluster.run_here(here, jobs)
-        if ray is not None and jobs:
-            away = cluster.run_on_ray(build_cell, [_anywhere(job) for job in jobs], ray)
-            built = map(self._timed, jobs, away)
-        failed: list[tuple[str, SlimdiffError]] = []
-        for job, done in zip(jobs, built, strict=True):
-            if isinstance(done, SlimdiffError):
-                log.error("cell %s: %s", job.cell.name, done)
-                failed.append((job.cell.name, done))
-            else:
-                yield from done
-        if failed:
-            name, error = failed[0]
-            more = f" ({len(failed) - 1} more could not be built)" if len(failed) > 1 else ""
-            raise type(error)(f"cell {name}: {error}{more}") from error
-
-    def _timed(self, job: Job, away: list[Done] | SlimdiffError) -> list[Done] | SlimdiffError:
-        """A cell as Ray built it, with its latency, measured here, where nothing else runs."""
-        if isinstance(away, SlimdiffError) or "bench" not in job.cell.stages:
-            return away
-        job = dataclasses.replace(job, forced=tuple(name for name in job.forced if name == "bench"))
-        (here,) = cluster.run_here(partial(build_cell, whole=self.shop), [job])
-        return here if isinstance(here, SlimdiffError) else [*away, here[-1]]
+    Raises:
+        SlimdiffError: if one cannot be built, once all others are.
+    """
+    jobs = [Job(whole.recipe, shop.cell, whole.folder, slim, shop.forced) for shop in shops]
+    built: Iterable[list[Done] | SlimdiffError] = (build_cell(job, whole) for job in jobs)
+    if ray is not None and jobs:
+        away = run_on_ray(build_cell, [job.for_elsewhere() for job in jobs], ray)
+        built = (_timed(job, done, whole) for job, done in zip(jobs, away, strict=True))
+    failed: list[tuple[str, SlimdiffError]] = []
+    for job, done in zip(jobs, built, strict=True):
+        if isinstance(done, SlimdiffError):
+            log.error("cell %s: %s", job.cell.name, done)
+            failed.append((job.cell.name, done))
+        else:
+            yield from done
+    if failed:
+        name, error = failed[0]
+        more = f" ({len(failed) - 1} more could not be built)" if len(failed) > 1 else ""
+        raise type(error)(f"cell {name}: {error}{more}") from error
 
 
-def _anywhere(job: Job) -> Job:
-    """The same for a process that works in another folder, and beside others, so that its latencies mean nothing."""
-    recipe = job.recipe
-    paths = {"model": recipe.model, "prompts": recipe.prompts}
-    own = {k: p for k, p in paths.items() if isinstance(p, str) and p not in ("demo", EMBEDDED, GENERAL)}
-    here = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
-    return dataclasses.replace(job, recipe=recipe.model_copy(update=here), folder=job.folder.resolve(), timed=False)
+def _timed(job: Job, away: list[Done] | SlimdiffError, whole: Workshop) -> list[Done] | SlimdiffError:
+    """A cell as Ray built it, with its latency, measured here, where nothing else runs."""
+    if isinstance(away, SlimdiffError) or "bench" not in job.cell.stages:
+        return away
+    here = build_cell(replace(job, forced={"bench"}.intersection(job.forced)), whole)
+    return here if isinstance(here, SlimdiffError) else [*away, here[-1]]
 
 
-def results(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def results_of_cells(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """What came of every cell, for `build.json`."""
     rows = []
     for cell in cells_of(recipe):
         where = folder / build_folder.CELLS / cell.name
         validate = build_folder.read(where, "validate")
-        row: dict[str, Any] = {
-            "name": cell.name,
-            "target": cell.target,
-            "precision": cell.precision,
-            **cell.shape.model_dump(),
-            "parity": {k: validate[k] for k in ("passed", "precision", "checks")},
-        }
+        row = {"name": cell.name, "target": cell.target, "precision": cell.precision, **cell.shape.model_dump()}
+        row["parity"] = {key: validate[key] for key in ("passed", "precision", "checks")}
         if "bench" in cell.stages:
             bench = build_folder.read(where, "bench")
-            row |= {"speedup": bench.get("speedup"), "runtime": bench.get("runtime")}
+            row |= {key: bench.get(key) for key in ("speedup", "runtime")}
         rows.append(row)
     return rows
-
-
-def judge_cells(bounds: Gates, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A gate of parity for each cell, if the recipe has it."""
-    return [gates.parity(cell["parity"], cell["name"]) for cell in cells] if bounds.parity else []

@@ -19,12 +19,12 @@ from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.build import steps
-from deploy.build.cells import Cells
+from deploy.build.cells import CellWorkshop, build_cells, cells_of
 from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
 from deploy.recipe.recipe import Recipe
-from slimdiff import Budget
+from deploy.report.page import write_sweep_page
 from slimdiff.errors import MissingPackageError, require
 from slimdiff.storage import manifest
 from slimdiff.storage.lock import locked
@@ -57,19 +57,20 @@ def run_build(
         require("ray", "ray")
     again = {s.name for s in stages if build_folder.SWEEP in force and s.name.startswith("point-")} | set(force)
     shop = Workshop(recipe, folder, force)
-    cells = Cells(shop, again)
+    cells = [CellWorkshop(cell, shop, again) for cell in cells_of(recipe)]
     _require_packages(shop, stages)
-    for cell in cells.shops:
+    for cell in cells:
         _require_packages(cell, cell.stages())
     with locked(folder):
         *before, report = stages
         slim = keys(shop, before)["slim"]
-        stages = [*before, report.also_decided_by(cells=cells.key(slim), name=name)]
+        key = manifest.fingerprint({cell.cell.name: keys(cell, cell.stages(slim)) for cell in cells})
+        stages = [*before, report.also_decided_by(cells=key, name=name)]
         done: list[Done] = []
         for stage in run_stages(shop, stages, again):
             done.append(stage)
             if stage.name == before[-1].name:  # the report is made of the cells and of the summary, too
-                done += cells.build(slim, ray)
+                done += build_cells(shop, cells, slim, ray)
                 manifest.write_json(folder / build_folder.BUILD, summary(recipe, folder, name, stages, done))
         whole = summary(recipe, folder, name, stages, done)
         manifest.write_json(folder / build_folder.BUILD, whole)
@@ -101,26 +102,17 @@ def run_sweep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         InputError: if a point cannot be met; a speedup that cannot be met shows when its point is planned, and points
             before it are kept.
     """
-    from deploy.build.steps import calibrate, sensitivity, sweep
-    from deploy.report.page import write_sweep_page
-
     assert recipe.sweep is not None
-    shop = _SweepWorkshop(recipe, folder)
-    points = sweep.point_stages(recipe.sweep)
+    shop = Workshop(recipe, folder)
+    shop.budgets = shop.budgets[1:]  # those of the points: a sweep alone has no other
+    points = steps.sweep.point_stages(recipe.sweep)
     with locked(folder, "sweep"):
-        for _ in run_stages(shop, [calibrate.STAGE, sensitivity.STAGE, *points]):
+        for _ in run_stages(shop, [steps.calibrate.STAGE, steps.sensitivity.STAGE, *points]):
             pass
-        value = sweep.frontier(shop, points)
+        value = steps.sweep.frontier(shop, points)
         manifest.write_json(folder / "sweep.json", value)
         write_sweep_page(value, folder / "sweep.html")
-        prompts = manifest.fingerprint([shop.prompts_and_more, sweep.captions(shop)])
-        made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.budgets()}
+        prompts = manifest.fingerprint([shop.prompts_and_more, steps.sweep.captions(shop)])
+        made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.texts}
         manifest.write_manifest(folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value
-
-
-class _SweepWorkshop(Workshop):
-    @property
-    def budgets(self) -> list[Budget]:
-        """Those of the points: a sweep alone has no other."""
-        return super().budgets[1:]

@@ -1,12 +1,12 @@
-"""The same work here, one job after the other, or on Ray, wherever the cluster has room."""
+"""Jobs on Ray, wherever the cluster has room."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from slimdiff.errors import InputError, SlimdiffError, require
+from slimdiff.errors import InputError, require
 from slimdiff.progress import bar
 
 J = TypeVar("J")
@@ -14,17 +14,8 @@ R = TypeVar("R")
 CONNECT_SECONDS = 5.0
 
 
-def run_here(function: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R | SlimdiffError]:
-    """A function's result for every job, or the error that it raised, in the order of the jobs."""
-    for job in jobs:
-        try:
-            yield function(job)
-        except SlimdiffError as error:
-            yield error
-
-
-def run_on_ray(function: Callable[[J], R], jobs: Sequence[J], address: str) -> list[R | SlimdiffError]:
-    """The same, each job as a task of Ray that takes one of the cluster's cores; returns when all are done.
+def run_on_ray(function: Callable[[J], R], jobs: Sequence[J], address: str) -> list[R]:
+    """A function's result for every job, each a task of Ray that takes one of the cluster's cores.
 
     Args:
         function: at the top level of a module that the cluster's machines have, too.
@@ -41,18 +32,9 @@ def run_on_ray(function: Callable[[J], R], jobs: Sequence[J], address: str) -> l
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: {' '.join(str(error).split())}") from error
-
-    def result(task: Any) -> R | SlimdiffError:
-        try:
-            return ray.get(task)
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, SlimdiffError):
-                raise
-            return error.cause
-
     try:
         tasks = [ray.remote(max_retries=0)(function).remote(job) for job in jobs]
-        return [result(task) for task in bar(tasks, name="cells", unit="cell")]
+        return [ray.get(task) for task in bar(tasks, name="cells", unit="cell")]
     finally:
         ray.shutdown()
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.build_folder import strict
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
@@ -35,18 +36,20 @@ class Stage:
     """
 
     name: str
-    run: Callable[[Any, Path], None]
-    """Writes the stage's files, with the shop, into the new, empty folder of this stage."""
+    run: Callable[[Any, Path], dict[str, Any] | None]
+    """Writes the stage's files, with the shop, into the new, empty folder of this stage. What it returns is the stage's
+    result, which becomes `NAME.json` there."""
     needs: tuple[str, ...] | None = ()
     """Stages that must be done before, whose results this one reads; None: all that come before it."""
     settings: Callable[[Any], Any] = _nothing
     """The recipe's settings of the stage, as JSON."""
     inputs: Callable[[Any], Mapping[str, str]] = _nothing
-    """Content hashes of what it reads from outside the build, and of the code and versions that it runs."""
+    """Content hashes of what it reads from outside the build, and of the code and versions that it runs; the file that
+    `run` is in is always among them."""
     kind: str = "stage"
     """What the manifest calls the folder."""
-    runs_on: Callable[[Path], dict[str, Any]] = _nothing
-    """What the manifest says of where the result runs, read from the folder once it is written."""
+    runs_on: Callable[[dict[str, Any]], dict[str, Any]] = _nothing
+    """What the manifest says of where the result runs."""
     packages: Callable[[Any], Sequence[tuple[str, str]]] = lambda _: ()
     """Optional modules that it imports, each with the extra that installs it."""
     figures: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -78,15 +81,11 @@ def _decided(shop: Any, stages: Sequence[Stage]) -> Iterator[tuple[str, str, dic
     """Name and key of every stage, and the settings and inputs that are in the key."""
     found: dict[str, str] = {}
     for stage in stages:
-        decided = {"settings": stage.settings(shop), "inputs": {**stage.inputs(shop), **_code_of(stage)}}
+        code = {"steps": manifest.sha256_of(Path(inspect.getfile(stage.run)))}
+        decided = {"settings": stage.settings(shop), "inputs": {**stage.inputs(shop), **code}}
         needs = {name: found[name] for name in (found if stage.needs is None else stage.needs)}
         found[stage.name] = manifest.fingerprint({"stage": stage.name, **decided, "needs": needs})
         yield stage.name, found[stage.name], decided
-
-
-def _code_of(stage: Stage) -> dict[str, str]:
-    """A hash of the file that the stage is in."""
-    return {"steps": manifest.sha256_of(Path(inspect.getfile(stage.run)))}
 
 
 def forced(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
@@ -122,10 +121,12 @@ def run_stages(shop: Any, stages: Sequence[Stage], force: Collection[str] = ()) 
         log.info("%s: started", stage.name)
         start = time.perf_counter()
         with manifest.replacing(target) as temporary:
-            stage.run(shop, temporary)
+            result = stage.run(shop, temporary)
+            if result is not None:
+                manifest.write_json(temporary / f"{stage.name}.json", strict(result))
             seconds = round(time.perf_counter() - start, 3)
             made_from = {"stage": stage.name, "key": key, "seconds": seconds, **decided}
-            manifest.write_manifest(temporary, stage.kind, made_from, stage.runs_on(temporary))
+            manifest.write_manifest(temporary, stage.kind, made_from, stage.runs_on(result or {}))
         log.info("%s: done in %.1f s", stage.name, seconds)
         yield Done(stage.name, key, seconds, reused=False)
 

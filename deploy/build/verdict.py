@@ -1,9 +1,9 @@
-"""The summary of a build: its figures, its gates and what they come to, and one sentence for people."""
+"""What a build comes to: its gates, which pass, fail or are inconclusive, its figures, and one sentence for people."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import machine
 from deploy.artifacts.hashes import public_name
 from deploy.artifacts.numbers import amount
-from deploy.build import cells as matrix
-from deploy.build.gates import EXIT_CODE, judge, overall
+from deploy.build.cells import results_of_cells
 from deploy.build.stages import Done, Stage
-from deploy.recipe.recipe import Recipe
+from deploy.recipe.recipe import Gates, Recipe
+from exporters.latency.decision import Gate
 from slimdiff.storage import manifest
 
+EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 _ALLOCATIONS = {
     "global": "one knapsack over measured sensitivities",
     "local": "one knapsack over local errors",
@@ -32,10 +33,13 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
         if stage.figures is not None:
             figures |= stage.figures(build_folder.read(folder, stage.name))
     results = {stage: build_folder.read(folder, stage) for stage in ("slim", "validate", "compare", "bench")}
-    cells = matrix.results(recipe, folder)
-    gates = [*judge(recipe.gates, results), *matrix.judge_cells(recipe.gates, cells)]
+    cells = results_of_cells(recipe, folder)
+    gates = judge(recipe.gates, results, cells)
     verdict = overall(gates)
     calibrated = manifest.read_manifest(folder / "calibrate")["made_from"]["inputs"]
+    settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
+    if isinstance(recipe.prompts, str):
+        settings["prompts"] = Path(recipe.prompts).name
     return build_folder.strict(
         {
             "schema": manifest.SCHEMA,
@@ -52,24 +56,93 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
             "versions": {"python": platform.python_version(), **manifest.versions()},
             "machine": machine(),
             "made_from": {
-                "recipe": manifest.fingerprint(_public(recipe)),
+                "recipe": manifest.fingerprint(settings),
                 "model": calibrated["model"],
                 "prompts": calibrated["prompts"],
             },
-            "recipe": _public(recipe),
+            "recipe": settings,
         }
     )
 
 
-def _public(recipe: Recipe) -> dict[str, Any]:
-    settings = recipe.model_dump(mode="json", by_alias=True)
-    settings["model"] = public_name(recipe.model)
-    if isinstance(recipe.prompts, str):
-        settings["prompts"] = Path(recipe.prompts).name
-    return settings
+def judge(
+    gates: Gates, results: Mapping[str, Mapping[str, Any]], cells: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Every gate that the recipe has, with the value that it bounds.
+
+    Args:
+        gates: the recipe's.
+        results: `validate`, `compare` and `bench` as their stages returned them.
+        cells: what came of the cells of the matrix; each has a gate of parity, too.
+    """
+    compare, judged = results["compare"], []
+    if gates.parity:
+        judged.append(_parity("parity", "the exported slim model", results["validate"]))
+    if gates.min_speedup is not None:
+        judged.append(_speedup(results["bench"], gates.min_speedup))
+    if gates.max_quality_loss is not None:
+        judged.append(_quality(compare["quality"].get("caption_accuracy"), gates.max_quality_loss))
+    if (bound := gates.max_noise_error) is not None:
+        value = compare["noise_error"]["relative_mse"]
+        detail = "relative mean squared change of the noise prediction on the dense model's trajectory"
+        holds = value is not None and value <= bound
+        judged.append(_gate("noise_error", "Noise-prediction error", value, bound, "lower", "", holds, detail))
+    if (bound := gates.min_psnr_db) is not None:
+        value = compare["images"]["psnr_db"]  # null: the images are identical
+        detail = "slim images against dense ones, same captions and seeds"
+        holds = value is None or value >= bound
+        judged.append(_gate("psnr_db", "PSNR to dense", value, bound, "higher", "dB", holds, detail))
+    if gates.parity:
+        judged += [_parity(f"parity/{cell['name']}", cell["name"], cell["parity"]) for cell in cells]
+    return judged
 
 
-def sentence(recipe: Recipe, results: dict[str, dict[str, Any]]) -> str:
+def overall(judged: Sequence[Mapping[str, Any]]) -> str:
+    """`fail` if any gate failed, else `inconclusive` if any is, else `pass`."""
+    return max((gate["verdict"] for gate in judged), key=("pass", "inconclusive", "fail").index, default="pass")
+
+
+def _gate(
+    gate: str, name: str, value: Any, bound: Any, better: str, unit: str, verdict: bool | str, detail: str
+) -> dict[str, Any]:
+    if isinstance(verdict, bool):
+        verdict = "pass" if verdict else "fail"
+    result = {"gate": gate, "name": name, "value": value, "bound": bound, "better": better, "unit": unit}
+    return {**result, "verdict": verdict, "detail": detail}
+
+
+def _parity(gate: str, name: str, validate: Mapping[str, Any]) -> dict[str, Any]:
+    checks = validate["checks"]
+    failed = [c for c in checks if not c["passed"]]
+    detail = f"{len(checks) - len(failed)} of {len(checks)} checks hold"
+    if failed:
+        worst = failed[0]
+        detail += f"; {worst['metric']} of {worst['tensor']} is {worst['value']}, bound {worst['bound']}"
+    passed = bool(validate["passed"])
+    return _gate(gate, f"Parity of {name}", passed, True, "true", "", passed, detail)
+
+
+def _speedup(bench: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    value, verdict, detail = None, "inconclusive", f"not measured: {bench.get('skipped')}"
+    if "skipped" not in bench:
+        low, high, value = (bench["speedup"][k] for k in ("low", "high", "median"))
+        verdict, detail = Gate("speedup", bound).verdict(low, high), f"95 % interval {low:.3f} to {high:.3f}"
+    return _gate("speedup", "Speedup over dense", value, bound, "higher", "x", verdict, detail)
+
+
+def _quality(accuracy: Mapping[str, Any] | None, bound: float) -> dict[str, Any]:
+    loss: float | None = None
+    verdict: bool | str = "inconclusive"
+    detail = "this model has no evaluator: gate it by max_noise_error or min_psnr_db"
+    if accuracy is not None:
+        dense, slim = accuracy["dense"], accuracy["slim"]
+        loss = 100 * (dense - slim)
+        verdict = loss <= bound
+        detail = f"{100 * dense:.1f} % dense, {100 * slim:.1f} % slim, {accuracy['count']} captions"
+    return _gate("quality_loss", "Loss of caption accuracy", loss, bound, "lower", "points", verdict, detail)
+
+
+def sentence(recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The build in one sentence, which claims no speed that was not measured."""
     dense, slim = (results["slim"]["parameters"][side] for side in ("dense", "slim"))
     text = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
-from deploy.recipe.recipe import Recipe, point_budget
+from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
 from exporters.registry import runtime_of
 from slimdiff import Budget, Compressor, Plan, Statistics
@@ -44,13 +43,10 @@ class Workshop:
     def __init__(self, recipe: Recipe, folder: Path, forced: Collection[str] = ()) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.shared = folder
+        """The folder with what the cells of a matrix have in common: statistics, plan and slim model."""
         self.forced = forced
         """Stages that are done again, whether they are finished or not."""
-
-    @property
-    def shared(self) -> Path:
-        """The folder with what the cells of a matrix have in common: statistics, plan and slim model."""
-        return self.folder
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
@@ -98,12 +94,11 @@ class Workshop:
         captions = (self.captions * self.images)[: self.images]
         return captions, self.recipe.compare.sampling.model_copy(update={"batch": self.images})
 
-    @property
+    @cached_property
     def budgets(self) -> list[Budget]:
         """The recipe's, and those of its sweep's points."""
         sweep = self.recipe.sweep
-        points = [point_budget(sweep.by, text) for text in sweep.budgets()] if sweep else []
-        return [self.recipe.budget.budget(), *points]
+        return [self.recipe.budget.budget(), *(sweep.budgets() if sweep else [])]
 
     def refuse_impossible(self) -> None:
         """Refuse a budget that cannot be met, before the long work.
@@ -121,10 +116,6 @@ class Workshop:
         return {"trajectory": self.recipe.compare.sampling.model_dump()}
 
     @cached_property
-    def statistics(self) -> Statistics:
-        return Statistics.load(self.shared / build_folder.STATISTICS)
-
-    @cached_property
     def plan(self) -> Plan:
         return Plan.load(self.shared / build_folder.PLAN)
 
@@ -132,7 +123,7 @@ class Workshop:
     def compressor(self) -> Compressor:
         """The dense model on its way, with the statistics of the calibrate stage."""
         compressor = self.new_compressor()
-        compressor.statistics = self.statistics
+        compressor.statistics = Statistics.load(self.shared / build_folder.STATISTICS)
         return compressor
 
     def measured_compressor(self) -> Compressor:
@@ -171,11 +162,6 @@ class Workshop:
         return {"model": model_hash(self.recipe.model), "prompts": manifest.fingerprint(self.prompts)}
 
 
-def write_result(folder: Path, stage: str, value: dict[str, Any]) -> None:
-    """Write a stage's JSON into its folder."""
-    manifest.write_json(folder / Path(build_folder.result_file(stage)).name, build_folder.strict(value))
-
-
 def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:
     """The module of a runtime, with the extra that installs it; none for torch."""
     row = runtime_of(runtime)
@@ -184,13 +170,7 @@ def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:
 
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Versions of distributions, `none` for those that are not installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    return dict.fromkeys(names, "none") | manifest.versions(names)
 
 
 def spread(calls: Sequence[Call], count: int) -> list[Call]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploy.recipe.prompts import calibration_prompts, default_source
+from deploy.recipe.recipe import parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_model
@@ -140,17 +141,9 @@ def read_budget(args: argparse.Namespace) -> Budget | None:
 def _budget(kind: BudgetKind) -> Callable[[str], Budget]:
     def convert(text: str) -> Budget:
         try:
-            budget = Budget(**{kind.name: text})
+            return parse_budget(kind.name, text)
         except InputError as error:
             raise argparse.ArgumentTypeError(_reason(error)) from error
-        try:
-            if kind.removed is not None:
-                budget.removed(10**15)  # how much of the model it is shows when that is there
-        except InputError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must lie between nothing and all: write a count such as 100M, or a share such as 25%"
-            ) from None
-        return budget
 
     return convert
 

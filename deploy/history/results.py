@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import FileIO
@@ -21,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from deploy.artifacts.build_folder import strict
 from deploy.history.change_points import change_points
@@ -32,53 +31,27 @@ SCHEMA = 1
 Trend = Literal["ratio", "milliseconds"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # what later versions add is theirs
-
-
-class Speedup(_Part):
-    """Baseline's time over the candidate's, with its interval."""
-
-    median: float = Field(gt=0)
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
-
-
-class Side(_Part):
-    """What was timed."""
-
-    name: str
-    median_ms: float = Field(gt=0)
-
-
-class Runtimes(_Part):
-    """What it ran in."""
-
-    baseline: str
-    candidate: str
-
-
-class Fingerprint(_Part):
-    """Which machine it was; see `exporters.machine.fingerprint`."""
-
-    id: str
-
-
-class Entry(_Part):
-    """One result, as far as a trend needs it."""
+class Entry(BaseModel):
+    """One result of `exporters.latency.measure.bench`, as far as a trend needs it; other keys pass."""
 
     schema_: Literal[1] = Field(alias="schema")
     time: datetime
     label: str = ""
     verdict: Literal["pass", "fail", "inconclusive"]
     gate: str | None
-    speedup: Speedup
-    baseline: Side
-    candidate: Side
-    runtimes: Runtimes
+    speedup: float = Field(gt=0, validation_alias=AliasPath("speedup", "median"))
+    """Baseline's time over the candidate's, from `low` to `high`."""
+    low: float = Field(gt=0, validation_alias=AliasPath("speedup", "low"))
+    high: float = Field(gt=0, validation_alias=AliasPath("speedup", "high"))
+    baseline: str = Field(validation_alias=AliasPath("baseline", "name"))
+    candidate: str = Field(validation_alias=AliasPath("candidate", "name"))
+    milliseconds: float = Field(gt=0, validation_alias=AliasPath("candidate", "median_ms"))
+    runtime: str = Field(validation_alias=AliasPath("runtimes", "candidate"))
+    base_runtime: str = Field(validation_alias=AliasPath("runtimes", "baseline"))
     threads: int
     machine: str
-    fingerprint: Fingerprint
+    machine_id: str = Field(validation_alias=AliasPath("fingerprint", "id"))
+    """Tells two machines apart (`exporters.machine.fingerprint`)."""
 
     @property
     def title(self) -> str:
@@ -88,11 +61,15 @@ class Entry(_Part):
     @property
     def error(self) -> float:
         """Standard error of the ratio's logarithm, about: the interval is some 2.5 of it to either side."""
-        return log(self.speedup.high / self.speedup.low) / 5
+        return log(self.high / self.low) / 5
 
     def value(self, trend: Trend) -> float:
         """Candidate's time over the baseline's, or the candidate's milliseconds."""
-        return 1 / self.speedup.median if trend == "ratio" else self.candidate.median_ms
+        return 1 / self.speedup if trend == "ratio" else self.milliseconds
+
+    def bounds(self, trend: Trend) -> tuple[float, float]:
+        """The interval of `value`; milliseconds have none."""
+        return (1 / self.high, 1 / self.low) if trend == "ratio" else (self.milliseconds, self.milliseconds)
 
 
 @dataclass(frozen=True)
@@ -132,26 +109,19 @@ def append(file: Path, result: Mapping[str, Any], label: str = "") -> None:
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = json.dumps(strict({"schema": SCHEMA, "time": now, "label": label, **result}), allow_nan=False)
-    with _opened(file) as stream:
-        held = wait_for(stream)
-        end = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, end - 1))
-        torn = stream.read() not in (b"", b"\n")  # else that line would swallow this one
-        try:
-            _write(stream, (("\n" if torn else "") + line + "\n").encode())
-        except OSError:
-            if held:
-                stream.truncate(end)
-            raise
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[FileIO]:
-    """The file to be read and appended to, made if it is not there; a failure is one line."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab+", buffering=0) as stream:
-            yield stream
+            held = wait_for(stream)
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - 1))
+            torn = stream.read() not in (b"", b"\n")  # else that line would swallow this one
+            try:
+                _write(stream, (("\n" if torn else "") + line + "\n").encode())
+            except OSError:
+                if held:
+                    stream.truncate(end)
+                raise
     except OSError as error:
         raise InputError(
             f"--history {file} cannot be written ({error.strerror}): name a file that can be, or make room"
@@ -197,18 +167,18 @@ def all_series(
     Raises:
         MissingPackageError: without ruptures, which finds the levels.
     """
-    found: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
-    for entry in entries:
-        machine = None if across_machines else entry.fingerprint.id
-        names, runtimes = (entry.baseline.name, entry.candidate.name), tuple(vars(entry.runtimes).values())
-        found[(*names, *runtimes, entry.threads, machine)].append(entry)
+    alike: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    for e in entries:
+        machine = None if across_machines else e.machine_id
+        alike[e.baseline, e.candidate, e.base_runtime, e.runtime, e.threads, machine].append(e)
     series = []
-    for group in found.values():
+    for group in alike.values():
         kept = group[-last:] if last else group
-        machines = dict.fromkeys(entry.machine for entry in kept)
-        runtime = " against ".join(dict.fromkeys((kept[-1].runtimes.baseline, kept[-1].runtimes.candidate)))
-        names = kept[-1].baseline.name, kept[-1].candidate.name
-        series.append(Series(*names, runtime, " and ".join(machines), kept, trend, _levels(kept, trend)))
+        machines = " and ".join(dict.fromkeys(entry.machine for entry in kept))
+        newest = kept[-1]
+        runtime = " against ".join(dict.fromkeys((newest.base_runtime, newest.runtime)))
+        levels = _levels(kept, trend)
+        series.append(Series(newest.baseline, newest.candidate, runtime, machines, kept, trend, levels))
     return series
 
 

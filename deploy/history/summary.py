@@ -35,13 +35,10 @@ def verdict_line(value: Mapping[str, Any]) -> str:
 
 def text(value: Mapping[str, Any]) -> str:
     """What the command prints."""
-    rows = _rows(value)
-    lines = [f"{name:<12}{base:>12}{candidate:>12}" for name, base, candidate in rows]
-    speedup, share = value["speedup"], f"{100 * value['confidence']:g} %"
     return "\n".join(
         [
-            *lines,
-            f"speedup     {speedup['median']:.3f}x, {share} interval {speedup['low']:.3f} to {speedup['high']:.3f}",
+            *(f"{name:<12}{base:>12}{candidate:>12}" for name, base, candidate in _rows(value)),
+            f"speedup     {_speedup(value)}",
             f"{value['process_pairs']} process pairs, {100 * value['scatter']:.1f} % scatter, {value['seconds']:.0f} s",
             f"{value['runtime']} on {value['machine']}",
             *(f"note: {hint}" for hint in value["hints"]),
@@ -53,8 +50,6 @@ def text(value: Mapping[str, Any]) -> str:
 def markdown(value: Mapping[str, Any]) -> str:
     """A section for a CI system's summary."""
     head, *rows = _rows(value)
-    speedup, share = value["speedup"], f"{100 * value['confidence']:g} %"
-    interval = f"{speedup['median']:.3f}x, {share} interval {speedup['low']:.3f} to {speedup['high']:.3f}"
     return "\n".join(
         [
             f"### {_MARK[value['verdict']]} {verdict_line(value)}",
@@ -63,7 +58,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             "| --- | ---: | ---: |",
             *(f"| {name} | {base} | {candidate} |" for name, base, candidate in rows),
             "",
-            f"Speedup {interval}, of {value['process_pairs']} process pairs in {value['seconds']:.0f} s. "
+            f"Speedup {_speedup(value)}, of {value['process_pairs']} process pairs in {value['seconds']:.0f} s. "
             f"{value['runtime']} on {value['machine']}.",
             *(f"\n> {hint}" for hint in value["hints"]),
             "",
@@ -107,6 +102,11 @@ def write_text(content: str, file: Path) -> None:
     """Write a text file, whole or not at all."""
     with replacing(file, is_file=True) as temporary:
         temporary.write_text(content, encoding="utf-8")
+
+
+def _speedup(value: Mapping[str, Any]) -> str:
+    low, median, high = (value["speedup"][key] for key in ("low", "median", "high"))
+    return f"{median:.3f}x, {100 * value['confidence']:g} % interval {low:.3f} to {high:.3f}"
 
 
 def _rows(value: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -3,66 +3,50 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault in words, and how many more there are."""
     faults = error.errors(include_url=False)
-    # An unknown key is the likelier cause of whatever else is wrong: tell it first.
-    faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")
-    line = _fault(faults[0]["loc"], faults[0]["type"], faults[0]["msg"], faults[0].get("input"), model)
+    # An unknown key is the likelier cause of whatever else is wrong.
+    line = _fault(min(faults, key=lambda fault: fault["type"] != "extra_forbidden"), model)
     return line if len(faults) == 1 else f"{line} ({len(faults) - 1} more)"
 
 
-def _fault(loc: tuple[int | str, ...], kind: str, message: str, value: Any, model: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in loc)
-    if kind == "extra_forbidden":
-        owner = owner_of(loc[:-1], model)
-        names = keys_of(owner) if owner else []
-        return f"{_section(loc[:-1])}unknown key {str(loc[-1])!r}{nearest(str(loc[-1]), names)}"
-    if kind == "missing":
-        return f"{_section(loc[:-1])}the key {str(loc[-1])!r} is missing"
-    fault = message.removeprefix("Value error, ")
-    fault = fault[:1].lower() + fault[1:]
-    return f"{place or 'the recipe'}: {fault}, got {_short(value)}"
+def _fault(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    *above, key = fault["loc"] or ("the recipe",)
+    section = f"in {'.'.join(map(str, above))}: " if above else ""
+    if fault["type"] == "extra_forbidden":
+        return f"{section}unknown key {str(key)!r}{nearest(str(key), _keys_at(above, model))}"
+    if fault["type"] == "missing":
+        return f"{section}the key {str(key)!r} is missing"
+    place, message = ".".join(map(str, [*above, key])), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "refused":  # it says itself what was there
+        return f"{place}: {message}"
+    value = repr(fault["input"])
+    value = value if len(value) <= 60 else f"{value[:57]}..."
+    return f"{place}: {message[:1].lower()}{message[1:]}, got {value}"
 
 
-def _section(loc: Iterable[int | str]) -> str:
-    place = ".".join(str(part) for part in loc)
-    return f"in {place}: " if place else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'? (known: ...)`."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'? (known here: ...)`."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     guess = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{guess} (known here: {', '.join(names)})" if names else guess
+    return f"{guess} (known here: {', '.join(known)})"
 
 
-def keys_of(model: type[BaseModel]) -> list[str]:
-    """A model's keys as they are written."""
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def owner_of(loc: tuple[int | str, ...], model: type[BaseModel]) -> type[BaseModel] | None:
-    """The settings class at a place in the recipe."""
-    owner: type[BaseModel] | None = model
+def _keys_at(loc: Iterable[int | str], model: type[BaseModel]) -> list[str]:
+    """The keys, as they are written, of the settings at a place in the recipe."""
     for part in loc:
-        if owner is None:
-            return None
-        field = next((f for name, f in owner.model_fields.items() if part in (name, f.alias)), None)
-        owner = _model_in(field.annotation) if field else owner  # pydantic also names union members: stay
-    return owner
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        if field is not None:  # pydantic also names union members and indices: stay
+            model = _model_in(field.annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -62,18 +62,16 @@ def all_prompts(source: str | Sequence[str]) -> list[str]:
     """
     if source == GENERAL:
         return built_in.general()
-    if not isinstance(source, str):
-        prompts = [p.strip() for p in source if p.strip()]
-        where = "the list of prompts"
-    else:
+    lines, where = source, "the list of prompts"
+    if isinstance(source, str):
         where = source
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise InputError(f"{source}: no such prompt file; it must be a text file of one prompt a line") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source} cannot be read as a prompt file ({error}): write one prompt a line") from error
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{where} holds no prompt: write one prompt a line")
     return prompts

@@ -2,80 +2,88 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from deploy.recipe.errors import explain
+from deploy.recipe.errors import explain, nearest
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
-from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.errors import InputError
+from slimdiff.settings import BUDGETS, TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import Settings as Strict
 
-BUDGETS = ("reduce", "macs", "speedup", "max_error")
-"""The keys of a recipe's budget; it has one of them."""
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 """Budgets of a sweep, by unit, if none are given."""
 
 
-class Settings(BaseModel):
+class Settings(Strict, frozen=True, populate_by_name=True):
     """What all settings have in common: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
+class BudgetSettings(Settings, extra="allow"):
+    """How much smaller the denoiser must be: a value of exactly one kind of `slimdiff.settings.BUDGETS`, by its key;
+    `reduce: 12%` if none is given."""
 
-class BudgetSettings(Settings):
-    """How much smaller the denoiser must be: exactly one of these; `reduce: 12%` if none is given."""
-
-    reduce: str | None = None
-    """What goes out of the denoiser: a count of parameters (`100M`) or a share of all its parameters (`12%`)."""
-    macs: str | None = None
-    """What goes out of one denoiser call at batch 1: a count of multiply-accumulates (`50G`) or a share (`20%`)."""
-    speedup: float | None = Field(None, gt=1, allow_inf_nan=False)
-    """Latency of the dense denoiser over that of the slim one, by latencies measured layer by layer in `runtime`."""
     runtime: TableRuntime = "onnxruntime"
     """Where `speedup` is measured."""
-    max_error: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """The smallest model whose noise prediction changes by at most this (relative mean squared), measured."""
 
-    @field_validator("reduce", "macs", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _readable(cls, value: Any, info: ValidationInfo) -> str | None:
-        if value is None:
-            return None
-        try:
-            Budget(parameters=str(value)).removed(10**15)  # whether it can be met shows when the model is there
-        except SlimdiffError:
-            noun = "MACs such as 50G" if info.field_name == "macs" else "parameters such as 100M"
-            raise ValueError(f"write a count of {noun}, or a share such as 12%") from None
-        return str(value)
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> BudgetSettings:
-        names = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(names) > 1:
-            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; here are {' and '.join(names)}")
-        if "runtime" in self.model_fields_set and self.speedup is None:
+    def _one_kind(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        kinds = _kinds()
+        values = dict.fromkeys(kinds) | content
+        for key in [key for key in values if key != "runtime"]:
+            try:
+                if key not in kinds:
+                    raise InputError(f"unknown key {key!r}{nearest(str(key), [*kinds, 'runtime'])}")
+                values[key] = None if values[key] is None else parse_budget(kinds[key], values[key]).value
+            except InputError as error:
+                reason = PydanticCustomError("refused", "{reason}", {"reason": str(error)})
+                fault = InitErrorDetails(type=reason, loc=(key,), input=values[key])
+                raise ValidationError.from_exception_data("budget", [fault]) from error
+        chosen = [key for key in kinds if values[key] is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(kinds)}; here are {' and '.join(chosen)}")
+        if "runtime" in content and chosen != ["speedup"]:
             raise ValueError("runtime says where speedup is measured: give speedup with it")
-        return self
+        return values
 
     def budget(self) -> Budget:
         """The budget of the method."""
-        chosen = {name: getattr(self, name) for name in BUDGETS[1:] if getattr(self, name) is not None}
-        return Budget(**chosen) if chosen else Budget(self.reduce or "12%")
+        values = self.model_extra or {}
+        chosen = {kind: values[key] for key, kind in _kinds().items() if values.get(key) is not None}
+        return Budget(**chosen) if chosen else Budget("12%")
+
+
+def _kinds() -> dict[str, str]:
+    """Names of the kinds of budgets by their keys in a recipe."""
+    return {kind.key or name: name for name, kind in BUDGETS.items()}
+
+
+def parse_budget(kind: str, value: Any) -> Budget:
+    """A budget of a kind.
+
+    Raises:
+        InputError: if the value is none of this kind, or one that no model can meet.
+    """
+    budget = Budget(**{kind: value})
+    if BUDGETS[kind].removed is not None:
+        try:
+            budget.removed(10**15)  # how much of the model it is shows when that is there
+        except (InputError, OverflowError):
+            raise InputError(
+                f"{value!r} must lie between nothing and all: write a count such as 100M, or a share such as 25%"
+            ) from None
+    return budget
 
 
 class EngineStage(EngineSettings):
@@ -107,7 +115,7 @@ class CompareStage(Settings):
     """Which captions the embedded model is judged on."""
 
 
-class SweepStage(Settings):
+class SweepStage(Settings, coerce_numbers_to_str=True):
     """The frontier: slim models at several budgets, each planned and measured like the one that is built."""
 
     by: Literal["parameters", "macs", "speedup"] = "parameters"
@@ -121,39 +129,22 @@ class SweepStage(Settings):
     images: int = Field(4, ge=0)
     """How many images of each point are compared with the dense model's."""
 
-    @field_validator("points", mode="before")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
-        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
-
     @model_validator(mode="after")
-    def _budgets(self) -> SweepStage:
-        for text in self.points:
-            try:
-                point_budget(self.by, text)
-            except SlimdiffError as error:
-                raise ValueError(str(error)) from None
+    def _readable(self) -> SweepStage:
+        try:
+            self.budgets()
+        except InputError as error:
+            raise ValueError(str(error)) from None
         return self
 
-    def budgets(self) -> list[str]:
-        """The points, as `slimdiff sweep` takes them."""
+    @property
+    def texts(self) -> list[str]:
+        """The points, as they are written."""
         return list(self.points) or POINTS[self.by].split(",")
 
-
-def point_budget(by: str, text: str) -> Budget:
-    """A point of a sweep as a budget.
-
-    Raises:
-        InputError: if it is none of this unit.
-    """
-    if by != "speedup":
-        budget = Budget(**{by: text})
-        budget.removed(10**15)  # whether it can be met shows when the model is there
-        return budget
-    try:
-        return Budget(speedup=float(text))
-    except ValueError:
-        raise InputError(f"{text!r} is no speedup: write a number such as 1.2") from None
+    def budgets(self) -> list[Budget]:
+        """The points as budgets."""
+        return [parse_budget(self.by, text) for text in self.texts]
 
 
 class ImageShape(Settings):
@@ -166,18 +157,19 @@ class ImageShape(Settings):
     images: int = Field(1, ge=1, le=1024)
     """In one call, in which guidance takes two samples of each."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        """Also of `512x512`, or of `4x512x512` for four images."""
+        if not isinstance(value, str):
+            return value
+        sizes = parse_sizes(value)
+        if sizes is None or len(sizes) not in (2, 3):
+            raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
+        return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
+
     def __str__(self) -> str:
         return f"{self.images}x{self.height}x{self.width}"
-
-
-def _image_shape(value: Any) -> Any:
-    """`512x512`, or `4x512x512` for four images."""
-    if not isinstance(value, str):
-        return value
-    sizes = parse_sizes(value)
-    if sizes is None or len(sizes) not in (2, 3):
-        raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
-    return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
 
 
 class MatrixStage(Settings):
@@ -186,7 +178,7 @@ class MatrixStage(Settings):
     targets: tuple[str, ...] = Field(("onnxruntime",), min_length=1)
     """A runtime for graphs, such as `onnxruntime` or `openvino`, or the compute capability, such as `sm89`, of a GPU
     that TensorRT-RTX builds an engine for."""
-    shapes: tuple[Annotated[ImageShape, BeforeValidator(_image_shape)], ...] = Field(min_length=1)
+    shapes: tuple[ImageShape, ...] = Field(min_length=1)
     """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
     precision: tuple[Literal["fp32", "fp16"], ...] = Field(("fp32",), min_length=1)
     """Of graphs and engines."""
@@ -287,15 +279,8 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     resolved: dict[str, Any] = {}
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
-    if recipe.model != "demo" and (recipe.model.startswith(".") or _exists(folder / recipe.model)):
+    if recipe.model != "demo" and (recipe.model.startswith(".") or os.path.exists(folder / recipe.model)):
         resolved["model"] = str(folder / recipe.model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=resolved)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # no name of a file
-        return False

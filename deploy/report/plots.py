@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deploy.artifacts.numbers import digits
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """A labelled place on an axis."""
 
     at: float
@@ -32,21 +32,23 @@ class Scale:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return round(100 * (value - low) / (high - low), 2)
 
+    def below(self, value: float) -> float:
+        """The same from the top, for an axis that goes up."""
+        return round(100 - self.at(value), 2)
+
     def ticks(self, most: int = 6) -> list[Tick]:
         """At most `most` round values (a few more if the axis spans a single decade)."""
         if self.logarithmic:
-            return [Tick(self.at(v), digits(v, 1)) for v in self._decades(most)]
-        step = _round_step((self.high - self.low) / (most - 1))
+            first, last = round(math.log10(self.low)), round(math.log10(self.high))
+            decades = range(first, last + 1, math.ceil((last - first + 1) / most))
+            values = [m * 10.0**first for m in (1, 2, 5, 10)] if last - first == 1 else [10.0**e for e in decades]
+            return [Tick(self.at(v), digits(v, 1)) for v in values]
+        least = (self.high - self.low) / (most - 1)
+        size = 10.0 ** math.floor(math.log10(least))
+        step = next(m * size for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         places = max(0, -math.floor(math.log10(step)))
         return [Tick(self.at(i * step), f"{i * step:.{places}f}") for i in range(first, last + 1)]
-
-    def _decades(self, most: int) -> list[float]:
-        first, last = round(math.log10(self.low)), round(math.log10(self.high))
-        if last - first == 1:
-            return [m * 10.0**first for m in (1, 2, 5, 10)]
-        step = math.ceil((last - first + 1) / most)
-        return [10.0**e for e in range(first, last + 1, step)]
 
 
 def log_scale(values: Iterable[float | None]) -> Scale | None:
@@ -74,8 +76,3 @@ def linear_scale(values: Iterable[float], margin: float = 0.08) -> Scale:
 def line(points: Iterable[tuple[float, float]]) -> str:
     """An SVG path through points."""
     return " ".join(f"{'L' if i else 'M'}{x:g} {y:g}" for i, (x, y) in enumerate(points))
-
-
-def _round_step(least: float) -> float:
-    size = 10.0 ** math.floor(math.log10(least))
-    return next(m * size for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))

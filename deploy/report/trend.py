@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deploy.history.results import Entry, Series
+from deploy.history.results import Series
 from deploy.report.page import write_page
 from deploy.report.plots import Tick, line, linear_scale
 
@@ -62,9 +62,9 @@ def _rows(series: Series) -> list[list[str]]:
     return [
         [
             entry.title,
-            f"{entry.candidate.median_ms:.2f}",
-            f"{1 / entry.speedup.median:.3f}",
-            f"{1 / entry.speedup.high:.3f} to {1 / entry.speedup.low:.3f}",
+            f"{entry.milliseconds:.2f}",
+            f"{1 / entry.speedup:.3f}",
+            "{:.3f} to {:.3f}".format(*entry.bounds("ratio")),
             entry.verdict if entry.gate else "no gate",
             "changed" if i in starts else "",
         ]
@@ -90,7 +90,7 @@ def write_plot(all_series: Sequence[Series], file: Path) -> None:
 
 def _plot(series: Series, top: int) -> dict[str, Any]:
     """One series, in pixels of a field that is `_WIDTH` by `_HEIGHT`."""
-    ends = [_ends(series, entry) for entry in series.entries]
+    ends = [entry.bounds(series.trend) for entry in series.entries]
     scale = linear_scale(value for pair in ends for value in pair)
     step = _WIDTH / len(series.entries)
 
@@ -118,9 +118,3 @@ def _plot(series: Series, top: int) -> dict[str, Any]:
         "levels": [line(corners)],
         "ticks": [Tick(round(_HEIGHT * (1 - tick.at / 100), 1), tick.label) for tick in scale.ticks()],
     }
-
-
-def _ends(series: Series, entry: Entry) -> tuple[float, float]:
-    if series.trend == "ratio":
-        return 1 / entry.speedup.high, 1 / entry.speedup.low
-    return entry.candidate.median_ms, entry.candidate.median_ms

@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.steps.export import shapes
+from deploy.build.workshop import Workshop, packages_of
+from exporters.latency.decision import Gate
+from exporters.latency.measure import bench
+from exporters.latency.pair import Job
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    from exporters.graphs.export import unet_inputs
-    from exporters.latency.decision import Gate
-    from exporters.latency.measure import bench
-    from exporters.latency.pair import Job
-
-    call = shop.trajectory[len(shop.trajectory) // 2]
-    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}  # where the graphs are open
+def run(shop: Workshop, _: Path) -> dict[str, Any]:
+    inputs = shapes(shop.trajectory[len(shop.trajectory) // 2])  # where the graphs are open
     dense, slim = (
-        Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, shapes) for name in ("dense", "slim")
+        Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, inputs) for name in ("dense", "slim")
     )
     bound = shop.recipe.gates.min_speedup
     gate = None if bound is None else Gate("speedup", bound)
-    write_result(folder, "bench", bench(dense, slim, shop.recipe.bench, gate=gate))
+    return bench(dense, slim, shop.recipe.bench, gate=gate)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,15 @@ from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
+from exporters.runtimes.unet import UNet
+from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    from exporters.runtimes.unet import UNet
-
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings = shop.recipe.compare
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
@@ -37,29 +37,21 @@ def run(shop: Workshop, folder: Path) -> None:
             picture[name] = f"{build_folder.IMAGES}/{i:02d}-{name}.png"
         pictures.append(picture)
     scores = quality(images["dense"], images["slim"], settings.captions_seed) if shop.has_evaluator else {}
-    write_result(
-        folder,
-        "compare",
-        {
-            "noise_error": noise,
-            "images": image_fidelity(images["dense"], images["slim"]),
-            "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
-            "quality": scores,
-            "sampling": settings.sampling.model_dump(),
-            "pictures": pictures,
-        },
-    )
+    return {
+        "noise_error": noise,
+        "images": image_fidelity(images["dense"], images["slim"]),
+        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
+        "quality": scores,
+        "sampling": settings.sampling.model_dump(),
+        "pictures": pictures,
+    }
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
     """What the embedded model's evaluator says of both sets of images."""
-    from slimdiff import embedded
-
     sides = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
-    direction = {"caption_accuracy": ("share", "higher"), "frechet_distance": ("", "lower")}
     result = {}
-    for metric in sides["dense"]:
-        unit, better = direction.get(metric, ("", ""))
+    for metric, unit, better in (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower")):
         values = {name: scores[metric] for name, scores in sides.items()}
         result[metric] = {**values, "unit": unit, "better": better, "count": len(dense)}
     return result

@@ -8,22 +8,19 @@ from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, versions, write_result
-from slimdiff.storage import manifest
+from deploy.build.workshop import Workshop, versions
+from exporters.engine import EXTRAS, MODULES, available_backend, gpu_here, has_gpu, request_engine
+from exporters.engine.check import runs_on
+from exporters.graphs.export import export_unet
+from exporters.settings import EngineSettings
 
 log = logging.getLogger("slimdiff")
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    reason = _why_none(shop)
-    if reason is not None:
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
+    if (reason := _why_none(shop)) is not None:
         log.info("engine: skipped, %s", reason)
-        write_result(folder, "engine", {"skipped": reason})
-        return
-    from exporters.engine import request_engine
-    from exporters.graphs.export import export_unet
-    from exporters.settings import EngineSettings
-
+        return {"skipped": reason}
     graph = shop.folder / "export" / "slim" / "model.onnx"
     if shop.recipe.export.precision != shop.engine_precision:
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
@@ -35,36 +32,26 @@ def run(shop: Workshop, folder: Path) -> None:
     why = "it was asked for" if "engine" in shop.forced else request.why_build(before)
     if why is None:
         log.info("engine: the one from before is the same")
-        request.reuse(before, folder)
-    else:
-        log.info("engine: built, because %s", why)
-        request.build(folder)
+        return request.reuse(before, folder)
+    log.info("engine: built, because %s", why)
+    return request.build(folder)
 
 
 def _why_none(shop: Workshop) -> str | None:
     """Why there will be no engine; None if there will be one."""
-    from exporters.engine import MODULES, available_backend, has_gpu
-
-    stage = shop.recipe.engine
-    if not stage.enabled:
+    settings = shop.recipe.engine
+    if not settings.enabled:
         return "the recipe says so (engine.enabled: false)"
-    if stage.backend == "auto" and available_backend() is not None and not stage.targets and not has_gpu():
-        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
-    if stage.backend == "auto" and available_backend() is None:
+    if settings.backend != "auto":
+        return None
+    if available_backend() is None:
         return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
+    if not settings.targets and not has_gpu():
+        return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
     return None
 
 
-def _runs_on(folder: Path) -> dict[str, Any]:
-    from exporters.engine.check import runs_on
-
-    report = manifest.read_json(folder / "engine.json")
-    return {} if "skipped" in report else runs_on(report)
-
-
 def _inputs(shop: Workshop) -> dict[str, str]:
-    from exporters.engine import gpu_here
-
     settings = shop.recipe.engine
     gpu = None if settings.targets or not settings.enabled else gpu_here()
     return {
@@ -76,12 +63,9 @@ def _inputs(shop: Workshop) -> dict[str, str]:
 
 
 def _packages(shop: Workshop) -> list[tuple[str, str]]:
-    from exporters.engine import EXTRAS, MODULES
-
     settings = shop.recipe.engine
-    if not settings.enabled or settings.backend == "auto":
-        return []
-    return [(MODULES[settings.backend], EXTRAS[settings.backend])]
+    needed = settings.enabled and settings.backend != "auto"
+    return [(MODULES[settings.backend], EXTRAS[settings.backend])] if needed else []
 
 
 STAGE = Stage(
@@ -91,6 +75,6 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.engine.model_dump(),
     inputs=_inputs,
     kind="engine",
-    runs_on=_runs_on,
+    runs_on=lambda report: {} if "skipped" in report else runs_on(report),
     packages=_packages,
 )

@@ -10,16 +10,15 @@ from typing import Any
 from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, write_result
+from deploy.build.workshop import Workshop
+from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.precision import fp32_islands
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    from exporters.graphs.export import export_unet
-    from exporters.graphs.precision import fp32_islands
-
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings = shop.recipe.export
     result: dict[str, Any] = {"precision": settings.precision}
     for name in shop.exported:
@@ -29,26 +28,22 @@ def run(shop: Workshop, folder: Path) -> None:
         export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
-        inputs = shapes(shop.trajectory[0])
-        wide = fp32_islands(folder / name / "model.onnx")
+        inputs, wide = shapes(shop.trajectory[0]), fp32_islands(folder / name / "model.onnx")
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
-        size = sum(f.stat().st_size for f in (folder / name).glob("model.onnx*"))
-        written = {"folder": f"export/{name}", "bytes": size, "inputs": inputs, "seconds": seconds}
-        result[name] = {**written, "fp32_islands": wide}
-    write_result(folder, "export", result)
+        result[name] = {
+            "folder": f"export/{name}",
+            "bytes": sum(f.stat().st_size for f in (folder / name).glob("model.onnx*")),
+            "inputs": inputs,
+            "seconds": seconds,
+            "fp32_islands": wide,
+        }
+    return result
 
 
 def shapes(call: Any) -> dict[str, list[int]]:
     """Shapes of the graph's inputs for a recorded call."""
-    from exporters.graphs.export import unet_inputs
-
     return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
-
-
-def _runs_on(folder: Path) -> dict[str, Any]:
-    report = manifest.read_json(folder / "export.json")
-    return {"precision": report["precision"], "shapes": report["slim"]["inputs"]}
 
 
 STAGE = Stage(
@@ -58,6 +53,6 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
     inputs=lambda shop: shop.exporting | shop.captions_hash,
     kind="onnx",
-    runs_on=_runs_on,
+    runs_on=lambda result: {"precision": result["precision"], "shapes": result["slim"]["inputs"]},
     packages=lambda _: (("onnx", "onnx"), ("onnxscript", "onnx")),
 )

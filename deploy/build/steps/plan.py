@@ -7,31 +7,31 @@ from pathlib import Path
 from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
+from exporters.latency.table import measure_latency
+from exporters.settings import TableSettings
 from slimdiff.storage import manifest
 
 
 def run(shop: Workshop, folder: Path) -> None:
-    recipe = shop.recipe
-    budget = recipe.budget.budget()
     shop.refuse_impossible()
-    latency = None
-    if budget.kind == "speedup":
-        from exporters.latency.table import measure_latency
-        from exporters.settings import TableSettings
-
+    recipe, latency = shop.recipe, None
+    if _by_latency(shop):
         table = TableSettings(runtime=recipe.budget.runtime)
         latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
-        write_result(
-            folder, "latency", {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
-        )
-    plan = shop.measured_compressor().plan(budget, latency)
+        value = {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        manifest.write_json(folder / "latency.json", build_folder.strict(value))
+    plan = shop.measured_compressor().plan(recipe.budget.budget(), latency)
     plan.save(folder / Path(build_folder.PLAN).name)
+
+
+def _by_latency(shop: Workshop) -> bool:
+    return shop.recipe.budget.budget().kind == "speedup"
 
 
 def _inputs(shop: Workshop) -> dict[str, str]:
     inputs = shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)}
-    if shop.recipe.budget.speedup is not None:
+    if _by_latency(shop):
         inputs |= shop.exporting | shop.machine | shop.captions_hash
     return inputs
 
@@ -43,5 +43,5 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.budget.model_dump() | shop.recipe.plan.model_dump(),
     inputs=_inputs,
     kind="plan",
-    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if shop.recipe.budget.speedup is not None else (),
+    packages=lambda shop: packages_of(shop.recipe.budget.runtime) if _by_latency(shop) else (),
 )

@@ -9,11 +9,10 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.hashes import source_hash
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from deploy.report.page import write_report
 
 
 def run(shop: Workshop, folder: Path) -> None:
-    from deploy.report.page import write_report
-
     write_report(shop.folder, folder / build_folder.REPORT)
 
 

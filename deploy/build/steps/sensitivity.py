@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, write_result
+from deploy.build.workshop import Workshop
 from slimdiff.planning.planner import keeps_measured
 from slimdiff.storage import manifest
 
@@ -17,20 +17,18 @@ _DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "f
 """The settings of the plan that the result depends on."""
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    """Write `sensitivities` by site, and `macs` as `Statistics` has them.
+def run(shop: Workshop, _: Path) -> dict[str, Any]:
+    """`sensitivities` by site, and `macs` as `Statistics` has them.
 
     Where nothing can be kept for another budget, both are empty and `skipped` says why.
     """
     shop.refuse_impossible()
-    result: dict[str, Any] = {"sensitivities": {}, "macs": {}}
-    if keeps_measured(shop.recipe.plan):
-        shop.compressor.measure()
-        statistics = shop.compressor.statistics
-        result = {"sensitivities": statistics.sensitivities, "macs": statistics.macs}
-    else:
-        result["skipped"] = "only the global allocation with the usual forms keeps what it measures"
-    write_result(folder, "sensitivity", result)
+    if not keeps_measured(shop.recipe.plan):
+        why = "only the global allocation with the usual forms keeps what it measures"
+        return {"sensitivities": {}, "macs": {}, "skipped": why}
+    shop.compressor.measure()
+    statistics = shop.compressor.statistics
+    return {"sensitivities": statistics.sensitivities, "macs": statistics.macs}
 
 
 STAGE = Stage(

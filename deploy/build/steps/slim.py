@@ -9,25 +9,23 @@ from typing import Any
 from deploy.artifacts.figures import compression_result, costs, denoiser_of
 from deploy.artifacts.files import copy_licenses, save_pipeline
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, write_result
+from deploy.build.workshop import Workshop
 from slimdiff.storage import manifest
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    plan, dense = shop.plan, denoiser_of(shop.dense)
-    recipe = shop.recipe
+def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    slim = shop.compressor.slim(plan)
+    slim = shop.compressor.slim(shop.plan)
     seconds = round(time.perf_counter() - start, 3)
     save_pipeline(shop.compressor.pipeline_with(slim), folder)
-    copy_licenses(recipe.model, folder)
+    copy_licenses(shop.recipe.model, folder)
     call = shop.trajectory[0]
     calibrated, sensitivity, planned = (
         manifest.read_manifest(shop.folder / stage)["made_from"]["seconds"]
         for stage in ("calibrate", "sensitivity", "plan")
     )
     took = {"calibrate": calibrated, "plan": round(sensitivity + planned, 3), "slim": seconds}
-    write_result(folder, "slim", compression_result(plan, costs(dense, call), costs(slim, call), took))
+    return compression_result(shop.plan, costs(denoiser_of(shop.dense), call), costs(slim, call), took)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, write_result
+from deploy.build.workshop import Workshop, packages_of
 from deploy.recipe.prompts import comparison_prompts
-from deploy.recipe.recipe import Recipe, SweepStage, point_budget
+from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
 from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
@@ -39,19 +38,13 @@ class Sweep:
 
     def __init__(self, shop: Workshop) -> None:
         assert shop.recipe.sweep is not None
-        self.shop, self.settings = shop, shop.recipe.sweep
-        self.calibration, self.planning = shop.recipe.calibration, shop.recipe.plan
-        self.runtime = TableSettings(runtime=self.settings.runtime, threads=self.settings.threads)
-
-    @property
-    def pipeline(self) -> Any:
-        return self.shop.dense
+        self.shop, self.settings, self.sampling = shop, shop.recipe.sweep, shop.recipe.calibration.sampling
+        self.runtime = _table(self.settings)
 
     @cached_property
     def call(self) -> Any:
         """The call that MACs and latency are counted on: one image, both branches of guidance."""
-        sampling = self.calibration.sampling
-        return example_call(self.pipeline, height=sampling.height, width=sampling.width)
+        return example_call(self.shop.dense, height=self.sampling.height, width=self.sampling.width)
 
     @cached_property
     def compressor(self) -> Compressor:
@@ -65,22 +58,21 @@ class Sweep:
         """What points by speedup are planned on."""
         if self.settings.by != "speedup":
             return None
-        return measure_latency(denoiser_of(self.pipeline), self.call, self.planning, self.runtime)
+        return measure_latency(denoiser_of(self.shop.dense), self.call, self.shop.recipe.plan, self.runtime)
 
     @cached_property
     def dense_images(self) -> list[Any]:
-        return self._images(self.pipeline, "sweep: dense images")
+        return self._images(self.shop.dense, "sweep: dense images")
 
     def _images(self, pipeline: Any, name: str) -> list[Any]:
-        sampling = self.calibration.sampling
-        unseen = sampling.model_copy(update={"seed": sampling.seed + 10_000})
+        unseen = self.sampling.model_copy(update={"seed": self.sampling.seed + 10_000})
         return sample_images(pipeline, captions(self.shop), unseen, progress=name)
 
     def fidelity(self, slim: Any, name: str) -> dict[str, Any] | None:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""
         if not self.settings.images:
             return None
-        images = self._images(with_denoiser(self.pipeline, slim), f"{name}: images")
+        images = self._images(with_denoiser(self.shop.dense, slim), f"{name}: images")
         return image_fidelity(self.dense_images, images)
 
 
@@ -93,8 +85,8 @@ def captions(shop: Workshop) -> list[str]:
 def _measure_point(work: Sweep, text: str, folder: Path) -> None:
     """Plan, slim and measure the model of one budget."""
     work.shop.refuse_impossible()
-    plan = work.compressor.plan(point_budget(work.settings.by, text), work.latency)
-    dense = denoiser_of(work.pipeline)
+    plan = work.compressor.plan(parse_budget(work.settings.by, text), work.latency)
+    dense = denoiser_of(work.shop.dense)
     slim = work.compressor.slim(plan)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
@@ -129,18 +121,11 @@ def frontier(shop: Workshop, points: Sequence[Stage]) -> dict[str, Any]:
         `machine`.
     """
     settings: Any = shop.recipe.sweep
-    found = [json.loads((shop.folder / p.name / "point.json").read_text(encoding="utf-8")) for p in points]
-    found.sort(key=lambda point: -point["parameters"])
-    return build_folder.strict(
-        {
-            "model": public_name(shop.recipe.model),
-            "by": settings.by,
-            "runtime": found[0]["runtime"],
-            "machine": found[0]["machine"],
-            "dense": found[0]["dense"],
-            "points": [{k: v for k, v in p.items() if k not in ("runtime", "machine", "dense")} for p in found],
-        }
-    )
+    measured = [manifest.read_json(shop.folder / stage.name / "point.json") for stage in points]
+    measured.sort(key=lambda point: -point["parameters"])
+    shared = {key: measured[0][key] for key in ("runtime", "machine", "dense")}
+    rows = [{key: value for key, value in point.items() if key not in shared} for point in measured]
+    return {"model": public_name(shop.recipe.model), "by": settings.by, **shared, "points": rows}
 
 
 def point_stages(settings: SweepStage) -> list[Stage]:
@@ -148,12 +133,9 @@ def point_stages(settings: SweepStage) -> list[Stage]:
     sweep_in = cache(Sweep)
 
     def point(text: str) -> Stage:
-        def run(shop: Workshop, folder: Path) -> None:
-            _measure_point(sweep_in(shop), text, folder)
-
         return Stage(
             f"point-{re.sub('[^0-9A-Za-z.]', '', text.replace('%', 'pct'))}-{settings.by}",
-            run,
+            lambda shop, folder: _measure_point(sweep_in(shop), text, folder),
             needs=("calibrate", "sensitivity"),
             settings=lambda shop: {**_settings(shop), "point": text},
             inputs=lambda shop: shop.exporting | {"captions": manifest.fingerprint(captions(shop))},
@@ -161,7 +143,11 @@ def point_stages(settings: SweepStage) -> list[Stage]:
             packages=lambda _: packages_of(settings.runtime),
         )
 
-    return [point(text) for text in settings.budgets()]
+    return [point(text) for text in settings.texts]
+
+
+def _table(settings: SweepStage) -> TableSettings:
+    return TableSettings(runtime=settings.runtime, threads=settings.threads)
 
 
 def _settings(shop: Workshop) -> dict[str, Any]:
@@ -169,7 +155,7 @@ def _settings(shop: Workshop) -> dict[str, Any]:
     return {
         "by": settings.by,
         "plan": shop.recipe.plan.model_dump(),
-        "runtime": TableSettings(runtime=settings.runtime, threads=settings.threads).model_dump(),
+        "runtime": _table(settings).model_dump(),
         "bench": shop.recipe.bench.model_dump(),
         "images": settings.images,
         "machine": machine_name(),
@@ -181,8 +167,5 @@ def stages(recipe: Recipe) -> list[Stage]:
     if recipe.sweep is None:
         return []
     points = point_stages(recipe.sweep)
-
-    def run(shop: Workshop, folder: Path) -> None:
-        write_result(folder, build_folder.SWEEP, frontier(shop, points))
-
-    return [*points, Stage(build_folder.SWEEP, run, needs=tuple(p.name for p in points), kind="sweep")]
+    needs = tuple(point.name for point in points)
+    return [*points, Stage(build_folder.SWEEP, lambda shop, _: frontier(shop, points), needs, kind="sweep")]

@@ -8,22 +8,19 @@ from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, packages_of, spread, write_result
+from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.registry import runtime_of
+from exporters.runtimes.unet import UNet
+from exporters.validation.graph import check_graph
+from exporters.validation.parity import check_trajectory, with_checks
 from slimdiff.compression import with_denoiser
 
 log = logging.getLogger("slimdiff")
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    from exporters.runtimes.unet import UNet
-    from exporters.validation.graph import check_graph
-    from exporters.validation.parity import check_trajectory, with_checks
-
+def run(shop: Workshop, _: Path) -> dict[str, Any]:
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
-    graphs = [shop.folder / "export" / "slim"]
-    if (shop.folder / "engine" / "onnx-fp16").is_dir():
-        graphs.append(shop.folder / "engine" / "onnx-fp16")
+    graphs = [shop.folder / name for name in ("export/slim", "engine/onnx-fp16") if (shop.folder / name).is_dir()]
     captions, sampling = shop.together
     parts = []
     title = runtime_of(shop.runtime).title
@@ -31,26 +28,20 @@ def run(shop: Workshop, folder: Path) -> None:
         unet = UNet.open(graph, shop.runtime)
         precision: Any = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
-        file = graph / "model.onnx"
-        found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision)
-        exported = with_denoiser(shop.slim, unet)
-        images = check_trajectory(shop.slim, exported, captions, sampling)
-        found = with_checks(found, images)
-        parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
-    write_result(
-        folder,
-        "validate",
-        {
-            "passed": all(part["passed"] for part in parts),
-            "precision": parts[0]["precision"],
-            "checks": [check for part in parts for check in part["checks"]],
-            "first_diverging": next((p["first_diverging"] for p in parts if p["first_diverging"]), None),
-            "divergence": next((p["divergence"] for p in parts if p["divergence"]), None),
-            "calls": len(calls),
-            "timesteps": [call.timestep for call in calls],
-            "parts": parts,
-        },
-    )
+        found = check_graph(graph / "model.onnx", denoiser_of(shop.slim), calls, unet.predict, precision)
+        images = check_trajectory(shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
+        name = f"slim in {title} ({precision}) against slim in torch (fp32)"
+        parts.append({"name": name, **with_checks(found, images)})
+    return {
+        "passed": all(part["passed"] for part in parts),
+        "precision": parts[0]["precision"],
+        "checks": [check for part in parts for check in part["checks"]],
+        "first_diverging": next((p["first_diverging"] for p in parts if p["first_diverging"]), None),
+        "divergence": next((p["divergence"] for p in parts if p["divergence"]), None),
+        "calls": len(calls),
+        "timesteps": [call.timestep for call in calls],
+        "parts": parts,
+    }
 
 
 STAGE = Stage(

@@ -10,7 +10,7 @@ from deploy.artifacts.numbers import amount
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
-from deploy.recipe.recipe import POINTS, Recipe, SweepStage, point_budget
+from deploy.recipe.recipe import POINTS, Recipe, SweepStage, parse_budget
 from exporters.settings import BenchSettings, TableSettings
 from slimdiff.errors import InputError
 from slimdiff.storage.manifest import LOCK
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not points:
         raise InputError("--points is empty: name budgets such as 5%,10%,20%")
     for point in points:
-        point_budget(args.by, point)
+        parse_budget(args.by, point)
     flags.read_prompts(args, 1)  # whether there are any
     planning = flags.read_planning(args)
 

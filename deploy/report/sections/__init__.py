@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.report.sections import (
-    engine,
-    figures,
-    frontier,
-    gates,
-    images,
-    latency,
-    noise,
-    parity,
-    provenance,
-    sites,
-)
+from deploy.report.sections import frontier, gates, images, latency, noise, parity, sites
 
-SECTIONS = (gates, figures, images, sites, noise, parity, engine, latency, frontier, provenance)
-"""In the order of the page, `templates/report.html.j2`."""
+SECTIONS = (gates, images, sites, noise, parity, latency, frontier)
+"""In the order of the page, `templates/report.html.j2`; the templates of the others show results as they are."""

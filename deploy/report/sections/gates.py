@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import numbers
 
 
-def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+def build(results: Mapping[str, Any]) -> dict[str, Any]:
     """`gates`: those of `build.json` with their value and bound in words."""
     return {"gates": [{**g, "shown": gate_value(g), "asked": gate_bound(g)} for g in results["build"]["gates"]]}
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deploy.report.plots import Tick, linear_scale
 from deploy.report.sections.gates import gate_of
 
 
-def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
-    """`speedup`: places on the axis, None if it was not measured; `speedup_verdict`."""
-    bench, plot = results["bench"], None
+def build(results: Mapping[str, Any]) -> dict[str, Any]:
+    """`speedup`: places on the axis, None if it was not measured; `speedup_verdict`: of the recipe's gate, or else of
+    the bench's own, None if there is none."""
+    bench, gate, plot = results["bench"], gate_of(results, "speedup"), None
+    verdict = gate.get("verdict") or (bench["verdict"] if bench.get("gate") else None)
     if "skipped" not in bench:
-        plot = _plot(bench["speedup"], gate_of(results, "speedup").get("bound"))
-    return {"speedup": plot, "speedup_verdict": speedup_verdict(results)}
-
-
-def speedup_verdict(results: Mapping[str, Any]) -> str | None:
-    """The verdict of the recipe's gate, or else of the bench's own; None if there is none."""
-    gate, bench = gate_of(results, "speedup"), results["bench"]
-    return gate.get("verdict") or (bench["verdict"] if bench.get("gate") else None)
+        plot = _plot(bench["speedup"], gate.get("bound"))
+    return {"speedup": plot, "speedup_verdict": verdict}
 
 
 def _plot(speedup: Mapping[str, float], bound: float | None) -> dict[str, Any]:

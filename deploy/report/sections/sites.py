@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from deploy.artifacts import numbers
 from deploy.report.plots import log_scale, place
 from slimdiff.settings import TRANSFORMER_GROUPS
 
 
-def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+def build(results: Mapping[str, Any]) -> dict[str, Any]:
     """`sites`: a table for each module that sites sit in, and the totals of each group."""
     planned = results["plan"]["sites"]
     # Sites of groups that the recipe leaves out are dense, and there is nothing else to say of them.
@@ -24,24 +22,18 @@ def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
     blocks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, site in sites.items():
         block, dot, _ = site["path"].rpartition(".")
-        heads = f" per head, {site['heads']} heads" if site["heads"] > 1 else ""
-        error, sensitivity = site.get(key), site.get("sensitivity")
         blocks[block or "denoiser"].append(
             {
+                **site,
                 "prefix": block + dot,
                 "leaf": name.removeprefix(block + dot),
-                "group": site["group"],
-                "rank": f"{site['rank']}/{site['dense_rank']}",
-                "title": f"{name}: rank {site['rank']} of {site['dense_rank']}{heads}",
-                "share": round(100 * site["rank"] / site["dense_rank"], 2),
-                "error": _digits(error),
-                "error_at": place(errors, error),
-                "sensitivity": _digits(sensitivity),
-                "sensitivity_at": place(sensitivities, sensitivity),
+                "error": site.get(key),
+                "error_at": place(errors, site.get(key)),
+                "sensitivity_at": place(sensitivities, site.get("sensitivity")),
             }
         )
     shown = {
-        "blocks": dict(blocks),
+        "blocks": blocks,
         "totals": _totals(list(sites.values()), predicted),
         "error_name": "predicted error" if predicted else "local error",
         "error_scale": errors,
@@ -53,16 +45,10 @@ def build(results: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
 
 
 def _totals(sites: Sequence[Mapping[str, Any]], predicted: bool) -> list[dict[str, Any]]:
-    totals = []
-    for group in dict.fromkeys([*TRANSFORMER_GROUPS, *(s["group"] for s in sites)]):
+    totals, present = [], dict.fromkeys(s["group"] for s in sites)
+    for group in sorted(present, key=lambda group: (*TRANSFORMER_GROUPS, group).index(group)):
         members = [s for s in sites if s["group"] == group]
-        if members:
-            kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)
-            known = [s["predicted_error"] for s in members if predicted and s.get("predicted_error") is not None]
-            error = _digits(sum(known) if known else None)
-            totals.append({"group": group, "sites": len(members), "share": numbers.percent(kept), "error": error})
+        kept = sum(s["rank"] for s in members) / sum(s["dense_rank"] for s in members)
+        known = [s["predicted_error"] for s in members if predicted and s.get("predicted_error") is not None]
+        totals.append({"group": group, "sites": len(members), "share": kept, "error": sum(known) if known else None})
     return totals
-
-
-def _digits(value: float | None) -> str:
-    return numbers.NONE if value is None else numbers.digits(value, 2)

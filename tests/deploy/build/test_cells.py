@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import shutil
 import socket
 import sys
@@ -14,8 +15,11 @@ import pytest
 
 import deploy
 from deploy.artifacts import build_folder
-from deploy.build.cells import cells_of, recipe_of
+from deploy.build import cells
+from deploy.build.cells import CellWorkshop, build_cells, cells_of, recipe_of
 from deploy.build.cluster import check_reachable
+from deploy.build.stages import Done
+from deploy.build.workshop import Workshop
 from deploy.cli.app import main
 from deploy.recipe.recipe import make_recipe
 from exporters.engine import Gpu, check_engine
@@ -89,6 +93,35 @@ def test_a_cell_is_built_from_the_slim_model_that_is_there(built, workspace, tmp
     shutil.rmtree(folder / name / "validate")  # as if the build had been killed before
     assert made(build(workspace, folder, matrix, capsys)) == [f"{name}/validate"]
     assert made(build(workspace, folder, matrix, capsys)) == []
+
+
+def test_away_from_here_cells_are_not_timed_and_errors_come_back(tmp_path, monkeypatch):
+    """What Ray does, jobs and results pickled, in this process; `bench` is forced, too."""
+    ran = []
+
+    def run_stages(shop, stages, force):
+        ran.append((shop.cell.name, [stage.name for stage in stages], force))
+        if shop.cell.shape.images == 2:
+            raise InputError("too large")
+        return [Done(stage.name, "key", 1.0, reused=False) for stage in stages]
+
+    def run_on_ray(function, jobs, address):
+        return [pickle.loads(pickle.dumps(function(job))) for job in pickle.loads(pickle.dumps(jobs))]
+
+    monkeypatch.setattr(cells, "run_stages", run_stages)
+    monkeypatch.setattr(cells, "run_on_ray", run_on_ray)
+    whole = Workshop(recipe_with({"shapes": ["2x16x16", "16x16"]}), tmp_path / "build")
+    shops = [CellWorkshop(cell, whole, {"plan", "bench"}) for cell in cells_of(whole.recipe)]
+    done = build_cells(whole, shops, "key", "local")
+    large, small = (shop.cell.name for shop in shops)
+    assert [next(done).name for _ in range(3)] == [f"cells/{small}/{s}" for s in ("export", "validate", "bench")]
+    with pytest.raises(InputError, match=f"cell {large}: too large"):
+        next(done)
+    assert ran == [
+        (large, ["export", "validate"], []),
+        (small, ["export", "validate"], []),
+        (small, ["export", "validate", "bench"], ["bench"]),
+    ]
 
 
 def test_without_ray_it_is_named(workspace, tmp_path, monkeypatch, capsys):

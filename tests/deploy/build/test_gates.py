@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from deploy.build.gates import EXIT_CODE, judge, overall
-from deploy.build.verdict import sentence
+from deploy.build.verdict import EXIT_CODE, judge, overall, sentence
 from deploy.recipe.recipe import Gates, Recipe
 
 

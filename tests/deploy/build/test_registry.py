@@ -10,14 +10,14 @@ import pytest
 from deploy.artifacts import build_folder
 from deploy.build import run_build, steps
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, write_result
+from deploy.build.workshop import Workshop
 from deploy.recipe.recipe import load_recipe, make_recipe
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest
 
 
-def run(shop: Workshop, folder: Path) -> None:
-    write_result(folder, "toy", {"sites": len(shop.plan.sites)})
+def run(shop: Workshop, _: Path) -> dict[str, int]:
+    return {"sites": len(shop.plan.sites)}
 
 
 def add(monkeypatch: pytest.MonkeyPatch, **more) -> None:

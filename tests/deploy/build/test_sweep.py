@@ -83,7 +83,7 @@ def test_a_page_without_any_error_says_so(out, tmp_path):
     [
         (["--points", "some"], "write a count"),
         (["--points", ","], "empty"),
-        (["--by", "speedup", "--points", "5%"], "a number such as 1.2"),
+        (["--by", "speedup", "--points", "5%"], "such as 1.35, not '5%'"),
         (["--images", "-1"], "--images"),
     ],
 )

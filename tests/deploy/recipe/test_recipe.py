@@ -8,6 +8,7 @@ import pytest
 
 from deploy.recipe.recipe import DEMO, load_recipe
 from slimdiff.errors import InputError
+from slimdiff.settings import Budget
 
 
 def recipe(folder: Path, text: str) -> Path:
@@ -25,7 +26,7 @@ def test_defaults_and_overrides(tmp_path):
     found = load_recipe(
         recipe(tmp_path, "model: demo\nbudget: {reduce: 100M}\nplan: {align: 16, groups: [feed_forward]}")
     )
-    assert found.budget.reduce == "100M" and found.plan.align == 16 and found.plan.groups == ("feed_forward",)
+    assert found.budget.budget() == Budget("100M") and found.plan.align == 16 and found.plan.groups == ("feed_forward",)
     assert found.prompts == "embedded"
 
 
@@ -43,7 +44,7 @@ def test_the_general_prompts_are_the_default(tmp_path, text):
     ],
 )
 def test_points_of_a_sweep(tmp_path, text, budgets):
-    assert load_recipe(recipe(tmp_path, f"model: demo\n{text}")).sweep.budgets() == budgets
+    assert load_recipe(recipe(tmp_path, f"model: demo\n{text}")).sweep.texts == budgets
 
 
 def test_relative_paths_are_the_recipes(tmp_path):
@@ -67,8 +68,11 @@ def test_relative_paths_are_the_recipes(tmp_path):
             "model: demo\nplan: {allocation: best}",
             ["plan.allocation", "'global', 'local', 'uniform' or 'softmax'", "'best'"],
         ),
-        ("model: demo\nbudget: {reduce: lots}", ["budget.reduce", "100M", "12%", "'lots'"]),
-        ("model: demo\nbudget: {macs: lots}", ["budget.macs", "50G", "12%", "'lots'"]),
+        ("model: demo\nbudget: {reduce: lots}", ["budget.reduce", "100M", "25%", "'lots'"]),
+        ("model: demo\nbudget: {macs: lots}", ["budget.macs", "50G", "25%", "'lots'"]),
+        ("model: demo\nbudget: {reduce: 0%}", ["budget.reduce", "'0%' must lie between nothing and all", "25%"]),
+        ("model: demo\nbudget: {reduce: " + 400 * "9" + "M}", ["budget.reduce", "between nothing and all"]),
+        ("model: demo\nbudget: {macro: 5%}", ["budget.macro", "unknown key 'macro'", "did you mean 'macs'"]),
         ("model: demo\nbudget: {reduce: 5%, macs: 5%}", ["budget", "exactly one of", "reduce and macs"]),
         ("model: demo\nbudget: {speedup: 0.9}", ["budget.speedup", "greater than 1"]),
         ("model: demo\nbudget: {reduce: 5%, runtime: torch}", ["budget", "give speedup with it"]),
@@ -77,7 +81,7 @@ def test_relative_paths_are_the_recipes(tmp_path):
         ("model: demo\nengine: {targets: [h100]}", ["engine.targets", "sm89"]),
         ("model: demo\nsweep: {pionts: [5%]}", ["in sweep", "did you mean 'points'"]),
         ("model: demo\nsweep: {points: [lots]}", ["sweep", "100M"]),
-        ("model: demo\nsweep: {by: speedup, points: [5%]}", ["sweep", "a number such as 1.2"]),
+        ("model: demo\nsweep: {by: speedup, points: [5%]}", ["sweep", "a speedup is", "such as 1.35, not '5%'"]),
         ("budget: {reduce: 12%}", ["'model' is missing"]),
         ("model: demo\nmodel: demo", ["'model' is there twice"]),
         ("model: [", ["not YAML"]),
