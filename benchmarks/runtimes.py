@@ -108,7 +108,7 @@ def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path
         del unet
         gc.collect()
         for told, chosen in ranks.items():
-            found = bench(jobs["dense"], jobs[told], timing, name=f"{name}, batch {batch}, {runtime}: {told}")
+            found = bench(jobs["dense"], jobs[told], timing)
             row = {"parameters": counts[told], "ranks": chosen, **found}
             if runtime in OWN_TABLE:
                 row["predicted"] = table.dense / table.of(chosen)

@@ -73,14 +73,14 @@ class EngineRequest:
                 shutil.copyfile(source / name, temporary)
         return self._describe(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder)
 
-    def build(self, folder: Path | str, name: str = "engine") -> dict[str, Any]:
-        """Build it; see `build_engine`. `name` is what the progress line on stderr calls it."""
+    def build(self, folder: Path | str) -> dict[str, Any]:
+        """Build it; see `build_engine`."""
         folder = Path(folder)
         if self.settings.check_memory:
             demand_memory(self.weights, available_memory())
         folder.mkdir(parents=True, exist_ok=True)
         with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
-            found = _in_process(self, temporary, name)
+            found = _in_process(self, temporary)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
             sites = in_engine = None
             if self.plan is not None:
@@ -174,7 +174,7 @@ def build_engine(
     return request_engine(onnx_file, settings, plan=plan).build(folder)
 
 
-def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, Any]:
+def _in_process(request: EngineRequest, engine: Path) -> dict[str, Any]:
     settings = request.settings
     with tempfile.TemporaryDirectory(prefix="slimdiff-engine-") as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
@@ -195,7 +195,7 @@ def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, An
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:
-                code = _wait(worker, log, name)
+                code = _wait(worker, log)
             finally:
                 if worker.poll() is None:
                     worker.kill()
@@ -207,10 +207,10 @@ def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, An
         raise SlimdiffError(explain(code, log.read_text(errors="replace"), request.weights))
 
 
-def _wait(worker: subprocess.Popen, log: Path, name: str) -> int:
-    with bar(name=name, bar_format="{desc} {elapsed}") as shown:
+def _wait(worker: subprocess.Popen, log: Path) -> int:
+    with bar(name="engine", bar_format="{desc} {elapsed}") as shown:
         while True:
-            shown.set_description_str(f"{name}: {stage_of(log.read_text(errors='replace'))},", refresh=True)
+            shown.set_description_str(f"engine: {stage_of(log.read_text(errors='replace'))},", refresh=True)
             try:
                 return worker.wait(timeout=0.25)
             except subprocess.TimeoutExpired:

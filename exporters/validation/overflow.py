@@ -49,7 +49,7 @@ def first_not_finite(fragments: OnnxFragments, call: Call) -> NotFinite | None:
     """
     last_use = {name: i for i, node in enumerate(fragments.nodes) for name in fragments.reads(node)}
     values = graph_inputs(call)
-    for index, node in enumerate(bar(fragments.nodes, name=f"finite at t={call.timestep}", unit="node")):
+    for index, node in enumerate(bar(fragments.nodes, name="finite values", unit="node")):
         names = [name_of(value) for value in node.outputs if value.name]
         outputs = dict(zip(names, fragments.run([node], values, names), strict=True))
         broken = sum(int(v.size - np.isfinite(v).sum()) for v in outputs.values() if v.dtype.kind == "f")

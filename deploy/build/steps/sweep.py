@@ -102,7 +102,7 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
             write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name)
             for name, model in (("dense", dense), ("slim", slim))
         )
-        paired = bench(before, after, work.shop.recipe.bench, name=f"{text}: bench")
+        paired = bench(before, after, work.shop.recipe.bench)
     plan.save(folder / "plan.json")
     value = {
         "budget": text,

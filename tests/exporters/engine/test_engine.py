@@ -132,7 +132,7 @@ def test_tensorrt_is_taken_only_where_it_can_build(monkeypatch):
 
 
 def test_progress_goes_to_stderr(rtx, exported, tmp_path, capfd):
-    build_engine(exported["slim"], tmp_path, RTX, progress="engine")
+    build_engine(exported["slim"], tmp_path, RTX)
     out, err = capfd.readouterr()
     assert out == "" and "engine: building" in err
 
