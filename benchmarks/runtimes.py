@@ -28,8 +28,8 @@ from torch import nn
 
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet, ranks_for_speedup, uniform_ranks
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
+from exporters.latency.pair import write_job
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name, usable_cores
 from exporters.registry import register, runtime_of

@@ -14,8 +14,7 @@ from deploy.bundle.rest import ExportedRest, Rest, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import ENGINE_PIPELINE
-from exporters.runtimes.module import read_config
+from exporters.layout import ENGINE_PIPELINE, read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 

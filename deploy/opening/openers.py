@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of
 from exporters.layout import ENGINE_PIPELINE
+from exporters.registry import names
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
         raise InputError(f"{name} holds several engines: name one of them ({there})")
     if kind not in ("onnx", "engine", ENGINE_PIPELINE):
         raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
-    from exporters.settings import GRAPH_RUNTIMES
-
-    takes: tuple[str, ...] = GRAPH_RUNTIMES
+    takes = names("graph")
     if kind != "onnx":
         from exporters.engine.check import read_engine
 

@@ -13,8 +13,7 @@ from deploy.triton.container import write_compose
 from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
-from exporters.engine.key import weight_files
-from exporters.graphs.reading import write_graph
+from exporters.graphs.reading import weight_files, write_graph
 from exporters.layout import GRAPH
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest

@@ -15,12 +15,12 @@ from exporters.engine.backends import Backend, choose_backend
 from exporters.engine.check import ENGINE, REPORT, read_engine, runs_on
 from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.key import differences, engine_parts, key_of, weight_files
+from exporters.engine.key import differences, engine_parts, key_of
 from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims
-from exporters.graphs.reading import read_graph
+from exporters.graphs.reading import read_graph, weight_files
 from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -120,9 +120,7 @@ def request_engine(
 
     Args:
         onnx_file: `model.onnx`, its external data beside it.
-        settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against.
-        gpu: asks which GPU is here.
 
     Raises:
         InputError: for a graph, shapes or targets that the backend does not take, or a plan that the graph does not
@@ -155,7 +153,6 @@ def build_engine(
     Args:
         onnx_file: `model.onnx`, its external data beside it.
         folder: gets `model.engine`, `engine.json` and `manifest.json`, or no engine if the build fails.
-        settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against: before the build in the graph, after it in the parsed network.
 
     Returns:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.dtypes import DTYPES, PRECISIONS
 from exporters.engine.backends import installed_version
-from exporters.graphs.reading import external_tensors, refuse_outside
-from slimdiff.errors import InputError
+from exporters.graphs.reading import weight_files
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -37,12 +36,8 @@ def engine_parts(
 
     Args:
         onnx_file: hashed, and so are the files of external data beside it.
-        model: what is in it.
-        settings: how it is built; of these, what changes the engine.
         shapes: from `engine_shapes`.
-        backend: `tensorrt` or `tensorrt-rtx`.
         gpu: the GPU that is here, which matters if the settings name no targets.
-        plan: whose ranks the engine is held against.
 
     Returns:
         `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
@@ -81,20 +76,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             hashes = name.partition(".")[0] in ("graph", "weights", "plan", "builder")
             found.append(f"{name.partition('.')[0]} changed" if hashes else f"{name} {a} -> {b}")
     return list(dict.fromkeys(found))
-
-
-def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:
-    """Names of the files that keep the graph's weights.
-
-    Raises:
-        InputError: if one of them is not beside the graph, or not under its folder.
-    """
-    names = sorted({str(tensor.location) for tensor in external_tensors(model)})
-    refuse_outside(onnx_file, names)
-    missing = [name for name in names if not (onnx_file.parent / name).is_file()]
-    if missing:
-        raise InputError(f"{onnx_file} keeps its weights in {', '.join(missing)}, which is not beside it")
-    return names
 
 
 def _precision(model: ir.Model) -> str:

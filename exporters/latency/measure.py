@@ -41,9 +41,7 @@ def bench(
     """Measure process pairs until a gate's verdict is certain; see `exporters.latency.decision` for what it means.
 
     Args:
-        baseline: what the candidate is held against.
-        candidate: takes the same inputs.
-        settings: threads, batch, warm-up, rounds; process pairs and seconds.
+        baseline: what the candidate, which takes the same inputs, is held against.
         gate: what the verdict is about; without one nothing can fail, and it is `pass`.
 
     Returns:
@@ -92,12 +90,10 @@ def sample(
     gate: Gate | None,
     clock: Callable[[], float],
 ) -> tuple[list[PairTimes], Judged]:
-    """Measure pairs, look by look.
+    """Measure pairs, look by look, until the gate's verdict is certain or the time is used up.
 
     Args:
         turn: measures a pair; `first` says which side goes first.
-        settings: process pairs and seconds.
-        gate: decides when it is enough.
         clock: seconds.
     """
     fixed = settings.processes if gate else settings.processes or next(looks()).pairs

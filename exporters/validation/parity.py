@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
 from slimdiff.errors import InputError, require
 from slimdiff.progress import bar
@@ -135,7 +136,8 @@ def image_psnr(reference: Any, candidate: Any) -> float:
     Raises:
         InputError: if the shapes differ.
     """
-    a, b = (_unit(np.asarray(image)) for image in (reference, candidate))
+    arrays = (np.asarray(image) for image in (reference, candidate))
+    a, b = (array.astype(np.float64) / (255 if array.dtype == np.uint8 else 1) for array in arrays)
     if a.shape != b.shape:
         raise InputError(f"images of different shape: {a.shape} and {b.shape}")
     error = float(((a - b) ** 2).mean())
@@ -176,7 +178,6 @@ def check_trajectory(
         reference: the pipeline with the float32 denoiser.
         candidate: the same with the candidate's, a module.
         prompts: one per image.
-        sampling: steps, guidance, seed, size.
 
     Returns:
         checks in `check_calls`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
@@ -184,25 +185,18 @@ def check_trajectory(
     """
     broken = 0
 
-    def count(_module: nn.Module, _args: Any, output: Any) -> None:
+    def count(_args: Any, _kwargs: Any, output: Any) -> None:
         nonlocal broken
         broken += not bool(torch.isfinite(output[0]).all())
 
-    denoiser = getattr(candidate, denoiser_name(candidate))
-    handle = denoiser.register_forward_hook(count)
-    try:
+    with watching() as hooks:
+        hooks.after(getattr(candidate, denoiser_name(candidate)), count)
         images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
-    finally:
-        handle.remove()
     return [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
 
 
 def _array(output: Tensor) -> np.ndarray:
     return output.detach().cpu().double().numpy()
-
-
-def _unit(image: np.ndarray) -> np.ndarray:
-    return image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
 
 
 def check(tensor: str, metric: str, value: Any, bound: Any, passed: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, versions, write_result
+from exporters.registry import runtime_of
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
@@ -20,7 +21,7 @@ def run(shop: Workshop, folder: Path) -> None:
         log.info("engine: skipped, %s", reason)
         write_result(folder, "engine", {"skipped": reason})
         return
-    from exporters.engine import request_engine
+    from exporters.engine.build import request_engine
     from exporters.graphs.export import export_unet
     from exporters.settings import EngineSettings
 
@@ -43,15 +44,17 @@ def run(shop: Workshop, folder: Path) -> None:
 
 def _why_none(shop: Workshop) -> str | None:
     """Why there will be no engine; None if there will be one."""
-    from exporters.engine import MODULES, available_backend, has_gpu
+    from exporters.engine.backends import BACKENDS, available_backend
+    from exporters.engine.gpu import gpu_here
 
     stage = shop.recipe.engine
     if not stage.enabled:
         return "the recipe says so (engine.enabled: false)"
-    if stage.backend == "auto" and available_backend() is not None and not stage.targets and not has_gpu():
+    if stage.backend == "auto" and available_backend() is not None and not stage.targets and gpu_here() is None:
         return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
     if stage.backend == "auto" and available_backend() is None:
-        return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
+        modules = " or ".join(runtime_of(name).module for name in BACKENDS)
+        return f"no backend is installed ({modules}): pip install 'slimdiff[tensorrt-rtx]'"
     return None
 
 
@@ -63,7 +66,7 @@ def _runs_on(folder: Path) -> dict[str, Any]:
 
 
 def _inputs(shop: Workshop) -> dict[str, str]:
-    from exporters.engine import gpu_here
+    from exporters.engine.gpu import gpu_here
 
     settings = shop.recipe.engine
     gpu = None if settings.targets or not settings.enabled else gpu_here()
@@ -76,12 +79,11 @@ def _inputs(shop: Workshop) -> dict[str, str]:
 
 
 def _packages(shop: Workshop) -> list[tuple[str, str]]:
-    from exporters.engine import EXTRAS, MODULES
-
     settings = shop.recipe.engine
     if not settings.enabled or settings.backend == "auto":
         return []
-    return [(MODULES[settings.backend], EXTRAS[settings.backend])]
+    row = runtime_of(settings.backend)
+    return [(row.module, row.extra)]
 
 
 STAGE = Stage(

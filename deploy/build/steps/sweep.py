@@ -19,8 +19,8 @@ from deploy.build.workshop import Workshop, packages_of, write_result
 from deploy.recipe.prompts import comparison_prompts
 from deploy.recipe.recipe import Recipe, SweepStage, point_budget
 from exporters.graphs.pipeline import example_call
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
+from exporters.latency.pair import write_job
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
 from exporters.settings import TableSettings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
@@ -17,7 +16,7 @@ log = logging.getLogger("slimdiff")
 
 def run(shop: Workshop, folder: Path) -> None:
     from exporters.runtimes.unet import UNet
-    from exporters.validation.graph import check_graph
+    from exporters.validation.graph import check_parity
     from exporters.validation.parity import check_trajectory, with_checks
 
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
@@ -29,10 +28,9 @@ def run(shop: Workshop, folder: Path) -> None:
     title = runtime_of(shop.runtime).title
     for graph in graphs:
         unet = UNet.open(graph, shop.runtime)
-        precision: Any = unet.session.precision
+        precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
-        file = graph / "model.onnx"
-        found = check_graph(file, denoiser_of(shop.slim), calls, unet.predict, precision)
+        found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph / "model.onnx")
         exported = with_denoiser(shop.slim, unet)
         images = check_trajectory(shop.slim, exported, captions, sampling)
         found = with_checks(found, images)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import flags
-from exporters.settings import RUNTIMES
+from exporters.registry import names
 
 DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
 runs it, and a manifest of hashes, provenance and requirements; on request one file of it. A model is exported to ONNX
@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
-    parser.add_argument("--runtime", choices=RUNTIMES[1:], help=runs_in)
+    parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
 
 
 def run(args: argparse.Namespace) -> int:

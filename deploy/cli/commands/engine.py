@@ -15,7 +15,7 @@ from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
-    from exporters.engine import EngineRequest
+    from exporters.engine.build import EngineRequest
 
 DESCRIPTION = """Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the one
 in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner dimensions are
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
 
-    from exporters.engine import request_engine
+    from exporters.engine.build import request_engine
     from exporters.engine.pipeline import request_pipeline
 
     if args.whole:

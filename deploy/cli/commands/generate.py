@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from deploy.cli import flags
-from exporters.settings import RUNTIMES
+from exporters.registry import names
 from slimdiff.settings import Sampling
 
 DESCRIPTION = "Make one image. The same seed gives the same starting noise, whatever the artifact."
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "PNG", "the image file to write", required=True)
     flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
-    parser.add_argument("--runtime", choices=RUNTIMES, help=runs_in)
+    parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
 
 

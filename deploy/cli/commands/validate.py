@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from deploy.cli import flags
-from exporters.settings import RUNTIMES
+from exporters.registry import names
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
@@ -24,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "candidate", "CANDIDATE", "what is checked: a model, or ONNX")
     bounds = "whose bounds hold (default: the candidate's)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
-    parser.add_argument("--runtime", choices=RUNTIMES, help="what runs the candidate's ONNX (default: onnxruntime)")
+    parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
@@ -42,11 +42,10 @@ def run(args: argparse.Namespace) -> int:
     check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
-    from deploy.artifacts.kinds import graph_of
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
-    from exporters.validation.graph import check_graph
-    from exporters.validation.parity import check_calls, check_trajectory, with_checks
+    from exporters.validation.graph import check_parity
+    from exporters.validation.parity import check_trajectory, with_checks
     from slimdiff.compression import with_denoiser
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
@@ -71,11 +70,8 @@ def run(args: argparse.Namespace) -> int:
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
     calls = spread(record_calls(pipeline, prompts, sampling), args.calls)
     precision: Any = args.precision or candidate.precision
-    if inside:
-        graph, every = graph_of(args.candidate), args.every_module
-        value = check_graph(graph, base.denoiser, calls, candidate.predict, precision, every_module=every)
-    else:
-        value = check_calls(calls, base.predict, candidate.predict, precision)
+    every = args.every_module
+    value = check_parity(base.denoiser, candidate.denoiser, calls, precision=precision, every_module=every)
     if not args.no_image:
         log.info("validate: the image of each")
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]

@@ -18,7 +18,8 @@ from deploy.build.cells import cells_of, recipe_of
 from deploy.build.cluster import check_reachable
 from deploy.cli.app import main
 from deploy.recipe.recipe import make_recipe
-from exporters.engine import Gpu, check_engine
+from exporters.engine.check import check_engine
+from exporters.engine.gpu import Gpu
 from slimdiff import InputError
 
 
