@@ -56,7 +56,7 @@ class RuntimeModule(nn.Module):
         return self
 
 
-def answer(session: Session, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a session on its inputs by name, of any dtype and device.
 
     Returns:
@@ -65,18 +65,18 @@ def answer(session: Session, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: for other inputs than the session has, or a shape that it was not made for.
     """
-    _check(session, given)
-    dtypes = {name: getattr(torch, session.dtypes[name]) for name in given}
-    feed = {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in given.items()}
+    _check(session, tensors)
+    dtypes = {name: getattr(torch, session.dtypes[name]) for name in tensors}
+    feed = {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in tensors.items()}
     return {name: torch.from_numpy(array) for name, array in session.run(feed).items()}
 
 
-def _check(session: Session, given: Mapping[str, Tensor]) -> None:
-    if set(given) != set(session.inputs):
-        raise InputError(f"{session.source} takes {', '.join(session.inputs)}; given were {', '.join(given)}")
+def _check(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    if set(tensors) != set(session.inputs):
+        raise InputError(f"{session.source} takes {', '.join(session.inputs)}; given were {', '.join(tensors)}")
     sizes: dict[str, int] = {}
     for name, takes in session.inputs.items():
-        shape = tuple(given[name].shape)
+        shape = tuple(tensors[name].shape)
         fixed = tuple(d if isinstance(d, int) else sizes.setdefault(d, n) for d, n in zip(takes, shape, strict=False))
         if len(shape) != len(takes) or shape != fixed or any(n % _step(d) for n, d in zip(shape, takes, strict=True)):
             raise InputError(

@@ -72,9 +72,8 @@ class UNet(RuntimeModule):
         unknown = sorted(name for name, value in others.items() if value is not None)
         if unknown:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
-        given: dict[str, Any] = {"sample": sample, "encoder_hidden_states": encoder_hidden_states}
-        given |= {"timestep": _whole(timestep), **(added_cond_kwargs or {})}
-        noise = answer(self.session, given)["out_sample"].to(sample.device, sample.dtype)
+        inputs = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep": _whole(timestep)}
+        noise = answer(self.session, inputs | (added_cond_kwargs or {}))["out_sample"].to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
     @torch.no_grad()
