@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from exporters.dtypes import DTYPES, PRECISIONS
 from exporters.engine.backends import installed_version
 from exporters.graphs.reading import weight_files
+from slimdiff.progress import bar
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -45,9 +46,13 @@ def engine_parts(
     """
     sites = None if plan is None else {n: [s.group, s.path, s.heads, s.rank] for n, s in plan.sites.items()}
     here = Path(__file__).parent
+    files = {name: onnx_file.parent / name for name in weight_files(onnx_file, model)}
+    size = sum(file.stat().st_size for file in files.values())
+    with bar(total=size, name="hash weights", unit="B", unit_scale=True, delay=2, leave=False) as shown:
+        weights = {name: manifest.sha256_of(file, shown.update) for name, file in files.items()}
     return {
         "graph": manifest.sha256_of(onnx_file),
-        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, model)},
+        "weights": weights,
         "precision": _precision(model),
         "plan": None if sites is None else manifest.fingerprint(sites),
         "shapes": dict(shapes),

@@ -155,33 +155,24 @@ def check_images(
     return [check(name, "psnr_db", value, minimum_db, value >= minimum_db) for name, value in values]
 
 
-def with_checks(result: dict[str, Any], checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`check_calls`'s result with more checks at its end; one that failed is the first only if none before it did."""
-    failed = next((c["tensor"] for c in checks if not c["passed"]), None)
-    return {
-        **result,
-        "passed": result["passed"] and failed is None,
-        "checks": [*result["checks"], *checks],
-        "first_diverging": result["first_diverging"] or failed,
-    }
-
-
 def check_trajectory(
+    result: dict[str, Any],
     reference: DiffusionPipeline,
     candidate: DiffusionPipeline,
     prompts: Sequence[Inputs],
     sampling: Sampling,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
 
     Args:
+        result: `check_calls`'s of the two denoisers.
         reference: the pipeline with the float32 denoiser.
         candidate: the same with the candidate's, a module.
         prompts: one per image.
 
     Returns:
-        checks in `check_calls`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
-        denoiser's output), then `psnr_db` of every image.
+        the result with more checks: `finite` of `out_sample` (count of calls with NaN or infinite values in the
+        denoiser's output), then `psnr_db` of every image. One that fails is the first only if none before it did.
     """
     broken = 0
 
@@ -192,7 +183,13 @@ def check_trajectory(
     with watching() as hooks:
         hooks.after(getattr(candidate, denoiser_name(candidate)), count)
         images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
-    return [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
+    checks = [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
+    failed = next((c["tensor"] for c in checks if not c["passed"]), None)
+    return result | {
+        "passed": result["passed"] and failed is None,
+        "checks": [*result["checks"], *checks],
+        "first_diverging": result["first_diverging"] or failed,
+    }
 
 
 def _array(output: Tensor) -> np.ndarray:

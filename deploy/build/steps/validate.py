@@ -17,7 +17,7 @@ log = logging.getLogger("slimdiff")
 def run(shop: Workshop, folder: Path) -> None:
     from exporters.runtimes.unet import UNet
     from exporters.validation.graph import check_parity
-    from exporters.validation.parity import check_trajectory, with_checks
+    from exporters.validation.parity import check_trajectory
 
     calls = spread(shop.trajectory, shop.recipe.validation.calls)
     graphs = [shop.folder / "export" / "slim"]
@@ -32,8 +32,7 @@ def run(shop: Workshop, folder: Path) -> None:
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph / "model.onnx")
         exported = with_denoiser(shop.slim, unet)
-        images = check_trajectory(shop.slim, exported, captions, sampling)
-        found = with_checks(found, images)
+        found = check_trajectory(found, shop.slim, exported, captions, sampling)
         parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
     write_result(
         folder,

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
     from exporters.validation.graph import check_parity
-    from exporters.validation.parity import check_trajectory, with_checks
+    from exporters.validation.parity import check_trajectory
     from slimdiff.compression import with_denoiser
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_image:
         log.info("validate: the image of each")
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
-        value = with_checks(value, check_trajectory(pair[0], pair[1], prompts, sampling))
+        value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 
