@@ -234,7 +234,7 @@ def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[s
                 export_unet(module, temporary, call, ExportSettings())
         jobs.append(Job(name, str(folder / name / "model.onnx"), "onnxruntime"))
     settings = BenchSettings(processes=LOOKS[-1].pairs, threads=0)
-    return bench_pairs(jobs[0], jobs[1], settings, name=f"bench {method.label} {cut}")["speedup"]
+    return bench_pairs(jobs[0], jobs[1], settings)["speedup"]
 
 
 def readme_table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -29,8 +29,8 @@ from torch import nn
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet
 from benchmarks.ranks import ranks_for_speedup, uniform_ranks
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
+from exporters.latency.pair import write_job
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name, usable_cores
 from exporters.registry import register, runtime_of
@@ -109,7 +109,7 @@ def measure(name: str, batch: int, runtime: str, settings: Settings, cache: Path
         del unet
         gc.collect()
         for told, chosen in ranks.items():
-            found = bench(jobs["dense"], jobs[told], timing, name=f"{name}, batch {batch}, {runtime}: {told}")
+            found = bench(jobs["dense"], jobs[told], timing)
             row = {"parameters": counts[told], "ranks": chosen, **found}
             if runtime in OWN_TABLE:
                 row["predicted"] = table.dense / table.of(chosen)

@@ -34,20 +34,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BenchSettings": "settings",
-    "EngineSettings": "settings",
-    "ExportSettings": "settings",
+    **dict.fromkeys(("BenchSettings", "EngineSettings", "ExportSettings", "ShapeRange", "TableSettings"), "settings"),
+    **dict.fromkeys(("Runtime", "register"), "registry"),
     "Gate": "latency.decision",
-    "Runtime": "registry",
-    "ShapeRange": "settings",
-    "TableSettings": "settings",
     "bench": "latency.measure",
     "build_engine": "engine.build",
     "check_parity": "validation.graph",
     "export_pipeline": "graphs.pipeline",
     "export_unet": "graphs.export",
     "load_pipeline": "runtimes.pipeline",
-    "register": "registry",
 }
 
 

@@ -1,21 +1,41 @@
-"""Optimum's layout of an exported pipeline: what lies where, by name. Loads nothing."""
+"""Optimum's layout of an exported pipeline: what lies where, by name, and the models' configurations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slimdiff.errors import InputError
+from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
+CONFIG = "config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-GRAPHS = ("unet", *TEXT_ENCODERS, "vae_decoder", "vae_encoder")
+VAES = ("vae_decoder", "vae_encoder")
+GRAPHS = ("unet", *TEXT_ENCODERS, *VAES)
 """Folders with a graph each, or an engine of it."""
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 """Folders with settings alone."""
 ENGINE_PIPELINE = "engine-pipeline"
 """The kind, in its manifest, of a folder with engines in the graphs' places."""
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The `config.json` of the model that a folder's graph or engine, or this file, was made from.
+
+    Raises:
+        InputError: if it is not there, or no JSON.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if not file.is_file():
+        raise InputError(f"there is no {file}: a model in ONNX or an engine has its config.json beside it")
+    try:
+        return dict(manifest.read_json(file))
+    except (InputError, ValueError, TypeError) as error:
+        raise InputError(f"{file} is not a model's config: {error}") from error
 
 
 def latent_scale(vae: Mapping[str, Any]) -> int:

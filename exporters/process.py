@@ -33,10 +33,6 @@ def worker_command(module: str, *arguments: str) -> list[str]:
     The process has this one's import path, as those of `multiprocessing` have, so it finds what was imported here. The
     working directory is not on it unless it was put there by name, and a folder `exporters` or `slimdiff` on it is
     passed over. The process ends with this one (on Linux).
-
-    Args:
-        module: such as `exporters.latency.worker`.
-        arguments: of its `main`.
     """
     path = [entry for entry in sys.path if entry]
     boot = _BOOT.format(path=path, root=_ROOT, parent=os.getpid(), module=module)
@@ -44,10 +40,9 @@ def worker_command(module: str, *arguments: str) -> list[str]:
 
 
 def end_with(parent: int) -> None:
-    """Have the system kill this process when the one that started it is gone, killed or not; on Linux alone.
+    """Have the system kill this process when its parent, by pid, is gone, killed or not; on Linux alone.
 
-    Args:
-        parent: pid of the one that started it. If it is gone already, this one ends at once.
+    If the parent is gone already, this process ends at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_ON_PARENT_DEATH, signal.SIGKILL)

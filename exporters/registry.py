@@ -39,9 +39,6 @@ class Runtime:
     rank: int = 100
     """The lowest is preferred where several are here."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    light: str = ""
-    """Like `opens`, for processes that are timed: its session takes numpy's arrays, says dtypes in numpy's words, and
-    needs no torch. Without it, such a process loads torch."""
     distributions: tuple[str, ...] = ()
     """That bring the module; by default one that is called like it."""
     remedy: str = ""
@@ -60,9 +57,9 @@ class Runtime:
         """
         return require(self.module, self.extra)
 
-    def load(self, entry: str) -> Any:
-        """The function of `opens` or `light`; imports what it lies in."""
-        module, _, function = entry.partition(":")
+    def load(self) -> Any:
+        """The function of `opens`; imports what it lies in."""
+        module, _, function = self.opens.partition(":")
         return getattr(import_module(module), function)
 
 
@@ -75,7 +72,6 @@ _ONNXRUNTIME = Runtime(
     "onnx",
     rank=7,
     options={"provider": "cpu"},
-    light="exporters.runtimes.ort:ArraySession",
     distributions=("onnxruntime", "onnxruntime-gpu"),
 )
 _ON_GPU = replace(_ONNXRUNTIME, extra="gpu", device="gpu")
@@ -98,6 +94,7 @@ _TENSORRT = Runtime(
     device="gpu",
     rank=0,
     options={"backend": "tensorrt"},
+    distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     remedy="pip install 'slimdiff[gpu]', on Linux or Windows with an NVIDIA GPU",
 )
 _ROWS = (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
@@ -40,22 +40,6 @@ SessionRuntime = Annotated[str, OneOf(partial(names, "graph", "engine"))]
 """What runs a graph or an engine; see `exporters.registry`."""
 TableRuntime = Annotated[str, OneOf(lambda: ("torch", *names("graph")))]
 """Where a latency table can be measured: torch, and whatever takes a graph."""
-
-if TYPE_CHECKING:
-    GRAPH_RUNTIMES: tuple[str, ...]
-    ENGINE_RUNTIMES: tuple[str, ...]
-    TABLE_RUNTIMES: tuple[str, ...]
-    RUNTIMES: tuple[str, ...]
-else:
-
-    def __getattr__(name: str) -> tuple[str, ...]:
-        """The runtimes that are registered when it is asked for."""
-        takes = {"GRAPH_RUNTIMES": ("graph",), "ENGINE_RUNTIMES": ("engine",), "RUNTIMES": ()}
-        if name == "TABLE_RUNTIMES":
-            return ("torch", *names("graph"))
-        if name not in takes:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return names(*takes[name])
 
 
 class ExportSettings(Settings):
@@ -147,8 +131,8 @@ class EngineSettings(Settings):
         return value
 
 
-class PairSettings(Settings):
-    """How a pair of processes is timed."""
+class BenchSettings(Settings):
+    """How a pair of processes is timed, and for how long pairs are added."""
 
     threads: int = Field(default=1, ge=0)
     """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
@@ -159,10 +143,6 @@ class PairSettings(Settings):
     """Runs, at least, before a process counts as warm."""
     rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
     """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
-
-
-class BenchSettings(PairSettings):
-    """How a pair of processes is timed, and for how long pairs are added."""
 
     processes: int | None = Field(default=None, ge=2)
     """Process pairs; by default as many as a verdict takes, 6 to 28, and 6 without a gate."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from exporters.latency.jobs import write_job
 from PIL.Image import Image
 
 from benchmarks.baselines import magnitude_pruning
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
 from exporters.machine import machine_name
 from exporters.settings import BenchSettings
@@ -105,7 +105,7 @@ def measure(percents: Sequence[float], captions: int, amount: Amount) -> Measure
             unet = work.slim(work.plan(budget))
             pruned = magnitude_pruning(work.denoiser, uniform.plan(budget))
             job = write_job(f"-{percent:g} %", unet, call, "onnxruntime", Path(scratch) / f"{percent:g}")
-            timing = bench(dense, job, BenchSettings(processes=amount.pairs), name=f"bench {job.name}")
+            timing = bench(dense, job, BenchSettings(processes=amount.pairs))
             runtime = timing["runtime"]
             slims.append(
                 Slim(

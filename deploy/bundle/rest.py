@@ -19,8 +19,7 @@ from typing import Any
 
 from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIGURED, GRAPH, INDEX, TEXT_ENCODERS, latent_scale
-from exporters.runtimes.module import read_config
+from exporters.layout import CONFIGURED, GRAPH, INDEX, TEXT_ENCODERS, latent_scale, read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 

@@ -15,8 +15,7 @@ from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, read_engine
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import ENGINE_PIPELINE, GRAPH, INDEX
-from exporters.runtimes.module import CONFIG, read_config
+from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
 

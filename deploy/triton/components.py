@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
-from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph
+from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph, weight_files
 from exporters.graphs.timesteps import timestep_per_sample
 from exporters.layout import GRAPH
-from exporters.runtimes.opening import check_weights
 from slimdiff.errors import InputError
 
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
@@ -82,8 +81,8 @@ def find_components(source: Path, settings: TritonSettings) -> list[Component]:
 
 
 def _graph(name: str, folder: Path, settings: TritonSettings) -> Component:
-    check_weights(folder / GRAPH)
     model = read_graph(folder / GRAPH)
+    weight_files(folder / GRAPH, model)
     if name == "unet":
         timestep_per_sample(model)
     inputs, outputs = (

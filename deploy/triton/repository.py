@@ -14,8 +14,7 @@ from deploy.triton.config import FILES, PIPELINE, component_config, pipeline_con
 from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
-from exporters.engine.key import weight_files
-from exporters.graphs.reading import write_graph
+from exporters.graphs.reading import weight_files, write_graph
 from exporters.layout import GRAPH, INDEX
 from slimdiff.errors import InputError
 from slimdiff.loading.model_directory import read_index

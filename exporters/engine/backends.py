@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Literal
 
 from exporters.engine.gpu import AskGpu, gpu_here
+from exporters.registry import runtime_of
 from slimdiff.errors import InputError, MissingPackageError
+from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.settings import EngineSettings
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "tensorrt-rtx"}
-_DISTRIBUTIONS = {
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-}
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
 
 def available_backend(gpu: AskGpu = gpu_here) -> Backend | None:
     """The backend that `auto` takes here; None if neither is installed."""
-    installed = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
+    installed = [name for name in BACKENDS if importlib.util.find_spec(runtime_of(name).module)]
     if "tensorrt" in installed and (len(installed) == 1 or gpu() is not None):
         return "tensorrt"
     return "tensorrt-rtx" if "tensorrt-rtx" in installed else None
@@ -31,14 +27,11 @@ def available_backend(gpu: AskGpu = gpu_here) -> Backend | None:
 
 def installed_version(backend: str) -> str | None:
     """Version of an installed backend, which is that of its distribution; None if it is not installed."""
-    for name in _DISTRIBUTIONS[backend]:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if importlib.util.find_spec(MODULES[backend]) is None:
-        return None
-    return str(importlib.import_module(MODULES[backend]).__version__)  # unpacked from an archive: no distribution
+    row = runtime_of(backend)
+    if found := manifest.versions(row.packages):
+        return next(iter(found.values()))
+    # Unpacked from an archive, it has no distribution.
+    return str(row.require().__version__) if importlib.util.find_spec(row.module) else None
 
 
 def choose_backend(settings: EngineSettings, gpu: AskGpu = gpu_here) -> Backend:
@@ -54,9 +47,10 @@ def choose_backend(settings: EngineSettings, gpu: AskGpu = gpu_here) -> Backend:
             "neither tensorrt nor tensorrt_rtx is installed: pip install 'slimdiff[tensorrt-rtx]', which also builds "
             "without a GPU, or 'slimdiff[gpu]'"
         )
-    for module in (MODULES[backend], "polygraphy"):
+    row = runtime_of(backend)
+    for module in (row.module, "polygraphy"):
         if importlib.util.find_spec(module) is None:
-            raise MissingPackageError(f"{module} is not installed: pip install 'slimdiff[{EXTRAS[backend]}]'")
+            raise MissingPackageError(f"{module} is not installed: pip install 'slimdiff[{row.extra}]'")
     if backend == "tensorrt" and settings.targets:
         raise InputError("TensorRT builds for the GPU that it runs on: targets are for the backend tensorrt-rtx")
     if gpu() is None:

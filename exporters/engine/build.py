@@ -15,12 +15,12 @@ from exporters.engine.backends import Backend, choose_backend
 from exporters.engine.check import ENGINE, REPORT, read_engine, runs_on
 from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.key import differences, engine_parts, key_of, weight_files
+from exporters.engine.key import differences, engine_parts, key_of
 from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
 from exporters.graphs.naming import check_reduced_dims
-from exporters.graphs.reading import read_graph
+from exporters.graphs.reading import read_graph, weight_files
 from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -73,14 +73,14 @@ class EngineRequest:
                 shutil.copyfile(source / name, temporary)
         return self._describe(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder)
 
-    def build(self, folder: Path | str, name: str = "engine") -> dict[str, Any]:
-        """Build it; see `build_engine`. `name` is what the progress line on stderr calls it."""
+    def build(self, folder: Path | str) -> dict[str, Any]:
+        """Build it; see `build_engine`."""
         folder = Path(folder)
         if self.settings.check_memory:
             demand_memory(self.weights, available_memory())
         folder.mkdir(parents=True, exist_ok=True)
         with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
-            found = _in_process(self, temporary, name)
+            found = _in_process(self, temporary)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
             sites = in_engine = None
             if self.plan is not None:
@@ -120,9 +120,7 @@ def request_engine(
 
     Args:
         onnx_file: `model.onnx`, its external data beside it.
-        settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against.
-        gpu: asks which GPU is here.
 
     Raises:
         InputError: for a graph, shapes or targets that the backend does not take, or a plan that the graph does not
@@ -155,7 +153,6 @@ def build_engine(
     Args:
         onnx_file: `model.onnx`, its external data beside it.
         folder: gets `model.engine`, `engine.json` and `manifest.json`, or no engine if the build fails.
-        settings: backend, targets, shapes, workspace.
         plan: what the inner dims are held against: before the build in the graph, after it in the parsed network.
 
     Returns:
@@ -174,7 +171,7 @@ def build_engine(
     return request_engine(onnx_file, settings, plan=plan).build(folder)
 
 
-def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, Any]:
+def _in_process(request: EngineRequest, engine: Path) -> dict[str, Any]:
     settings = request.settings
     with tempfile.TemporaryDirectory(prefix="slimdiff-engine-") as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
@@ -195,7 +192,7 @@ def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, An
         with log.open("wb") as out:
             worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:
-                code = _wait(worker, log, name)
+                code = _wait(worker, log)
             finally:
                 if worker.poll() is None:
                     worker.kill()
@@ -207,10 +204,10 @@ def _in_process(request: EngineRequest, engine: Path, name: str) -> dict[str, An
         raise SlimdiffError(explain(code, log.read_text(errors="replace"), request.weights))
 
 
-def _wait(worker: subprocess.Popen, log: Path, name: str) -> int:
-    with bar(name=name, bar_format="{desc} {elapsed}") as shown:
+def _wait(worker: subprocess.Popen, log: Path) -> int:
+    with bar(name="engine", bar_format="{desc} {elapsed}") as shown:
         while True:
-            shown.set_description_str(f"{name}: {stage_of(log.read_text(errors='replace'))},", refresh=True)
+            shown.set_description_str(f"engine: {stage_of(log.read_text(errors='replace'))},", refresh=True)
             try:
                 return worker.wait(timeout=0.25)
             except subprocess.TimeoutExpired:

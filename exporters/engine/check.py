@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporters.engine.backends import EXTRAS, MODULES, installed_version
+from exporters.engine.backends import BACKENDS, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import key_of
 from exporters.engine.shapes import profiles_of, shape_text
+from exporters.registry import runtime_of
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
 
@@ -25,9 +26,7 @@ def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu 
     """Hold an engine against its manifest, and against what is installed here.
 
     Args:
-        folder: what `build_engine` wrote.
         runtime: that it must have been built with, if that is settled.
-        gpu: asks which GPU is here.
 
     Returns:
         what `engine.json` has; see `build_engine`.
@@ -44,9 +43,10 @@ def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu 
         raise InputError(f"{folder} is an engine for {backend}, which {runtime} does not run: say {backend}")
     version, here = _version(report), installed_version(backend)
     if here is None:
+        row = runtime_of(backend)
         raise MissingPackageError(
-            f"{folder} is an engine for {backend} {version}, and {MODULES[backend]} is not installed: "
-            f"pip install 'slimdiff[{EXTRAS[backend]}]'"
+            f"{folder} is an engine for {backend} {version}, and {row.module} is not installed: "
+            f"pip install 'slimdiff[{row.extra}]'"
         )
     if here != version:
         raise InputError(
@@ -99,7 +99,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
 def _well_formed(report: Mapping[str, Any]) -> bool:
     """Whether a report has what the checks here read of it."""
     parts = report["parts"]
-    if report["backend"] not in MODULES or not isinstance(parts, dict):
+    if report["backend"] not in BACKENDS or not isinstance(parts, dict):
         return False
     place, versions, shapes = (parts.get(name) for name in ("runs_on", "versions", "shapes"))
     if not (isinstance(place, dict) and isinstance(versions, dict) and isinstance(shapes, dict)):
@@ -123,14 +123,9 @@ def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_profile(report: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
-    """The optimisation profile that takes inputs of these shapes, the first if several do.
+    """Index of the optimisation profile that takes inputs of these shapes, the first if several do.
 
-    Args:
-        report: from `check_engine`.
-        shapes: of the inputs that the engine is to be given.
-
-    Returns:
-        its index; 0 for an engine of fixed shapes.
+    It is 0 for an engine of fixed shapes. The report is `check_engine`'s.
 
     Raises:
         InputError: if none takes them, naming an input and the shapes of it that the engine was built for.

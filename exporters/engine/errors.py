@@ -9,8 +9,7 @@ from exporters.engine.memory import build_memory
 
 def stage_of(log: str) -> str:
     """What the worker was doing when its log ended."""
-    stages = [line.removeprefix("stage: ") for line in log.splitlines() if line.startswith("stage: ")]
-    return stages[-1] if stages else "starting"
+    return ["starting", *re.findall(r"^stage: (.*)$", log, re.MULTILINE)][-1]
 
 
 def explain(code: int, log: str, weights: int) -> str:
@@ -18,7 +17,6 @@ def explain(code: int, log: str, weights: int) -> str:
 
     Args:
         code: exit status of the worker, negative for a signal.
-        log: what it wrote.
         weights: bytes of the graph's weights.
     """
     stage = stage_of(log)
@@ -38,33 +36,28 @@ def explain(code: int, log: str, weights: int) -> str:
     if reason := explain_open(log):
         return f"the engine build failed while {stage}: {reason}"
     errors = [line.strip() for line in log.splitlines() if "[E]" in line or "[!]" in line or "Error" in line]
-    last = errors[0].removeprefix("[E]").strip() if errors else f"exit status {code}"
-    if code < 0:
-        return f"the builder was ended by signal {-code} while {stage}: {last}"
-    return f"the engine build failed while {stage}: {last}"
+    reason = errors[0].removeprefix("[E]").strip() if errors else f"exit status {code}"
+    failed = f"the builder was ended by signal {-code}" if code < 0 else "the engine build failed"
+    return f"{failed} while {stage}: {reason}"
+
+
+_OPENING = {
+    r"cudaError(?:_t)? (35|100|803|999)\b|CUDA initialization failure|driver version is insufficient": (
+        "CUDA found no GPU that it can use: install or update the NVIDIA driver, and show the GPU to this process"
+    ),
+    r"not compatible with this version of TensorRT|[Vv]ersion tag does not match|serializationVersion": (
+        "the engine is of another TensorRT version: build it again with the one that is here, or install that one"
+    ),
+    r"different compute capability|incompatible device|SM \d+ is not supported": (
+        "the engine is for another GPU: build it on this one, or with this one's compute capability as a target"
+    ),
+}
+"""Messages of TensorRT 10 and of TensorRT-RTX; of these only the driver's could be made to appear without a GPU."""
 
 
 def explain_open(log: str) -> str | None:
-    """What TensorRT's log of opening an engine, or of starting to build one, means; None if it is none of the usual.
-
-    The messages are those of TensorRT 10 and of TensorRT-RTX; of these only the driver's could be made to appear
-    without a GPU.
-    """
-    if re.search(
-        r"cudaError(?:_t)? (35|100|803|999)\b|CUDA initialization failure|driver version is insufficient", log
-    ):
-        return (
-            "CUDA found no GPU that it can use: install or update the NVIDIA driver, and show the GPU to this process"
-        )
-    if re.search(
-        r"not compatible with this version of TensorRT|[Vv]ersion tag does not match|serializationVersion", log
-    ):
-        return (
-            "the engine is of another TensorRT version: build it again with the one that is here, or install that one"
-        )
-    if re.search(r"different compute capability|incompatible device|SM \d+ is not supported", log):
-        return "the engine is for another GPU: build it on this one, or with this one's compute capability as a target"
-    return None
+    """What TensorRT's log of opening an engine, or of starting to build one, means; None if it is none of the usual."""
+    return next((meaning for pattern, meaning in _OPENING.items() if re.search(pattern, log)), None)
 
 
 def _unsupported(log: str) -> str | None:

@@ -49,11 +49,6 @@ def gpu_here() -> Gpu | None:
     return Gpu(name.value.decode(), f"sm{major.value}{minor.value}", _driver(version.value))
 
 
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU with its driver is here."""
-    return gpu_here() is not None
-
-
 def _driver(cuda_version: int) -> str:
     if _KERNEL_MODULE.is_file() and (found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _KERNEL_MODULE.read_text())):
         return found[0]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.dtypes import DTYPES, PRECISIONS
 from exporters.engine.backends import installed_version
-from exporters.graphs.reading import external_tensors, refuse_outside
-from slimdiff.errors import InputError
+from exporters.graphs.reading import weight_files
+from slimdiff.progress import bar
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -37,12 +37,8 @@ def engine_parts(
 
     Args:
         onnx_file: hashed, and so are the files of external data beside it.
-        model: what is in it.
-        settings: how it is built; of these, what changes the engine.
         shapes: from `engine_shapes`.
-        backend: `tensorrt` or `tensorrt-rtx`.
         gpu: the GPU that is here, which matters if the settings name no targets.
-        plan: whose ranks the engine is held against.
 
     Returns:
         `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
@@ -50,9 +46,13 @@ def engine_parts(
     """
     sites = None if plan is None else {n: [s.group, s.path, s.heads, s.rank] for n, s in plan.sites.items()}
     here = Path(__file__).parent
+    files = {name: onnx_file.parent / name for name in weight_files(onnx_file, model)}
+    size = sum(file.stat().st_size for file in files.values())
+    with bar(total=size, name="hash weights", unit="B", unit_scale=True, delay=2, leave=False) as shown:
+        weights = {name: manifest.sha256_of(file, shown.update) for name, file in files.items()}
     return {
         "graph": manifest.sha256_of(onnx_file),
-        "weights": {name: manifest.sha256_of(onnx_file.parent / name) for name in weight_files(onnx_file, model)},
+        "weights": weights,
         "precision": _precision(model),
         "plan": None if sites is None else manifest.fingerprint(sites),
         "shapes": dict(shapes),
@@ -81,20 +81,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             hashes = name.partition(".")[0] in ("graph", "weights", "plan", "builder")
             found.append(f"{name.partition('.')[0]} changed" if hashes else f"{name} {a} -> {b}")
     return list(dict.fromkeys(found))
-
-
-def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:
-    """Names of the files that keep the graph's weights.
-
-    Raises:
-        InputError: if one of them is not beside the graph, or not under its folder.
-    """
-    names = sorted({str(tensor.location) for tensor in external_tensors(model)})
-    refuse_outside(onnx_file, names)
-    missing = [name for name in names if not (onnx_file.parent / name).is_file()]
-    if missing:
-        raise InputError(f"{onnx_file} keeps its weights in {', '.join(missing)}, which is not beside it")
-    return names
 
 
 def _precision(model: ir.Model) -> str:

@@ -16,10 +16,6 @@ def inspect_engine(trt: Any, engine_bytes: bytes) -> dict[str, list[list[int]]] 
 
     Written after TensorRT's documentation and not tried: no GPU was at hand.
 
-    Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        engine_bytes: the serialized engine.
-
     Returns:
         `dims_by_node`'s map; None if the engine does not open, or lists no layers.
     """

@@ -21,11 +21,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def build_memory(weights: int) -> float:
-    """Estimate of the bytes that a build needs.
-
-    Args:
-        weights: bytes of the graph's weights.
-    """
+    """Estimate of the bytes that a build needs, from those of the graph's weights."""
     return BASE + PER_WEIGHT_BYTE * weights
 
 

@@ -20,8 +20,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
     """Inputs, outputs, weight dims and attention products of a network whose layers `name_by_module` named.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        network: its `INetworkDefinition`, with static shapes.
+        network: `trt`'s `INetworkDefinition`, with static shapes.
 
     Returns:
         `inputs` and `outputs` (`name`, `shape`, `dtype`), `layers` (count), `dims` (module path -> `(out, in)` of its

@@ -12,7 +12,7 @@ from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.shapes import dims_of_inputs, profiles_of
 from exporters.graphs.reading import read_graph
-from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale
+from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale, read_config
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -33,9 +33,8 @@ def request_pipeline(
 
     Args:
         folder: that `export_pipeline` wrote.
-        settings: backend, targets, workspace; the shapes are the UNet's, and the others' follow (`component_shapes`).
+        settings: the shapes are the UNet's, and the others' follow (`component_shapes`).
         plan: what the UNet's inner dims are held against.
-        gpu: asks which GPU is here.
 
     Returns:
         by folder, the UNet first: it takes the most memory, so that what does not fit shows at once.
@@ -50,7 +49,7 @@ def request_pipeline(
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
-        scale = latent_scale(_config(file)) if name == "vae_encoder" else 1
+        scale = latent_scale(read_config(file)) if name == "vae_encoder" else 1
         shapes = component_shapes(dims_of_inputs(read_graph(file)), unet.parts["shapes"], scale)
         fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
         found[name] = request_engine(file, fitted, gpu=gpu)
@@ -67,7 +66,6 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     fixed batch they would refuse calls that every pipeline makes. What it costs is memory for B images.
 
     Args:
-        inputs: of its graph; see `dims_of_inputs`.
         unet: from `engine_shapes`.
         scale: side of `sample` in units of the UNet's, where a graph leaves the size open: 1 for latents.
 
@@ -120,11 +118,6 @@ def _graphs(folder: Path) -> list[str]:
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
     return [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
-
-
-def _config(file: Path) -> dict[str, Any]:
-    content = manifest.read_json(file.parent / "config.json")
-    return content if isinstance(content, dict) else {}
 
 
 def mark_unfinished(out: Path) -> None:

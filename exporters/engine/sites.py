@@ -18,13 +18,11 @@ def compare_network(
 ) -> list[dict[str, Any]]:
     """Hold a parsed network against the plan: weight dims, and the head dims of the attention products.
 
+    It gives `compare_dims`'s rows.
+
     Args:
         dims: module path -> `(out, in)`.
         attention: from `attention_of`.
-        plan: whose sites are checked.
-
-    Returns:
-        `compare_dims`'s rows.
     """
     by_module = {row["module"]: row for row in attention}
     rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan)
@@ -43,7 +41,6 @@ def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) ->
 
     Args:
         layers: from `dims_by_node`.
-        plan: whose sites are checked.
 
     Returns:
         one dict per site and layer: `site`, `layer`, `expected` (dims, one of them must be there), `found` (dims of

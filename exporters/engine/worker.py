@@ -1,8 +1,8 @@
 """Builds one engine in a process of its own, `worker_command("exporters.engine.worker", "JOB.json")`.
 
 Polygraphy settles on TensorRT or TensorRT-RTX when it is first imported, and the builder can end the process it runs in
-(out of memory, a fault in a parser): neither may happen to the process that asked for an engine. No torch, no slimdiff
-in here: the builder needs the memory. Prints `stage: ...` lines on stdout, among Polygraphy's own.
+(out of memory, a fault in a parser): neither may happen to the process that asked for an engine. No torch in here: the
+builder needs the memory. Prints `stage: ...` lines on stdout, among Polygraphy's own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from typing import Any
 from exporters.engine.layers import inspect_engine
 from exporters.engine.network import describe_network, fused_attention
 from exporters.machine import peak_memory
-
-
-class Refused(Exception):
-    """The job asks for something that cannot be had; the message says what can."""
+from slimdiff.errors import InputError
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         `engine_layers` (`inspect_engine`'s; None without a GPU).
 
     Raises:
-        Refused: for targets that this backend does not have.
+        InputError: for targets that this backend does not have.
     """
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.logger import G_LOGGER
@@ -78,10 +75,6 @@ def network_shape(shapes: dict[str, Any], name: str) -> list[int]:
 
     A graph may leave more open than its profiles do: what they all agree on is fixed in the network, too, so that
     kernels are chosen for fixed dims.
-
-    Args:
-        shapes: a job's.
-        name: of the input.
     """
     if "fixed" in shapes:
         return shapes["fixed"][name]
@@ -107,7 +100,9 @@ def _config(trt: Any, job: dict[str, Any], rtx: bool) -> Any:
     known = sorted(name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM"))
     unknown = [name for name in (f"sm{major}{minor}" for major, minor in targets) if name not in known]
     if unknown:
-        raise Refused(f"TensorRT-RTX {trt.__version__} has no target {', '.join(unknown)}; it has {', '.join(known)}")
+        raise InputError(
+            f"TensorRT-RTX {trt.__version__} has no target {', '.join(unknown)}; it has {', '.join(known)}"
+        )
     create = CreateConfigRTX(compute_capabilities=targets or None, use_gpu=not targets, **options)
 
     def with_tf32(builder: Any, network: Any) -> Any:
@@ -131,7 +126,7 @@ def main(argv: list[str]) -> int:
     job = json.loads(Path(argv[0]).read_text())
     try:
         result = build(job)
-    except Refused as error:
+    except InputError as error:
         Path(job["result_file"]).write_text(json.dumps({"refused": str(error)}))
         return 2
     Path(job["result_file"]).write_text(json.dumps(result))

@@ -51,7 +51,7 @@ class _UNet(nn.Module):
 
 
 def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None) -> Path:
-    """Export a UNet, dense or slim, with the shapes of a recorded call.
+    """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`.
 
     Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states
     [B, L, D]` and, for SDXL, `text_embeds [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
@@ -60,10 +60,6 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
         call: whose shapes the graph is for.
-        settings: precision, opset, what stays open.
-
-    Returns:
-        the path of `model.onnx`.
 
     Raises:
         InputError: if the call has arguments that the graph would have no input for.
@@ -82,10 +78,9 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
         inputs["sample"] = in_steps(inputs["sample"], step)
         opened["sample"] = opened.get("sample", {}) | open_size(step)
-    tensors = [v.to(dtype) if v.is_floating_point() else v for v in inputs.values()]
+    examples = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(unet, dtype, keep)
-    examples = dict(zip(inputs, tensors, strict=True))
     with _sizes_in(module, dtype):
         file = export_module(_UNet(module), examples, ["out_sample"], Path(folder), settings, opened, "unet.")
     write_config(unet, Path(folder))
@@ -144,7 +139,6 @@ def export_module(
         inputs: name -> example, in `forward`'s order.
         outputs: names of what `forward` returns.
         folder: gets `model.onnx` and `model.onnx.data`.
-        settings: opset.
         dynamic: input name -> axis -> name of the open dim.
         prefix: cut off the module paths, see `name_by_module`.
 
@@ -211,8 +205,6 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
 
     Args:
-        module: any.
-        dtype: of the copy's weights.
         keep: paths of modules that compute in float32 all the same.
     """
     kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}

@@ -56,20 +56,12 @@ def name_by_module(model: ir.Model, prefix: str) -> None:
     _clear_metadata(model)
 
 
-def dims_in_graph(onnx_file: Path | str) -> dict[str, tuple[int, ...]]:
+def weight_dims(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """Dims of the weight of every linear and convolution in a graph that `export_unet` wrote.
 
     Returns:
         module path -> dims in torch's layout: `(out, in)` for linears, `(out, in / groups, kh, kw)` for convolutions.
-
-    Raises:
-        InputError: if there is no such file, or it is no ONNX model.
     """
-    return weight_dims(read_graph(onnx_file))
-
-
-def weight_dims(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """`dims_in_graph`, of a graph that is read already."""
     found: dict[str, tuple[int, ...]] = {}
     for node in model.graph:
         weight = _second_input(node) if node.op_type in WEIGHTED else None
@@ -81,12 +73,8 @@ def weight_dims(model: ir.Model) -> dict[str, tuple[int, ...]]:
 
 
 def check_reduced_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
-    """Hold the inner dims of a graph that `export_unet` wrote against the plan.
-
-    Returns:
-        `compare_dims`'s list.
-    """
-    return compare_dims(dims_in_graph(onnx_file), plan)
+    """Hold the inner dims of a graph that `export_unet` wrote against the plan: `compare_dims`'s list."""
+    return compare_dims(weight_dims(read_graph(onnx_file)), plan)
 
 
 def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[str, Any]]:
@@ -94,7 +82,6 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
 
     Args:
         dims: module path -> `(out, in)`, perhaps more.
-        plan: whose sites are checked.
 
     Returns:
         one dict per site: `site`, `path`, `expected` and `found` (layer -> inner dim; `found` has None for a layer
@@ -103,7 +90,8 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
     rows = []
     for name, site in plan.sites.items():
         layers = {layer: inner for layer, inner in GROUPS[site.group].inner.items() if inner.checked}
-        found = {layer: _inner(dims.get(f"{site.path}.{layer}"), inner.axis) for layer, inner in layers.items()}
+        paths = {layer: f"{site.path}.{layer}" for layer in layers}
+        found = {n: int(dims[paths[n]][inner.axis]) if paths[n] in dims else None for n, inner in layers.items()}
         # Nothing but the graph tells whether an activation is gated: then it receives twice what the last layer does.
         last = found[list(layers)[-1]] or 0
         expected = {}
@@ -117,17 +105,6 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
 def site_row(site: str, path: str, expected: dict[str, int], found: dict[str, int | None]) -> dict[str, Any]:
     """What the plan says of a site, what was found, and whether they agree."""
     return {"site": site, "path": path, "expected": expected, "found": found, "ok": expected == found}
-
-
-def attention_products(onnx_file: Path | str) -> list[str]:
-    """Names of the MatMul nodes whose operands are both no weights: two per attention layer."""
-    get = require("onnx_ir", "onnx").convenience.get_const_tensor
-    products = [node for node in read_graph(onnx_file).graph if node.op_type == "MatMul"]
-    return [node.name or "" for node in products if all(v is not None and get(v) is None for v in node.inputs)]
-
-
-def _inner(dims: tuple[int, ...] | None, axis: int) -> int | None:
-    return None if dims is None else int(dims[axis])
 
 
 def _second_input(node: ir.Node) -> ir.Value | None:

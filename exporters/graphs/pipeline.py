@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -22,7 +23,7 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
-from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
+from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS, VAES
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
@@ -75,9 +76,6 @@ class _VaeEncoder(nn.Module):
         return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
 
 
-_VAES: dict[str, Callable[[nn.Module], nn.Module]] = {"vae_decoder": _VaeDecoder, "vae_encoder": _VaeEncoder}
-
-
 def export_pipeline(
     pipeline: DiffusionPipeline,
     folder: Path | str,
@@ -88,6 +86,8 @@ def export_pipeline(
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
 
+    It gives the graphs' files.
+
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
     call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32.
@@ -95,12 +95,8 @@ def export_pipeline(
     Args:
         pipeline: with a unet, a vae and CLIP text encoders; not changed.
         folder: gets a subfolder per component and `model_index.json`.
-        settings: precision, opset, what stays open.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
-
-    Returns:
-        the graphs' files.
 
     Raises:
         InputError: for a pipeline without a unet, or with text encoders other than CLIP's.
@@ -120,7 +116,7 @@ def export_pipeline(
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
         hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
         jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, hidden, settings)
-    jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in _VAES}
+    jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
     with bar(jobs.items(), name="export", unit="graph") as shown:
@@ -143,34 +139,18 @@ def example_call(
     A UNet on images is not run for it: of an export, that would be a large part.
 
     Args:
-        pipeline: any that `record_calls` takes.
-        height: of the image in pixels; the pipeline's default if not given.
-        width: of the image in pixels; the pipeline's default if not given.
+        height, width: of the image in pixels; the pipeline's default if not given.
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
     sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    with _answering_zeros(denoiser) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
-        return record_calls(pipeline, [""] * batch, sampling)[0]
 
-
-@contextmanager
-def _answering_zeros(unet: Any) -> Iterator[None]:
-    """Leave out what a UNet computes: what it is called with is all that is asked for."""
-    before = vars(unet).get("forward")
-
-    @wraps(unet.forward)
+    @wraps(denoiser.forward)
     def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
-        return (sample.new_zeros(len(sample), unet.config.out_channels, *sample.shape[2:]),)
+        return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
 
-    unet.forward = zeros
-    try:
-        yield
-    finally:
-        if before is None:
-            del unet.forward
-        else:
-            unet.forward = before
+    with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
+        return record_calls(pipeline, [""] * batch, sampling)[0]
 
 
 def _export_text_encoder(encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings) -> Path:
@@ -196,7 +176,8 @@ def _export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: Ex
         example = in_steps(example, step)
         opened |= open_size(step)
     dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
-    wrapped = _VAES[name](in_precision(vae, dtype))
+    cast = in_precision(vae, dtype)
+    wrapped = _VaeDecoder(cast) if name == "vae_decoder" else _VaeEncoder(cast)
     file = export_module(wrapped, {inside: example.to(dtype)}, [outside], folder, settings, {inside: opened}, "vae.")
     write_config(vae, folder)
     return file

@@ -32,7 +32,6 @@ def paths_to_keep(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Paths of the modules that match a pattern, without those inside another that does.
 
     Args:
-        module: whose `named_modules` are matched.
         patterns: paths, or shell-style patterns of whole paths such as `*.attn1`.
 
     Raises:
@@ -50,11 +49,9 @@ def paths_to_keep(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
-    """Let modules compute in float32 inside a half-precision model: their inputs are cast up, their outputs back.
+    """Let modules at paths compute in float32 inside a half-precision model: inputs are cast up, outputs back.
 
-    Args:
-        module: changed in place; the weights of the modules kept are to be float32 already.
-        paths: of the modules.
+    The model is changed in place; the weights of these modules are to be float32 already.
     """
     up, down = partial(_cast, torch.float16, torch.float32), partial(_cast, torch.float32, torch.float16)
     for path in paths:
@@ -98,10 +95,7 @@ def widen_softmax(model: ir.Model, terms: int = SOFTMAX_TERMS) -> None:
 
 
 def fp32_islands(onnx_file: Path | str) -> list[dict[str, str]]:
-    """What a graph with half-precision inputs computes in fp32 all the same.
-
-    Args:
-        onnx_file: a graph that `export_unet` wrote.
+    """What a graph with half-precision inputs, which `export_unet` wrote, computes in fp32 all the same.
 
     Returns:
         one dict per node, in execution order: `node`, `module`, `operator` and `fp32`: `tensors` where the node's own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,30 +74,43 @@ def module_of(node: ir.Node) -> str:
     return (node.name or "").rpartition("/")[0]
 
 
-def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    """Every tensor that is kept outside the graph's file: weights, and constants of nodes."""
+def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:
+    """Names of the files that a graph keeps tensors in, as every graph over 2 GB does: weights, and constants of nodes.
+
+    Raises:
+        InputError: naming those that lie elsewhere than below the graph's folder, also by way of a link, and what is
+            missing or too short.
+    """
+    needed: dict[str, int] = {}
+    for tensor in _external_tensors(model):
+        name, end = str(tensor.location), (tensor.offset or 0) + (tensor.length or 0)
+        needed[name] = max(end, needed.get(name, 0))
+    root = onnx_file.parent.resolve()
+    outside = [n for n in needed if not is_inside(n) or not (root / n).resolve().is_relative_to(root)]
+    if outside:
+        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(map(repr, outside))}): refused")
+    for name, size in needed.items():
+        data = onnx_file.parent / name
+        if not data.is_file():
+            raise InputError(f"{onnx_file} keeps its weights in {name}, which is not beside it: copy the folder whole")
+        if (there := data.stat().st_size) < size:
+            raise InputError(
+                f"{data} has {there} bytes, and {onnx_file.name} takes {size} from it: copy the folder again"
+            )
+    return sorted(needed)
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     ir = require("onnx_ir", "onnx")
-    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     graphs = (model.graph, *model.functions.values())
     nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     for attribute in (attribute for node in nodes for attribute in node.attributes.values()):
         if attribute.type == ir.AttributeType.TENSOR:
             tensors.append(attribute.as_tensor())
         elif attribute.type == ir.AttributeType.TENSORS:
             tensors += attribute.as_tensors()
-    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
-
-
-def refuse_outside(onnx_file: Path, names: Iterable[str]) -> None:
-    """Refuse a graph whose weights lie elsewhere than below its folder, also by way of a link.
-
-    Raises:
-        InputError: naming them.
-    """
-    root = onnx_file.parent.resolve()
-    outside = [n for n in names if not is_inside(n) or not (root / n).resolve().is_relative_to(root)]
-    if outside:
-        raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(map(repr, outside))}): refused")
+    return (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

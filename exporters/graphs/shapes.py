@@ -74,11 +74,7 @@ def leftover_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
     At every site that the plan slims, everything from its first layers to its last is looked at: weights, intermediate
     tensors, and the whole numbers that Reshapes and Splits get. A dense dimension that equals one which may be
     there (the batch, the tokens, twice the rank) says nothing and is passed over; the layers' own weights are held
-    against the plan axis by axis. A weight that no node reads is a leftover too.
-
-    Args:
-        onnx_file: a graph that `export_unet` wrote.
-        plan: of the model in it.
+    against the plan axis by axis. A weight that no node reads is a leftover too. The graph is one of `export_unet`'s.
 
     Returns:
         one dict per finding: `site` (module path; empty for unread weights), `tensor`, `dims` and `what`.

@@ -37,16 +37,12 @@ def bench(
     settings: BenchSettings | None = None,
     *,
     gate: Gate | None = None,
-    name: str = "bench",
 ) -> dict[str, Any]:
     """Measure process pairs until a gate's verdict is certain; see `exporters.latency.decision` for what it means.
 
     Args:
-        baseline: what the candidate is held against.
-        candidate: takes the same inputs.
-        settings: threads, batch, warm-up, rounds; process pairs and seconds.
+        baseline: what the candidate, which takes the same inputs, is held against.
         gate: what the verdict is about; without one nothing can fail, and it is `pass`.
-        name: of the progress bar.
 
     Returns:
         `verdict`, `gate` (text or None), `speedup` (`median` of the pairs' speedups, baseline over candidate; `low` and
@@ -61,8 +57,7 @@ def bench(
     settings = settings or BenchSettings()
     start = time.perf_counter()
     turn = partial(measure_pair, baseline, candidate, settings)
-    with bar(name=name, unit="pair") as shown:
-        pairs, judged = sample(turn, settings, gate, time.perf_counter, shown.update)
+    pairs, judged = sample(turn, settings, gate, time.perf_counter)
     cpu = interval([pair.cpu_log_ratio for pair in pairs], judged.error)
     log_ratios = [pair.log_ratio for pair in pairs]
     sides = [summary([pair.sides[side] for pair in pairs]) for side in (0, 1)]
@@ -94,32 +89,29 @@ def sample(
     settings: BenchSettings,
     gate: Gate | None,
     clock: Callable[[], float],
-    advance: Callable[[], object] = lambda: None,
 ) -> tuple[list[PairTimes], Judged]:
-    """Measure pairs, look by look.
+    """Measure pairs, look by look, until the gate's verdict is certain or the time is used up.
 
     Args:
         turn: measures a pair; `first` says which side goes first.
-        settings: process pairs and seconds.
-        gate: decides when it is enough.
         clock: seconds.
-        advance: is called after each pair.
     """
     fixed = settings.processes if gate else settings.processes or next(looks()).pairs
     start = clock()
     pairs: list[PairTimes] = []
-    for look in looks(fixed):
-        while len(pairs) < look.pairs:
-            spent = clock() - start
-            if len(pairs) >= 2 and spent + spent / len(pairs) > settings.max_seconds:
+    with bar(name="bench", unit="pair") as shown:
+        for look in looks(fixed):
+            while len(pairs) < look.pairs:
+                spent = clock() - start
+                if len(pairs) >= 2 and spent + spent / len(pairs) > settings.max_seconds:
+                    break
+                pairs.append(turn(first=len(pairs) % 2))
+                shown.update()
+            speedup = interval([pair.log_ratio for pair in pairs], look.error)
+            verdict = gate.verdict(speedup.low, speedup.high) if gate else "pass"
+            judged = Judged(verdict, speedup, look.error)
+            if verdict != "inconclusive" or len(pairs) < look.pairs:
                 break
-            pairs.append(turn(first=len(pairs) % 2))
-            advance()
-        speedup = interval([pair.log_ratio for pair in pairs], look.error)
-        verdict = gate.verdict(speedup.low, speedup.high) if gate else "pass"
-        judged = Judged(verdict, speedup, look.error)
-        if verdict != "inconclusive" or len(pairs) < look.pairs:
-            break
     return pairs, judged
 
 

@@ -10,17 +10,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from math import log
+from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from exporters.machine import core_numbers
 from exporters.process import worker_command
 from exporters.registry import runtime_of
-from exporters.settings import LEAST_ROUNDS, PairSettings
+from exporters.settings import LEAST_ROUNDS, BenchSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimdiff.denoising.trajectory import Call
 
 BLOCK_MS = 15.0
 """Length of a block, unless one run is longer: long beside the change from one process to the other, and short beside
@@ -48,6 +54,22 @@ class Job:
     """Of `exporters.registry`, one that takes such an artifact."""
     shapes: dict[str, list[int]] | None = None
     """Of a graph's inputs, where it leaves them open; by default, open dims are as large as the batch."""
+
+
+def write_job(name: str, denoiser: nn.Module, call: Call, runtime: str, folder: Path) -> Job:
+    """Write a denoiser to a new folder, as fresh processes open it: its weights, or a graph for a call's shapes.
+
+    Raises:
+        InputError: for a runtime that takes neither models nor graphs, or a denoiser that is not exported.
+    """
+    if runtime_of(runtime, "model", "graph").takes == "model":
+        from exporters.runtimes.torch_model import save_model
+
+        save_model(denoiser, call, folder)
+        return Job(name, str(folder), runtime)
+    from exporters.graphs.export import export_unet
+
+    return Job(name, str(export_unet(denoiser, folder, call)), runtime)
 
 
 @dataclass
@@ -154,13 +176,10 @@ class Worker:
         return answer
 
 
-def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first: int = 0) -> PairTimes:
+def measure_pair(baseline: Job, candidate: Job, settings: BenchSettings, *, first: int = 0) -> PairTimes:
     """Start both, time them in turn, end both.
 
     Args:
-        baseline: what the candidate is held against.
-        candidate: takes inputs of the same shapes.
-        settings: threads, batch, warm-up, rounds.
         first: 0 if the baseline is opened and timed first, 1 if the candidate: take turns, for the first process may
             find the better memory.
 
@@ -182,12 +201,12 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
             worker.answer()
         cores = idle_cores(settings.threads) if settings.threads and on_cpu else None
         opened: list[dict[str, Any]] = [{}, {}]
-        for side in (first, 1 - first):
-            opened[side] = workers[side].ask("open", cores=cores, warmup=settings.warmup)
+        for index in (first, 1 - first):
+            opened[index] = workers[index].ask("open", cores=cores, warmup=settings.warmup)
         if opened[0]["shapes"] != opened[1]["shapes"]:
             shapes = " and ".join(str(side["shapes"]) for side in opened)
             raise InputError(f"the two take calls of different shapes, {shapes}: say --batch")
-        run_ms = fmean(side["run_ms"] for side in opened)
+        run_ms = fmean(side.pop("run_ms") for side in opened)
         count = max(1, round(BLOCK_MS / run_ms))
         lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice
         pair_ms = max(PAIR_MS, 1e3 * (time.perf_counter() - start))
@@ -198,13 +217,17 @@ def measure_pair(baseline: Job, candidate: Job, settings: PairSettings, *, first
             for side in (first, 1 - first) if index % 2 == 0 else (1 - first, first):
                 runs = workers[side].ask("run", count=count + lead)
                 blocks[side].append({name: values[lead:] for name, values in runs.items()})
-        ends = [worker.ask("end") for worker in workers]
-    return PairTimes(
-        sides=(_side(opened[0], blocks[0], ends[0]), _side(opened[1], blocks[1], ends[1])),
-        log_ratio=_log_ratio(blocks, "wall_ms"),
-        cpu_log_ratio=_log_ratio(blocks, "cpu_ms"),
-        cores=cores,
-    )
+        for shown, worker in zip(opened, workers, strict=True):
+            shown.update(worker.ask("end"))
+    sides = [
+        SideTimes(
+            **side,
+            wall_ms=[ms for block in own for ms in block["wall_ms"]],
+            preempted=sum(sum(block["preempted"]) for block in own),
+        )
+        for side, own in zip(opened, blocks, strict=True)
+    ]
+    return PairTimes((sides[0], sides[1]), _log_ratio(blocks, "wall_ms"), _log_ratio(blocks, "cpu_ms"), cores)
 
 
 def idle_cores(count: int) -> list[int] | None:
@@ -220,18 +243,6 @@ def idle_cores(count: int) -> list[int] | None:
         raise InputError(f"--threads {count}: this process may use {len(usable)} cores; 0 leaves it to the runtime")
     busy = psutil.cpu_percent(interval=0.1, percpu=True)
     return sorted(sorted(usable, key=lambda core: busy[core] if core < len(busy) else 0.0)[:count])
-
-
-def _side(opened: dict[str, Any], blocks: Sequence[dict[str, Any]], end: dict[str, Any]) -> SideTimes:
-    return SideTimes(
-        title=opened["title"],
-        shapes=opened["shapes"],
-        load_ms=opened["load_ms"],
-        first_run_ms=opened["first_run_ms"],
-        peak_memory_bytes=end["peak_memory_bytes"],
-        wall_ms=[ms for block in blocks for ms in block["wall_ms"]],
-        preempted=sum(1 for block in blocks for times in block["preempted"] if times),
-    )
 
 
 def _log_ratio(blocks: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], clock: str) -> float:

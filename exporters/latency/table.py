@@ -16,8 +16,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ from exporters.machine import machine_name, usable_cores
 from exporters.runtimes.opening import open_session, version_of
 from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings, TableSettings
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Group
@@ -82,11 +83,12 @@ def measure_latency(
     where = _conditions(settings)
     layers = find_layers(chosen_sites(find_sites(denoiser)[0], planning), planning.align)
     inputs = _layer_inputs(denoiser, layers, call)
-    shapes = {layer.path: _shape_of(denoiser, layer, inputs[layer.path]) for layer in layers}
     thinned = {layer.path: _thinned(layer.candidates, settings.ranks) for layer in layers}
-    one_of = {_key(shapes[layer.path], thinned[layer.path]): layer for layer in layers}
+    keys = {layer.path: _key(denoiser, layer, inputs[layer.path], thinned[layer.path]) for layer in layers}
+    one_of = {keys[layer.path]: layer for layer in layers}
     config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
-    whole = manifest.fingerprint({"config": config, "call": _shapes(call), "layers": sorted(one_of)})
+    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
+    whole = manifest.fingerprint({"config": config, "call": shapes, "layers": sorted(one_of)})
     file = (cache or cache_folder()) / f"latency-{manifest.fingerprint(where)[:16]}.json"
     known = _read(file)
     missing = {key: layer for key, layer in one_of.items() if key not in known["layers"]}
@@ -98,7 +100,7 @@ def measure_latency(
             table.setdefault(key or whole, {})[name] = milliseconds
         manifest.write_json(file, {**known, **where})
     dense, half = known["models"][whole]["dense"], known["models"][whole]["half"]
-    curves = {layer.path: _monotone(known["layers"][_key(shapes[layer.path], thinned[layer.path])]) for layer in layers}
+    curves = {path: _monotone(known["layers"][key]) for path, key in keys.items()}
     alone = CostTable("latency_ms", dense, curves)
     expected = dense - alone.of(halved)
     anchor = (dense - half) / expected if expected > 0 else 1.0
@@ -157,42 +159,29 @@ def _monotone(curve: Mapping[str, float]) -> dict[int, float]:
     return dict(zip(ranks, map(float, fitted), strict=True))
 
 
-def _shapes(call: Call) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
-
-
 def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, dict[str, Tensor]]:
     """What each layer is called with, by module path: `hidden_states` and, where it has one, a second input."""
     seen: dict[str, dict[str, Tensor]] = {}
 
-    def watch(path: str, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            given = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
+    def see(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
+        if name := _group_of(layer).second_input:
             second = args[1] if len(args) > 1 else kwargs.get(name)
             if isinstance(second, Tensor):
-                given[name] = second
-            seen[path] = {name: tensor.detach().float().cpu() for name, tensor in given.items()}
+                inputs[name] = second
+        seen[layer.path] = {name: tensor.detach().float().cpu() for name, tensor in inputs.items()}
 
-        return hook
-
-    handles = [
-        denoiser.get_submodule(layer.path).register_forward_pre_hook(
-            watch(layer.path, _group_of(layer).second_input), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
+    with watching() as hooks:
+        for layer in layers:
+            hooks.before(denoiser.get_submodule(layer.path), partial(see, layer))
         predict(denoiser, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
-def _shape_of(denoiser: nn.Module, layer: Layer, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All of a layer that latency depends on."""
+def _key(denoiser: nn.Module, layer: Layer, inputs: Mapping[str, Tensor], ranks: Sequence[int]) -> str:
+    """Of all that a layer's latency depends on."""
     module = denoiser.get_submodule(layer.path)
-    return {
+    parts = {
         "kind": type(module).__name__,
         "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
         "heads": layer.sites[0].heads,
@@ -200,11 +189,9 @@ def _shape_of(denoiser: nn.Module, layer: Layer, inputs: Mapping[str, Tensor]) -
         "parts": [type(part).__name__ for part in module.modules()],
         "weights": [[name, list(p.shape)] for name, p in module.named_parameters()],
         "processor": type(getattr(module, "processor", None)).__name__,
+        "ranks": list(ranks),
     }
-
-
-def _key(shape: Mapping[str, Any], ranks: Sequence[int]) -> str:
-    return manifest.fingerprint({**shape, "ranks": list(ranks)})
+    return manifest.fingerprint(parts)
 
 
 class _Residual(nn.Module):
@@ -231,12 +218,18 @@ def _measure(
     settings: TableSettings,
 ) -> dict[_Job, float]:
     """Median milliseconds by (layer's key, rank), and of the whole models by ("", "dense") and ("", "half")."""
-    with TemporaryDirectory(prefix="slimdiff-latency-") as scratch, _torch_threads(settings):
+    with TemporaryDirectory(prefix="slimdiff-latency-") as scratch, ExitStack() as after:
         folder = Path(scratch)
+        if settings.runtime == "torch" and settings.threads:
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(settings.threads)
 
         def whole(name: str) -> _Run:
             model = denoiser if name == "dense" else skeleton(denoiser, halved)
-            return _whole_run(model, call, folder / name, settings)
+            if settings.runtime == "torch":
+                return partial(predict, model, call)
+            unet = UNet.open(export_unet(model, folder / name, call), settings.runtime, settings.threads)
+            return partial(unet.predict, call)
 
         def alone(key: str, layer: Layer, rank: int) -> _Run:
             module = skeleton(denoiser, {layer.path: rank}).get_submodule(layer.path)
@@ -246,24 +239,6 @@ def _measure(
         for key, layer in layers.items():
             openers.append({(key, str(rank)): partial(alone, key, layer, rank) for rank in ranks[layer.path]})
         return _median_times(openers, settings)
-
-
-@contextmanager
-def _torch_threads(settings: TableSettings) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if settings.runtime == "torch" and settings.threads:
-        torch.set_num_threads(settings.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _whole_run(model: nn.Module, call: Call, folder: Path, settings: TableSettings) -> _Run:
-    if settings.runtime == "torch":
-        return lambda: predict(model, call)
-    unet = UNet.open(export_unet(model, folder, call), settings.runtime, settings.threads)
-    return lambda: unet.predict(call)
 
 
 def _group_of(layer: Layer) -> Group[Any]:
@@ -282,7 +257,8 @@ def _layer_run(
         return torch.no_grad()(lambda: wrapped(*inputs.values()))
     file = export_module(wrapped, dict(inputs), ["output"], folder, ExportSettings())
     session = open_session(file, settings.runtime, settings.threads)
-    return lambda: session.run(inputs)
+    feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return partial(session.run, feed)
 
 
 def _median_times(openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings) -> dict[_Job, float]:

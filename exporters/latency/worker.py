@@ -7,8 +7,9 @@ Commands are lines of JSON on stdin, answers on stdout:
     {"do": "run", "count": 10}                                    time that many runs
     {"do": "end"}                                                 peak memory
 
-It ends with its stdin and with the process that started it, so none is left behind. ONNX Runtime needs neither torch
-nor diffusers: a process then starts in a fraction of a second, and more of them can be had in the same time.
+It ends with its stdin and with the process that started it, so none is left behind. ONNX Runtime and OpenVINO need
+neither torch nor diffusers: a process then starts in a fraction of a second, and more of them can be had in the same
+time.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Opened:
     """What is to be timed."""
 
     run: Callable[[], Any]
-    title: str
-    """Its runtime, for people."""
+    runtime: str
+    """For people."""
     shapes: dict[str, list[int]]
     """Of the inputs."""
 
@@ -60,8 +61,6 @@ def opener(
     """Import what an artifact runs in.
 
     Args:
-        path: of the artifact.
-        runtime: that takes it.
         threads: of a runtime on the CPU; its own choice if not given.
         batch: samples in a call, where the artifact does not fix it and `shapes` says nothing.
         shapes: of a graph's inputs, where it leaves them open.
@@ -71,29 +70,16 @@ def opener(
     """
     if runtime.takes != "engine":  # whose folder is looked at first
         runtime.require()
-    opens = runtime.load(runtime.light or runtime.opens)
-
-    def open_model() -> Opened:
-        model = opens(path, threads, batch=batch, **runtime.options)
-        return Opened(model.run, model.runtime, model.shapes)
+    opens = runtime.load()
+    if runtime.takes == "model":
+        return partial(opens, path, threads, batch=batch, **runtime.options)
 
     def open_session() -> Opened:
-        session = opens(Path(path), threads, **runtime.options) if runtime.light else opened(path, runtime, threads)
-        dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in session.dtypes.items()}
-        feed: dict[str, Any] = noise(
-            {name: ((shapes or {}).get(name, shape), dtypes[name]) for name, shape in session.inputs.items()}, batch
-        )
-        sizes = {name: list(array.shape) for name, array in feed.items()}
-        if not runtime.light:
-            feed = {name: from_numpy(array) for name, array in feed.items()}
-        return Opened(partial(session.run, feed), session.runtime, sizes)
+        session = opens(Path(path), threads, **runtime.options)
+        inputs = {name: (shapes or {}).get(name, shape) for name, shape in session.inputs.items()}
+        feed = noise({name: (shape, session.dtypes[name]) for name, shape in inputs.items()}, batch)
+        return Opened(partial(session.run, feed), session.runtime, {n: list(array.shape) for n, array in feed.items()})
 
-    if runtime.takes == "model":
-        return open_model
-    if not runtime.light:
-        from torch import from_numpy
-
-        from exporters.runtimes.opening import open_session as opened
     return open_session
 
 
@@ -190,9 +176,8 @@ class Side:
         return {
             "load_ms": 1e3 * load,
             "first_run_ms": first,
-            "warm_runs": len(times),
-            "run_ms": median(times[-3:]) if times else first,
-            "title": self.opened.title,
+            "run_ms": median(times[-3:]),
+            "title": self.opened.runtime,
             "shapes": self.opened.shapes,
         }
 

@@ -2,48 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from exporters.layout import read_config
+from exporters.runtimes.opening import open_session
+from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
-from slimdiff.storage import manifest
 
-CONFIG = "config.json"
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class RuntimeModule(nn.Module):
     """A module that computes in a session. Moving or casting it does nothing.
+
+    Args:
+        session: of a graph that `slimdiff export` wrote, or an engine of it.
+        config: of the model that it was made from.
 
     Attributes:
         dtype: of the graph, not of the arithmetic inside.
         device: the CPU, where tensors are handed over.
     """
 
-    def __init__(self, dtype: torch.dtype):
+    tensor: ClassVar[str]
+    """The input or output whose dtype is the module's."""
+
+    def __init__(self, session: Session, config: Any):
         super().__init__()
-        self.dtype = dtype
+        self.session = session
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, session.dtypes[self.tensor])
         self.device = torch.device("cpu")
         # Whoever asks a module for its dtype by its first parameter gets the graph's.
-        self.anchor = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.anchor = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+
+    @classmethod
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> Self:
+        """Open a folder with `model.onnx` (or `model.engine`) and `config.json`, or the `model.onnx` in it.
+
+        Raises:
+            InputError: if it is no such module of ours.
+            MissingPackageError: if the runtime is not here; see `open_session`.
+        """
+        return cls(open_session(path, runtime, threads), read_config(path))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RuntimeModule:
         return self
 
 
-def read_config(path: Path | str) -> dict[str, Any]:
-    """The `config.json` of the model that a folder's graph or engine, or this file, was made from.
+def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a session on its inputs by name, of any dtype and device.
+
+    Returns:
+        its outputs by name, on the CPU, in its own dtypes.
 
     Raises:
-        InputError: if it is not there, or no JSON.
+        InputError: for other inputs than the session has, or a shape that it was not made for.
     """
-    path = Path(path)
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    if not file.is_file():
-        raise InputError(f"there is no {file}: a model in ONNX or an engine has its config.json beside it")
-    try:
-        return dict(manifest.read_json(file))
-    except (InputError, ValueError, TypeError) as error:
-        raise InputError(f"{file} is not a model's config: {error}") from error
+    _check(session, tensors)
+    dtypes = {name: getattr(torch, session.dtypes[name]) for name in tensors}
+    feed = {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in tensors.items()}
+    return {name: torch.from_numpy(array) for name, array in session.run(feed).items()}
+
+
+def _check(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    if set(tensors) != set(session.inputs):
+        raise InputError(f"{session.source} takes {', '.join(session.inputs)}; given were {', '.join(tensors)}")
+    sizes: dict[str, int] = {}
+    for name, takes in session.inputs.items():
+        shape = tuple(tensors[name].shape)
+        fixed = tuple(d if isinstance(d, int) else sizes.setdefault(d, n) for d, n in zip(takes, shape, strict=False))
+        if len(shape) != len(takes) or shape != fixed or any(n % _step(d) for n, d in zip(shape, takes, strict=True)):
+            raise InputError(
+                f"{name} has shape {shape}, but {session.source} takes "
+                + ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in session.inputs.items())
+                + ": ask for images of that size and number, or export for others (slimdiff export --height --width "
+                "--batch, or --dynamic batch,size)"
+            )
+
+
+def _step(dim: int | str) -> int:
+    """What an open dim is a multiple of: 8 for `8*height`."""
+    factor = dim.partition("*")[0] if isinstance(dim, str) else ""
+    return int(factor) if factor.isdigit() else 1

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from exporters.runtimes.session import PRECISIONS, Shape, open_dim
+from exporters.dtypes import DTYPES, PRECISIONS
+from exporters.runtimes.session import Shape, open_dim
 from slimdiff.errors import InputError, MissingPackageError, require
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "i64": torch.int64}
-_PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}  # OpenVINO's words, ours
 _HELD = 2  # what a pipeline alternates between at most: with and without guidance, full and last batch
 
 
@@ -26,7 +24,6 @@ class OpenVinoSession:
     be 10 to 25 % faster. The last two are held, weights and all.
 
     Args:
-        file: the graph, its weights beside it.
         threads: its own choice if not given, which is the cores that may be used.
         precision: of the arithmetic; `None`: OpenVINO's own choice, bf16 where the CPU computes in it, else fp32.
 
@@ -52,19 +49,19 @@ class OpenVinoSession:
         self.inputs: dict[str, Shape] = {i.get_any_name(): _shape(i) for i in self._model.inputs}
         self.outputs: dict[str, Shape] = {o.get_any_name(): _shape(o) for o in self._model.outputs}
         ports = (*self._model.inputs, *self._model.outputs)
-        self.dtypes = {p.get_any_name(): _DTYPES[p.element_type.get_type_name()] for p in ports}
-        computes = _PRECISIONS[hint.get_type_name()]
+        self.dtypes = {p.get_any_name(): DTYPES[p.element_type.get_type_name()] for p in ports}
+        computes = PRECISIONS[DTYPES[hint.get_type_name()]]
         graph = PRECISIONS[self.dtypes[next(iter(self.outputs))]]
         self.precision = graph if computes == "fp32" else computes
         self.runtime = f"OpenVINO {ov.__version__.partition('-')[0]}, CPU, {computes}"
         if not self._model.is_dynamic():
             self._request(tuple(self.inputs.values()))
 
-    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Session`."""
         request = self._request(tuple(tuple(feed[name].shape) for name in self.inputs))
-        found = request.infer([feed[name].numpy() for name in self.inputs], share_inputs=True)
-        return {name: torch.from_numpy(array.copy()) for name, array in zip(self.outputs, found.values(), strict=True)}
+        found = request.infer([feed[name] for name in self.inputs], share_inputs=True)
+        return {name: array.copy() for name, array in zip(self.outputs, found.values(), strict=True)}
 
     def _request(self, shapes: tuple[Shape, ...]) -> Any:
         if shapes not in self._compiled:

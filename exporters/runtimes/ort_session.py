@@ -1,27 +1,82 @@
-"""A graph in ONNX Runtime, with torch's tensors."""
+"""ONNX Runtime, on the provider that was asked for and on no other; loads no torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from exporters.runtimes.ort import ArraySession
-from exporters.runtimes.session import PRECISIONS
+from exporters.dtypes import DTYPES, PRECISIONS
+from exporters.machine import usable_cores
+from exporters.runtimes.session import Shape
+from slimdiff.errors import InputError, MissingPackageError, require
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_TITLES = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 
 class OnnxRuntimeSession:
-    """A graph in ONNX Runtime; a `Session`. Arguments and errors are `inference_session`'s."""
+    """A graph in ONNX Runtime; a `Session`. Data go through the CPU on every provider: next to a UNet that is nothing.
+
+    Arguments and errors are `inference_session`'s.
+    """
 
     def __init__(self, file: Path, threads: int | None = None, *, provider: str = "cpu"):
-        self._arrays = arrays = ArraySession(file, threads, provider=provider)
-        self.source, self.runtime, self.inputs, self.outputs = str(file), arrays.runtime, arrays.inputs, arrays.outputs
-        self.dtypes: dict[str, torch.dtype] = {name: getattr(torch, word) for name, word in arrays.dtypes.items()}
-        self.precision = PRECISIONS[self.dtypes[next(iter(self.outputs))]]
+        self._session = inference_session(file, provider, threads)
+        self.source = str(file)
+        self.runtime = f"ONNX Runtime {require('onnxruntime', 'onnx').__version__}, {_TITLES[provider]}"
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs: dict[str, Shape] = {i.name: tuple(i.shape) for i in inputs}
+        self.outputs: dict[str, Shape] = {o.name: tuple(o.shape) for o in outputs}
+        words = {t.name: t.type.removeprefix("tensor(").removesuffix(")") for t in (*inputs, *outputs)}
+        self.dtypes = {name: DTYPES.get(word, word) for name, word in words.items()}
+        self.precision = PRECISIONS[self.dtypes[outputs[0].name]]
 
-    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Session`."""
-        arrays = self._arrays.run({name: tensor.numpy() for name, tensor in feed.items()})
-        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)}
+        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+
+
+def inference_session(graph: Path | bytes, provider: str = "cpu", threads: int | None = None) -> Any:
+    """ONNX Runtime's own session for a graph.
+
+    Args:
+        graph: its file, weights beside it; or the content of one that has its weights inside.
+        provider: `cpu`, `cuda` or `tensorrt`.
+        threads: within one operator; its own default if not given, or the cores that may be used.
+
+    Raises:
+        InputError: for a graph that ONNX Runtime does not load.
+        MissingPackageError: if ONNX Runtime is not here, or would have fallen back to another provider.
+    """
+    ort = require("onnxruntime", "onnx" if provider == "cpu" else "gpu")
+    needed = PROVIDERS[provider]
+    if needed not in ort.get_available_providers():
+        raise MissingPackageError(
+            f"this onnxruntime has no {needed}: pip install 'slimdiff[gpu]' in an environment of its own"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what is wrong comes as an exception
+    if threads is None and usable_cores() < (os.cpu_count() or 1):
+        # Its own choice counts cores that this process may not use; their threads then wait for one another.
+        threads = usable_cores()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # What TensorRT does not take runs in CUDA.
+    providers = [needed] if provider != "tensorrt" else [needed, PROVIDERS["cuda"]]
+    try:
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base
+        name = "a part of a graph" if isinstance(graph, bytes) else graph
+        raise InputError(f"ONNX Runtime does not load {name}: {str(error).splitlines()[0]}") from error
+    # A provider whose libraries are missing is replaced by the CPU without an error.
+    if session.get_providers()[0] != needed:
+        raise MissingPackageError(
+            f"{needed} could not start (are its libraries missing?); ONNX Runtime would run on "
+            f"{', '.join(session.get_providers())} instead"
+        )
+    session.disable_fallback()
+    return session

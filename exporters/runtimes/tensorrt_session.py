@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from exporters.engine import choose_profile
-from exporters.engine.check import ENGINE, check_engine
+from exporters.dtypes import DTYPES, PRECISIONS
+from exporters.engine.check import ENGINE, check_engine, choose_profile
 from exporters.registry import runtime_of
-from exporters.runtimes.session import PRECISIONS, Shape, open_dim
+from exporters.runtimes.session import Shape, open_dim
 from slimdiff.errors import InputError, MissingPackageError
-
-_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
 
 
 class EngineSession:
@@ -29,7 +27,6 @@ class EngineSession:
     Args:
         folder: with `model.engine` and `engine.json`.
         threads: is not used: it runs on a GPU.
-        backend: that it was built with.
 
     Raises:
         InputError: if the folder is not what its manifest says, or the engine is for another runtime, version or GPU.
@@ -56,30 +53,34 @@ class EngineSession:
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = {n: s for n, s in shapes.items() if modes[n] == trt.TensorIOMode.INPUT}
         self.outputs = {n: s for n, s in shapes.items() if n not in self.inputs}
-        self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
-        self.precision = PRECISIONS[self.dtypes[next(iter(self.outputs))]]
+        own = {name: DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
+        self.precision = PRECISIONS[own[next(iter(self.outputs))]]
+        self._own = {name: getattr(torch, dtype) for name, dtype in own.items()}
+        self.dtypes = {
+            name: "float32" if dtype == "bfloat16" else dtype for name, dtype in own.items()
+        }  # numpy has none
 
-    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Session`."""
-        profile = choose_profile(self._report, {name: tuple(tensor.shape) for name, tensor in feed.items()})
+        profile = choose_profile(self._report, {name: array.shape for name, array in feed.items()})
         with torch.cuda.stream(self._stream):
             # Before any shape is set: they are held against the profile that the context is in.
             if profile != self._context.active_optimization_profile and not (
                 self._context.set_optimization_profile_async(profile, self._stream.cuda_stream)
             ):
                 raise InputError(f"{self.source} does not switch to its profile {profile}: its log on stderr says why")
-            tensors = {name: tensor.cuda() for name, tensor in feed.items()}
+            tensors = {name: torch.from_numpy(array).to("cuda", self._own[name]) for name, array in feed.items()}
             for name, tensor in tensors.items():
                 if not self._context.set_input_shape(name, tuple(tensor.shape)):
                     raise InputError(f"{self.source} does not take {name} of {tuple(tensor.shape)}, as its report says")
             for name in self.outputs:
                 shape = tuple(self._context.get_tensor_shape(name))
-                tensors[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")
+                tensors[name] = torch.empty(shape, dtype=self._own[name], device="cuda")
             for name, tensor in tensors.items():
                 self._context.set_tensor_address(name, tensor.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise InputError(f"{self.source} does not run for these shapes: its log on stderr says why")
-            return {name: tensors[name].cpu() for name in self.outputs}
+            return {name: tensors[name].to("cpu", getattr(torch, self.dtypes[name])).numpy() for name in self.outputs}
 
     def _shape(self, name: str) -> Shape:
         dims = enumerate(self._engine.get_tensor_shape(name))

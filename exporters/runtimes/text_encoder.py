@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,42 +9,25 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from exporters.runtimes.module import RuntimeModule, read_config
-from exporters.runtimes.opening import open_session
-from exporters.runtimes.session import Session, answer
+from exporters.runtimes.module import RuntimeModule, answer
+from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
-
-_HIDDEN = "hidden_states."
 
 
 class TextEncoder(RuntimeModule):
     """Drop-in for a pipeline's text_encoder or text_encoder_2, a CLIPTextModel with or without projection.
 
-    Args:
-        session: of a graph that `export_pipeline` wrote.
-        config: of the model that it was made from.
-
     Raises:
         InputError: if the session is no such text encoder.
     """
 
+    tensor = "last_hidden_state"
+
     def __init__(self, session: Session, config: dict[str, Any]):
         if set(session.inputs) != {"input_ids"} or "last_hidden_state" not in session.outputs:
             raise InputError(f"{session.source} is no CLIP text encoder: its inputs are {', '.join(session.inputs)}")
-        super().__init__(session.dtypes["last_hidden_state"])
-        self.session = session
-        self.config = CLIPTextConfig.from_dict(config)
+        super().__init__(session, CLIPTextConfig.from_dict(config))
         self.projects = "text_embeds" in session.outputs
-
-    @classmethod
-    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> TextEncoder:
-        """Open a folder with `model.onnx` (or `model.engine`) and `config.json`.
-
-        Raises:
-            InputError: if it is no text encoder of ours.
-            MissingPackageError: if the runtime is not here; see `open_session`.
-        """
-        return cls(open_session(path, runtime, threads), read_config(path))
 
     def forward(
         self,
@@ -59,9 +41,8 @@ class TextEncoder(RuntimeModule):
         Args:
             input_ids: `[B, L]`.
             attention_mask: must be None; the graph has no input for it.
-            output_hidden_states: whether all layers' outputs are wanted. The last of them is `last_hidden_state`, after
-                the final norm, as in optimum; in transformers it comes before that.
-            return_dict: as in transformers.
+            output_hidden_states: give all layers' outputs. The last of them is `last_hidden_state`, after the final
+                norm, as in optimum; in transformers it comes before that.
 
         Returns:
             what transformers gives: `text_embeds` or `pooler_output`, `last_hidden_state`, `hidden_states`; tensors on
@@ -75,10 +56,11 @@ class TextEncoder(RuntimeModule):
         found = {n: t.to(input_ids.device) for n, t in answer(self.session, {"input_ids": input_ids}).items()}
         last, hidden = found["last_hidden_state"], None
         if output_hidden_states:
-            layers = [found[name] for name in sorted((n for n in found if n.startswith(_HIDDEN)), key=_layer)]
-            if len(layers) < self.config.num_hidden_layers:
+            names = [f"hidden_states.{i}" for i in range(self.config.num_hidden_layers)]
+            layers = [found[name] for name in names if name in found]
+            if len(layers) < len(names):
                 raise InputError(
-                    f"{self.session.source} has {len(layers)} hidden states of {self.config.num_hidden_layers}: "
+                    f"{self.session.source} has {len(layers)} hidden states of {len(names)}: "
                     "clip_skip needs them, and only pipelines with two text encoders are exported with them"
                 )
             hidden = (*layers, last)
@@ -88,7 +70,3 @@ class TextEncoder(RuntimeModule):
             pooled = found["pooler_output"]
             output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden)
         return output.to_tuple() if return_dict is False else output
-
-
-def _layer(name: str) -> int:
-    return int(name.removeprefix(_HIDDEN))

@@ -32,7 +32,6 @@ class TorchModel:
 
     Args:
         path: a pipeline, as `load_pipeline` takes it; it is called as its example is. Or a folder of `save_model`.
-        threads: torch's own choice if not given.
         batch: samples in a call, of a pipeline.
         dtype: torch's name of the dtype that the weights are cast to.
         compiled: whether `torch.compile` is tried on it.
@@ -64,8 +63,8 @@ class TorchModel:
             self._call = example_call(pipeline, batch=batch)
         denoiser = denoiser.to(getattr(torch, dtype))
         self._denoiser: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
-        told = [dtype] * (dtype != "float32") + ["compiled"] * compiled
-        self.runtime = ", ".join([f"torch {torch.__version__.partition('+')[0]}", *told])
+        options = [dtype] * (dtype != "float32") + ["compiled"] * compiled
+        self.runtime = ", ".join([f"torch {torch.__version__.partition('+')[0]}", *options])
         self.shapes = {name: list(tensor.shape) for name, tensor in _tensors(self._call).items()}
 
     def run(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from exporters.runtimes.module import RuntimeModule, read_config
-from exporters.runtimes.opening import open_session
-from exporters.runtimes.session import Session, Shape, answer
+from exporters.runtimes.module import RuntimeModule, answer
+from exporters.runtimes.session import Session, Shape
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 
@@ -25,35 +23,21 @@ class UNet(RuntimeModule):
     answers in the same. Where the graph's size is fixed, `config.sample_size` is the graph's, so that a pipeline asked
     for no size makes images that it can make.
 
-    Args:
-        session: of a graph that `export_unet` wrote, or an engine of it.
-        config: of the model that it was made from.
-
     Raises:
         InputError: if the session is no UNet.
     """
 
+    tensor = "sample"
+
     def __init__(self, session: Session, config: dict[str, Any]):
         if not {"sample", "timestep", "encoder_hidden_states"} <= set(session.inputs):
             raise InputError(f"{session.source} is no UNet: its inputs are {', '.join(session.inputs)}")
-        super().__init__(session.dtypes["sample"])
-        self.session = session
         height, width = session.inputs["sample"][-2:]
         size = {"sample_size": height} if isinstance(height, int) and height == width else {}
-        self.config = FrozenDict(config | size)
+        super().__init__(session, FrozenDict(config | size))
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
-
-    @classmethod
-    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> UNet:
-        """Open a folder with `model.onnx` (or `model.engine`) and `config.json`, or the `model.onnx` in it.
-
-        Raises:
-            InputError: if it is no UNet of ours.
-            MissingPackageError: if the runtime is not here; see `open_session`.
-        """
-        return cls(open_session(path, runtime, threads), read_config(path))
 
     @property
     def inputs(self) -> dict[str, Shape]:
@@ -88,9 +72,8 @@ class UNet(RuntimeModule):
         unknown = sorted(name for name, value in others.items() if value is not None)
         if unknown:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
-        given: dict[str, Any] = {"sample": sample, "encoder_hidden_states": encoder_hidden_states}
-        given |= {"timestep": _whole(timestep), **(added_cond_kwargs or {})}
-        noise = answer(self.session, given)["out_sample"].to(sample.device, sample.dtype)
+        inputs = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep": _whole(timestep)}
+        noise = answer(self.session, inputs | (added_cond_kwargs or {}))["out_sample"].to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
     @torch.no_grad()

@@ -12,9 +12,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
-from exporters.runtimes.module import RuntimeModule, read_config
+from exporters.layout import read_config
+from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.opening import open_session
-from exporters.runtimes.session import Session, answer
+from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
 
 
@@ -27,29 +28,28 @@ class VAE(RuntimeModule):
     Args:
         decoder: `latent_sample [B, C, h, w]` -> `sample [B, 3, H, W]`.
         open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`.
-        config: of the AutoencoderKL.
 
     Raises:
         InputError: if the decoder is none.
     """
 
+    tensor = "latent_sample"
+
     def __init__(self, decoder: Session, open_encoder: Callable[[], Session], config: dict[str, Any]):
         if set(decoder.inputs) != {"latent_sample"}:
             raise InputError(f"{decoder.source} is no VAE's decoder: its inputs are {', '.join(decoder.inputs)}")
-        super().__init__(decoder.dtypes["latent_sample"])
-        self.decoder = decoder
+        super().__init__(decoder, FrozenDict(config))
         self._open_encoder = open_encoder
-        self.config = FrozenDict(config)
 
     @classmethod
-    def open(cls, folder: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
         """Open `vae_decoder` and `vae_encoder` of a pipeline's folder.
 
         Raises:
             InputError: if there is no decoder of ours.
             MissingPackageError: if the runtime is not here; see `open_session`.
         """
-        decoder, encoder = Path(folder) / "vae_decoder", Path(folder) / "vae_encoder"
+        decoder, encoder = Path(path) / "vae_decoder", Path(path) / "vae_encoder"
         opened = open_session(decoder, runtime, threads)
         return cls(opened, partial(open_session, encoder, runtime, threads), read_config(decoder))
 
@@ -79,5 +79,5 @@ class VAE(RuntimeModule):
         Raises:
             InputError: for a shape that the decoder was not exported for.
         """
-        image = answer(self.decoder, {"latent_sample": z})["sample"].to(z.device)
+        image = answer(self.session, {"latent_sample": z})["sample"].to(z.device)
         return DecoderOutput(sample=image) if return_dict else (image,)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.fragments import OnnxFragments
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
@@ -75,15 +76,8 @@ class OwnError:
 def own_errors(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[OwnError]:
     """Run the graph part by part on the reference's values, in execution order.
 
-    In memory are the values that parts still to come will read, and the weights of one part.
-
-    Args:
-        fragments: the graph.
-        denoiser: its model in torch, float32.
-        call: a recorded call.
-
-    Returns:
-        one per part.
+    In memory are the values that parts still to come will read, and the weights of one part. The denoiser is the
+    graph's model in torch, float32.
     """
     return [error for _, error in _run_parts(fragments, denoiser, call, _parts(fragments, denoiser, call), None)]
 
@@ -91,11 +85,7 @@ def own_errors(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> lis
 def find_divergence(fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float) -> dict[str, Any]:
     """The first part, in execution order, whose own error is over the bound; the one with the largest if none is.
 
-    Args:
-        fragments: the graph.
-        denoiser: its model in torch, float32.
-        call: a recorded call.
-        bound: of the relative L2.
+    The denoiser is the graph's model in torch, float32; the bound is one of the relative L2.
 
     Returns:
         `diverges` (whether it is over the bound), `OwnError`'s fields, `bound` and `node`: the name of the part's first
@@ -195,35 +185,32 @@ def _parts(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Pa
 def _watch(denoiser: nn.Module, call: Call, see: Callable[[Place, Tensor], None]) -> None:
     """Run the model; show `see` every module's output and every childless module's one input, as they come."""
 
-    def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    def after(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
         first = output if isinstance(output, Tensor) else output[0]
         if isinstance(first, Tensor):
             see((path, "out"), first)
 
-    def before(path: str, _module: nn.Module, args: tuple) -> None:
+    def before(path: str, args: tuple[Any, ...], _kwargs: Any) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor):
             see((path, "in"), args[0])
 
-    with ExitStack() as hooks:
+    with watching() as hooks, suppress(_Stop):
         for path, module in denoiser.named_modules():
-            hooks.enter_context(module.register_forward_hook(partial(after, path)))
+            hooks.after(module, partial(after, path))
             if not [*module.children()]:
-                hooks.enter_context(module.register_forward_pre_hook(partial(before, path)))
-        with suppress(_Stop):
-            predict(denoiser, call)
+                hooks.before(module, partial(before, path))
+        predict(denoiser, call)
 
 
 class _Record(TorchDispatchMode):
-    """Keeps what torch computes, operator by operator."""
+    """Keeps what torch computes, operator by operator, from when `kept` is set to a list."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[np.ndarray] = []
+    kept: list[np.ndarray] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if self.kept is not None and isinstance(value, Tensor) and value.is_floating_point():
                 self.kept.append(value.detach().float().cpu().numpy().ravel())
         return result
 
@@ -258,31 +245,17 @@ def _values_within(
     denoiser: nn.Module, call: Call, parts: list[Part], part: Part
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """The reference's values of what a part reads, and all that torch computes from the last of them to the output."""
-    outputs = {other.place: other.output for other in parts}
+    outputs = {other.place: other.output for other in parts if other.output in part.reads}
     values = {name: value for name, value in graph_inputs(call).items() if name in part.reads}
-    kept: list[np.ndarray] = []
-    recording: list[_Record] = []
-
-    def stop_recording() -> None:
-        if recording:
-            recording[-1].__exit__(None, None, None)
-            kept[:] = recording.pop().kept
-
-    def see(place: Place, value: Tensor) -> None:
-        if place == part.place:
-            raise _Stop
-        name = outputs.get(place)
-        if name is not None and name in part.reads:
-            values[name] = value.float().cpu().numpy().copy()
-            stop_recording()
-            kept.clear()
-            recording.append(_Record())
-            recording[-1].__enter__()
-
     # The attention kernels show nothing of their inside; the plain one computes what the graph does.
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            _watch(denoiser, call, see)
-        finally:
-            stop_recording()
-    return values, kept
+    with sdpa_kernel(SDPBackend.MATH), _Record() as record:
+
+        def see(place: Place, value: Tensor) -> None:
+            if place == part.place:
+                raise _Stop
+            if name := outputs.get(place):
+                values[name] = value.float().cpu().numpy().copy()
+                record.kept = []
+
+        _watch(denoiser, call, see)
+    return values, record.kept or []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graphs.reading import inputs_of, module_of, name_of, outputs_of, read_graph
-from exporters.runtimes.ort import inference_session
+from exporters.runtimes.ort_session import inference_session
 from slimdiff.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -106,10 +105,7 @@ class OnnxFragments:
         opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
         model = onnx.ModelProto(ir_version=self.model.ir_version, graph=graph, opset_import=opsets)
         arrays = {new: np.asarray(feed[name], values[name].dtype.numpy()) for name, new in fed.items()}
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "fragment.onnx"
-            file.write_bytes(model.SerializeToString())
-            session = inference_session(file)
+        session = inference_session(model.SerializeToString())
         try:
             return session.run(list(results), arrays)
         except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from exporters.runtimes.session import PRECISIONS
+from exporters.dtypes import PRECISIONS
 from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
 from exporters.validation.fragments import OnnxFragments
@@ -26,11 +26,14 @@ def check_parity(
     *,
     precision: Precision | None = None,
     bounds: Bounds | None = None,
+    graph: Path | str | None = None,
     every_module: bool = False,
 ) -> dict[str, Any]:
     """Hold one artifact of a model against another on recorded calls.
 
-    Of a graph in ONNX Runtime with its model in torch, the inside is checked too: see `check_graph`.
+    Of a graph with its model in torch, the inside is checked too. An fp16 graph is run node by node, and every tensor
+    in it must be finite. Running it whole does not show that: ONNX Runtime's CPU provider computes fp16 nodes in fp32
+    and leaves out the casts between them, so scores beyond 65504 survive there, and not on a GPU.
 
     Args:
         reference: the denoiser in float32: the model in torch, or a `UNet` that is open in a runtime.
@@ -38,78 +41,42 @@ def check_parity(
         calls: from `record_calls`, in order of time.
         precision: chooses the bounds; the candidate's own if not given.
         bounds: others than `BOUNDS[precision]`.
-        every_module: check every module's own error in the graph too, on the call in the middle.
+        graph: whose inside is checked; by default the candidate's, if ONNX Runtime runs it and the reference is a model
+            in torch.
+        every_module: check every module's own error in the graph too, on the call in the middle. That also finds, in an
+            fp16 graph, a fault too small for the bounds of its output.
 
     Returns:
         `passed`, `precision`, `checks` (`tensor`, `metric`, `value`, `bound`, `passed`), `first_diverging` and
-        `divergence`: see `check_calls`.
+        `divergence` (`explain`'s): see `check_calls`. The checks inside the graph are named `every tensor@t=981`
+        (metric `finite`: count of values that are not) and by module (metric `own_relative_l2`).
 
     Raises:
         InputError: without calls, for a candidate that is no UNet, or for `every_module` without a graph and its model.
         MissingPackageError: without polygraphy, or onnxruntime for a graph.
     """
     side = candidate if isinstance(candidate, nn.Module) else UNet.open(candidate)
-    runtime = side.session if isinstance(side, UNet) else None
-    precision = precision or (runtime.precision if runtime else PRECISIONS[next(side.parameters()).dtype])  # type: ignore[assignment]
-    assert precision is not None
-    if runtime and not isinstance(reference, UNet) and runtime.runtime.startswith("ONNX Runtime"):
-        return check_graph(
-            runtime.source,
-            reference,
-            calls,
-            partial(predict, side),
-            precision,
-            bounds=bounds,
-            every_module=every_module,
-        )
-    if every_module:
-        raise InputError("every_module is for a graph in ONNX Runtime and its model in torch")
-    return check_calls(calls, partial(predict, reference), partial(predict, side), precision, bounds=bounds)
-
-
-def check_graph(
-    onnx_file: Path | str,
-    denoiser: nn.Module,
-    calls: Sequence[Call],
-    candidate: Callable[[Call], Tensor],
-    precision: Precision,
-    *,
-    bounds: Bounds | None = None,
-    every_module: bool = False,
-) -> dict[str, Any]:
-    """`check_calls` of a graph with its model in torch, and checks of every tensor inside the graph.
-
-    An fp16 graph is also run node by node, and every tensor in it must be finite. Running it whole does not show that:
-    ONNX Runtime's CPU provider computes fp16 nodes in fp32 and leaves out the casts between them, so scores beyond
-    65504 survive there, and not on a GPU.
-
-    Args:
-        onnx_file: a graph that `export_unet` wrote.
-        denoiser: its model in torch, float32.
-        calls: recorded calls, in order of time.
-        candidate: call -> output of the graph in its runtime.
-        precision: the graph's.
-        bounds: others than `BOUNDS[precision]`.
-        every_module: check every module's own error too, on the call in the middle. That also finds, in an fp16 graph,
-            a fault too small for the bounds of its output.
-
-    Returns:
-        `check_calls`'s. The checks inside the graph are named `every tensor@t=981` (metric `finite`: count of values
-        that are not) and by module (metric `own_relative_l2`). `divergence` is `explain`'s.
-    """
-    fragments = OnnxFragments(onnx_file)
-    bounds = bounds or BOUNDS[precision]
-    why = partial(explain, fragments, denoiser, bounds=bounds, precision=precision)
-    result = check_calls(calls, partial(predict, denoiser), candidate, precision, bounds=bounds, explain=why)
+    session = side.session if isinstance(side, UNet) else None
+    own = session.precision if session else PRECISIONS[str(next(side.parameters()).dtype).removeprefix("torch.")]
+    precision = precision or cast(Precision, own)
+    if graph is None and session and not isinstance(reference, UNet) and session.runtime.startswith("ONNX Runtime"):
+        graph = session.source
+    outputs = partial(predict, reference), partial(predict, side)
+    if graph is None:
+        if every_module:
+            raise InputError("every_module is for a graph in ONNX Runtime and its model in torch")
+        return check_calls(calls, *outputs, precision, bounds=bounds)
+    fragments, bounds = OnnxFragments(graph), bounds or BOUNDS[precision]
+    why = partial(explain, fragments, reference, bounds=bounds, precision=precision)
+    result = check_calls(calls, *outputs, precision, bounds=bounds, explain=why)
     inside: list[tuple[Call, dict[str, Any]]] = []
     for call in calls if precision == "fp16" else ():
         found = first_not_finite(fragments, call)
         row = check(f"every tensor@t={call.timestep}", "finite", found.not_finite if found else 0, 0, found is None)
         inside.append((call, row))
     if every_module:
-        middle = calls[len(calls) // 2]
-        for error in own_errors(fragments, denoiser, middle):
-            bound = bounds.relative_l2
+        middle, bound = calls[len(calls) // 2], bounds.relative_l2
+        for error in own_errors(fragments, reference, middle):
             row = check(error.tensor, "own_relative_l2", error.relative_l2, bound, error.within(bound))
             inside.append((middle, row))
     result["checks"] += [row for _, row in inside]

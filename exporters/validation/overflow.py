@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.divergence import graph_inputs
 from exporters.validation.fragments import OnnxFragments
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, map_tensors, predict
 from slimdiff.progress import bar
 
@@ -40,16 +40,12 @@ def first_not_finite(fragments: OnnxFragments, call: Call) -> NotFinite | None:
 
     In memory are the values that nodes still to come will read, and the weights of one node.
 
-    Args:
-        fragments: the graph.
-        call: whose inputs it gets.
-
     Returns:
         None if every tensor of the graph is finite.
     """
     last_use = {name: i for i, node in enumerate(fragments.nodes) for name in fragments.reads(node)}
     values = graph_inputs(call)
-    for index, node in enumerate(bar(fragments.nodes, name=f"finite at t={call.timestep}", unit="node")):
+    for index, node in enumerate(bar(fragments.nodes, name="finite values", unit="node")):
         names = [name_of(value) for value in node.outputs if value.name]
         outputs = dict(zip(names, fragments.run([node], values, names), strict=True))
         broken = sum(int(v.size - np.isfinite(v).sum()) for v in outputs.values() if v.dtype.kind == "f")
@@ -64,12 +60,7 @@ def first_not_finite(fragments: OnnxFragments, call: Call) -> NotFinite | None:
 
 
 def explain_overflow(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> dict[str, Any] | None:
-    """The first tensor that is not finite, and the module to keep in fp32 against it.
-
-    Args:
-        fragments: the graph.
-        denoiser: its model in torch, float32.
-        call: whose inputs they get.
+    """The first tensor in the graph of `denoiser` (float32) that is not finite, and the module to keep in fp32.
 
     Returns:
         `NotFinite`'s fields, `tensor` (the node's name), `keep_fp32` (path of the smallest module around it that takes
@@ -98,15 +89,15 @@ def _to_keep(denoiser: nn.Module, call: Call, path: str) -> str | None:
             largest[path] = max(largest.get(path, 0.0), float(tensor.abs().max()))
         return tensor
 
-    def after(path: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def after(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         map_tensors(partial(see, path), [args, kwargs, output if isinstance(output, Tensor) else list(output)])
 
     around = [path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
     modules = dict(denoiser.named_modules())
-    with ExitStack() as hooks:
+    with watching() as hooks:
         for name in (name for name in around[:-1] if name in modules):
-            hooks.enter_context(modules[name].register_forward_hook(partial(after, name), with_kwargs=True))
+            hooks.after(modules[name], partial(after, name))
         predict(denoiser, call)
     return next((name for name in around if name in largest and largest[name] < LARGEST / 2), None)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
+from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
 from slimdiff.errors import InputError, require
 from slimdiff.progress import bar
@@ -135,7 +136,8 @@ def image_psnr(reference: Any, candidate: Any) -> float:
     Raises:
         InputError: if the shapes differ.
     """
-    a, b = (_unit(np.asarray(image)) for image in (reference, candidate))
+    arrays = (np.asarray(image) for image in (reference, candidate))
+    a, b = (array.astype(np.float64) / (255 if array.dtype == np.uint8 else 1) for array in arrays)
     if a.shape != b.shape:
         raise InputError(f"images of different shape: {a.shape} and {b.shape}")
     error = float(((a - b) ** 2).mean())
@@ -153,56 +155,45 @@ def check_images(
     return [check(name, "psnr_db", value, minimum_db, value >= minimum_db) for name, value in values]
 
 
-def with_checks(result: dict[str, Any], checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`check_calls`'s result with more checks at its end; one that failed is the first only if none before it did."""
+def check_trajectory(
+    result: dict[str, Any],
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    sampling: Sampling,
+) -> dict[str, Any]:
+    """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
+
+    Args:
+        result: `check_calls`'s of the two denoisers.
+        reference: the pipeline with the float32 denoiser.
+        candidate: the same with the candidate's, a module.
+        prompts: one per image.
+
+    Returns:
+        the result with more checks: `finite` of `out_sample` (count of calls with NaN or infinite values in the
+        denoiser's output), then `psnr_db` of every image. One that fails is the first only if none before it did.
+    """
+    broken = 0
+
+    def count(_args: Any, _kwargs: Any, output: Any) -> None:
+        nonlocal broken
+        broken += not bool(torch.isfinite(output[0]).all())
+
+    with watching() as hooks:
+        hooks.after(getattr(candidate, denoiser_name(candidate)), count)
+        images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
+    checks = [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
     failed = next((c["tensor"] for c in checks if not c["passed"]), None)
-    return {
-        **result,
+    return result | {
         "passed": result["passed"] and failed is None,
         "checks": [*result["checks"], *checks],
         "first_diverging": result["first_diverging"] or failed,
     }
 
 
-def check_trajectory(
-    reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
-    prompts: Sequence[Inputs],
-    sampling: Sampling,
-) -> list[dict[str, Any]]:
-    """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
-
-    Args:
-        reference: the pipeline with the float32 denoiser.
-        candidate: the same with the candidate's, a module.
-        prompts: one per image.
-        sampling: steps, guidance, seed, size.
-
-    Returns:
-        checks in `check_calls`'s form: `finite` of `out_sample` (count of calls with NaN or infinite values in the
-        denoiser's output), then `psnr_db` of every image.
-    """
-    broken = 0
-
-    def count(_module: nn.Module, _args: Any, output: Any) -> None:
-        nonlocal broken
-        broken += not bool(torch.isfinite(output[0]).all())
-
-    denoiser = getattr(candidate, denoiser_name(candidate))
-    handle = denoiser.register_forward_hook(count)
-    try:
-        images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
-    finally:
-        handle.remove()
-    return [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
-
-
 def _array(output: Tensor) -> np.ndarray:
     return output.detach().cpu().double().numpy()
-
-
-def _unit(image: np.ndarray) -> np.ndarray:
-    return image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
 
 
 def check(tensor: str, metric: str, value: Any, bound: Any, passed: bool) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def rtx() -> None:
 @pytest.fixture(scope="session")
 def slim_engine(rtx, tmp_path_factory, exported, slim_and_plan) -> tuple[Path, dict]:
     """Folder and report of the slim UNet's engine in fp16, for sm89."""
-    from exporters.engine import build_engine
+    from exporters.engine.build import build_engine
     from exporters.settings import EngineSettings
 
     folder = tmp_path_factory.mktemp("engine")

@@ -54,7 +54,8 @@ def test_fewer_usable_cores_are_the_same_machine():
 
 def test_a_timed_process_needs_no_torch():
     script = (
-        "import sys, exporters.latency.worker, exporters.runtimes.ort; "
+        "import sys, exporters.latency.worker, exporters.runtimes.ort_session, "
+        "exporters.runtimes.openvino_session; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers', 'scipy')))"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

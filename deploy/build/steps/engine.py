@@ -9,9 +9,12 @@ from typing import Any
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, versions
-from exporters.engine import EXTRAS, MODULES, available_backend, gpu_here, has_gpu, request_engine
+from exporters.engine.backends import BACKENDS, available_backend
+from exporters.engine.build import request_engine
 from exporters.engine.check import runs_on
+from exporters.engine.gpu import gpu_here
 from exporters.graphs.export import export_unet
+from exporters.registry import runtime_of
 from exporters.settings import EngineSettings
 
 log = logging.getLogger("slimdiff")
@@ -45,8 +48,9 @@ def _why_none(shop: Workshop) -> str | None:
     if settings.backend != "auto":
         return None
     if available_backend() is None:
-        return f"no backend is installed ({' or '.join(MODULES.values())}): pip install 'slimdiff[tensorrt-rtx]'"
-    if not settings.targets and not has_gpu():
+        modules = " or ".join(runtime_of(name).module for name in BACKENDS)
+        return f"no backend is installed ({modules}): pip install 'slimdiff[tensorrt-rtx]'"
+    if not settings.targets and gpu_here() is None:
         return "there is no GPU here to build for, and the recipe names no engine.targets, such as sm89"
     return None
 
@@ -64,8 +68,10 @@ def _inputs(shop: Workshop) -> dict[str, str]:
 
 def _packages(shop: Workshop) -> list[tuple[str, str]]:
     settings = shop.recipe.engine
-    needed = settings.enabled and settings.backend != "auto"
-    return [(MODULES[settings.backend], EXTRAS[settings.backend])] if needed else []
+    if not settings.enabled or settings.backend == "auto":
+        return []
+    row = runtime_of(settings.backend)
+    return [(row.module, row.extra)]
 
 
 STAGE = Stage(

@@ -18,8 +18,8 @@ from deploy.build.workshop import Workshop, packages_of
 from deploy.recipe.prompts import comparison_prompts
 from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
+from exporters.latency.pair import write_job
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
 from exporters.settings import TableSettings
@@ -94,7 +94,7 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
             write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name)
             for name, model in (("dense", dense), ("slim", slim))
         )
-        paired = bench(before, after, work.shop.recipe.bench, name=f"{text}: bench")
+        paired = bench(before, after, work.shop.recipe.bench)
     plan.save(folder / "plan.json")
     value = {
         "budget": text,

@@ -11,8 +11,8 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.registry import runtime_of
 from exporters.runtimes.unet import UNet
-from exporters.validation.graph import check_graph
-from exporters.validation.parity import check_trajectory, with_checks
+from exporters.validation.graph import check_parity
+from exporters.validation.parity import check_trajectory
 from slimdiff.compression import with_denoiser
 
 log = logging.getLogger("slimdiff")
@@ -26,12 +26,11 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
     title = runtime_of(shop.runtime).title
     for graph in graphs:
         unet = UNet.open(graph, shop.runtime)
-        precision: Any = unet.session.precision
+        precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
-        found = check_graph(graph / "model.onnx", denoiser_of(shop.slim), calls, unet.predict, precision)
-        images = check_trajectory(shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
-        name = f"slim in {title} ({precision}) against slim in torch (fp32)"
-        parts.append({"name": name, **with_checks(found, images)})
+        found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph / "model.onnx")
+        found = check_trajectory(found, shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
+        parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
     return {
         "passed": all(part["passed"] for part in parts),
         "precision": parts[0]["precision"],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable, check_writable
-from exporters.settings import GRAPH_RUNTIMES, RUNTIMES, BenchSettings
+from exporters.registry import names
+from exporters.settings import BenchSettings
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "base", "BASE", "a model, ONNX, or an engine", nargs="?")
     flags.text(parser, "candidate", "CANDIDATE", "a model, ONNX, or an engine", nargs="?")
-    parser.add_argument("--runtime", choices=RUNTIMES, help="default: onnxruntime, or what an engine was built with")
-    parser.add_argument("--base-runtime", choices=RUNTIMES, help="of BASE, if it is another")
+    parser.add_argument("--runtime", choices=names(), help="default: onnxruntime, or what an engine was built with")
+    parser.add_argument("--base-runtime", choices=names(), help="of BASE, if it is another")
     bound = parser.add_mutually_exclusive_group()
     flags.text(bound, "--gate", "BOUND", "such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'")
     flags.text(bound, "--tolerance", "SHARE", "slowdown that is allowed: 5% is --gate 'latency<=1.05'")
@@ -114,7 +115,7 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
     from exporters.latency.pair import Job
 
     kind = kind_of(name)
-    if kind == "model" and (runtime is None or runtime in GRAPH_RUNTIMES):
+    if kind == "model" and (runtime is None or runtime in names("graph")):
         runtime = runtime or "onnxruntime"
         return Job(name, str(exported(name, runtime, batch, scratch)), runtime)
     runtime = runtime_for(name, kind, runtime)

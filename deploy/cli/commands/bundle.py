@@ -10,7 +10,8 @@ from deploy.artifacts.numbers import size
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
-from exporters.settings import RUNTIMES, parse_sizes
+from exporters.registry import names
+from exporters.settings import parse_sizes
 from slimdiff.errors import InputError, require
 from slimdiff.storage import manifest
 
@@ -46,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
-    parser.add_argument("--runtime", choices=RUNTIMES[1:], help=runs_in)
+    parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
 
 
 def run(args: argparse.Namespace) -> int:

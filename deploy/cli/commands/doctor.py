@@ -86,10 +86,10 @@ def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str)
             ]
             runtime["cpu_default"] = core.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if module in ("tensorrt", "tensorrt_rtx"):
-        from exporters.engine import has_gpu
+        from exporters.engine.gpu import gpu_here
 
-        runtime["runs_engines_here"] = has_gpu()
-        if not has_gpu():
+        runtime["runs_engines_here"] = gpu_here() is not None
+        if not runtime["runs_engines_here"]:
             runtime["needs"] = "an NVIDIA GPU with its driver, to run engines" + (
                 " and to build them" if module == "tensorrt" else "; they can be built here for named targets"
             )

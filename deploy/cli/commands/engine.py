@@ -15,7 +15,7 @@ from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
-    from exporters.engine import EngineRequest
+    from exporters.engine.build import EngineRequest
 
 DESCRIPTION = """Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the one
 in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner dimensions are
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
 
     from deploy.artifacts.files import copy_licenses
-    from exporters.engine import request_engine
+    from exporters.engine.build import request_engine
     from exporters.engine.pipeline import finish_pipeline, request_pipeline
 
     if args.whole:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         report = _make(requests[""], out)
         return result(args, report, _text(report))
     with locked(out, kind.replace("-", " "), stays=False):
-        engines = [{"name": name, **_make(requests[name], out / name, name, args.whole)} for name in requests]
+        engines = [{"name": name, **_make(requests[name], out / name, args.whole)} for name in requests]
         if args.whole:
             copy_licenses(source, out)
             finish_pipeline(source, out, {engine["name"]: engine for engine in engines})
@@ -132,7 +132,7 @@ def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
         raise InputError(f"--out {out} is of the kind {there!r}, and {what} would take its place: name another folder")
 
 
-def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False) -> dict[str, Any]:
+def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
     from exporters.engine.check import read_engine
     from exporters.engine.pipeline import mark_unfinished
@@ -143,7 +143,7 @@ def _make(request: EngineRequest, out: Path, name: str = "", part: bool = False)
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out) as temporary:
-        report = request.build(temporary, f"engine {name}".strip())
+        report = request.build(temporary)
         if part:
             mark_unfinished(out.parent)
     odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]

@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable, check_writable
-from exporters.settings import RUNTIMES
+from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "PNG", "the image file to write", required=True)
     flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
-    parser.add_argument("--runtime", choices=RUNTIMES, help=runs_in)
+    parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from deploy.artifacts.kinds import graph_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable
-from exporters.settings import RUNTIMES
+from exporters.registry import names
 from slimdiff.errors import InputError, require
 from slimdiff.settings import Sampling
 
@@ -28,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "candidate", "CANDIDATE", "what is checked: a model, or ONNX")
     bounds = "whose bounds hold (default: the candidate's)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
-    parser.add_argument("--runtime", choices=RUNTIMES, help="what runs the candidate's ONNX (default: onnxruntime)")
+    parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
@@ -46,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
-    from exporters.validation.graph import check_graph
-    from exporters.validation.parity import check_calls, check_trajectory, with_checks
+    from exporters.validation.graph import check_parity
+    from exporters.validation.parity import check_trajectory
     from slimdiff.compression import with_denoiser
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
@@ -72,15 +71,12 @@ def run(args: argparse.Namespace) -> int:
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
     calls = spread(record_calls(pipeline, prompts, sampling), args.calls)
     precision: Any = args.precision or candidate.precision
-    if inside:
-        graph, every = graph_of(args.candidate), args.every_module
-        value = check_graph(graph, base.denoiser, calls, candidate.predict, precision, every_module=every)
-    else:
-        value = check_calls(calls, base.predict, candidate.predict, precision)
+    every = args.every_module
+    value = check_parity(base.denoiser, candidate.denoiser, calls, precision=precision, every_module=every)
     if not args.no_image:
         log.info("validate: the image of each")
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
-        value = with_checks(value, check_trajectory(pair[0], pair[1], prompts, sampling))
+        value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 

@@ -22,7 +22,8 @@ from deploy.build.stages import Done
 from deploy.build.workshop import Workshop
 from deploy.cli.app import main
 from deploy.recipe.recipe import make_recipe
-from exporters.engine import Gpu, check_engine
+from exporters.engine.check import check_engine
+from exporters.engine.gpu import Gpu
 from slimdiff import InputError
 
 

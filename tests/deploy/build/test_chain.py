@@ -10,7 +10,8 @@ import pytest
 
 from deploy.artifacts import build_folder
 from deploy.cli.app import main
-from exporters.engine import Gpu, check_engine
+from exporters.engine.check import check_engine
+from exporters.engine.gpu import Gpu
 from slimdiff.storage import manifest
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from deploy.cli.app import main
-from exporters.engine import Gpu, check_engine
+from exporters.engine.check import check_engine
+from exporters.engine.gpu import Gpu
 from slimdiff.storage import manifest
 
 onnx = pytest.importorskip("onnx", reason="engines are built from ONNX")

@@ -14,7 +14,9 @@ import deploy
 from deploy.artifacts.kinds import kind_of
 from deploy.cli.app import main
 from deploy.cli.commands.bench import job_of
-from exporters.engine import EngineRequest, Gpu, check_engine, has_gpu
+from exporters.engine.build import EngineRequest
+from exporters.engine.check import check_engine
+from exporters.engine.gpu import Gpu, gpu_here
 from exporters.runtimes.pipeline import load_pipeline
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
@@ -114,7 +116,7 @@ def test_inspect_lists_its_engines(whole, capsys):
     assert value["bytes"] == sum((whole / name / "model.engine").stat().st_size for name in NAMES)
 
 
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+@pytest.mark.skipif(gpu_here() is not None, reason="there is a GPU here")
 @pytest.mark.parametrize(
     "command",
     [
@@ -130,7 +132,7 @@ def test_all_that_is_missing_is_the_gpu(whole, engine, workspace, tmp_path, caps
     assert "runs on sm89, and there is no GPU here" in told and not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+@pytest.mark.skipif(gpu_here() is not None, reason="there is a GPU here")
 def test_its_pipeline_opens_as_far_as_the_gpu(whole):
     with pytest.raises(MissingPackageError, match="runs on sm89, and there is no GPU here"):
         load_pipeline(whole, "tensorrt-rtx")

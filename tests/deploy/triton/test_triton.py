@@ -24,7 +24,7 @@ from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.graphs.reading import read_graph
-from exporters.runtimes.ort import inference_session
+from exporters.runtimes.ort_session import inference_session
 from exporters.runtimes.pipeline import load_pipeline
 from exporters.settings import EngineSettings, ExportSettings
 from exporters.validation.parity import image_psnr

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from exporters.engine import Gpu, check_engine, choose_profile
-from exporters.engine.check import runs_on
+from exporters.engine.check import check_engine, choose_profile, runs_on
+from exporters.engine.gpu import Gpu
 from exporters.engine.key import key_of
 from exporters.engine.shapes import engine_shapes
 from exporters.settings import EngineSettings, ShapeRange

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
-from exporters.engine import available_backend, backends, build, build_engine, choose_profile, request_engine
-from exporters.engine.check import read_engine
+from exporters.engine import backends, build
+from exporters.engine.backends import available_backend
+from exporters.engine.build import build_engine, request_engine
+from exporters.engine.check import choose_profile, read_engine
 from exporters.engine.errors import explain, explain_open
 from exporters.engine.gpu import Gpu
 from exporters.engine.layers import dims_by_node
@@ -18,10 +21,11 @@ from exporters.engine.sites import compare_layers
 from exporters.graphs.export import export_unet
 from exporters.settings import EngineSettings, ExportSettings, ShapeRange
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.progress import show_progress
 
 RTX = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])
 ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", "580.65.06")
-pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
+onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
 
 
 def test_engine_and_report_are_written_and_nothing_else(slim_engine):
@@ -111,7 +115,13 @@ def test_broken_graphs_are_told_in_one_line(rtx, exported, tmp_path):
     with pytest.raises(InputError, match="model.onnx.data, which is not beside it"):
         build_engine(tmp_path / "model.onnx", tmp_path / "engine", RTX)
     (tmp_path / "model.onnx.data").write_bytes(b"short")
-    with pytest.raises(SlimdiffError, match="parsing") as failed:
+    with pytest.raises(InputError, match="model.onnx.data has 5 bytes, and model.onnx takes"):
+        build_engine(tmp_path / "model.onnx", tmp_path / "engine", RTX)
+    shutil.copy(exported["dense"].parent / "model.onnx.data", tmp_path)
+    model = onnx.load(str(exported["dense"]), load_external_data=False)
+    model.graph.node[-1].op_type = "Nowhere"
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(SlimdiffError, match="Nowhere") as failed:
         build_engine(tmp_path / "model.onnx", tmp_path / "engine", RTX)
     assert "\n" not in str(failed.value) and not list((tmp_path / "engine").iterdir())
 
@@ -132,7 +142,11 @@ def test_tensorrt_is_taken_only_where_it_can_build(monkeypatch):
 
 
 def test_progress_goes_to_stderr(rtx, exported, tmp_path, capfd):
-    build_engine(exported["slim"], tmp_path, RTX, progress="engine")
+    show_progress(True)
+    try:
+        build_engine(exported["slim"], tmp_path, RTX)
+    finally:
+        show_progress(False)
     out, err = capfd.readouterr()
     assert out == "" and "engine: building" in err
 

@@ -9,8 +9,9 @@ import shutil
 import onnx
 import pytest
 
-from exporters.engine import Gpu, request_engine
+from exporters.engine.build import request_engine
 from exporters.engine.check import read_engine
+from exporters.engine.gpu import Gpu
 from exporters.engine.key import differences, key_of
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from exporters.engine import choose_profile
+from exporters.engine.check import choose_profile
 from exporters.engine.pipeline import component_shapes, request_pipeline
 from exporters.engine.shapes import engine_shapes
 from exporters.layout import GRAPHS

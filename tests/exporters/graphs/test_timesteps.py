@@ -11,6 +11,7 @@ import torch
 
 from exporters.graphs.reading import read_graph, write_graph
 from exporters.graphs.timesteps import timestep_per_sample
+from exporters.runtimes.module import answer
 from exporters.runtimes.ort_session import OnnxRuntimeSession
 from slimdiff.errors import InputError
 
@@ -26,9 +27,9 @@ def test_every_sample_is_at_its_own_timestep(exported, calls, tmp_path, name):
     assert changed.inputs["timestep"] == changed.inputs["sample"][:1]
 
     inputs = {k: v for k, v in calls[0].arguments.items() if k != "timestep"}
-    early, late = (scalar.run({**inputs, "timestep": torch.tensor(t)})["out_sample"] for t in (21, 981))
-    torch.testing.assert_close(changed.run({**inputs, "timestep": torch.tensor([981, 981])})["out_sample"], late)
-    mixed = changed.run({**inputs, "timestep": torch.tensor([21, 981])})["out_sample"]
+    early, late = (answer(scalar, {**inputs, "timestep": torch.tensor(t)})["out_sample"] for t in (21, 981))
+    torch.testing.assert_close(answer(changed, {**inputs, "timestep": torch.tensor([981, 981])})["out_sample"], late)
+    mixed = answer(changed, {**inputs, "timestep": torch.tensor([21, 981])})["out_sample"]
     torch.testing.assert_close(mixed, torch.stack([early[0], late[1]]))
     assert not torch.allclose(early[1], late[1], atol=1e-4)
 

@@ -9,9 +9,8 @@ import torch
 
 from exporters.graphs.export import unet_inputs
 from exporters.latency.decision import Gate
-from exporters.latency.jobs import write_job
 from exporters.latency.measure import bench
-from exporters.latency.pair import Job
+from exporters.latency.pair import Job, write_job
 from exporters.machine import machine_name
 from exporters.registry import runtime_of
 from exporters.runtimes.torch_model import TorchModel, save_model

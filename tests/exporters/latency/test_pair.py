@@ -17,11 +17,11 @@ import pytest
 from exporters.latency.pair import Job, Worker, idle_cores, measure_pair
 from exporters.latency.worker import noise, timed, warm
 from exporters.registry import runtime_of
-from exporters.settings import PairSettings
+from exporters.settings import BenchSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
-QUICK = PairSettings(rounds=3, warmup=1)
+QUICK = BenchSettings(rounds=3, warmup=1)
 
 
 def job(path, runtime="onnxruntime") -> Job:
@@ -55,7 +55,7 @@ def test_planted_work_changes_time_and_nothing_else(exported, planted):
 
 def test_other_shapes_are_refused(exported):
     with pytest.raises(InputError, match="--batch"):
-        measure_pair(job(exported["dense"]), job(exported["dense-open"]), PairSettings(batch=3))
+        measure_pair(job(exported["dense"]), job(exported["dense-open"]), BenchSettings(batch=3))
 
 
 def test_what_does_not_run_is_told(exported, tmp_path):

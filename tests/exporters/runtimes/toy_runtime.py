@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
-import torch
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor
 
 from exporters.registry import Runtime
 
-DTYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.INT64: torch.int64}
+DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 
 
 class ReferenceSession:
@@ -26,9 +25,8 @@ class ReferenceSession:
         values = (*graph.input, *graph.output)
         self.dtypes = {value.name: DTYPES[value.type.tensor_type.elem_type] for value in values}
 
-    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self._evaluator.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
-        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, found, strict=True)}
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self._evaluator.run(None, dict(feed)), strict=True))
 
 
 def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
