@@ -17,6 +17,7 @@ import torch
 
 import benchmarks
 import slimdiff
+from benchmarks.embedded.card import transformer_parameters
 from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
 from deploy.artifacts.hashes import source_hash
 from exporters.machine import machine_name
@@ -24,7 +25,6 @@ from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embe
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
-from slimdiff.embedded.card import transformer_parameters
 from slimdiff.fidelity import HeldError
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.prompts.selection import embed, select

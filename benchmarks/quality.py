@@ -24,6 +24,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
+from benchmarks.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from deploy.artifacts.hashes import source_hash
 from exporters.graphs.export import export_unet
 from exporters.latency.decision import LOOKS
@@ -37,7 +38,6 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
-from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
