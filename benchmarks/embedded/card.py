@@ -36,7 +36,7 @@ def measure(pipeline: DiffusionPipeline, judge: evaluator.Evaluator, count: int)
     told = scenes.sample_scenes(count, EVALUATION_SCENES, held_out=True)
     rendered = scenes.render(told, 1)
     real = evaluator.caption_accuracy(evaluator.attribute_hits(judge, rendered, told))
-    images = sample_images(pipeline, [s.caption() for s in told], EVALUATION, progress="images")
+    images = sample_images(pipeline, [s.caption() for s in told], EVALUATION)
     pictures = evaluator.to_tensor(images)
     accuracy = evaluator.caption_accuracy(evaluator.attribute_hits(judge, pictures, told))
     return {
@@ -77,7 +77,7 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
             sites={s.name: site_plan(s, ranks[s.name]) for s in sites},
             left_dense=left_dense,
         )
-        slim = slim_denoiser(pipeline.unet, statistics, plan, factors, progress=None)
+        slim = slim_denoiser(pipeline.unet, statistics, plan, factors)
         error = noise_error(partial(predict, pipeline.unet), partial(predict, slim), calls)
         effects[block] = error["relative_mse"]
     return effects

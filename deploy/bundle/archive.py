@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from deploy.artifacts.kinds import is_archive
 from deploy.bundle.description import describe
 from slimdiff.errors import InputError, require
+from slimdiff.progress import bar
 from slimdiff.storage import manifest as manifests
 
 SUFFIX = ".tar.zst"
@@ -66,11 +65,11 @@ def pack(folder: Path, file: Path) -> None:
         zstandard.ZstdCompressor(level=_LEVEL).stream_writer(out, closefd=False) as compressed,
         # GNU's format writes sizes of 8 GB and more without an extended header.
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.GNU_FORMAT) as tar,
-        tqdm(total=total, desc="archive", unit="B", unit_scale=True) as bar,
+        bar(name="archive", unit="B", total=total, unit_scale=True) as done,
     ):
         for name in names:
             _add(tar, folder / name, name)
-            bar.update((folder / name).stat().st_size)
+            done.update((folder / name).stat().st_size)
 
 
 def _add(tar: tarfile.TarFile, file: Path, name: str) -> None:

@@ -148,7 +148,6 @@ class Group(ABC, Generic[F]):
         factors: Mapping[str, F],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
-        progress: str | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """By site name, slim weights of these sites from forward passes of the dense model; none if not `fitted`.
 

@@ -17,7 +17,6 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from slimdiff.algebra.elimination import ChannelOrder, elimination_order
 from slimdiff.algebra.least_squares import Sums, solve
@@ -25,6 +24,7 @@ from slimdiff.algebra.low_rank import roots
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups.group import Group, Inner, Site, wide
+from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.statistics import Statistics
 
@@ -71,10 +71,9 @@ class Resnet(Group[ChannelOrder]):
         factors: Mapping[str, ChannelOrder],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
-        progress: str | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         kept = {site: factors[site.name].order[:rank] for site, rank in ranks.items()}
-        return refit(denoiser, kept, calls, settings, progress)
+        return refit(denoiser, kept, calls, settings)
 
 
 def _obstacle(block: ResnetBlock2D) -> str | None:
@@ -122,7 +121,6 @@ def refit(
     kept: Mapping[Site, Tensor],
     calls: Sequence[Call],
     settings: ResnetSettings | None = None,
-    progress: str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """The slim weights of every site at once, from forward passes of the dense model.
 
@@ -146,16 +144,16 @@ def refit(
     modules = dict(denoiser.named_modules())
     fits = [_Fit(site, modules[site.path], channels.sort().values) for site, channels in kept.items()]
     if settings.affine:
-        _pass(denoiser, fits, calls, _Fit.see_norm, progress and f"{progress}: norms")
+        _pass(denoiser, fits, calls, _Fit.see_norm, "fit norms")
         for fit in fits:
             fit.solve_norm()
     if settings.solve != "none":
-        _pass(denoiser, fits, calls, _Fit.see_channels, progress and f"{progress}: channels")
+        _pass(denoiser, fits, calls, _Fit.see_channels, "fit channels")
         for fit in fits:
             fit.solve_channels(settings.ridge)
     if settings.solve == "im2col":
         for wave in _waves(fits, settings.memory_gib * 2**30):
-            _pass(denoiser, wave, calls, _Fit.see_patches, progress and f"{progress}: convolutions")
+            _pass(denoiser, wave, calls, _Fit.see_patches, "fit convolutions")
             for fit in wave:
                 fit.solve_patches(settings.ridge)
     return {fit.site.name: fit.weights for fit in fits}
@@ -303,16 +301,16 @@ def _pass(
     fits: Sequence[_Fit],
     calls: Sequence[Call],
     see: Callable[[_Fit, int, _Seen], None],
-    progress: str | None,
+    name: str,
 ) -> None:
     """Run the dense model on every call, and show each resnet to its fit, with the half that the call belongs to."""
-    with tqdm(total=len(calls), desc=progress, disable=progress is None, unit="call") as bar:
+    with bar(name=name, unit="call", total=len(calls)) as done:
         for half, some in enumerate(_halves(calls)):
             handles = [handle for fit in fits for handle in _watch(fit, partial(see, fit, half))]
             try:
                 for call in some:
                     predict(denoiser, call)
-                    bar.update()
+                    done.update()
             finally:
                 for handle in handles:
                     handle.remove()

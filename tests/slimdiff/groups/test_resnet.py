@@ -71,7 +71,6 @@ def slimmed(pipeline, compression, factors, share: float, calls: list[Call], **s
         compression.statistics,
         at_share(compression.plan, share),
         factors,
-        progress=None,
         fitting_calls=calls,
         resnet_settings=ResnetSettings(**settings),
     )
@@ -163,9 +162,9 @@ def test_half_the_channels_with_scale_and_shift_run_and_stay_close():
     statistics = calibrate_on_calls(unet, calls)
     settings = PlanSettings(groups=("resnet",), align=16, allocation="uniform")
     plan = at_share(make_plan(unet, statistics, Budget("20%"), settings), 0.5)
-    slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
+    slim = slim_denoiser(unet, statistics, plan, fitting_calls=calls)
     assert count_parameters(slim) == plan.parameters["slim"] < 0.8 * count_parameters(unet)
-    sliced = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls, resnet_settings=PLAIN)
+    sliced = slim_denoiser(unet, statistics, plan, fitting_calls=calls, resnet_settings=PLAIN)
     assert error(unet, slim, calls) < 0.7 * error(unet, sliced, calls) < 1
 
 

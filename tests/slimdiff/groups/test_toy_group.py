@@ -78,7 +78,7 @@ def toy():
 @pytest.fixture(scope="module")
 def statistics(pipeline):
     """Of as many times as the embedding needs to show its dimensions."""
-    return calibrate(pipeline, PROMPTS[:2], CalibrationSettings(sampling=STEPS), progress=None)
+    return calibrate(pipeline, PROMPTS[:2], CalibrationSettings(sampling=STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def calls(pipeline):
 @pytest.fixture(scope="module")
 def plan(pipeline, statistics, calls) -> Plan:
     """Most of what the group can give."""
-    return make_plan(pipeline.unet, statistics, Budget("1%"), PLANNING, calls=calls, progress=None)
+    return make_plan(pipeline.unet, statistics, Budget("1%"), PLANNING, calls=calls)
 
 
 @pytest.fixture(scope="module")
 def slim(pipeline, statistics, plan, calls):
-    return slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls)
+    return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
 
 
 def at_rank(plan: Plan, rank: int) -> Plan:
@@ -127,13 +127,13 @@ def test_the_plan_counts_what_the_slim_model_costs(pipeline, plan, slim, calls):
 
 
 def test_its_sensitivity_is_measured_and_kept(pipeline, statistics, plan, calls):
-    planner = Planner(pipeline.unet, statistics, PLANNING, calls=calls[:2], progress=None)
+    planner = Planner(pipeline.unet, statistics, PLANNING, calls=calls[:2])
     assert planner.sensitivities[NAME] > 0 and plan.sites[NAME].sensitivity
 
 
 def test_full_rank_is_the_dense_model_and_error_falls_as_rank_rises(pipeline, statistics, plan, calls):
     def slimmed(rank: int) -> nn.Module:
-        return slim_denoiser(pipeline.unet, statistics, at_rank(plan, rank), progress=None, fitting_calls=calls)
+        return slim_denoiser(pipeline.unet, statistics, at_rank(plan, rank), fitting_calls=calls)
 
     assert error(pipeline.unet, slimmed(128), calls) == 0
     errors = [error(pipeline.unet, slimmed(rank), calls) for rank in (2, 8, 32, 96)]
@@ -173,7 +173,7 @@ def test_without_it_its_plans_and_names_are_refused(pipeline, statistics, plan):
         with pytest.raises(InputError, match=r"plan.json: sites.*group.*there is no group 'time_mlp'"):
             Plan.parse(plan.model_dump(mode="json"), "plan.json")
         with pytest.raises(InputError, match="groups: there is no group 'time_mlp'"):
-            make_plan(pipeline.unet, statistics, Budget("1%"), PLANNING, progress=None)
+            make_plan(pipeline.unet, statistics, Budget("1%"), PLANNING)
     finally:
         register(toy)
     with pytest.raises(ValueError, match="already"):

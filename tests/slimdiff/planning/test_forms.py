@@ -30,7 +30,7 @@ def slimmed(pipeline, compression, calls):
     def make(**settings):
         planning = PlanSettings(align=4, **settings)
         plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4])
-        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None, fitting_calls=calls[:4])
+        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, fitting_calls=calls[:4])
 
     return make
 
@@ -57,7 +57,7 @@ def test_a_plan_carries_its_forms_to_where_it_is_applied(pipeline, slimmed, comp
     plan, slim = slimmed(allocation="uniform", forms=PAPERS)
     again = type(plan).model_validate_json(plan.model_dump_json())
     assert again.forms == PAPERS
-    other = slim_denoiser(pipeline.unet, compression.statistics, again, progress=None)
+    other = slim_denoiser(pipeline.unet, compression.statistics, again)
     for name, tensor in slim.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name])
 
@@ -136,7 +136,7 @@ def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, ca
 
 def test_compensation_needs_calls(pipeline, compression):
     with pytest.raises(InputError, match="recorded denoiser calls"):
-        slim_denoiser(pipeline.unet, compression.statistics, compression.plan, progress=None)
+        slim_denoiser(pipeline.unet, compression.statistics, compression.plan)
 
 
 def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):
