@@ -13,7 +13,7 @@ from slimdiff.calibration import distributed
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
-from slimdiff.groups.group import Site
+from slimdiff.groups.group import Evidence, Site
 from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, fit_groups
@@ -86,7 +86,8 @@ def _measured(
         module = modules[site.path]
         weights = fitted.get(site.name)
         if weights is None:
-            weights = GROUPS[site.group].emulate(module, site, rank, factors[site.name], statistics, forms or Forms())
+            evidence = Evidence(module, site, statistics, forms or Forms())
+            weights = GROUPS[site.group].emulate(evidence, rank, factors[site.name])
         with exchanged(module, weights):
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())

@@ -12,7 +12,7 @@ from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
-from slimdiff.groups.group import Factor, Site
+from slimdiff.groups.group import Evidence, Factor, Site
 from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.progress import bar
@@ -36,7 +36,7 @@ def factorise(
     for site in bar(sites, "factorise", "site"):
         group = GROUPS[site.group]
         if group.covers(site, statistics):
-            factors[site.name] = group.factor(modules[site.path], site, statistics, forms)
+            factors[site.name] = group.factor(Evidence(modules[site.path], site, statistics, forms))
     return factors
 
 
@@ -95,7 +95,8 @@ def slim_denoiser(
         done.update()
         if site.name in fitted:
             return fitted[site.name]
-        return GROUPS[site.group].slim(module, site, rank, known[site.name], statistics, plan.forms)
+        evidence = Evidence(module, site, statistics, plan.forms)
+        return GROUPS[site.group].slim(evidence, rank, known[site.name])
 
     with done:
         slim = assemble(denoiser, plan, weights, release_dense=release_dense)

@@ -17,6 +17,7 @@ from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Evidence
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.sensitivity import exchanged, measure_sensitivities
 from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Forms
@@ -86,7 +87,9 @@ def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression,
     partners = [s for s in sites if s.path == site.path]
     emulated = copy.deepcopy(pipeline.unet)
     for partner in partners:
-        weights = GROUPS[partner.group].emulate(module, partner, rank, factors[partner.name], statistics, forms)
+        weights = GROUPS[partner.group].emulate(
+            Evidence(module, partner, statistics, forms), rank, factors[partner.name]
+        )
         for name, tensor in weights.items():
             parameter = emulated.get_parameter(f"{site.path}.{name}")
             parameter.data = tensor.to(parameter)

@@ -11,12 +11,13 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from slimdiff import Budget, InputError, PlanSettings, compress, make_plan, slim_denoiser
+from slimdiff.algebra.elimination import ChannelOrder
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups import find_sites
-from slimdiff.groups.resnet import channel_order, refit
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.resnet import channel_order
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
 from slimdiff.planning.sensitivity import exchanged
@@ -73,6 +74,14 @@ def slimmed(pipeline, compression, factors, share: float, calls: list[Call], **s
         factors,
         fitting_calls=calls,
         resnet_settings=ResnetSettings(**settings),
+    )
+
+
+def refit(unet: nn.Module, kept: dict, calls: list[Call], settings: ResnetSettings | None = None) -> dict:
+    """Weights by site name, of these channels by site."""
+    factors = {site.name: ChannelOrder(channels, torch.empty(0)) for site, channels in kept.items()}
+    return GROUPS["resnet"].fit(
+        unet, {site: len(channels) for site, channels in kept.items()}, factors, calls, settings
     )
 
 

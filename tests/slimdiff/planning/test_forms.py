@@ -12,6 +12,7 @@ from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Evidence
 from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
@@ -88,7 +89,7 @@ def test_a_constant_column_keeps_the_mean_of_what_goes(pipeline, compression, gr
     module = pipeline.unet.get_submodule(site.path)
     factor = factorise(pipeline.unet, statistics, [site], forms=forms)[site.name]
     rank = site.dense_rank // 4
-    weights = GROUPS[group].slim(module, site, rank, factor, statistics, forms)
+    weights = GROUPS[group].slim(Evidence(module, site, statistics, forms), rank, factor)
     first = statistics.first(site.name)
     if group == "feed_forward":
         last, kept = module.net[2], factor.order[:rank].sort().values
