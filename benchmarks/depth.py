@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from exporters.machine import machine_name
 from slimdiff import embedded
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
 DEAD = 1e-4
@@ -52,12 +52,12 @@ def depths(denoiser: nn.Module) -> list[str]:
     return found
 
 
-def measure(denoiser: nn.Module, calls: list[Any], progress: str | None = "depth") -> dict[str, float]:
+def measure(denoiser: nn.Module, calls: list[Any]) -> dict[str, float]:
     """Relative mean squared change of the noise prediction without each, by path."""
     reference: dict[int, Tensor] = {id(call): predict(denoiser, call) for call in calls}
     dense: Callable[[Any], Tensor] = lambda call: reference[id(call)]  # noqa: E731
     errors = {}
-    for path in tqdm(depths(denoiser), desc=progress, disable=progress is None, unit="block"):
+    for path in bar(depths(denoiser), "depth", "block"):
         with left_out(denoiser.get_submodule(path)):
             errors[path] = float(noise_error(dense, lambda call: predict(denoiser, call), calls)["relative_mse"])
     return errors

@@ -189,7 +189,7 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     planning = PlanSettings(forms=Forms().local())
     clocks: dict[str, Clock] = {}
     with clocks.setdefault("factorise", Clock()):
-        factors = factorise(denoiser, statistics, chosen_sites(sites, planning), f"{name}: factorise", planning.forms)
+        factors = factorise(denoiser, statistics, chosen_sites(sites, planning), planning.forms)
     if sensitivities:
         one = [next(site for site in sites if site.group == "feed_forward")]
         with clocks.setdefault("sensitivity", Clock()) as clock:
@@ -199,7 +199,7 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     with clocks.setdefault("knapsack", Clock()):
         plan = Planner(denoiser, statistics, planning, factors=factors).plan(budget)
     with clocks.setdefault("slim", Clock()):
-        slim = slim_denoiser(denoiser, statistics, plan, factors, f"{name}: slim", release_dense=True)
+        slim = slim_denoiser(denoiser, statistics, plan, factors, release_dense=True)
     row |= {step: clock.wall for step, clock in clocks.items()}
     row["cpu"] = {step: clock.cpu for step, clock in clocks.items()}
     row["peak_slimming"] = peak_bytes() / weights

@@ -17,6 +17,7 @@ import torch
 
 import benchmarks
 import slimdiff
+from benchmarks.embedded.card import transformer_parameters
 from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
 from deploy.artifacts.hashes import source_hash
 from exporters.machine import machine_name
@@ -24,7 +25,6 @@ from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embe
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
-from slimdiff.embedded.card import transformer_parameters
 from slimdiff.fidelity import HeldError
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.prompts.selection import embed, select
@@ -44,15 +44,13 @@ class Bench:
         self.pipeline = load_pipeline("demo")
         self.unet = self.pipeline.unet
         self.pool = list(dict.fromkeys(embedded.captions(POOL, 3)))
-        self.embeddings = embed(self.pipeline, self.pool, progress="embed")
-        held = record_calls(
-            self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=4, progress="record"
-        )
+        self.embeddings = embed(self.pipeline, self.pool)
+        held = record_calls(self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=4)
         self.held_error = HeldError(self.unet, held)
         prompts = embedded.captions(PLANNED_ON, 4)
         self.plan = make_plan(
             self.unet,
-            self.calibrated(prompts, 0, "plan: calibrate"),
+            self.calibrated(prompts, 0),
             Budget(round(CUT * transformer_parameters(self.unet))),
             PlanSettings(forms=Forms().local()),  # what is fitted afterwards takes calls, not statistics
             calls=Calls(
@@ -62,20 +60,20 @@ class Bench:
             ),
         )
 
-    def calibrated(self, prompts: Sequence[str], first: int, name: str) -> Statistics:
+    def calibrated(self, prompts: Sequence[str], first: int) -> Statistics:
         """Statistics of prompts whose noise is that of places `first`, `first + 1`, ... of a longer list."""
         sampling = self.sampling.model_copy(update={"seed": self.sampling.seed + first})
         settings = CalibrationSettings(samples=len(prompts), sampling=sampling, tokens_per_dimension=None)
         return calibrate(self.pipeline, prompts, settings)
 
     def error(self, statistics: Statistics) -> float:
-        return self.held_error.of(slim_denoiser(self.unet, statistics, self.plan, progress=None))
+        return self.held_error.of(slim_denoiser(self.unet, statistics, self.plan))
 
-    def along(self, order: Sequence[int], counts: Sequence[int], name: str) -> Iterator[tuple[int, float]]:
+    def along(self, order: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, float]]:
         """Errors with the first `count` prompts of an order of the pool: statistics are sums, so they only grow."""
         whole: Statistics | None = None
         for start, stop in zip([0, *counts[:-1]], counts, strict=True):
-            part = self.calibrated([self.pool[i] for i in order[start:stop]], start, f"{name}, {stop}")
+            part = self.calibrated([self.pool[i] for i in order[start:stop]], start)
             whole = part if whole is None else whole.merge(part)
             yield stop, self.error(whole)
 
@@ -121,7 +119,7 @@ def main() -> None:
         picks[f"{RANDOM} {seed}"] = shuffled.tolist()
     for name, order in picks.items():
         if any(f"{name} {count}" not in rows for count in counts):
-            for count, error in bench.along(order, counts, name):
+            for count, error in bench.along(order, counts):
                 keep(f"{name} {count}", error)
     print(table(rows, counts, arguments.seeds))
     print(

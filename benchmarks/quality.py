@@ -24,6 +24,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.baselines import magnitude_pruning, plain_svd, random_channels, torch_pruning
+from benchmarks.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from deploy.artifacts.hashes import source_hash
 from exporters.graphs.export import export_unet
 from exporters.latency.decision import LOOKS
@@ -37,7 +38,6 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import predict, record_calls, sample_images
 from slimdiff.embedded import evaluator, scenes
-from slimdiff.embedded.card import EVALUATION, EVALUATION_SCENES, transformer_parameters
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
@@ -140,9 +140,7 @@ class Bench:
         self.prompts = embedded.captions(CALIBRATION.samples, 1)
         self.statistics = calibrate(self.pipeline, self.prompts, CALIBRATION)
         self.recorded = Calls(self.pipeline, self.prompts, CALIBRATION)
-        self.calls = record_calls(
-            self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2, progress="record"
-        )
+        self.calls = record_calls(self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2)
         # One image's call, both branches of guidance together: what MACs and latency are told of.
         self.one_call = record_calls(self.pipeline, self.prompts[:1], Sampling(steps=1, batch=1))[0]
         self.scenes = scenes.sample_scenes(captions, EVALUATION_SCENES, held_out=True)
@@ -151,7 +149,7 @@ class Bench:
 
     @cache  # noqa: B019 (there is one bench)
     def factors(self, forms: Forms) -> Factors:
-        return factorise(self.unet, self.statistics, find_sites(self.unet)[0], "factorise", forms)
+        return factorise(self.unet, self.statistics, find_sites(self.unet)[0], forms)
 
     @cache  # noqa: B019
     def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
@@ -174,9 +172,9 @@ class Bench:
         plan = planner.plan(cut.budget(self.unet))
         return planner.slim(plan) if method.baseline is None else BASELINES[method.baseline](self.unet, plan)
 
-    def images(self, unet: nn.Module, name: str) -> list[Any]:
+    def images(self, unet: nn.Module) -> list[Any]:
         pipeline = with_denoiser(self.pipeline, unet)
-        return sample_images(pipeline, [s.caption() for s in self.scenes], EVALUATION, progress=name)
+        return sample_images(pipeline, [s.caption() for s in self.scenes], EVALUATION)
 
     def hits(self, images: list[Any]) -> np.ndarray:
         """Right and told attributes per caption, `[N, 2]`."""
@@ -198,7 +196,7 @@ def measure_quality(bench: Bench, dense: dict[str, Any], method: Method, cut: Cu
     start = time.perf_counter()
     unet = bench.make(method, cut)
     seconds = time.perf_counter() - start
-    images = bench.images(unet, f"{method.label} {cut}")
+    images = bench.images(unet)
     hits = bench.hits(images)
     return {
         "parameters": count_parameters(unet),
@@ -217,7 +215,7 @@ def measure_quality(bench: Bench, dense: dict[str, Any], method: Method, cut: Cu
 def dense_images(bench: Bench, file: Path) -> list[Any]:
     """The dense model's images, made once."""
     if not file.is_file():
-        images = np.stack([np.asarray(image) for image in bench.images(bench.unet, "dense")])
+        images = np.stack([np.asarray(image) for image in bench.images(bench.unet)])
         with manifest.replacing(file, is_file=True) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     return list(np.load(file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimdiff.settings import Sampling
 
 
 def noise_error(
-    dense: Callable[[Call], Tensor], slim: Callable[[Call], Tensor], calls: Sequence[Call], progress: str | None = None
+    dense: Callable[[Call], Tensor], slim: Callable[[Call], Tensor], calls: Iterable[Call]
 ) -> dict[str, Any]:
     """Relative mean squared change of the noise prediction, sum |slim - dense|^2 / sum |dense|^2, over recorded calls.
 
@@ -29,8 +29,8 @@ def noise_error(
     Returns:
         `relative_mse` over all calls, and `by_timestep` as `[[t, value], ...]`, falling in t.
     """
-    sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for call in bar(calls, progress, "call"):
+    sums: dict[float, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for call in calls:
         expected = dense(call).double()
         difference = slim(call).double() - expected
         sums[call.timestep][0] += float(difference.square().sum())
@@ -45,11 +45,15 @@ class HeldError:
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         self.calls = calls
-        self.reference: dict[int, Tensor] = {id(call): predict(denoiser, call) for call in calls}
+        self.reference: dict[int, Tensor] = {
+            id(call): predict(denoiser, call) for call in bar(calls, "held calls", "call")
+        }
 
     def of(self, slim: nn.Module) -> float:
         """Relative mean squared change of the noise prediction over all calls."""
-        error = noise_error(lambda call: self.reference[id(call)], partial(predict, slim), self.calls)
+        error = noise_error(
+            lambda call: self.reference[id(call)], partial(predict, slim), bar(self.calls, "noise error", "call")
+        )
         return float(error["relative_mse"])
 
 
@@ -79,8 +83,8 @@ def compare(
     """
     sampling = sampling or Sampling(steps=25, seed=10_000)
     noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
-    before = sample_images(dense, prompts[:images], sampling, progress="compare: dense")
-    after = sample_images(slim, prompts[:images], sampling, progress="compare: slim")
+    before = sample_images(dense, prompts[:images], sampling)
+    after = sample_images(slim, prompts[:images], sampling)
     return {
         "noise_error": noise,
         "images": image_fidelity(before, after),
@@ -97,14 +101,14 @@ def compare_noise(
     Raises:
         RuntimeError: if it does not.
     """
-    calls = record_calls(dense, prompts, sampling, progress="compare: trajectories")
+    calls = record_calls(dense, prompts, sampling)
     reference, candidate = (partial(predict, getattr(p, denoiser_name(p))) for p in (dense, slim))
     itself = noise_error(reference, reference, calls[:1])["relative_mse"]
     if not itself <= 1e-12:
         raise RuntimeError(
             f"the dense model does not reproduce itself (relative error {itself}): its figures mean nothing"
         )
-    return noise_error(reference, candidate, calls, "compare: noise error")
+    return noise_error(reference, candidate, bar(calls, "noise error", "call"))
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:

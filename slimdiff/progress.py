@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
 
-_hidden: dict[str, bool] = {}
+_shown = True
 
 
 def show_progress(shown: bool) -> None:
@@ -15,17 +16,20 @@ def show_progress(shown: bool) -> None:
 
     tqdm's own switch, `TQDM_DISABLE=1` in the environment, works too.
     """
-    _hidden.clear()
-    if not shown:
-        _hidden["disable"] = True
+    global _shown
+    _shown = shown
 
 
-def bar(over: Iterable[Any] | None = None, name: str | None = None, unit: str = "it", **more: Any) -> tqdm:
+def bar(over: Iterable[Any] | None = None, name: str = "", unit: str = "it", **more: Any) -> tqdm:
     """A progress bar over things, or over `total` steps that are counted by `update`.
 
+    A bar inside a bar goes when it is full. Of the processes of `torchrun` or `accelerate launch`, the first shows
+    bars alone.
+
     Args:
-        name: what is under way; None for no bar.
+        name: what is under way.
         more: further arguments of `tqdm`.
     """
-    hidden = {"disable": True} if name is None else _hidden
-    return tqdm(over, desc=name, unit=unit, **hidden, **more)
+    if not _shown or os.environ.get("RANK", "0") != "0":  # False would overrule the environment's switch
+        more["disable"] = True
+    return tqdm(over, desc=name, unit=unit, **{"leave": None, **more})

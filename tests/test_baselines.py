@@ -37,7 +37,7 @@ def test_a_baseline_has_the_plans_size_and_is_worse(pipeline, compression, calls
     settings = PlanSettings(allocation="uniform", align=4)
     plan = make_plan(pipeline.unet, statistics, Budget("20%"), settings)
     other = method(pipeline.unet, plan)
-    ours = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls)
+    ours = slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
     assert count_parameters(other) == count_parameters(ours) == plan.parameters["slim"]
 
     def error(slim):

@@ -13,7 +13,7 @@ def test_every_block_left_out_is_felt_and_comes_back(pipeline):
     unet = pipeline.unet
     calls = record_calls(pipeline, PROMPTS[:1], SAMPLING)[:2]
     before = predict(unet, calls[0])
-    errors = measure(unet, calls, progress=None)
+    errors = measure(unet, calls)
     assert list(errors) == depths(unet) and any(path.endswith(".attn2") for path in errors)
     assert all(0 < error < 10 for error in errors.values())
     assert torch.equal(predict(unet, calls[0]), before)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from tqdm import tqdm
 
 from slimdiff.adapters import fused_adapters, refuse_adapters
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_images, usable_inputs
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch, usable_inputs
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
@@ -69,8 +68,7 @@ def calibrate(
     sampling = settings.sampling
 
     def run(numbers: Sequence[int]) -> None:
-        images = [chosen[n] for n in numbers]
-        sample_images(pipeline, images, sampling, numbers=numbers, output_type="latent")
+        sample_batch(pipeline, chosen, numbers, sampling)
 
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
@@ -152,12 +150,12 @@ def _collect(
     records = Records(unfinished, key, process, len(groups))
     dealt = [range(turn, items.count, len(groups)) for turn in range(len(groups))]
 
-    def take(turn: int, progress_bar: tqdm) -> Statistics:
+    def take(turn: int) -> Statistics:
         """The sums of one turn's sites over this process's share of its items."""
         mine = dealt[turn][process::processes]
         statistics, done = records.begin(turn, len(mine), next(denoiser.parameters()).device)
         statistics = statistics or Statistics(own_hash)
-        progress_bar.update(min(done, len(mine)))
+        done_bar.update(min(done, len(mine)))
         observer = Observer(statistics, tokens_per_dimension=settings.tokens_per_dimension, weigh=weigh)
         with observer.watching(denoiser, groups[turn]):
             for start in range(done, len(mine), items.batch):
@@ -165,7 +163,7 @@ def _collect(
                 first = numbers[0] if items.successive else 0
                 observer.begin_trajectory(first, len(dealt[turn]) * items.calls / len(numbers))
                 items.run(numbers)
-                progress_bar.update(len(numbers))
+                done_bar.update(len(numbers))
                 if start + items.batch < len(mine):
                     records.keep(statistics, turn, start + items.batch)
         return statistics if done >= len(mine) else records.finish(statistics, turn, len(mine))
@@ -173,8 +171,8 @@ def _collect(
     failure, parts = None, []
     total = sum(len(turn[process::processes]) for turn in dealt)
     try:
-        with bar(name="calibrate" if process == 0 else None, unit="image", total=total) as progress_bar:
-            parts = [take(turn, progress_bar) for turn in range(len(groups))]
+        with bar(name="calibrate", unit="image", total=total) as done_bar:
+            parts = [take(turn) for turn in range(len(groups))]
     except InputError as error:
         failure = str(error)
     if len(set(distributed.agree(failure, own_hash))) > 1:

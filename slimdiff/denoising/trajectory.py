@@ -83,23 +83,12 @@ def usable_inputs(prompts: Sequence[Inputs]) -> list[Inputs]:
     return [p for p in prompts if not isinstance(p, str) or p.strip()]
 
 
-def sample_images(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[Inputs],
-    sampling: Sampling,
-    *,
-    numbers: Sequence[int] | None = None,
-    output_type: str = "pil",
-    progress: str | None = None,
-) -> list[Any]:
+def sample_images(pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling) -> list[Any]:
     """Run the pipeline on prompts or mappings of its arguments; number i always starts from the noise of `seed + i`.
 
     Args:
         prompts: per image, a prompt or a mapping (see the table above). In a batch, tensors are stacked (so give them
             without a batch dimension) and anything else is handed over as a list.
-        numbers: the prompts' numbers, where they are a part of a longer list; 0, 1, ... if not given.
-        output_type: `pil`, or `latent` for tensors where the pipeline has that.
-        progress: a bar's name; no bar if not given.
 
     Returns:
         one image (or one video: a list of frames) per prompt.
@@ -107,16 +96,32 @@ def sample_images(
     Raises:
         InputError: if the pipeline needs or refuses an argument, saying which.
     """
+    batches = bar(_batches(prompts, sampling), "images", "batch")
+    return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
+
+
+def _batches(prompts: Sequence[Inputs], sampling: Sampling) -> list[range]:
+    """The prompts' numbers by batch."""
+    every = range(len(prompts))
+    return [every[start : start + sampling.batch] for start in every[:: sampling.batch]]
+
+
+def sample_batch(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[Inputs],
+    numbers: Sequence[int],
+    sampling: Sampling,
+    output_type: str = "latent",
+) -> Sequence[Any]:
+    """Run the pipeline once, on the prompts of these numbers; see `sample_images`.
+
+    Args:
+        output_type: `pil`, or `latent` for tensors where the pipeline has that.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    images: list[Any] = []
-    with bar(name=progress, unit="image", total=len(prompts)) as done:
-        for start in range(0, len(prompts), sampling.batch):
-            batch = list(prompts[start : start + sampling.batch])
-            own = range(start, start + len(batch)) if numbers is None else numbers[start : start + len(batch)]
-            noise = [torch.Generator().manual_seed(sampling.seed + number) for number in own]
-            result = pipeline(generator=noise, **_arguments(pipeline, batch, sampling, output_type))
-            images += list(result[0])
-            done.update(len(batch))
+    noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
+    arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
+    images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     return images
 
 
@@ -178,7 +183,6 @@ def record_calls(
     *,
     every: int = 1,
     staggered: bool = False,
-    progress: str | None = None,
 ) -> list[Call]:
     """Record every `every`-th denoiser call of the trajectories of `prompts`, in order of time per batch.
 
@@ -217,7 +221,8 @@ def record_calls(
         return copies[-1]
 
     with watch_calls(denoiser, keep):
-        sample_images(pipeline, prompts, sampling, output_type="latent", progress=progress)
+        for numbers in bar(_batches(prompts, sampling), "record calls", "batch"):
+            sample_batch(pipeline, prompts, numbers, sampling)
     return calls
 
 

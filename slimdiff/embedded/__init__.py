@@ -13,9 +13,7 @@ def path() -> Path:
     """The embedded model's pipeline directory."""
     folder = Path(__file__).parent / "model"
     if not (folder / "model_index.json").is_file():
-        raise InputError(
-            f"the embedded model is missing from {folder}: install slimdiff again, or train it (see train.py)"
-        )
+        raise InputError(f"the embedded model is missing from {folder}: install slimdiff again")
     return folder
 
 

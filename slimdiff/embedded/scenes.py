@@ -78,22 +78,6 @@ def sample_scenes(count: int, seed: int, *, held_out: bool) -> list[Scene]:
     return scenes
 
 
-def labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Scenes as class indices, int64.
-
-    Returns:
-        `shape`, `colour`, `size` of shape `[N, 4]` by place, with `shape` 0 for an empty place and 1 + index otherwise
-        (`colour` and `size` are -100, torch's ignored class, at empty places), and `background` of shape `[N]`.
-    """
-    shape = torch.zeros(len(scenes), len(PLACES), dtype=torch.long)
-    colour, size = torch.full_like(shape, -100), torch.full_like(shape, -100)
-    for i, scene in enumerate(scenes):
-        for o in scene.objects:
-            shape[i, o.place], colour[i, o.place], size[i, o.place] = o.shape + 1, o.colour, o.size
-    background = torch.tensor([s.background for s in scenes])
-    return {"shape": shape, "colour": colour, "size": size, "background": background}
-
-
 def render(scenes: list[Scene], seed: int) -> Tensor:
     """Draw scenes, anti-aliased, each object jittered by up to two pixels.
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from slimdiff.algebra import low_rank
 from slimdiff.algebra.low_rank import HeadBases
-from slimdiff.groups.group import Collector, Group, Inner, Site, received, solved, wide
-from slimdiff.settings import Forms
+from slimdiff.groups.group import Collector, Evidence, Group, Inner, Site, solved, wide
 from slimdiff.statistics import Statistics
 
 # Processors that compute plain softmax attention with a scale of 1/sqrt(head dim): what the closed forms assume.
@@ -79,27 +78,21 @@ class QueryKey(_AttentionGroup):
     def covers(self, site: Site, statistics: Statistics) -> bool:
         return all(statistics.tokens.get(f"{site.name}.{what}") for what in ("query", "key"))
 
-    def factor(self, module: Attention, site: Site, statistics: Statistics, forms: Forms) -> HeadBases:
-        key = statistics.mean(f"{site.name}.key")
-        if not forms.centre_keys:
-            key = key + statistics.mean(f"{site.name}.key_mean")
-        return low_rank.query_key(statistics.mean(f"{site.name}.query"), key)
+    def factor(self, evidence: Evidence) -> HeadBases:
+        key = evidence.moment("key")
+        if not evidence.forms.centre_keys:
+            key = key + evidence.moment("key_mean")
+        return low_rank.query_key(evidence.moment("query"), key)
 
-    def slim(
-        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def slim(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         # The stock processor will divide by sqrt(rank): fold in what makes that the dense scale.
-        scale = (rank / site.dense_rank) ** 0.5
-        return {
-            **_project("to_q", module.to_q, factor.left[..., :rank] * scale),
-            **_project("to_k", module.to_k, factor.right[..., :rank]),
-        }
+        left = factor.left[..., :rank] * (rank / evidence.site.dense_rank) ** 0.5
+        to_q, to_k = evidence.module.to_q, evidence.module.to_k
+        return {**_project("to_q", to_q, left), **_project("to_k", to_k, factor.right[..., :rank])}
 
-    def emulate(
-        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def emulate(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         left, right = factor.left[..., :rank], factor.right[..., :rank]
-        return _project("to_q", module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
+        return _project("to_q", evidence.module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
 
     def macs(self, module: Attention, site: Site, add: Callable[[int], None]) -> list[Any]:
         """The projections', and those of Q K^T and A V: for each head, every query with every key, once each."""
@@ -136,39 +129,31 @@ class ValueOutput(_AttentionGroup):
     def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
         return super().sums(site) | {f"{site.name}.value": (site.heads, site.dense_rank, site.dense_rank)}
 
-    def factor(self, module: Attention, site: Site, statistics: Statistics, forms: Forms) -> HeadBases:
-        moment, _ = self._received(module, site, statistics, forms)
-        blocks = moment if moment.ndim == 3 else low_rank.head_blocks(moment, site.heads)
-        return low_rank.value_output(blocks, wide(module.to_out[0].weight))
+    def factor(self, evidence: Evidence) -> HeadBases:
+        moment, _ = self._received(evidence)
+        blocks = moment if moment.ndim == 3 else low_rank.head_blocks(moment, evidence.site.heads)
+        return low_rank.value_output(blocks, wide(evidence.module.to_out[0].weight))
 
-    def slim(
-        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def slim(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         basis = factor.left[..., :rank]
-        return {**_project("to_v", module.to_v, basis), **self._output(module, site, basis, statistics, forms)}
+        return {**_project("to_v", evidence.module.to_v, basis), **self._output(evidence, basis)}
 
-    def emulate(
-        self, module: Attention, site: Site, rank: int, factor: HeadBases, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def emulate(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         basis = factor.left[..., :rank]
-        weights = self._output(module, site, basis, statistics, forms)
+        weights = self._output(evidence, basis)
         return {**weights, "to_out.0.weight": weights["to_out.0.weight"] @ torch.block_diag(*basis).T}
 
-    def _received(
-        self, module: Attention, site: Site, statistics: Statistics, forms: Forms
-    ) -> tuple[Tensor, Tensor | None]:
+    def _received(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
         """Second moments of what the output projection receives: `[n, n]`, or `[H, d, d]` to solve head by head."""
-        if forms.value_moments == "values":
-            return statistics.mean(f"{site.name}.value"), None
-        moment, mean = received(site, module.to_out[0], statistics, forms)
-        return (moment if forms.joint_output else low_rank.head_blocks(moment, site.heads)), mean
+        if evidence.forms.value_moments == "values":
+            return evidence.moment("value"), None
+        moment, mean = evidence.received(evidence.module.to_out[0])
+        return (moment if evidence.forms.joint_output else low_rank.head_blocks(moment, evidence.site.heads)), mean
 
-    def _output(
-        self, module: Attention, site: Site, basis: Tensor, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def _output(self, evidence: Evidence, basis: Tensor) -> dict[str, Tensor]:
         """The output projection solved on a basis `[H, d, r]` of each head, and its bias if that changes."""
-        output = module.to_out[0]
-        moment, mean = self._received(module, site, statistics, forms)
+        output = evidence.module.to_out[0]
+        moment, mean = self._received(evidence)
         weight = low_rank.solve_output(moment, wide(output.weight), basis)
         kept = torch.block_diag(*basis).T
         return solved("to_out.0", output, weight, mean, lambda mean: kept @ mean)

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from slimdiff.algebra import elimination
 from slimdiff.algebra.elimination import ChannelOrder
-from slimdiff.groups.group import Group, Inner, Site, received, solved, wide
-from slimdiff.settings import Forms
-from slimdiff.statistics import Statistics
+from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
 
 _GATED = ("GEGLU", "SwiGLU")
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
@@ -34,35 +32,31 @@ class FeedForwardGroup(Group[ChannelOrder]):
             return "a projection is not a plain linear layer"
         return self.at(path, module, down.in_features)
 
-    def factor(self, module: FeedForward, site: Site, statistics: Statistics, forms: Forms) -> ChannelOrder:
-        moment, _ = received(site, module.net[2], statistics, forms)
-        if site.dense_rank > elimination.EXACT_CHANNELS:
+    def factor(self, evidence: Evidence) -> ChannelOrder:
+        down = evidence.module.net[2]
+        moment, _ = evidence.received(down)
+        if evidence.site.dense_rank > elimination.EXACT_CHANNELS:
             moment = moment.float()  # as it was summed: an order needs no more, and half the memory
-        by_leverage = forms.channels == "ridge_leverage"
+        by_leverage = evidence.forms.channels == "ridge_leverage"
         choose = elimination.leverage_order if by_leverage else elimination.elimination_order
-        return choose(moment, wide(module.net[2].weight))
+        return choose(moment, wide(down.weight))
 
-    def slim(
-        self, module: FeedForward, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def slim(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> dict[str, Tensor]:
         kept = factor.order[:rank].sort().values
-        weights = {name: wide(weight) for name, weight in self.cut(module, site, kept).items()}
-        return weights | self._down(module, site, kept, statistics, forms)
+        weights = {name: wide(weight) for name, weight in self.cut(evidence.module, evidence.site, kept).items()}
+        return weights | _down(evidence, kept)
 
-    def emulate(
-        self, module: FeedForward, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def emulate(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> dict[str, Tensor]:
         kept = factor.order[:rank]
-        weights = self._down(module, site, kept, statistics, forms)
-        weight = torch.zeros(module.net[2].weight.shape, dtype=torch.float64)
+        weights = _down(evidence, kept)
+        weight = torch.zeros(evidence.module.net[2].weight.shape, dtype=torch.float64)
         weight[:, kept] = weights["net.2.weight"]
         return {**weights, "net.2.weight": weight}
 
-    def _down(
-        self, module: FeedForward, site: Site, kept: Tensor, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
-        """The down projection solved on the kept channels, and its bias if that changes."""
-        down = module.net[2]
-        moment, mean = received(site, down, statistics, forms)
-        weight = elimination.solve_down(moment, wide(down.weight), kept)
-        return solved("net.2", down, weight, mean, lambda mean: mean[kept])
+
+def _down(evidence: Evidence, kept: Tensor) -> dict[str, Tensor]:
+    """The down projection solved on the kept channels, and its bias if that changes."""
+    down = evidence.module.net[2]
+    moment, mean = evidence.received(down)
+    weight = elimination.solve_down(moment, wide(down.weight), kept)
+    return solved("net.2", down, weight, mean, lambda mean: mean[kept])

@@ -76,6 +76,28 @@ class Factor(Protocol):
 F = TypeVar("F", bound=Factor)
 
 
+class Evidence(NamedTuple):
+    """What slim weights are made from."""
+
+    module: Any
+    """The dense model's module at the site."""
+    site: Site
+    statistics: Statistics
+    forms: Forms = Forms()
+
+    def moment(self, what: str = "") -> Tensor:
+        """The second moment of this name below the site's, float64 `[n, n]` or `[H, d, d]`."""
+        return self.statistics.mean(f"{self.site.name}.{what}" if what else self.site.name)
+
+    def received(self, last: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """`moment()` of what a last linear receives, about its mean `[n]` where a constant is carried."""
+        moment, mean = self.moment(), None
+        if self.forms.constant and last.bias is not None:
+            mean = self.statistics.first(self.site.name)
+            moment.addr_(mean, mean, alpha=-1)
+        return moment, mean
+
+
 class Collector(Protocol):
     """What calibration adds to: an even selection of each call's tokens, times the weight of its timestep."""
 
@@ -123,23 +145,19 @@ class Group(ABC, Generic[F]):
         """The site at a module, or the reason why it stays dense; None for a module of another kind."""
 
     @abstractmethod
-    def factor(self, module: nn.Module, site: Site, statistics: Statistics, forms: Forms) -> F:
+    def factor(self, evidence: Evidence) -> F:
         """The site's basis or order."""
 
     @abstractmethod
-    def slim(
-        self, module: nn.Module, site: Site, rank: int, factor: F, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def slim(self, evidence: Evidence, rank: int, factor: F) -> dict[str, Tensor]:
         """The site's smaller weights and biases, float64."""
 
-    def emulate(
-        self, module: nn.Module, site: Site, rank: int, factor: F, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def emulate(self, evidence: Evidence, rank: int, factor: F) -> dict[str, Tensor]:
         """Weights with which the dense module computes what it would with this site alone slim.
 
         Their shapes are the dense ones where another group of the module shares the rank.
         """
-        return self.slim(module, site, rank, factor, statistics, forms)
+        return self.slim(evidence, rank, factor)
 
     def fit(
         self,
@@ -148,7 +166,6 @@ class Group(ABC, Generic[F]):
         factors: Mapping[str, F],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
-        progress: str | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """By site name, slim weights of these sites from forward passes of the dense model; none if not `fitted`.
 
@@ -246,15 +263,6 @@ def _like(layer: Any, axis: int, width: int) -> nn.Module:
 def wide(tensor: Tensor) -> Tensor:
     """A tensor as the algebra takes it: float64 on the CPU."""
     return tensor.detach().double().cpu()
-
-
-def received(site: Site, last: nn.Linear, statistics: Statistics, forms: Forms) -> tuple[Tensor, Tensor | None]:
-    """The second moment `[n, n]` of what a last linear receives, about its mean `[n]` where a constant is carried."""
-    moment, mean = statistics.mean(site.name), None
-    if forms.constant and last.bias is not None:
-        mean = statistics.first(site.name)
-        moment.addr_(mean, mean, alpha=-1)
-    return moment, mean
 
 
 def solved(

@@ -9,7 +9,7 @@ calls of the dense model, against the dense block's own output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,16 +17,15 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from slimdiff.algebra.elimination import ChannelOrder, elimination_order
 from slimdiff.algebra.least_squares import Sums, solve
 from slimdiff.algebra.low_rank import roots
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.groups.group import Group, Inner, Site, wide
-from slimdiff.settings import Forms, ResnetSettings
-from slimdiff.statistics import Statistics
+from slimdiff.groups.group import Evidence, Group, Inner, Site, wide
+from slimdiff.progress import bar
+from slimdiff.settings import ResnetSettings
 
 # Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
 _MOST_PIXELS = 8192
@@ -55,15 +54,14 @@ class Resnet(Group[ChannelOrder]):
             return f"{type(module).__name__} is a resnet class of its own"
         return None
 
-    def factor(self, module: ResnetBlock2D, site: Site, statistics: Statistics, forms: Forms) -> ChannelOrder:
-        return channel_order(statistics.mean(site.name), wide(module.conv2.weight), site.multiple)
+    def factor(self, evidence: Evidence) -> ChannelOrder:
+        return channel_order(evidence.moment(), wide(evidence.module.conv2.weight), evidence.site.multiple)
 
-    def slim(
-        self, module: ResnetBlock2D, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
+    def slim(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> dict[str, Tensor]:
         """The dense weights of the channels that are kept: where `fit` begins."""
-        return self.cut(module, site, factor.order[:rank].sort().values)
+        return self.cut(evidence.module, evidence.site, factor.order[:rank].sort().values)
 
+    @torch.no_grad()
     def fit(
         self,
         denoiser: nn.Module,
@@ -71,10 +69,31 @@ class Resnet(Group[ChannelOrder]):
         factors: Mapping[str, ChannelOrder],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
-        progress: str | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        kept = {site: factors[site.name].order[:rank] for site, rank in ranks.items()}
-        return refit(denoiser, kept, calls, settings, progress)
+        settings = settings or ResnetSettings()
+        if not calls:
+            raise InputError(
+                "slim resnets are fitted on recorded denoiser calls: give some "
+                "(slimdiff.denoising.trajectory.record_calls)"
+            )
+        fits = []
+        for site, rank in ranks.items():
+            block, kept = denoiser.get_submodule(site.path), factors[site.name].order[:rank].sort().values
+            fits.append(_Fit(site, block, kept, self.cut(block, site, kept)))
+        if settings.affine:
+            _pass(denoiser, fits, calls, _Fit.see_norm, "fit norms")
+            for fit in fits:
+                fit.solve_norm()
+        if settings.solve != "none":
+            _pass(denoiser, fits, calls, _Fit.see_channels, "fit channels")
+            for fit in fits:
+                fit.solve_channels(settings.ridge)
+        if settings.solve == "im2col":
+            for wave in _waves(fits, settings.memory_gib * 2**30):
+                _pass(denoiser, wave, calls, _Fit.see_patches, "fit convolutions")
+                for fit in wave:
+                    fit.solve_patches(settings.ridge)
+        return {fit.site.name: fit.weights for fit in fits}
 
 
 def _obstacle(block: ResnetBlock2D) -> str | None:
@@ -116,51 +135,6 @@ def channel_order(moment: Tensor, second: Tensor, groups: int) -> ChannelOrder:
     return elimination_order(moment, root, groups=groups)
 
 
-@torch.no_grad()
-def refit(
-    denoiser: nn.Module,
-    kept: Mapping[Site, Tensor],
-    calls: Sequence[Call],
-    settings: ResnetSettings | None = None,
-    progress: str | None = None,
-) -> dict[str, dict[str, Tensor]]:
-    """The slim weights of every site at once, from forward passes of the dense model.
-
-    Args:
-        kept: inner channels to keep by site, of each group of the norm equally many.
-        calls: recorded denoiser calls.
-
-    Returns:
-        by site name, weights by parameter name; those that are fitted are float64.
-
-    Raises:
-        InputError: if there is no call, or the model gives values that are not finite.
-    """
-    if not kept:
-        return {}
-    settings = settings or ResnetSettings()
-    if not calls:
-        raise InputError(
-            "slim resnets are fitted on recorded denoiser calls: give some (slimdiff.denoising.trajectory.record_calls)"
-        )
-    modules = dict(denoiser.named_modules())
-    fits = [_Fit(site, modules[site.path], channels.sort().values) for site, channels in kept.items()]
-    if settings.affine:
-        _pass(denoiser, fits, calls, _Fit.see_norm, progress and f"{progress}: norms")
-        for fit in fits:
-            fit.solve_norm()
-    if settings.solve != "none":
-        _pass(denoiser, fits, calls, _Fit.see_channels, progress and f"{progress}: channels")
-        for fit in fits:
-            fit.solve_channels(settings.ridge)
-    if settings.solve == "im2col":
-        for wave in _waves(fits, settings.memory_gib * 2**30):
-            _pass(denoiser, wave, calls, _Fit.see_patches, progress and f"{progress}: convolutions")
-            for fit in wave:
-                fit.solve_patches(settings.ridge)
-    return {fit.site.name: fit.weights for fit in fits}
-
-
 @dataclass
 class _Seen:
     """One call at one resnet, in the dense model.
@@ -185,11 +159,8 @@ class _Fit:
     site: Site
     block: ResnetBlock2D
     kept: Tensor
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor]
     sums: Any = None
-
-    def __post_init__(self) -> None:
-        self.weights = Resnet().cut(self.block, self.site, self.kept)
 
     @property
     def unknowns(self) -> int:
@@ -303,16 +274,16 @@ def _pass(
     fits: Sequence[_Fit],
     calls: Sequence[Call],
     see: Callable[[_Fit, int, _Seen], None],
-    progress: str | None,
+    name: str,
 ) -> None:
     """Run the dense model on every call, and show each resnet to its fit, with the half that the call belongs to."""
-    with tqdm(total=len(calls), desc=progress, disable=progress is None, unit="call") as bar:
+    with bar(name=name, unit="call", total=len(calls)) as done:
         for half, some in enumerate(_halves(calls)):
             handles = [handle for fit in fits for handle in _watch(fit, partial(see, fit, half))]
             try:
                 for call in some:
                     predict(denoiser, call)
-                    bar.update()
+                    done.update()
             finally:
                 for handle in handles:
                     handle.remove()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.progress import bar
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def block_influences(denoiser: nn.Module, paths: Sequence[str], calls: Sequence[
     with watching() as hooks:
         for block in sums:
             hooks.after(denoiser.get_submodule(block), partial(see, block))
-        for call in calls:
+        for call in bar(calls, "block influences", "call"):
             predict(denoiser, call)
     return [sum(sums[block]) / max(1, len(sums[block])) for block in blocks]
 

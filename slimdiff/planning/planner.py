@@ -129,7 +129,7 @@ class Planner:
     @cached_property
     def factors(self) -> Factors:
         """Every chosen site's basis or order."""
-        return factorise(self.denoiser, self.statistics, self.chosen, "plan: factorise", self.settings.forms)
+        return factorise(self.denoiser, self.statistics, self.chosen, self.settings.forms)
 
     @cached_property
     def sensitivities(self) -> dict[str, float]:
@@ -144,7 +144,6 @@ class Planner:
             self.chosen,
             self.factors,
             self.calls.sensitivity,
-            "plan: sensitivity",
             self.settings.forms,
             fitting_calls=self.calls.fitting if "resnet" in self.settings.groups else (),
             resnet_settings=self.settings.resnets,
@@ -248,7 +247,6 @@ class Planner:
             self.statistics,
             plan,
             self.factors,
-            "slim",
             fitting_calls=self.calls.fitting if fitted else (),
             resnet_settings=self.settings.resnets,
             dense_outputs=self.dense_outputs if fitted else None,

@@ -28,7 +28,7 @@ def smallest_within(cutter: Cutter, budget: Budget) -> Plan:
     most = most_removable(table, layers)
     plans: dict[int, Plan] = {}
     holds, breaks = 0, STEPS + 1
-    with bar(name="plan: models", unit="model") as models:
+    with bar(name="models", unit="model") as models:
         while breaks - holds > 1:
             step = (holds + breaks) // 2
             plan = cutter.cut(table, most * step / STEPS, budget)

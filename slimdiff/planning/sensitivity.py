@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slimdiff.calibration import distributed
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
-from slimdiff.groups.group import Site
+from slimdiff.groups.group import Evidence, Site
+from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, fit_groups
 from slimdiff.statistics import Statistics
@@ -26,7 +26,6 @@ def measure_sensitivities(
     sites: Sequence[Site],
     factors: Factors,
     calls: Sequence[Call],
-    progress: str | None = None,
     forms: Forms | None = None,
     *,
     fitting_calls: Sequence[Call] = (),
@@ -52,7 +51,6 @@ def measure_sensitivities(
             sites[rank::size],
             factors,
             calls,
-            progress if rank == 0 else None,
             forms,
             fitting_calls,
             resnet_settings,
@@ -70,7 +68,6 @@ def _measured(
     sites: Sequence[Site],
     factors: Factors,
     calls: Sequence[Call],
-    progress: str | None,
     forms: Forms | None,
     fitting_calls: Sequence[Call],
     resnet_settings: ResnetSettings | None,
@@ -83,13 +80,14 @@ def _measured(
         what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
         raise InputError(f"the dense model's noise prediction is {what}")
     halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
-    fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings, progress)
+    fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings)
     result = {}
-    for site, rank in tqdm(halves.items(), desc=progress, disable=progress is None, unit="site"):
+    for site, rank in bar(halves.items(), "sensitivity", "site"):
         module = modules[site.path]
         weights = fitted.get(site.name)
         if weights is None:
-            weights = GROUPS[site.group].emulate(module, site, rank, factors[site.name], statistics, forms or Forms())
+            evidence = Evidence(module, site, statistics, forms or Forms())
+            weights = GROUPS[site.group].emulate(evidence, rank, factors[site.name])
         with exchanged(module, weights):
             changed = sum(
                 float((predict(denoiser, call) - r).double().square().sum())

@@ -8,18 +8,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 
 # No tokenizer needs more for a prompt; some of them name no limit of their own.
 _MOST_TOKENS = 512
 
 
 @torch.no_grad()
-def embed(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 64, progress: str | None = None
-) -> Tensor:
+def embed(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 64) -> Tensor:
     """Text embeddings by the pipeline's own text encoders, `[N, D]`, float32 on the CPU.
 
     Of each encoder: the mean of the last hidden states over the prompt's own tokens, scaled to length 1. Several
@@ -37,7 +35,7 @@ def embed(
     if not encoders:
         raise InputError(f"{type(pipeline).__name__} has no text encoder: name a model that takes prompts")
     parts = []
-    with tqdm(total=len(prompts) * len(encoders), desc=progress, disable=progress is None, unit="prompt") as bar:
+    with bar(name="embed", unit="prompt", total=len(prompts) * len(encoders)) as done:
         for tokenizer, encoder in encoders:
             rows = []
             for start in range(0, len(prompts), batch):
@@ -48,7 +46,7 @@ def embed(
                 hidden = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state.float()
                 own = mask[:, :, None]
                 rows.append(normalize((hidden * own).sum(1) / own.sum(1)).cpu())
-                bar.update(len(chunk))
+                done.update(len(chunk))
             parts.append(torch.cat(rows))
     return torch.cat(parts, 1)
 

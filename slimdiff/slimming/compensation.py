@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slimdiff.algebra.least_squares import Sums, solve
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.plan import Plan
+from slimdiff.progress import bar
 
 Compensation = Literal["none", "projections", "sequential"]
 
@@ -98,14 +98,14 @@ class DenseOutputs:
         self._known: dict[tuple[str, ...], list[dict[str, Tensor]]] = {}
 
     @torch.no_grad()
-    def rows(self, stages: Stages, progress: str | None = None) -> list[dict[str, Tensor]]:
+    def rows(self, stages: Stages) -> list[dict[str, Tensor]]:
         """By call and layer, `[R, m]`: rows of evenly spread tokens, float32 on the CPU."""
         names = tuple(name for stage in stages for name in stage)
         if names not in self._known:
             widths = sum(self.denoiser.get_parameter(f"{name}.weight").shape[0] for name in names)
             most = OUTPUT_BYTES // (4 * widths * len(self.calls))
             found = []
-            for number, call in enumerate(tqdm(self.calls, desc=progress, disable=progress is None, unit="call")):
+            for number, call in enumerate(bar(self.calls, "dense outputs", "call")):
                 seen = _watch(self.denoiser, names, call)
                 found.append({name: _rows(output, number, most).float().cpu() for name, (_, output) in seen.items()})
             self._known = {names: found}
@@ -113,13 +113,7 @@ class DenseOutputs:
 
 
 @torch.no_grad()
-def compensate(
-    slim: nn.Module,
-    stages: Stages,
-    outputs: Sequence[Mapping[str, Tensor]],
-    calls: Sequence[Call],
-    progress: str | None = None,
-) -> None:
+def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, Tensor]], calls: Sequence[Call]) -> None:
     """Mend a slim model in place.
 
     Args:
@@ -127,7 +121,7 @@ def compensate(
         outputs: `DenseOutputs.rows` of the same stages and calls.
         calls: recorded denoiser calls, with many more tokens in them than a layer has inputs.
     """
-    with tqdm(total=len(stages) * len(calls), desc=progress, disable=progress is None, unit="call") as bar:
+    with bar(name="compensate", unit="call", total=len(stages) * len(calls)) as done:
         for names in stages:
             halves: dict[str, tuple[Sums, Sums]] = {}
             for number, call in enumerate(calls):
@@ -137,7 +131,7 @@ def compensate(
                     if name not in halves:
                         halves[name] = tuple(Sums.zeros(x.shape[1], wanted.shape[1], x) for _ in range(2))  # type: ignore[assignment]
                     halves[name][number % 2].add(x.T, wanted.to(x.device).T)
-                bar.update()
+                done.update()
             for name in names:
                 _solve(slim.get_submodule(name), halves[name])
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
-from slimdiff.groups.group import Factor, Site
+from slimdiff.groups.group import Evidence, Factor, Site
 from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
+from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.compensation import DenseOutputs, compensate, stages
 from slimdiff.statistics import Statistics
@@ -24,11 +24,7 @@ Factors = dict[str, Factor]
 
 
 def factorise(
-    denoiser: nn.Module,
-    statistics: Statistics,
-    sites: Sequence[Site],
-    progress: str | None = None,
-    forms: Forms | None = None,
+    denoiser: nn.Module, statistics: Statistics, sites: Sequence[Site], forms: Forms | None = None
 ) -> Factors:
     """Each site's basis or order: everything that does not depend on the rank, by site name.
 
@@ -37,10 +33,10 @@ def factorise(
     forms = forms or Forms()
     modules = dict(denoiser.named_modules())
     factors: Factors = {}
-    for site in tqdm(sites, desc=progress, disable=progress is None, unit="site"):
+    for site in bar(sites, "factorise", "site"):
         group = GROUPS[site.group]
         if group.covers(site, statistics):
-            factors[site.name] = group.factor(modules[site.path], site, statistics, forms)
+            factors[site.name] = group.factor(Evidence(modules[site.path], site, statistics, forms))
     return factors
 
 
@@ -58,7 +54,6 @@ def slim_denoiser(
     statistics: Statistics,
     plan: Plan,
     factors: Factors | None = None,
-    progress: str | None = "slim",
     *,
     fitting_calls: Sequence[Call] = (),
     resnet_settings: ResnetSettings | None = None,
@@ -86,26 +81,27 @@ def slim_denoiser(
         raise InputError("this plan was made for another model (its weights differ): plan again")
     fitting_sites(denoiser, plan)  # refuse before the long work, not after
     changed = _changed(denoiser, plan)
-    told = None if progress is None else f"{progress}: factorise"
-    known = factors or factorise(denoiser, statistics, changed, told, plan.forms)
+    known = factors or factorise(denoiser, statistics, changed, plan.forms)
     for site in changed:
         if site.name not in known:
             raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
     ranks = {site: plan.sites[site.name].rank for site in changed}
-    fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, progress)
+    fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings)
+    mended = stages(denoiser, plan, plan.forms.compensate, fitting_calls)
+    outputs = (dense_outputs or DenseOutputs(denoiser, fitting_calls)).rows(mended) if mended else []
+    done = bar(name="slim", unit="site", total=len(changed))
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
+        done.update()
         if site.name in fitted:
             return fitted[site.name]
-        return GROUPS[site.group].slim(module, site, rank, known[site.name], statistics, plan.forms)
+        evidence = Evidence(module, site, statistics, plan.forms)
+        return GROUPS[site.group].slim(evidence, rank, known[site.name])
 
-    mended = stages(denoiser, plan, plan.forms.compensate, fitting_calls)
-    if not mended:
-        return assemble(denoiser, plan, weights, progress, release_dense=release_dense)
-    told = progress and f"{progress}: compensate"
-    outputs = (dense_outputs or DenseOutputs(denoiser, fitting_calls)).rows(mended, told and f"{told}, dense")
-    slim = assemble(denoiser, plan, weights, progress, release_dense=release_dense)
-    compensate(slim, mended, outputs, fitting_calls, told)
+    with done:
+        slim = assemble(denoiser, plan, weights, release_dense=release_dense)
+    if mended:
+        compensate(slim, mended, outputs, fitting_calls)
     if release_dense:
         for name in {name for stage in mended for name in stage}:
             for parameter in denoiser.get_submodule(name).parameters():
@@ -119,14 +115,13 @@ def fit_groups(
     ranks: Mapping[Site, int],
     calls: Sequence[Call],
     settings: ResnetSettings | None = None,
-    progress: str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """By site name, the weights at these ranks of those sites whose groups are fitted on calls (`Group.fit`)."""
     fitted: dict[str, dict[str, Tensor]] = {}
     for name, group in GROUPS.items():
         own = {site: rank for site, rank in ranks.items() if site.group == name}
         if group.fitted and own:
-            fitted |= group.fit(denoiser, own, factors, calls, settings, progress)
+            fitted |= group.fit(denoiser, own, factors, calls, settings)
     return fitted
 
 
@@ -139,7 +134,6 @@ def assemble(
     denoiser: nn.Module,
     plan: Plan,
     weights: Callable[[nn.Module, Site, int], dict[str, Tensor]],
-    progress: str | None = None,
     *,
     release_dense: bool = False,
 ) -> nn.Module:
@@ -156,7 +150,7 @@ def assemble(
         slim = slim_class(slim_plan=plan.model_dump(mode="json"), **config)  # refuses a plan of another architecture
     state = dict(denoiser.state_dict())
     modules = dict(denoiser.named_modules())
-    for site in tqdm(_changed(denoiser, plan), desc=progress, disable=progress is None, unit="site"):
+    for site in _changed(denoiser, plan):
         for name, tensor in weights(modules[site.path], site, plan.sites[site.name].rank).items():
             key = f"{site.path}.{name}"
             state[key] = tensor.to(state[key])

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tqdm import tqdm
 
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 from slimdiff.storage.atomic import is_leftover
 from slimdiff.storage.atomic import replacing as replacing
 
@@ -198,14 +198,14 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
         _refuse_others(folder, manifest["files"])
     root = folder.resolve()
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    with tqdm(total=total, desc=f"verify {folder.name}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+    with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=2, leave=False) as done:
         for name, expected in manifest["files"].items():
             file = folder / name
             if not _resolved(file).is_relative_to(root):
                 raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")
             if not file.is_file():
                 raise InputError(f"{folder} lacks {name}, which its manifest lists: copy the artifact again, whole")
-            if file.stat().st_size != expected["bytes"] or sha256_of(file, bar.update) != expected["sha256"]:
+            if file.stat().st_size != expected["bytes"] or sha256_of(file, done.update) != expected["sha256"]:
                 raise InputError(
                     f"{file} is not the file that the manifest describes (SHA-256 differs): it was changed"
                 )

@@ -67,7 +67,7 @@ def test_a_real_adapter_is_refused_until_fused_and_then_recorded(calibration, tm
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
     pipeline = tiny_pipeline()
     pipeline.load_lora_weights(tmp_path, adapter_name="style")
-    arguments = {"calibration": calibration, "planning": UNIFORM, "progress": False}
+    arguments = {"calibration": calibration, "planning": UNIFORM}
     with pytest.raises(InputError, match="adapter style is attached"):
         compress(pipeline, PROMPTS, Budget("5%"), **arguments)
     pipeline.fuse_lora()

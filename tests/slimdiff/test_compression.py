@@ -17,6 +17,7 @@ from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Evidence
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.sensitivity import exchanged, measure_sensitivities
 from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Forms
@@ -51,7 +52,7 @@ def test_dense_model_scores_zero_against_itself(pipeline, calls):
 
 
 def test_full_rank_reproduces_the_dense_model(pipeline, compression, statistics, calls):
-    slim = slim_denoiser(pipeline.unet, statistics, with_rank(compression.plan, 1.0), progress=None)
+    slim = slim_denoiser(pipeline.unet, statistics, with_rank(compression.plan, 1.0))
     for call in calls:
         torch.testing.assert_close(predict(slim, call), predict(pipeline.unet, call), atol=1e-5, rtol=1e-5)
 
@@ -60,9 +61,7 @@ def test_error_falls_as_rank_rises(pipeline, compression, statistics, calls):
     errors = [
         error(
             pipeline.unet,
-            slim_denoiser(
-                pipeline.unet, statistics, with_rank(compression.plan, s), progress=None, fitting_calls=calls
-            ),
+            slim_denoiser(pipeline.unet, statistics, with_rank(compression.plan, s), fitting_calls=calls),
             calls,
         )
         for s in (0.25, 0.5, 0.75, 0.97)
@@ -83,12 +82,14 @@ def test_slim_weights_compute_what_the_emulation_measured(pipeline, compression,
     for other in plan.sites.values():
         if other.path == site.path:
             other.rank = rank
-    slim = slim_denoiser(pipeline.unet, statistics, plan, factors, progress=None)
+    slim = slim_denoiser(pipeline.unet, statistics, plan, factors)
     module = pipeline.unet.get_submodule(site.path)
     partners = [s for s in sites if s.path == site.path]
     emulated = copy.deepcopy(pipeline.unet)
     for partner in partners:
-        weights = GROUPS[partner.group].emulate(module, partner, rank, factors[partner.name], statistics, forms)
+        weights = GROUPS[partner.group].emulate(
+            Evidence(module, partner, statistics, forms), rank, factors[partner.name]
+        )
         for name, tensor in weights.items():
             parameter = emulated.get_parameter(f"{site.path}.{name}")
             parameter.data = tensor.to(parameter)
@@ -101,7 +102,7 @@ def test_global_allocation_beats_uniform(pipeline, statistics, calls):
     for allocation in ("uniform", "global"):
         settings = PlanSettings(allocation=allocation, align=4)
         plan = make_plan(pipeline.unet, statistics, Budget("10%"), settings, calls=calls[:4])
-        slim = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls)
+        slim = slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
         errors[allocation] = error(pipeline.unet, slim, calls)
     assert errors["global"] < errors["uniform"]
 
@@ -111,7 +112,7 @@ def test_global_allocation_beats_uniform(pipeline, statistics, calls):
 def test_budget_is_met_and_the_prediction_is_the_files(pipeline, statistics, calls, tmp_path, budget, allocation):
     settings = PlanSettings(allocation=allocation, align=4)
     plan = make_plan(pipeline.unet, statistics, Budget(budget), settings, calls=calls[:1])
-    slim = slim_denoiser(pipeline.unet, statistics, plan, progress=None, fitting_calls=calls[:2])
+    slim = slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls[:2])
     dense = count_parameters(pipeline.unet)
     wanted = Budget(budget).removed(dense)
     assert wanted <= dense - plan.parameters["slim"] <= 1.005 * wanted
@@ -198,7 +199,7 @@ def test_statistics_survive_a_file_and_a_plan_survives_an_edit(pipeline, compres
     content["sites"][name]["rank"] -= 4
     (tmp_path / "plan.json").write_text(json.dumps(content))
     edited = Plan.load(tmp_path / "plan.json")
-    slim = slim_denoiser(pipeline.unet, again, edited, progress=None, fitting_calls=calls[:2])
+    slim = slim_denoiser(pipeline.unet, again, edited, fitting_calls=calls[:2])
     assert count_parameters(slim) == compression.plan.parameters["slim"] - 4 * edited.sites[name].cost
     assert count_parameters(slim) == slim.config["slim_plan"]["parameters"]["slim"]
 
@@ -238,7 +239,7 @@ def test_more_than_the_sites_hold_is_refused_with_what_they_hold(pipeline, stati
 def test_statistics_of_other_weights_are_refused(fresh_pipeline, statistics, compression):
     fresh_pipeline.unet.conv_in.weight.data *= 1.01
     with pytest.raises(InputError, match="another model"):
-        slim_denoiser(fresh_pipeline.unet, statistics, compression.plan, progress=None)
+        slim_denoiser(fresh_pipeline.unet, statistics, compression.plan)
 
 
 def test_slimming_twice_is_refused(compression, calibration):

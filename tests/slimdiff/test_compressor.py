@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import PROMPTS
 
-from slimdiff import Budget, Compressor, InputError, PlanSettings, show_progress
+from slimdiff import Budget, Compressor, InputError, PlanSettings, compress, show_progress
 from slimdiff.progress import bar
+from slimdiff.settings import TRANSFORMER_GROUPS
 
 PLANNING = PlanSettings(align=4, sensitivity_calls=2, fitting_calls=4)
 
@@ -52,11 +53,34 @@ def test_the_impossible_is_refused_before_anything_is_made(pipeline, calibration
     assert "statistics" not in vars(work) and "planner" not in vars(work)
 
 
-def test_bars_hang_on_one_switch(capsys):
+def test_one_switch_silences_every_bar(pipeline, calibration, capsys):
+    groups = (*TRANSFORMER_GROUPS, "resnet")
+    planning = PlanSettings(align=4, sensitivity_calls=1, fitting_calls=2, groups=groups)
+
+    def bars() -> str:
+        compress(pipeline, PROMPTS[:2], Budget("5%"), calibration=calibration, planning=planning)
+        return capsys.readouterr().err
+
     try:
         show_progress(True)
-        assert list(bar([1, 2], "counting", "thing")) == [1, 2] and "counting" in capsys.readouterr().err
-        assert list(bar([1, 2])) == [1, 2] and not capsys.readouterr().err
+        shown = bars()
     finally:
         show_progress(False)
-    assert list(bar([1, 2], "counting")) == [1, 2] and not capsys.readouterr().err
+    for name in ("calibrate", "factorise", "record calls", "sensitivity", "dense outputs", "slim", "compensate"):
+        assert f"{name}: 100%" in shown
+    for name in ("norms", "channels", "convolutions"):
+        assert f"fit {name}: 100%" in shown
+    assert not bars()
+
+
+def test_a_bar_inside_a_bar_goes_and_one_process_shows_bars(monkeypatch, capsys):
+    try:
+        show_progress(True)
+        for _ in bar(range(2), "outer"):
+            list(bar(range(2), "inner"))
+        last = capsys.readouterr().err.rstrip("\n").rpartition("\r")[2]
+        assert "outer: 100%" in last
+        monkeypatch.setenv("RANK", "1")
+        assert list(bar([1, 2], "counting")) == [1, 2] and not capsys.readouterr().err
+    finally:
+        show_progress(False)

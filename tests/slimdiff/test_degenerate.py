@@ -109,7 +109,7 @@ def slimmed(unet: nn.Module, ranks: dict[str, int], calls: list) -> nn.Module:
         parameters={"dense": total, "slim": total},
         sites=sites,
     )
-    return slim_denoiser(unet, statistics, plan, progress=None)
+    return slim_denoiser(unet, statistics, plan)
 
 
 def error(dense: nn.Module, slim: nn.Module, calls: list) -> float:
@@ -121,7 +121,7 @@ def test_a_spoilt_model_is_planned_and_slimmed_like_any_other(unet, calls, spoil
     spoil(unet)
     statistics = calibrate_on_calls(unet, calls)
     plan = make_plan(unet, statistics, Budget("10%"), PlanSettings(align=4), calls=calls[:1])
-    slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
+    slim = slim_denoiser(unet, statistics, plan, fitting_calls=calls)
     assert all(torch.isfinite(p).all() for p in slim.parameters())
     assert error(unet, slim, calls) < 0.05
 
@@ -181,14 +181,14 @@ def test_a_head_dimension_that_the_alignment_does_not_divide(calls):
     statistics = calibrate_on_calls(unet, calls)
     plan = make_plan(unet, statistics, Budget("5%"), PlanSettings(align=8), calls=calls[:1])
     assert all(s.rank % 8 == 0 or s.rank == s.dense_rank for s in plan.sites.values())
-    assert error(unet, slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls), calls) < 0.05
+    assert error(unet, slim_denoiser(unet, statistics, plan, fitting_calls=calls), calls) < 0.05
 
 
 def test_a_plan_for_other_weights_is_refused(unet, compression):
     unet.conv_in.weight.data *= 1.01
     call = record_calls(compression.pipeline, PROMPTS[:1], SAMPLING)[:1]
     with pytest.raises(InputError, match="this plan was made for another model"):
-        slim_denoiser(unet, calibrate_on_calls(unet, call), compression.plan, progress=None)
+        slim_denoiser(unet, calibrate_on_calls(unet, call), compression.plan)
 
 
 def test_a_plan_for_another_architecture_is_refused(compression, calls):
@@ -196,10 +196,10 @@ def test_a_plan_for_another_architecture_is_refused(compression, calls):
     other = tiny_unet(block_out_channels=(32, 96, 96), attention_head_dim=(1, 2, 2), norm_num_groups=8)
     statistics = calibrate_on_calls(other, calls[:1])
     with pytest.raises(InputError, match="another model"):
-        slim_denoiser(other, statistics, compression.plan, progress=None)
+        slim_denoiser(other, statistics, compression.plan)
     lying = compression.plan.model_copy(update={"model_hash": statistics.model_hash})
     with pytest.raises(InputError, match="another model's"):
-        slim_denoiser(other, statistics, lying, progress=None)
+        slim_denoiser(other, statistics, lying)
 
 
 def test_statistics_of_another_architecture_are_refused(compression, calls):

@@ -88,7 +88,7 @@ def make_case(name: str) -> Case:
     factors = factorise(dense, statistics, find_sites(dense)[0])
     uniform = PlanSettings(allocation="uniform", align=4)
     plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform, factors=factors), 0.5)
-    slim = slim_denoiser(dense, statistics, plan, factors, progress=None, fitting_calls=calls)
+    slim = slim_denoiser(dense, statistics, plan, factors, fitting_calls=calls)
     return Case(family, pipeline, dense, calls, statistics, plan, slim)
 
 
@@ -118,7 +118,7 @@ def test_sites_are_found_and_the_rest_has_reasons(case):
 
 
 def test_full_rank_reproduces_the_dense_model(case):
-    slim = slim_denoiser(case.dense, case.statistics, with_rank(case.plan, 1.0), progress=None)
+    slim = slim_denoiser(case.dense, case.statistics, with_rank(case.plan, 1.0))
     for call in case.calls:
         torch.testing.assert_close(predict(slim, call), predict(case.dense, call), atol=1e-5, rtol=1e-5)
 
@@ -210,7 +210,7 @@ def test_a_slim_unet_takes_what_controlnets_and_adapters_give(make, residuals, t
     )
     call = record_calls(pipeline, inputs, sampling)[0]
     assert residuals in call.arguments
-    full = slim_denoiser(pipeline.unet, made.statistics, with_rank(made.plan, 1.0), progress=None)
+    full = slim_denoiser(pipeline.unet, made.statistics, with_rank(made.plan, 1.0))
     torch.testing.assert_close(predict(full, call), predict(pipeline.unet, call), atol=1e-5, rtol=1e-5)
     without = Call(call.step, call.timestep, {k: v for k, v in call.arguments.items() if "residual" not in k})
     assert not torch.allclose(predict(made.pipeline.unet, call), predict(made.pipeline.unet, without), atol=1e-3)
@@ -242,7 +242,7 @@ def test_a_configuration_with_keys_that_the_class_does_not_know():
     dense.register_to_config(left_over=1)
     statistics = calibrate_on_calls(dense, calls)
     plan = make_plan(dense, statistics, Budget("1%"), PlanSettings(allocation="uniform"))
-    slim = slim_denoiser(dense, statistics, plan, progress=None, fitting_calls=calls)
+    slim = slim_denoiser(dense, statistics, plan, fitting_calls=calls)
     assert count_parameters(slim) == plan.parameters["slim"]
 
 

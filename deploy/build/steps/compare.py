@@ -21,13 +21,13 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     shown = min(settings.shown, len(captions))
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
     images = {
-        name: sample_images(pipeline, captions, settings.sampling, progress=f"compare: {name}")
+        name: sample_images(pipeline, captions, settings.sampling)
         for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
     }
     if shown:  # the graph has the shapes of one image
         one = settings.sampling.model_copy(update={"batch": 1})
         exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
-        images["slim_onnx"] = sample_images(exported, captions[:shown], one, progress="compare: slim in ONNX Runtime")
+        images["slim_onnx"] = sample_images(exported, captions[:shown], one)
     (folder / "images").mkdir()
     pictures = []
     for i, caption in enumerate(captions[:shown]):

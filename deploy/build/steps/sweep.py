@@ -62,18 +62,17 @@ class Sweep:
 
     @cached_property
     def dense_images(self) -> list[Any]:
-        return self._images(self.shop.dense, "sweep: dense images")
+        return self._images(self.shop.dense)
 
-    def _images(self, pipeline: Any, name: str) -> list[Any]:
+    def _images(self, pipeline: Any) -> list[Any]:
         unseen = self.sampling.model_copy(update={"seed": self.sampling.seed + 10_000})
-        return sample_images(pipeline, captions(self.shop), unseen, progress=name)
+        return sample_images(pipeline, captions(self.shop), unseen)
 
-    def fidelity(self, slim: Any, name: str) -> dict[str, Any] | None:
+    def fidelity(self, slim: Any) -> dict[str, Any] | None:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""
         if not self.settings.images:
             return None
-        images = self._images(with_denoiser(self.shop.dense, slim), f"{name}: images")
-        return image_fidelity(self.dense_images, images)
+        return image_fidelity(self.dense_images, self._images(with_denoiser(self.shop.dense, slim)))
 
 
 def captions(shop: Workshop) -> list[str]:
@@ -104,7 +103,7 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
         "speedup": paired["speedup"],
         "predicted": plan.costs,
         "noise_error": work.compressor.held_error.of(slim),
-        "images": work.fidelity(slim, text),
+        "images": work.fidelity(slim),
         "dense": costs(dense, work.call),
         "runtime": paired["runtime"],
         "machine": paired["machine"],

@@ -241,7 +241,7 @@ def test_a_site_that_never_ran_stays_dense_with_its_reason(pipeline, whole):
     assert {"site": site.path, "reason": "it never ran in calibration"} in plan.left_dense
     plan.sites[site.name].rank //= 2
     with pytest.raises(InputError, match="never ran in calibration"):
-        slim_denoiser(pipeline.unet, without, plan, progress=None)
+        slim_denoiser(pipeline.unet, without, plan)
 
 
 def test_another_budget_needs_no_forward_pass(pipeline, whole, calls):
@@ -263,9 +263,7 @@ def test_releasing_the_dense_weights_makes_the_same_slim_model(fresh_pipeline, c
     expected = predict(compression.pipeline.unet, calls[0])
     before = sum(p.numel() for p in dense.parameters())
     fitted_on = Calls(fresh_pipeline, PROMPTS, calibration).fitting
-    slim = slim_denoiser(
-        dense, statistics, compression.plan, progress=None, fitting_calls=fitted_on, release_dense=True
-    )
+    slim = slim_denoiser(dense, statistics, compression.plan, fitting_calls=fitted_on, release_dense=True)
     torch.testing.assert_close(predict(slim, calls[0]), expected)
     held = {p.data_ptr(): p.numel() for m in (dense, slim) for p in m.parameters() if p.numel()}
     assert sum(held.values()) == compression.plan.parameters["slim"] < before
@@ -276,15 +274,15 @@ def test_an_interrupted_calibration_goes_on(pipeline, calibration, whole, tmp_pa
     monkeypatch.setattr(turns_module, "RECORD_SHARE", 0)
     settings = calibration.model_copy(update={"sampling": SAMPLING.model_copy(update={"batch": 1})})
     expected = calibrate(pipeline, PROMPTS, settings)
-    original, made = calibration_module.sample_images, []
+    original, made = calibration_module.sample_batch, []
 
-    def interrupted(*args, numbers, **options):
+    def interrupted(pipeline, prompts, numbers, sampling):
         made.extend(numbers)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return original(*args, numbers=numbers, **options)
+        return original(pipeline, prompts, numbers, sampling)
 
-    monkeypatch.setattr(calibration_module, "sample_images", interrupted)
+    monkeypatch.setattr(calibration_module, "sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path)
     found = calibrate(pipeline, PROMPTS, settings, unfinished=tmp_path)
@@ -292,7 +290,7 @@ def test_an_interrupted_calibration_goes_on(pipeline, calibration, whole, tmp_pa
     assert_same(expected, found, 0.0)
     made.clear()
     other = settings.model_copy(update={"timestep_weights": "min_snr"})
-    monkeypatch.setattr(calibration_module, "sample_images", original)
+    monkeypatch.setattr(calibration_module, "sample_batch", original)
     assert calibrate(pipeline, PROMPTS, other, unfinished=tmp_path).made_from["prompts"] == 4
 
 

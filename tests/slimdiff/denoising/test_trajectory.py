@@ -25,6 +25,7 @@ class Recorder(DiffusionPipeline):
 
     def __init__(self):
         super().__init__()
+        self.register_to_config()
         self.unet = nn.Identity()
         self.seen: list[dict[str, Any]] = []
 

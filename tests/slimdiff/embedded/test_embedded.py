@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from benchmarks.embedded.card import EVALUATION, transformer_parameters
 from slimdiff import embedded
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.embedded import evaluator, scenes
-from slimdiff.embedded.card import EVALUATION, transformer_parameters
 from slimdiff.loading.pipelines import load_pipeline
 
 

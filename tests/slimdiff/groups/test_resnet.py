@@ -11,12 +11,13 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from slimdiff import Budget, InputError, PlanSettings, compress, make_plan, slim_denoiser
+from slimdiff.algebra.elimination import ChannelOrder
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
-from slimdiff.groups import find_sites
-from slimdiff.groups.resnet import channel_order, refit
+from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.resnet import channel_order
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
 from slimdiff.planning.sensitivity import exchanged
@@ -71,9 +72,16 @@ def slimmed(pipeline, compression, factors, share: float, calls: list[Call], **s
         compression.statistics,
         at_share(compression.plan, share),
         factors,
-        progress=None,
         fitting_calls=calls,
         resnet_settings=ResnetSettings(**settings),
+    )
+
+
+def refit(unet: nn.Module, kept: dict, calls: list[Call], settings: ResnetSettings | None = None) -> dict:
+    """Weights by site name, of these channels by site."""
+    factors = {site.name: ChannelOrder(channels, torch.empty(0)) for site, channels in kept.items()}
+    return GROUPS["resnet"].fit(
+        unet, {site: len(channels) for site, channels in kept.items()}, factors, calls, settings
     )
 
 
@@ -163,9 +171,9 @@ def test_half_the_channels_with_scale_and_shift_run_and_stay_close():
     statistics = calibrate_on_calls(unet, calls)
     settings = PlanSettings(groups=("resnet",), align=16, allocation="uniform")
     plan = at_share(make_plan(unet, statistics, Budget("20%"), settings), 0.5)
-    slim = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls)
+    slim = slim_denoiser(unet, statistics, plan, fitting_calls=calls)
     assert count_parameters(slim) == plan.parameters["slim"] < 0.8 * count_parameters(unet)
-    sliced = slim_denoiser(unet, statistics, plan, progress=None, fitting_calls=calls, resnet_settings=PLAIN)
+    sliced = slim_denoiser(unet, statistics, plan, fitting_calls=calls, resnet_settings=PLAIN)
     assert error(unet, slim, calls) < 0.7 * error(unet, sliced, calls) < 1
 
 

@@ -19,7 +19,6 @@ from slimdiff import (
     Plan,
     PlanSettings,
     SlimdiffError,
-    Statistics,
     calibrate,
     make_plan,
     slim_denoiser,
@@ -29,11 +28,10 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites, register
-from slimdiff.groups.group import Group, Inner, Site, received, solved, wide
+from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_macs, count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import Forms
 from slimdiff.slimming.skeleton import skeleton
 
 STEPS = SAMPLING.model_copy(update={"steps": 16})
@@ -55,16 +53,14 @@ class TimeMlp(Group[ChannelOrder]):
             return "a second input is projected"
         return self.at(path, module, module.linear_1.out_features)
 
-    def factor(self, module: nn.Module, site: Site, statistics: Statistics, forms: Forms) -> ChannelOrder:
-        return elimination_order(statistics.mean(site.name), wide(module.linear_2.weight))
+    def factor(self, evidence: Evidence) -> ChannelOrder:
+        return elimination_order(evidence.moment(), wide(evidence.module.linear_2.weight))
 
-    def slim(
-        self, module: nn.Module, site: Site, rank: int, factor: ChannelOrder, statistics: Statistics, forms: Forms
-    ) -> dict[str, Tensor]:
-        kept, last = factor.order[:rank].sort().values, module.linear_2
-        moment, mean = received(site, last, statistics, forms)
+    def slim(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> dict[str, Tensor]:
+        kept, last = factor.order[:rank].sort().values, evidence.module.linear_2
+        moment, mean = evidence.received(last)
         weight = solve_down(moment, wide(last.weight), kept)
-        weights = self.cut(module, site, kept)
+        weights = self.cut(evidence.module, evidence.site, kept)
         return weights | solved("linear_2", last, weight, mean, lambda mean: mean[kept])
 
 

@@ -86,9 +86,7 @@ def test_a_budget_of_macs_is_met_and_counted(pipeline, compression, calls, plann
     settings = PlanSettings(align=4, allocation=allocation)
     own = Planner(pipeline.unet, compression.statistics, settings, calls=calls[:1], factors=planner.factors)
     plan = own.plan(Budget(macs="10%"))
-    slim = slim_denoiser(
-        pipeline.unet, compression.statistics, plan, planner.factors, progress=None, fitting_calls=calls[:2]
-    )
+    slim = slim_denoiser(pipeline.unet, compression.statistics, plan, planner.factors, fitting_calls=calls[:2])
     batch = batch_of(calls[0])
     dense, counted = count_macs(pipeline.unet, calls[0]) / batch, count_macs(slim, calls[0]) / batch
     assert plan.costs["macs"] == {"dense": dense, "slim": counted, "budget": dense - round(dense / 10)}

@@ -12,6 +12,7 @@ from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
+from slimdiff.groups.group import Evidence
 from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
@@ -30,7 +31,7 @@ def slimmed(pipeline, compression, calls):
     def make(**settings):
         planning = PlanSettings(align=4, **settings)
         plan = make_plan(pipeline.unet, compression.statistics, Budget("20%"), planning, calls=calls[:4])
-        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, progress=None, fitting_calls=calls[:4])
+        return plan, slim_denoiser(pipeline.unet, compression.statistics, plan, fitting_calls=calls[:4])
 
     return make
 
@@ -57,7 +58,7 @@ def test_a_plan_carries_its_forms_to_where_it_is_applied(pipeline, slimmed, comp
     plan, slim = slimmed(allocation="uniform", forms=PAPERS)
     again = type(plan).model_validate_json(plan.model_dump_json())
     assert again.forms == PAPERS
-    other = slim_denoiser(pipeline.unet, compression.statistics, again, progress=None)
+    other = slim_denoiser(pipeline.unet, compression.statistics, again)
     for name, tensor in slim.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name])
 
@@ -88,7 +89,7 @@ def test_a_constant_column_keeps_the_mean_of_what_goes(pipeline, compression, gr
     module = pipeline.unet.get_submodule(site.path)
     factor = factorise(pipeline.unet, statistics, [site], forms=forms)[site.name]
     rank = site.dense_rank // 4
-    weights = GROUPS[group].slim(module, site, rank, factor, statistics, forms)
+    weights = GROUPS[group].slim(Evidence(module, site, statistics, forms), rank, factor)
     first = statistics.first(site.name)
     if group == "feed_forward":
         last, kept = module.net[2], factor.order[:rank].sort().values
@@ -136,7 +137,7 @@ def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, ca
 
 def test_compensation_needs_calls(pipeline, compression):
     with pytest.raises(InputError, match="recorded denoiser calls"):
-        slim_denoiser(pipeline.unet, compression.statistics, compression.plan, progress=None)
+        slim_denoiser(pipeline.unet, compression.statistics, compression.plan)
 
 
 def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):

@@ -1,4 +1,7 @@
-"""Measure the embedded model and write its card: `python -m slimdiff.embedded.card [--model DIR] [--captions 500]`."""
+"""Measure the embedded model and write its card.
+
+`python -m benchmarks.embedded.card [--model DIR] [--captions 500]`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def measure(pipeline: DiffusionPipeline, judge: evaluator.Evaluator, count: int)
     told = scenes.sample_scenes(count, EVALUATION_SCENES, held_out=True)
     rendered = scenes.render(told, 1)
     real = evaluator.caption_accuracy(evaluator.attribute_hits(judge, rendered, told))
-    images = sample_images(pipeline, [s.caption() for s in told], EVALUATION, progress="images")
+    images = sample_images(pipeline, [s.caption() for s in told], EVALUATION)
     pictures = evaluator.to_tensor(images)
     accuracy = evaluator.caption_accuracy(evaluator.attribute_hits(judge, pictures, told))
     return {
@@ -74,7 +77,7 @@ def half_rank_effects(pipeline: DiffusionPipeline) -> dict[str, float]:
             sites={s.name: site_plan(s, ranks[s.name]) for s in sites},
             left_dense=left_dense,
         )
-        slim = slim_denoiser(pipeline.unet, statistics, plan, factors, progress=None)
+        slim = slim_denoiser(pipeline.unet, statistics, plan, factors)
         error = noise_error(partial(predict, pipeline.unet), partial(predict, slim), calls)
         effects[block] = error["relative_mse"]
     return effects
@@ -91,14 +94,14 @@ def write_card(figures: dict[str, Any], training: str, file: Path) -> None:
 A small text-to-image model in Stable Diffusion's own classes (`StableDiffusionPipeline`, `CLIPTokenizer`,
 `CLIPTextModel`, `AutoencoderKL`, `UNet2DConditionModel`, `DDIMScheduler`), for demonstration and measurement: it draws
 coloured shapes, 64x64.
-Every figure below is printed by `python -m slimdiff.embedded.card`.
+Every figure below is printed by `python -m benchmarks.embedded.card`.
 
 **Parameters:** {parameters}; transformer blocks hold {figures["transformer_share"]:.1%} of the UNet's.
 
 **Data:** scenes drawn by `scenes.py`: one to four objects (6 shapes, 8 colours, 2 sizes, 4 places) on 4
 backgrounds, with captions such as "{embedded.captions(1, 3)[0]}". One scene in 16, by a hash of the scene, is held out.
 
-**Training:** `python -m slimdiff.embedded.train`, seed fixed. {training}
+**Training:** `python -m benchmarks.embedded.train`, seed fixed. {training}
 
 **Evaluator:** a convolutional classifier that ships beside the model and reads the attributes back from a picture.
 
@@ -128,7 +131,7 @@ Apache-2.0, as the code; the data is generated, and holds no one's pictures.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    here = Path(__file__).parent
+    here = Path(embedded.__file__).parent
     parser.add_argument("--model", type=Path, default=here / "model")
     parser.add_argument("--evaluator", type=Path, default=here / "evaluator.safetensors")
     parser.add_argument("--captions", type=int, default=500)

@@ -1,9 +1,9 @@
-"""Train the embedded model from nothing: `python -m slimdiff.embedded.train --work runs/embedded`.
+"""Train the embedded model from nothing: `python -m benchmarks.embedded.train --work runs/embedded`.
 
 Stages, each saved when done and resumed when interrupted: tokenizer, text encoder, autoencoder, latents, UNet,
 evaluator.
 The seed fixes data and initialisation; figures still vary a little with the machine's arithmetic.
-Everything is drawn by `scenes.py`; nothing is downloaded.
+Everything is drawn by `slimdiff.embedded.scenes`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -114,6 +114,22 @@ class SceneReader(nn.Module):
         }
 
 
+def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
+    """Scenes as class indices, int64.
+
+    Returns:
+        `shape`, `colour`, `size` of shape `[N, 4]` by place, with `shape` 0 for an empty place and 1 + index otherwise
+        (`colour` and `size` are -100, torch's ignored class, at empty places), and `background` of shape `[N]`.
+    """
+    shape = torch.zeros(len(scenes), len(world.PLACES), dtype=torch.long)
+    colour, size = torch.full_like(shape, -100), torch.full_like(shape, -100)
+    for i, scene in enumerate(scenes):
+        for o in scene.objects:
+            shape[i, o.place], colour[i, o.place], size[i, o.place] = o.shape + 1, o.colour, o.size
+    background = torch.tensor([s.background for s in scenes])
+    return {"shape": shape, "colour": colour, "size": size, "background": background}
+
+
 def label_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     losses = [F.cross_entropy(logits[k].flatten(0, -2), labels[k].flatten()) for k in logits]
     return torch.stack(losses).sum()
@@ -142,7 +158,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, count: int = 1500) -> CLIPTextM
     optimiser = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=count, pct_start=0.1)
     scenes = world.sample_scenes(32_000, SEED + 1, held_out=False)
-    ids, labels = tokenize(tokenizer, [s.caption() for s in scenes]), world.labels(scenes)
+    ids, labels = tokenize(tokenizer, [s.caption() for s in scenes]), labels_of(scenes)
     generator = torch.Generator().manual_seed(SEED)
     for _ in steps("text encoder", 0, count):
         pick = torch.randint(len(scenes), (128,), generator=generator)
@@ -209,7 +225,7 @@ def train_evaluator(vae: AutoencoderKL, count: int = 800) -> Evaluator:
             noise = torch.rand(16, 1, 1, 1) * 0.3 * latents.std() * torch.randn_like(latents)
             images[:16] = vae.decode(latents + noise).sample.clamp(-1, 1)
         images = images + 0.05 * torch.randn_like(images)
-        loss = label_loss(evaluator(images), world.labels(scenes))
+        loss = label_loss(evaluator(images), labels_of(scenes))
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -1,0 +1,1 @@
+"""The embedded model from its data to its card: `slimdiff.embedded` holds what comes out of this."""
