@@ -106,7 +106,7 @@ def _calibrate(
     statistics = work.statistics
     if args.sensitivities:
         work.measure()
-    distributed.agree(None, None)  # until every process has what it needs of the others
+    distributed.agree(lambda: None)  # until every process has what it needs of the others
     return statistics
 
 
