@@ -197,7 +197,9 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
         clock.wall -= row["plain"]  # the reference, which all sites share
     budget = Budget(model.budget)
     with clocks.setdefault("knapsack", Clock()):
-        plan = Planner(denoiser, statistics, planning, factors=factors).plan(budget)
+        planner = Planner(denoiser, statistics, planning)
+        planner.factors = factors
+        plan = planner.plan(budget)
     with clocks.setdefault("slim", Clock()):
         slim = slim_denoiser(denoiser, statistics, plan, factors, release_dense=True)
     row |= {step: clock.wall for step, clock in clocks.items()}

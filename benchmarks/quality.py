@@ -155,13 +155,8 @@ class Bench:
     def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
         """One planner per way to plan; sensitivities of the usual forms are measured once."""
         settings = PlanSettings(forms=forms, allocation=allocation, groups=groups)
-        planner = Planner(
-            self.unet,
-            self.statistics,
-            settings,
-            calls=self.recorded,
-            factors=self.factors(forms.local()),
-        )
+        planner = Planner(self.unet, self.statistics, settings, calls=self.recorded)
+        planner.factors = self.factors(forms.local())
         if allocation == "global":
             planner.remember(self.statistics)
         return planner

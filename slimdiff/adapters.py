@@ -22,9 +22,9 @@ def refuse_adapters(denoiser: nn.Module) -> None:
     if not adapted:
         return
     names = sorted({name for module in adapted.values() for name in getattr(module, "active_adapters", ())})
-    told = f"the adapter {', '.join(names)}" if names else "an adapter"
+    what = f"the adapter {', '.join(names)}" if names else "an adapter"
     raise InputError(
-        f"{told} is attached to {len(adapted)} layers of {type(denoiser).__name__}, the first {next(iter(adapted))}: "
+        f"{what} is attached to {len(adapted)} layers of {type(denoiser).__name__}, the first {next(iter(adapted))}: "
         "fuse it before slimming, with pipe.fuse_lora(); pipe.unload_lora_weights()"
     )
 

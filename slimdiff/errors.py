@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class SlimdiffError(Exception):
-    """A failure to be told in one line: what, where, and what would be right."""
+    """A failure that one line explains: what, where, and what would be right."""
 
     exit_code = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,13 +145,5 @@ class Plan(BaseModel):
 
 
 def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:
-    return SitePlan(
-        group=site.group,
-        path=site.path,
-        heads=site.heads,
-        dense_rank=site.dense_rank,
-        rank=rank,
-        cost=site.cost,
-        multiple=site.multiple,
-        **errors,
-    )
+    """What a site keeps, with `errors` as `SitePlan` names them."""
+    return SitePlan(**asdict(site), rank=rank, **errors)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Statistics:
     Attributes:
         tokens: rows in each sum.
         weights: the sum of their weights; equal to `tokens` where all timesteps weigh the same.
-        population: the sum of the weights of all rows that they were selected from; `weights` where it is not told.
+        population: the sum of the weights of all rows that they were selected from; `weights` where nothing is said.
         sensitivities: by site name, if they were measured (`slimdiff.planning`): another budget needs no forward pass.
         macs: by module path, multiply-accumulates of one call at batch 1 that its dense layers cost, and under `""`
             the whole model's; if they were counted.
@@ -188,8 +188,8 @@ class Statistics:
         factors = _factors(parts)
         return Statistics(
             self.model_hash,
-            Summed([part.moments for part in parts], factors),
-            Summed([part.firsts for part in parts], factors),
+            _summed([part.moments for part in parts], factors),
+            _summed([part.firsts for part in parts], factors),
             _added([part.tokens for part in parts]),
             _added([part.weights for part in parts]),
             next((part.sensitivities for part in parts if part.sensitivities), {}),
@@ -236,14 +236,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, made when asked for."""
+    """Tensors by name, each made when it is asked for."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
         self.names = dict.fromkeys(names)
-
-    @abstractmethod
-    def make(self, name: str) -> Tensor:
-        """The tensor of one of the names."""
+        self.make = make
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -271,9 +268,9 @@ class Stored(Lazy):
         self.version = _version(path)
         with safe_open(path, framework="pt") as file:
             names = (key.partition("/") for key in file.keys())  # noqa: SIM118
-            super().__init__(name for prefix, _, name in names if prefix == kind)
+            super().__init__((name for prefix, _, name in names if prefix == kind), self._read)
 
-    def make(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         with self._opened() as file:
             return file.get_tensor(f"{self.kind}/{name}")
 
@@ -295,24 +292,15 @@ def _version(path: Path) -> tuple[int, int, int]:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-class Summed(Lazy):
-    """Sums of several mappings' tensors by name, each times its own factor, taken when asked for."""
+def _summed(parts: Sequence[Mapping[str, Tensor]], factors: Sequence[Mapping[str, float]]) -> Lazy:
+    """Sums of several mappings' tensors by name, each times its own factor."""
 
-    def __init__(self, parts: Sequence[Mapping[str, Tensor]], factors: Sequence[Mapping[str, float]]) -> None:
-        self.parts = parts
-        self.factors = factors
-        super().__init__(name for part in parts for name in part)
+    def total(name: str) -> Tensor:
+        own = [(part[name], each.get(name, 1.0)) for part, each in zip(parts, factors, strict=True) if name in part]
+        terms = [tensor if factor == 1 else tensor * factor for tensor, factor in own]
+        return sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
 
-    def make(self, name: str) -> Tensor:
-        total: Tensor | None = None
-        for part, factors in zip(self.parts, self.factors, strict=True):
-            if name not in part:
-                continue
-            factor, tensor = factors.get(name, 1.0), part[name]
-            tensor = tensor if factor == 1 else tensor * factor
-            total = tensor if total is None else total + tensor.to(total.device)
-        assert total is not None
-        return total
+    return Lazy((name for part in parts for name in part), total)
 
 
 def _factors(parts: Sequence[Statistics]) -> list[dict[str, float]]:
@@ -341,17 +329,16 @@ def _way(made_from: dict[str, Any]) -> dict[str, Any]:
 
 
 def _added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {}
+    total: Counter[str] = Counter()
     for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-    return total
+        total.update(part)
+    return dict(total)
 
 
 def _write(path: Path, kinds: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str]) -> None:
     """A safetensors file with one tensor in memory at a time; each is named `kind/name`.
 
-    The header tells all shapes and comes first, so room is left for it (spaces at its end are allowed) and it is
+    The header has all shapes and comes first, so room is left for it (spaces at its end are allowed) and it is
     written last.
     """
     header: dict[str, Any] = {"__metadata__": metadata}

@@ -106,7 +106,7 @@ def calibrate_on_calls(
         for number in numbers:
             predict(denoiser, calls[number])
 
-    own = {name: getattr(settings, name) for name in StatisticsSettings.model_fields}
+    own = settings.model_dump(include=set(StatisticsSettings.model_fields))
     made_from = {"calls": len(calls), "settings": own}
     return _collect(denoiser, _Items(run, len(calls), successive=True), settings, scheduler, made_from)
 
@@ -168,14 +168,15 @@ def _collect(
                     records.keep(statistics, turn, start + items.batch)
         return statistics if done >= len(mine) else records.finish(statistics, turn, len(mine))
 
-    failure, parts = None, []
-    total = sum(len(turn[process::processes]) for turn in dealt)
-    try:
-        with bar(name="calibrate", unit="image", total=total) as done_bar:
-            parts = [take(turn) for turn in range(len(groups))]
-    except InputError as error:
-        failure = str(error)
-    if len(set(distributed.agree(failure, own_hash))) > 1:
+    parts: list[Statistics] = []
+
+    def collect() -> str:
+        parts.extend(take(turn) for turn in range(len(groups)))
+        return own_hash
+
+    with bar(name="calibrate", unit="image", total=sum(len(turn[process::processes]) for turn in dealt)) as done_bar:
+        everyone = distributed.agree(collect)
+    if len(set(everyone)) > 1:
         raise InputError("the processes calibrate different weights: load the same model in each")
     if processes > 1:
         parts = [records.total(distributed.sum_statistics(part), turn) for turn, part in enumerate(parts)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from slimdiff.errors import InputError
 from slimdiff.statistics import Lazy, Statistics, Stored
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -34,33 +36,38 @@ def world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def agree(failure: str | None, own: Any) -> list[Any]:
-    """What every process says, by number; any process's failure is everyone's, so that none waits for the dead.
+def agree(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in every process, by number. If it fails in one, it fails in all: none waits for the dead.
 
     Raises:
-        InputError: if a process failed.
+        InputError: if it raised one in a process.
     """
     _, size = world()
-    everyone: list[tuple[str | None, Any]] = [(failure, own)]
-    if size > 1:
-        everyone = [(None, None)] * size
-        dist.all_gather_object(everyone, (failure, own))
-    for process, (failed, _) in enumerate(everyone):
-        if failed is not None:
-            raise InputError(failed if size == 1 else f"process {process} of {size}: {failed}")
+    if size == 1:
+        return [work()]
+    own: tuple[str | None, Any] = (None, None)
+    try:
+        own = (None, work())
+    except InputError as error:
+        own = (str(error), None)
+    everyone: list[Any] = [own] * size
+    dist.all_gather_object(everyone, own)
+    for process, (failure, _) in enumerate(everyone):
+        if failure is not None:
+            raise InputError(f"process {process} of {size}: {failure}")
     return [value for _, value in everyone]
 
 
 def sum_statistics(own: Statistics) -> Statistics:
-    """Sums over all processes, each tensor's taken when it is read (`AllReduced`): all must read the same ones."""
+    """Sums over all processes, each tensor's taken when it is read (`_all_reduced`): all must read the same ones."""
     counts = ("tokens", "weights", "population")
     tensors = {"moments": _shapes(own.moments), "firsts": _shapes(own.firsts)}
-    everyone = agree(None, {**{kind: getattr(own, kind) for kind in counts}, **tensors})
+    everyone = agree(lambda: {**{kind: getattr(own, kind) for kind in counts}, **tensors})
     shapes = {kind: {n: s for one in everyone for n, s in one[kind].items()} for kind in tensors}
     return Statistics(
         own.model_hash,
-        AllReduced(own.moments, shapes["moments"], torch.float32),
-        AllReduced(own.firsts, shapes["firsts"], torch.float64),
+        _all_reduced(own.moments, shapes["moments"], torch.float32),
+        _all_reduced(own.firsts, shapes["firsts"], torch.float64),
         **{
             kind: {n: sum(one[kind].get(n, 0) for one in everyone) for one in everyone for n in one[kind]}
             for kind in counts
@@ -74,7 +81,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-class AllReduced(Lazy):
+def _all_reduced(own: Mapping[str, Tensor], shapes: Mapping[str, list[int]], dtype: torch.dtype) -> Lazy:
     """Sums over all processes of each one's tensors by name, taken when asked for: all must ask in the same order.
 
     Args:
@@ -82,15 +89,11 @@ class AllReduced(Lazy):
         shapes: name -> shape, over all processes.
     """
 
-    def __init__(self, own: Mapping[str, Tensor], shapes: Mapping[str, list[int]], dtype: torch.dtype) -> None:
-        super().__init__(sorted(shapes))
-        self.own = own
-        self.shapes = shapes
-        self.dtype = dtype
-
-    def make(self, name: str) -> Tensor:
-        mine = self.own[name] if name in self.own else torch.zeros(self.shapes[name], dtype=self.dtype)
+    def total(name: str) -> Tensor:
+        mine = own[name] if name in own else torch.zeros(shapes[name], dtype=dtype)
         device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-        total = mine.detach().to(device, copy=True)
-        dist.all_reduce(total)
-        return total.cpu()
+        summed = mine.detach().to(device, copy=True)
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    return Lazy(sorted(shapes), total)

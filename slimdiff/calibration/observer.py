@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,16 +49,14 @@ class Observer:
         Raises:
             InputError: in a forward pass, if an activation is not finite.
         """
-        # After every call, so that the first site to overflow is the one that is named.
-        handles: list[Any] = [denoiser.register_forward_hook(lambda *_: self.statistics.check_finite())]
-        for site in sites:
-            handles += GROUPS[site.group].watch(denoiser.get_submodule(site.path), site, self)
-        try:
+        with ExitStack() as stack:
+            # After every call, so that the first site to overflow is the one that is named.
+            stack.enter_context(denoiser.register_forward_hook(lambda *_: self.statistics.check_finite()))
+            for site in sites:
+                for handle in GROUPS[site.group].watch(denoiser.get_submodule(site.path), site, self):
+                    stack.enter_context(handle)
             with torch.no_grad(), watch_calls(denoiser, self._begin):
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def begin_trajectory(self, step: int, calls: float) -> None:
         """Before each batch: the step of its first call, and `calls`."""
@@ -99,8 +97,8 @@ class Observer:
         if self.tokens_per_dimension is None:
             return None
         batch, count, _ = x.shape
-        wanted = self.tokens_per_dimension * site.heads * site.dense_rank / self.calls
-        share = math.ceil(wanted / batch - 1e-9)
+        rows = self.tokens_per_dimension * site.heads * site.dense_rank / self.calls
+        share = math.ceil(rows / batch - 1e-9)
         if share >= count:
             return None
         shift = self.step * _GOLDEN % 1

@@ -28,7 +28,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from slimdiff.denoising.hooks import watching
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -131,11 +130,14 @@ def _arguments(
     """What to call the pipeline with for one batch: what was given, and of the usual settings those that it has."""
     parameters = inspect.signature(pipeline.__call__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    rows = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
+    rows: list[dict[str, Any]] = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise InputError("the inputs of one batch name different arguments: give all of them the same")
     size = {"height": sampling.height, "width": sampling.width}
-    given = {name: _together([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    given: dict[str, Any] = {
+        n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()
+    }
     given |= {name: value for name, value in size.items() if value is not None} | sampling.arguments
     unknown = [] if takes_any else sorted(given.keys() - parameters.keys())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -157,21 +159,16 @@ def _arguments(
     return {**offered, **given}
 
 
-def _together(values: list[Any]) -> Any:
-    return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
-
-
 @contextmanager
 def watch_calls(denoiser: nn.Module, seen: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Tell `seen` the arguments of every call of the denoiser, by parameter name."""
+    """Call `seen` with the arguments of every call of the denoiser, by parameter name."""
     signature = inspect.signature(denoiser.forward)
 
-    def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         seen({k: v for k, v in bound.items() if v is not None and k != "return_dict"})
 
-    with watching() as hooks:
-        hooks.before(denoiser, see)
+    with denoiser.register_forward_pre_hook(hook, with_kwargs=True):
         yield
 
 

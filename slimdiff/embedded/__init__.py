@@ -32,11 +32,11 @@ def quality(images: Sequence[Any], seed: int) -> dict[str, float]:
     """
     from slimdiff.embedded import evaluator, scenes
 
-    judge = evaluator.load()
-    told = scenes.sample_scenes(len(images), seed, held_out=True)
+    reader = evaluator.load()
+    captioned = scenes.sample_scenes(len(images), seed, held_out=True)
     pictures = evaluator.to_tensor(images)
-    hits = evaluator.attribute_hits(judge, pictures, told)
+    hits = evaluator.attribute_hits(reader, pictures, captioned)
     return {
         "caption_accuracy": evaluator.caption_accuracy(hits)["all"],
-        "frechet_distance": evaluator.frechet_distance(judge, pictures, scenes.render(told, seed)),
+        "frechet_distance": evaluator.frechet_distance(reader, pictures, scenes.render(captioned, seed)),
     }

@@ -57,7 +57,7 @@ class Scene:
         return ", ".join(o.phrase() for o in self.objects) + f", on a {list(BACKGROUNDS)[self.background]} background"
 
     def held_out(self) -> bool:
-        """Whether this scene, whatever the order in which it is told, belongs to the evaluation split."""
+        """Whether this scene, in whatever order its caption names the objects, belongs to the evaluation split."""
         canonical = Scene(self.background, tuple(sorted(self.objects, key=lambda o: o.place)))
         return zlib.crc32(canonical.caption().encode()) % _HELD_OUT == 0
 

@@ -11,7 +11,6 @@ from slimdiff.groups.attention import QueryKey, ValueOutput
 from slimdiff.groups.feed_forward import FeedForwardGroup
 from slimdiff.groups.group import Group, Site
 from slimdiff.groups.resnet import Resnet
-from slimdiff.settings import PlanSettings
 
 GROUPS: dict[str, Group[Any]] = {}
 """Every group by its name; at a module that several are found at, sites come in this order."""
@@ -41,11 +40,6 @@ def fault_in(names: Sequence[str]) -> str | None:
         if not set(names).issuperset(both):
             return f"{' and '.join(both)} share one rank per layer: name both or neither"
     return None
-
-
-def is_fitted(settings: PlanSettings) -> bool:
-    """Whether slim models are fitted on recorded calls."""
-    return any(GROUPS[name].fitted for name in settings.groups) or settings.forms.compensate != "none"
 
 
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[dict[str, str]]]:

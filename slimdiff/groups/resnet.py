@@ -9,6 +9,7 @@ calls of the dense model, against the dense block's own output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -279,14 +280,13 @@ def _pass(
     """Run the dense model on every call, and show each resnet to its fit, with the half that the call belongs to."""
     with bar(name=name, unit="call", total=len(calls)) as done:
         for half, some in enumerate(_halves(calls)):
-            handles = [handle for fit in fits for handle in _watch(fit, partial(see, fit, half))]
-            try:
+            with ExitStack() as stack:
+                for fit in fits:
+                    for handle in _watch(fit, partial(see, fit, half)):
+                        stack.enter_context(handle)
                 for call in some:
                     predict(denoiser, call)
                     done.update()
-            finally:
-                for handle in handles:
-                    handle.remove()
 
 
 def _watch(fit: _Fit, see: Callable[[_Seen], None]) -> list[Any]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import Layer
 from slimdiff.settings import Budget
+
+if TYPE_CHECKING:
+    from slimdiff.planning.planner import Planner
 
 _NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies"}
 
@@ -57,33 +59,6 @@ class Costs:
         call = self.call()
         return None if call is None else mac_costs(self.denoiser, self.sites, call)
 
-    @property
-    def knows_macs(self) -> bool:
-        """Whether MACs take no forward pass."""
-        return "macs" in vars(self)
-
-
-class Cutter(Protocol):
-    """What gives plans of one model at any size, and their slim models: a `Planner`."""
-
-    denoiser: nn.Module
-    calls: Calls
-
-    @property
-    def costs(self) -> Costs:
-        """What its layers cost."""
-
-    def cut(self, table: CostTable, removed: float, budget: Budget, *, bounds: bool = False) -> Plan:
-        """The plan by which `removed` goes, in the table's unit, with the least predicted error.
-
-        Args:
-            budget: what was asked for.
-            bounds: whether that bounds the cost by this table, for the plan to say.
-        """
-
-    def slim(self, plan: Plan) -> nn.Module:
-        """A plan's slim model."""
-
 
 @dataclass(frozen=True)
 class PlannedBy:
@@ -92,25 +67,25 @@ class PlannedBy:
     Attributes:
         table: what it is counted in, out of the costs; None where that is not known.
         missing: what an error then says.
-        search: the plan among a cutter's; whether there is one shows only then.
+        search: the plan among those that a planner cuts; whether there is one shows only then.
     """
 
     table: Callable[[Costs], CostTable | None] = lambda _: None
     missing: str = ""
-    search: Callable[[Cutter, Budget], Plan] | None = None
+    search: Callable[[Planner, Budget], Plan] | None = None
 
-    def plan(self, cutter: Cutter, budget: Budget) -> Plan:
+    def plan(self, planner: Planner, budget: Budget) -> Plan:
         """The plan within the budget.
 
         Raises:
             InputError: if there is none, or the table is missing.
         """
         if self.search is not None:
-            return self.search(cutter, budget)
-        table = self.table(cutter.costs)
+            return self.search(planner, budget)
+        table = self.table(planner.costs)
         if table is None:
             raise InputError(self.missing)
-        return cutter.cut(table, removed_within(budget, table, cutter.costs.layers), budget, bounds=True)
+        return planner.cut(table, removed_within(budget, table, planner.costs.layers), budget, bounds=True)
 
     def check(self, costs: Costs, budget: Budget) -> None:
         """Refuse a budget that cannot be met, as far as that is known."""

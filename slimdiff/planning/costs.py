@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,26 +92,16 @@ def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTab
     Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
     """
     per_rank: dict[str, int] = {site.path: 0 for site in sites}
-    with _counting(denoiser, sites, per_rank):
+    with ExitStack() as stack:
+        for site in sites:
+
+            def add(macs: int, path: str = site.path) -> None:
+                per_rank[path] += macs
+
+            for handle in GROUPS[site.group].macs(denoiser.get_submodule(site.path), site, add):
+                stack.enter_context(handle)
         predict(denoiser, call)
     batch = batch_of(call)
     ranks = {site.path: site.dense_rank for site in sites}
     layers = {path: {0: 0.0, ranks[path]: macs * ranks[path] / batch} for path, macs in per_rank.items()}
     return CostTable("macs", count_macs(denoiser, call) / batch, layers)
-
-
-@contextmanager
-def _counting(denoiser: nn.Module, sites: Sequence[Site], per_rank: dict[str, int]) -> Iterator[None]:
-    """Add to `per_rank`, by module path, the multiply-accumulates that one unit of rank costs in every call."""
-    handles = []
-    for site in sites:
-
-        def add(macs: int, path: str = site.path) -> None:
-            per_rank[path] += macs
-
-        handles += GROUPS[site.group].macs(denoiser.get_submodule(site.path), site, add)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

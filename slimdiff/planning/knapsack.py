@@ -20,7 +20,7 @@ log = logging.getLogger("slimdiff")
 TOLERANCE = 0.004
 # Candidate ranks per site are thinned to this many: the knapsack stays small, and neighbours differ by under 2 %.
 MOST_CANDIDATES = 64
-# Seconds that the solver may take for one choice; what it has by then is within a gap that is told.
+# Seconds that the solver may take for one choice; what it has by then is within a gap that a warning names.
 SOLVE_SECONDS = 60.0
 # Plans whose predicted errors differ by less than this are ties: the error is an estimate, and far from that exact.
 SLACK = 0.005
@@ -131,7 +131,7 @@ def choose(
 
 
 def _nearest(savings: Sequence[np.ndarray], removed: float) -> float:
-    """The least that any choice saves and is at least `removed`; `removed` itself where that cannot be told at once.
+    """The least that any choice saves and is at least `removed`; `removed` itself where that cannot be seen at once.
 
     A few large blocks reach few sums, and the solver takes long to see that none fits a window. Sums of whole numbers
     are marked as bits of one number, in units of their greatest common divisor, exactly.
@@ -183,5 +183,5 @@ def distances(
     while missing(high) < 0 and high < 1e12:
         high *= 2
     scale = brentq(missing, 0, high) if missing(high) > 0 else high
-    wanted = np.minimum(scale * np.array(weights), most)
-    return [(share - want) ** 2 * weight for share, want, weight in zip(shares, wanted, whole, strict=True)]
+    targets = np.minimum(scale * np.array(weights), most)
+    return [(share - target) ** 2 * weight for share, target, weight in zip(shares, targets, whole, strict=True)]

@@ -52,11 +52,6 @@ def register_budget(kind: BudgetKind, planned: PlannedBy) -> None:
     BUDGETS[kind.name], PLANNED[kind.name] = kind, planned
 
 
-def unregister_budget(name: str) -> None:
-    """Take a kind of budget away again."""
-    del BUDGETS[name], PLANNED[name]
-
-
 def make_plan(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -65,7 +60,6 @@ def make_plan(
     *,
     calls: Calls | Sequence[Call] = (),
     latency: CostTable | None = None,
-    factors: Factors | None = None,
 ) -> Plan:
     """Choose ranks so that the budget is met with the least predicted error.
 
@@ -76,12 +70,11 @@ def make_plan(
         calls: recorded denoiser calls; a list of them is for sensitivities and MACs alone (`Calls.of`). Sensitivities
             and MACs that the statistics hold need none.
         latency: measured milliseconds by layer and rank, needed by a speedup.
-        factors: from `factorise` on all sites, if they are there already.
 
     Raises:
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
-    return Planner(denoiser, statistics, settings, calls=calls, latency=latency, factors=factors).plan(budget)
+    return Planner(denoiser, statistics, settings, calls=calls, latency=latency).plan(budget)
 
 
 class Planner:
@@ -98,7 +91,6 @@ class Planner:
         *,
         calls: Calls | Sequence[Call] = (),
         latency: CostTable | None = None,
-        factors: Factors | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.statistics = statistics
@@ -114,8 +106,6 @@ class Planner:
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
         self.costs = Costs(denoiser, self.layers, known=statistics.macs, call=self._call, latency=latency)
-        if factors is not None:
-            self.factors = factors
 
     def _call(self) -> Call | None:
         return self.calls.sensitivity[0] if self.calls.gives("sensitivity") else None
@@ -128,7 +118,7 @@ class Planner:
 
     @cached_property
     def factors(self) -> Factors:
-        """Every chosen site's basis or order."""
+        """Every chosen site's basis or order, computed now unless those of an earlier `factorise` were assigned."""
         return factorise(self.denoiser, self.statistics, self.chosen, self.settings.forms)
 
     @cached_property
@@ -145,7 +135,7 @@ class Planner:
             self.factors,
             self.calls.sensitivity,
             self.settings.forms,
-            fitting_calls=self.calls.fitting if "resnet" in self.settings.groups else (),
+            fitting_calls=self.calls.fitting if any(GROUPS[name].fitted for name in self.settings.groups) else (),
             resnet_settings=self.settings.resnets,
         )
 
@@ -177,7 +167,7 @@ class Planner:
 
     def _macs(self) -> CostTable | None:
         """MACs by rank, if nothing has to be recorded for them alone."""
-        return self.costs.macs if self.costs.knows_macs or self.calls.has("sensitivity") else None
+        return self.costs.macs if "macs" in vars(self.costs) or self.calls.has("sensitivity") else None
 
     def plan(self, budget: Budget) -> Plan:
         """See `make_plan`."""

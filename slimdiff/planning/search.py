@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
 from slimdiff.plan import Plan
-from slimdiff.planning.budgets import Cutter, most_removable
+from slimdiff.planning.budgets import most_removable
 from slimdiff.progress import bar
 from slimdiff.settings import Budget
+
+if TYPE_CHECKING:
+    from slimdiff.planning.planner import Planner
 
 # Sizes that are considered: this many equal steps from the dense model to the smallest there is.
 STEPS = 128
 
 
-def smallest_within(cutter: Cutter, budget: Budget) -> Plan:
+def smallest_within(planner: Planner, budget: Budget) -> Plan:
     """The plan with the fewest parameters whose measured error on held calls is at most the budget's.
 
     Errors of sites do not simply add up, so models are made and measured: the amount of parameters that goes is
@@ -23,16 +28,16 @@ def smallest_within(cutter: Cutter, budget: Budget) -> Plan:
     Raises:
         InputError: if even the first step breaks the bound, or there are no calls to measure on.
     """
-    bound, held = float(budget.value), HeldError(cutter.denoiser, cutter.calls.held)
-    table, layers = cutter.costs.parameters, cutter.costs.layers
+    bound, held = float(budget.value), HeldError(planner.denoiser, planner.calls.held)
+    table, layers = planner.costs.parameters, planner.costs.layers
     most = most_removable(table, layers)
     plans: dict[int, Plan] = {}
     holds, breaks = 0, STEPS + 1
     with bar(name="models", unit="model") as models:
         while breaks - holds > 1:
             step = (holds + breaks) // 2
-            plan = cutter.cut(table, most * step / STEPS, budget)
-            error = held.of(cutter.slim(plan))
+            plan = planner.cut(table, most * step / STEPS, budget)
+            error = held.of(planner.slim(plan))
             plans[step] = plan.model_copy(update={"noise_error": error})
             holds, breaks = (step, breaks) if error <= bound else (holds, step)
             models.update()

@@ -20,6 +20,7 @@ from slimdiff.slimming.slim import Factors, fit_groups
 from slimdiff.statistics import Statistics
 
 
+@torch.no_grad()
 def measure_sensitivities(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -42,60 +43,35 @@ def measure_sensitivities(
     Raises:
         InputError: if the dense model predicts nothing, or something that is not finite.
     """
-    rank, size = distributed.world()
-    failure, own = None, {}
-    try:
-        own = _measured(
-            denoiser,
-            statistics,
-            sites[rank::size],
-            factors,
-            calls,
-            forms,
-            fitting_calls,
-            resnet_settings,
-        )
-    except InputError as error:
-        failure = str(error)
-    everyone = {name: value for told in distributed.agree(failure, own) for name, value in told.items()}
-    return {site.name: everyone[site.name] for site in sites}
-
-
-@torch.no_grad()
-def _measured(
-    denoiser: nn.Module,
-    statistics: Statistics,
-    sites: Sequence[Site],
-    factors: Factors,
-    calls: Sequence[Call],
-    forms: Forms | None,
-    fitting_calls: Sequence[Call],
-    resnet_settings: ResnetSettings | None,
-) -> dict[str, float]:
-    """What `measure_sensitivities` says, of these sites by this process."""
+    process, processes = distributed.world()
     modules = dict(denoiser.named_modules())
-    reference = [predict(denoiser, call) for call in calls]
-    energy = sum(float(r.double().square().sum()) for r in reference)
-    if not 0 < energy < math.inf:
-        what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
-        raise InputError(f"the dense model's noise prediction is {what}")
-    halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in sites}
-    fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings)
-    result = {}
-    for site, rank in bar(halves.items(), "sensitivity", "site"):
-        module = modules[site.path]
-        weights = fitted.get(site.name)
-        if weights is None:
-            evidence = Evidence(module, site, statistics, forms or Forms())
-            weights = GROUPS[site.group].emulate(evidence, rank, factors[site.name])
-        with exchanged(module, weights):
-            changed = sum(
-                float((predict(denoiser, call) - r).double().square().sum())
-                for call, r in zip(calls, reference, strict=True)
-            )
-        # A site that loses nothing at half rank locally tells nothing about its slope; the floor keeps it finite.
-        result[site.name] = (changed / energy) / max(float(factors[site.name].tail[rank]), 1e-9)
-    return result
+
+    def measure() -> dict[str, float]:
+        reference = [predict(denoiser, call) for call in calls]
+        energy = sum(float(r.double().square().sum()) for r in reference)
+        if not 0 < energy < math.inf:
+            what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
+            raise InputError(f"the dense model's noise prediction is {what}")
+        own = sites[process::processes]
+        halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in own}
+        fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings)
+        result = {}
+        for site, rank in bar(halves.items(), "sensitivity", "site"):
+            evidence = Evidence(modules[site.path], site, statistics, forms or Forms())
+            weights = fitted.get(site.name)
+            if weights is None:
+                weights = GROUPS[site.group].emulate(evidence, rank, factors[site.name])
+            with exchanged(evidence.module, weights):
+                changed = sum(
+                    float((predict(denoiser, call) - r).double().square().sum())
+                    for call, r in zip(calls, reference, strict=True)
+                )
+            # A site that loses nothing at half rank locally says nothing of its slope; the floor keeps it finite.
+            result[site.name] = (changed / energy) / max(float(factors[site.name].tail[rank]), 1e-9)
+        return result
+
+    everyone = {name: value for part in distributed.agree(measure) for name, value in part.items()}
+    return {site.name: everyone[site.name] for site in sites}
 
 
 @contextmanager

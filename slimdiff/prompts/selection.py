@@ -70,14 +70,14 @@ def select(embeddings: Tensor, count: int) -> list[int]:
     if not 1 <= count <= len(embeddings):
         raise InputError(f"{count} prompts cannot be selected from {len(embeddings)}: ask for 1 to {len(embeddings)}")
     rows = _standard(embeddings)
-    wanted = (rows @ _second_moment(rows) * rows).sum(1)
-    had = rows.square().sum(1).square() / 2
+    closeness = (rows @ _second_moment(rows) * rows).sum(1)
+    taken = rows.square().sum(1).square() / 2
     chosen: list[int] = []
     for step in range(count):
-        score = wanted - had / (step + 1)
+        score = closeness - taken / (step + 1)
         score[chosen] = -torch.inf
         chosen.append(int(score.argmax()))
-        had += (rows @ rows[chosen[-1]]).square()
+        taken += (rows @ rows[chosen[-1]]).square()
     return chosen
 
 

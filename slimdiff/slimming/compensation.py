@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,6 @@ from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.plan import Plan
 from slimdiff.progress import bar
-
-Compensation = Literal["none", "projections", "sequential"]
 
 # Most memory for what the dense layers gave: of larger models, evenly spread tokens of each call are taken.
 OUTPUT_BYTES = 512 * 2**20
@@ -39,17 +36,19 @@ class _Reached(Exception):
 Stages = list[list[str]]
 
 
-def stages(denoiser: nn.Module, plan: Plan, how: Compensation, calls: Sequence[Call]) -> Stages:
+def stages(denoiser: nn.Module, plan: Plan, calls: Sequence[Call]) -> Stages:
     """Paths of the layers that are solved again: those of a stage together, the stages one after the other.
 
     Args:
         denoiser: the dense model.
-        how: `projections`: those behind slimmed blocks, in one stage; `sequential`: in the order in which they run,
-            each block's last linears, and each transformer's projection after its blocks.
+        plan: whose `forms.compensate` says which: with `projections`, those behind slimmed blocks, in one stage; with
+            `sequential`, in the order in which they run, each block's last linears, and each transformer's projection
+            after its blocks.
 
     Raises:
         InputError: if there is no call.
     """
+    how = plan.forms.compensate
     slimmed = [site for site in plan.sites.values() if site.rank < site.dense_rank]
     cut = {site.path: last for site in slimmed if (last := GROUPS[site.group].compensated)}
     if how == "none" or not cut:
@@ -126,11 +125,11 @@ def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, T
             halves: dict[str, tuple[Sums, Sums]] = {}
             for number, call in enumerate(calls):
                 for name, (received, _) in _watch(slim, names, call).items():
-                    wanted = outputs[number][name]
-                    x = _rows(received, number, len(wanted)).float()
+                    dense = outputs[number][name]
+                    x = _rows(received, number, len(dense)).float()
                     if name not in halves:
-                        halves[name] = tuple(Sums.zeros(x.shape[1], wanted.shape[1], x) for _ in range(2))  # type: ignore[assignment]
-                    halves[name][number % 2].add(x.T, wanted.to(x.device).T)
+                        halves[name] = tuple(Sums.zeros(x.shape[1], dense.shape[1], x) for _ in range(2))  # type: ignore[assignment]
+                    halves[name][number % 2].add(x.T, dense.to(x.device).T)
                 done.update()
             for name in names:
                 _solve(slim.get_submodule(name), halves[name])
@@ -167,7 +166,7 @@ def _watch(denoiser: nn.Module, names: Sequence[str], call: Call) -> Mapping[str
     with ExitStack() as stack:
         for name in names:
             layer = denoiser.get_submodule(name)
-            stack.callback(layer.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+            stack.enter_context(layer.register_forward_hook(partial(hook, name), with_kwargs=True))
         with suppress(_Reached):
             predict(denoiser, call)
     return seen

@@ -87,7 +87,7 @@ def slim_denoiser(
             raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
     ranks = {site: plan.sites[site.name].rank for site in changed}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings)
-    mended = stages(denoiser, plan, plan.forms.compensate, fitting_calls)
+    mended = stages(denoiser, plan, fitting_calls)
     outputs = (dense_outputs or DenseOutputs(denoiser, fitting_calls)).rows(mended) if mended else []
     done = bar(name="slim", unit="site", total=len(changed))
 

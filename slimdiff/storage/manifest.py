@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file's bytes, hexadecimal; `advance` is told of the bytes as they are read."""
+    """SHA-256 of a file's bytes, hexadecimal; `advance` gets the number of bytes as they are read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -144,36 +144,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it was not written by slimdiff, or not wholly")
     try:
-        content = read_json(file)
+        manifest = read_json(file)
     except InputError as error:
         raise InputError(f"{error}: the artifact is damaged, build it again") from error
-    return check_manifest(content, str(file))
-
-
-def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
-    """The content of a manifest, if it is one.
-
-    Args:
-        where: named in errors.
-
-    Raises:
-        InputError: see `read_manifest`.
-    """
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise InputError(f"{where} is not a slimdiff manifest: it has no table of files")
+        raise InputError(f"{file} is not a slimdiff manifest: it has no table of files")
     if manifest.get("schema") != SCHEMA:
-        raise InputError(
-            f"{where} has schema {manifest.get('schema')!r}, this slimdiff reads {SCHEMA}: update slimdiff"
-        )
+        raise InputError(f"{file} has schema {manifest.get('schema')!r}, this slimdiff reads {SCHEMA}: update slimdiff")
     outside = next((name for name in manifest["files"] if not is_inside(name)), None)
     if outside is not None:
-        raise InputError(f"{where} names {outside!r}, which is outside the artifact: refused")
+        raise InputError(f"{file} names {outside!r}, which is outside the artifact: refused")
     try:
         Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where} is not a slimdiff manifest: {place}: {first['msg'].lower()}") from error
+        raise InputError(f"{file} is not a slimdiff manifest: {place}: {first['msg'].lower()}") from error
     return manifest
 
 

@@ -87,7 +87,7 @@ def make_case(name: str) -> Case:
         statistics = calibrate(pipeline, family.inputs, settings)
     factors = factorise(dense, statistics, find_sites(dense)[0])
     uniform = PlanSettings(allocation="uniform", align=4)
-    plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform, factors=factors), 0.5)
+    plan = with_rank(make_plan(dense, statistics, Budget("1%"), uniform), 0.5)
     slim = slim_denoiser(dense, statistics, plan, factors, fitting_calls=calls)
     return Case(family, pipeline, dense, calls, statistics, plan, slim)
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         statistics = work.statistics
         if args.sensitivities:
             work.measure()
-        distributed.agree(None, None)  # until every process has what it needs of the others
+        distributed.agree(lambda: None)  # until every process has what it needs of the others
         if not first:
             return 0
         code = _write(out, [statistics, *others], args, started)

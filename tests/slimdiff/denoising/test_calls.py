@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import PROMPTS
-from torch import nn
 
 from slimdiff import CalibrationSettings, InputError, PlanSettings
 from slimdiff.denoising import calls as calls_module
 from slimdiff.denoising.calls import Calls
-from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call
 
 
@@ -44,15 +42,3 @@ def test_what_cannot_be_had_is_named(pipeline):
         ready.held  # noqa: B018
     with pytest.raises(InputError, match="fitted and errors compensated on .* give at least one non-empty prompt"):
         Calls(pipeline, [" "], CalibrationSettings()).fitting  # noqa: B018
-
-
-def test_watching_ends_with_its_block_however_that_ends():
-    layer, seen = nn.Linear(2, 3), []
-    with pytest.raises(KeyError), watching() as hooks:
-        hooks.before(layer, lambda args, kwargs: seen.append((len(args), list(kwargs))))
-        hooks.after(layer, lambda args, kwargs, output: seen.append(output.shape[-1]))
-        layer(torch.zeros(1, 2))
-        layer(input=torch.zeros(1, 2))
-        raise KeyError
-    layer(torch.zeros(1, 2))
-    assert seen == [(1, []), 3, (0, ["input"]), 3] and not layer._forward_hooks and not layer._forward_pre_hooks

@@ -84,7 +84,8 @@ def test_predicted_costs_are_counted_costs(calls, changes):
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_budget_of_macs_is_met_and_counted(pipeline, compression, calls, planner, allocation):
     settings = PlanSettings(align=4, allocation=allocation)
-    own = Planner(pipeline.unet, compression.statistics, settings, calls=calls[:1], factors=planner.factors)
+    own = Planner(pipeline.unet, compression.statistics, settings, calls=calls[:1])
+    own.factors = planner.factors
     plan = own.plan(Budget(macs="10%"))
     slim = slim_denoiser(pipeline.unet, compression.statistics, plan, planner.factors, fitting_calls=calls[:2])
     batch = batch_of(calls[0])

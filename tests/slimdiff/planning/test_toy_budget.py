@@ -17,7 +17,7 @@ from deploy.recipe.recipe import load_recipe
 from slimdiff import Budget, InputError, Plan, PlanSettings, compress
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
-from slimdiff.planning.planner import register_budget, unregister_budget
+from slimdiff.planning.planner import PLANNED, register_budget
 from slimdiff.settings import BUDGETS, BudgetKind, read_amount, removed_amount
 
 # The half without torch: bytes of the weights in half precision.
@@ -34,7 +34,7 @@ def table(costs: Costs) -> CostTable:
 def registered():
     register_budget(KIND, PlannedBy(table))
     yield
-    unregister_budget("bytes")
+    del BUDGETS["bytes"], PLANNED["bytes"]
 
 
 def test_a_registered_budget_compresses_and_its_plan_opens_again(
