@@ -86,13 +86,9 @@ def measure(percents: Sequence[float], captions: int, amount: Amount) -> Measure
     calibration, planning = amount.calibration(), amount.planning()
     prompts = embedded.captions(amount.samples + calibration.sampling.batch, 1)
     work = Compressor(pipeline, prompts, calibration, planning)
-    uniform = Planner(
-        work.denoiser,
-        work.statistics,
-        planning.model_copy(update={"allocation": "uniform"}),
-        calls=work.calls,
-        factors=work.planner.factors,
-    )
+    evenly = planning.model_copy(update={"allocation": "uniform"})
+    uniform = Planner(work.denoiser, work.statistics, evenly, calls=work.calls)
+    uniform.factors = work.planner.factors
     shown = embedded.captions(captions, SCENES, held_out=True)
     sampling = Sampling(steps=amount.steps, batch=captions, seed=1_000_000)
     # One image's call, both branches of guidance together.
