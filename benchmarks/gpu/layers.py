@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from benchmarks.full_size import Model
 from benchmarks.gpu.timing import Run, median, timed, without_starts
 from benchmarks.gpu.unets import build, make_inputs, randomise
-from slimdiff.denoising.hooks import watching
 from slimdiff.groups import GROUPS
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer
@@ -84,14 +84,15 @@ def _shapes(unet: nn.Module, inputs: dict[str, Any], layers: Sequence[Layer]) ->
     """By module path."""
     shapes: dict[str, Shape] = {}
 
-    def see(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(layer: Layer, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = [*args, kwargs.get("hidden_states"), kwargs.get("encoder_hidden_states")]
         sizes = tuple(tuple(value.shape) for value in values if isinstance(value, Tensor))
         shapes[layer.path] = Shape(layer.dense_rank, layer.sites[0].heads, sizes)
 
-    with watching() as hooks:
+    with ExitStack() as hooks:
         for layer in layers:
-            hooks.before(unet.get_submodule(layer.path), partial(see, layer))
+            module = unet.get_submodule(layer.path)
+            hooks.enter_context(module.register_forward_pre_hook(partial(see, layer), with_kwargs=True))
         unet(**inputs, return_dict=False)
     return shapes
 

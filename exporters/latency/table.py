@@ -35,8 +35,7 @@ from exporters.machine import machine_name, usable_cores
 from exporters.runtimes.opening import open_session, version_of
 from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings, TableSettings
-from slimdiff.denoising.hooks import watching
-from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.denoising.trajectory import Call, predict, watch_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Group
 from slimdiff.planning.costs import CostTable
@@ -163,17 +162,15 @@ def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> d
     """What each layer is called with, by module path: `hidden_states` and, where it has one, a second input."""
     seen: dict[str, dict[str, Tensor]] = {}
 
-    def see(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = {"hidden_states": args[0] if args else kwargs["hidden_states"]}
-        if name := _group_of(layer).second_input:
-            second = args[1] if len(args) > 1 else kwargs.get(name)
-            if isinstance(second, Tensor):
-                inputs[name] = second
-        seen[layer.path] = {name: tensor.detach().float().cpu() for name, tensor in inputs.items()}
+    def see(layer: Layer, arguments: dict[str, Any]) -> None:
+        second = _group_of(layer).second_input
+        inputs = {"hidden_states": next(iter(arguments.values())), second: arguments.get(second)}
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        seen[layer.path] = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
 
-    with watching() as hooks:
+    with ExitStack() as stack:
         for layer in layers:
-            hooks.before(denoiser.get_submodule(layer.path), partial(see, layer))
+            stack.enter_context(watch_calls(denoiser.get_submodule(layer.path), partial(see, layer)))
         predict(denoiser, call)
     return seen
 

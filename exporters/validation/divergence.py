@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.fragments import OnnxFragments
-from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
@@ -185,20 +184,20 @@ def _parts(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Pa
 def _watch(denoiser: nn.Module, call: Call, see: Callable[[Place, Tensor], None]) -> None:
     """Run the model; show `see` every module's output and every childless module's one input, as they come."""
 
-    def after(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+    def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
         first = output if isinstance(output, Tensor) else output[0]
         if isinstance(first, Tensor):
             see((path, "out"), first)
 
-    def before(path: str, args: tuple[Any, ...], _kwargs: Any) -> None:
+    def before(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor):
             see((path, "in"), args[0])
 
-    with watching() as hooks, suppress(_Stop):
+    with ExitStack() as hooks, suppress(_Stop):
         for path, module in denoiser.named_modules():
-            hooks.after(module, partial(after, path))
+            hooks.enter_context(module.register_forward_hook(partial(after, path)))
             if not [*module.children()]:
-                hooks.before(module, partial(before, path))
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, path)))
         predict(denoiser, call)
 
 

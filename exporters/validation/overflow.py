@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.divergence import graph_inputs
 from exporters.validation.fragments import OnnxFragments
-from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, map_tensors, predict
 from slimdiff.progress import bar
 
@@ -89,15 +89,15 @@ def _to_keep(denoiser: nn.Module, call: Call, path: str) -> str | None:
             largest[path] = max(largest.get(path, 0.0), float(tensor.abs().max()))
         return tensor
 
-    def after(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         map_tensors(partial(see, path), [args, kwargs, output if isinstance(output, Tensor) else list(output)])
 
     around = [path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
     modules = dict(denoiser.named_modules())
-    with watching() as hooks:
+    with ExitStack() as hooks:
         for name in (name for name in around[:-1] if name in modules):
-            hooks.after(modules[name], partial(after, name))
+            hooks.enter_context(modules[name].register_forward_hook(partial(after, name), with_kwargs=True))
         predict(denoiser, call)
     return next((name for name in around if name in largest and largest[name] < LARGEST / 2), None)

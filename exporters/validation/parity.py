@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
-from slimdiff.denoising.hooks import watching
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
 from slimdiff.errors import InputError, require
 from slimdiff.progress import bar
@@ -176,12 +175,11 @@ def check_trajectory(
     """
     broken = 0
 
-    def count(_args: Any, _kwargs: Any, output: Any) -> None:
+    def count(_module: nn.Module, _args: Any, output: Any) -> None:
         nonlocal broken
         broken += not bool(torch.isfinite(output[0]).all())
 
-    with watching() as hooks:
-        hooks.after(getattr(candidate, denoiser_name(candidate)), count)
+    with getattr(candidate, denoiser_name(candidate)).register_forward_hook(count):
         images = [sample_images(p, prompts, sampling) for p in (reference, candidate)]
     checks = [check("out_sample@trajectory", "finite", broken, 0, broken == 0), *check_images(images[0], images[1])]
     failed = next((c["tensor"] for c in checks if not c["passed"]), None)
