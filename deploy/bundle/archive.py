@@ -50,7 +50,7 @@ def pack(folder: Path, file: Path) -> None:
         file: to write; an earlier file there is replaced.
 
     Raises:
-        InputError: if a name is too long, a file has another size than the manifest says, or one is cut short meanwhile.
+        InputError: if a name is too long, or a file has another size than the manifest says or is cut short meanwhile.
         MissingPackageError: if zstandard is not installed.
     """
     zstandard = require("zstandard", "bundle")
