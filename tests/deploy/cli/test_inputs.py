@@ -115,7 +115,7 @@ def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, wor
     [
         (["--speedup", "0.9"], "1.35"),
         (["--max-error", "0"], "above 0"),
-        (["--macs", "some"], "100M"),
+        (["--macs", "some"], "50G"),
         (["--reduce", "5%", "--runtime", "torch"], "--speedup"),
     ],
 )
