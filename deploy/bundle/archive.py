@@ -50,7 +50,7 @@ def pack(folder: Path, file: Path) -> None:
         file: to write; an earlier file there is replaced.
 
     Raises:
-        InputError: if a name is too long, or a file has another size than the manifest says.
+        InputError: if a name is too long, or a file has another size than the manifest says or is cut short meanwhile.
         MissingPackageError: if zstandard is not installed.
     """
     zstandard = require("zstandard", "bundle")
@@ -72,8 +72,13 @@ def pack(folder: Path, file: Path) -> None:
         for name, size in sizes.items():
             info = tarfile.TarInfo(name)  # neither times nor owners: the same files give the same bytes
             info.size, info.mode = size, 0o644
-            with (folder / name).open("rb") as content:
-                tar.addfile(info, content)
+            try:
+                with (folder / name).open("rb") as content:
+                    tar.addfile(info, content)
+            except OSError as error:
+                if error.errno is None:  # tarfile's own: the content ended early
+                    raise InputError(f"{name} changed while it was written into the archive") from error
+                raise
             progress.update(size)
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import slimdiff
 from deploy.artifacts.files import license_files
-from deploy.bundle.description import KIND, TRITON, Denoiser, Description, describe
+from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model, describe
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
@@ -58,9 +58,9 @@ def _fits(candidate: Candidate, selection: Selection) -> bool:
         return False
     if selection.precisions and candidate.precision not in selection.precisions:
         return False
+    own = candidate.batch, candidate.height, candidate.width
     return not selection.shapes or any(
-        all(own in (None, asked) for own, asked in zip(candidate.shape, shape, strict=True))
-        for shape in selection.shapes
+        all(n in (None, asked) for n, asked in zip(own, shape, strict=True)) for shape in selection.shapes
     )
 
 
@@ -95,21 +95,9 @@ def write_bundle(
         candidate.write(folder / place)
         if edge:
             _make_lean(folder / place)
-        batch, height, width = candidate.shape
-        denoisers.append(
-            Denoiser(
-                name=candidate.name,
-                folder=place,
-                vae=place_of(candidate.latents, sizes),
-                runtimes=_runtimes(candidate, selection),
-                precision=candidate.precision,  # type: ignore[arg-type]
-                batch=batch,
-                height=height,
-                width=width,
-                capabilities=list(candidate.capabilities),
-                version=candidate.version,
-            )
-        )
+        runtimes, vae = _runtimes(candidate, selection), place_of(candidate.latents, sizes)
+        about = candidate.model_dump(include=set(Model.model_fields))
+        denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
     source.rest.write(folder, taken[0].precision, sizes, not edge)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers)

@@ -19,19 +19,13 @@ ENDINGS = (".json", ".txt", ".md", ".onnx", ".data", ".engine", ".model")
 """Of the files in a bundle; none of these is ever run. `.model` is a tokenizer's."""
 
 
-class Denoiser(BaseModel):
-    """A graph or an engine of the UNet."""
+class Model(BaseModel):
+    """A graph or an engine of the UNet, wherever it is."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
-    folder: str
-    """Below the bundle, with `model.onnx` or `model.engine`, and `config.json`."""
-    vae: str
-    """Below the bundle (or `.`), with a `vae_decoder` for images of this size."""
-    runtimes: list[SessionRuntime] = Field(min_length=1)
-    """What it is meant to run in, best first."""
-    precision: Literal["fp32", "fp16"]
+    precision: str
     batch: int | None = Field(ge=1)
     """Samples in one call, with guidance two per image; None: any number."""
     height: int | None = Field(ge=1)
@@ -51,6 +45,18 @@ class Denoiser(BaseModel):
     def shape(self) -> str:
         """`2x512x512`: samples, height and width, `*` where any will do."""
         return "x".join("*" if n is None else str(n) for n in (self.batch, self.height, self.width))
+
+
+class Denoiser(Model):
+    """One of a bundle."""
+
+    folder: str
+    """Below the bundle, with `model.onnx` or `model.engine`, and `config.json`."""
+    vae: str
+    """Below the bundle (or `.`), with a `vae_decoder` for images of this size."""
+    runtimes: list[SessionRuntime] = Field(min_length=1)
+    """What it is meant to run in, best first."""
+    precision: Literal["fp32", "fp16"]
 
     def __str__(self) -> str:
         where = f" for {', '.join(self.capabilities)}" if self.is_engine else ""

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from deploy.artifacts import build_folder
 from deploy.artifacts.kinds import engine_of, graph_of, kind_of
+from deploy.bundle.description import Model
 from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
-from exporters.engine.check import ENGINE, REPORT, read_engine
+from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
@@ -34,38 +35,18 @@ class Selection:
     runtime: str | None = None
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Model):
     """A denoiser that can go into a bundle."""
 
-    name: str
     write: Callable[[Path], None]
     """Copies or exports it into a folder."""
-    precision: str
-    batch: int | None
-    """Samples in one call; None: any."""
     latents: Latents
-    scale: int
-    """Pixels per latent, along a side."""
     backend: str | None = None
     """What an engine was built with; None for a graph."""
-    capabilities: tuple[str, ...] = ()
-    version: str | None = None
-
-    @property
-    def is_engine(self) -> bool:
-        return self.backend is not None
-
-    @property
-    def shape(self) -> tuple[int | None, int | None, int | None]:
-        """Samples, height and width in pixels; None: any."""
-        height, width = (None if n is None else n * self.scale for n in self.latents)
-        return self.batch, height, width
 
     def __str__(self) -> str:
-        shape = "x".join("*" if n is None else str(n) for n in self.shape)
         where = f", an engine of {self.backend} for {' '.join(self.capabilities)}" if self.is_engine else ""
-        return f"{self.name}, {self.precision}, {shape}{where}"
+        return f"{self.name}, {self.precision}, {self.shape}{where}"
 
 
 @dataclass(frozen=True)
@@ -116,11 +97,10 @@ def _graph(name: str, graph: Path, scale: int) -> Candidate:
     inputs = inputs_of(read_graph(graph))
     if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    batch, _, height, width = (dim if isinstance(dim, int) else None for dim in inputs["sample"].shape)
     precision = PRECISIONS.get(inputs["sample"].dtype, "other")
     endings = (".onnx", ".onnx.data", ".onnx_data")
     files = [p.name for p in graph.parent.iterdir() if p.is_file() and (p.name == CONFIG or p.name.endswith(endings))]
-    return Candidate(name, partial(_copy, graph.parent, files), precision, batch, (height, width), scale)
+    return _candidate(name, partial(_copy, graph.parent, files), precision, inputs["sample"].shape, scale)
 
 
 def _engine(name: str, folder: Path, scale: int) -> Candidate:
@@ -130,20 +110,17 @@ def _engine(name: str, folder: Path, scale: int) -> Candidate:
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:
         raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
-    batch, _, height, width = (None if n < 0 else n for n in shape)
-    parts, backend = report["parts"], report["backend"]
-    place = parts["runs_on"]
-    return Candidate(
-        name,
-        partial(_copy, folder, [ENGINE, REPORT, CONFIG, manifests.MANIFEST]),
-        parts["precision"],
-        batch,
-        (height, width),
-        scale,
-        backend,
-        (place["gpu"]["capability"],) if "gpu" in place else tuple(place["targets"]),
-        parts["versions"][backend],
-    )
+    copy = partial(_copy, folder, [ENGINE, REPORT, CONFIG, manifests.MANIFEST])
+    about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
+    return _candidate(name, copy, report["parts"]["precision"], shape, scale, **about)
+
+
+def _candidate(name: str, write: Callable[[Path], None], precision: str, sample: Any, scale: int, **more: Any) -> Any:
+    """A candidate whose input `sample` has that shape; `scale` is pixels per latent, along a side."""
+    batch, _, *latents = (n if isinstance(n, int) and n >= 0 else None for n in sample)
+    pixels = {k: n and n * scale for k, n in zip(("height", "width"), latents, strict=True)}
+    values = {"capabilities": [], "version": None, "latents": tuple(latents), **pixels, **more}
+    return Candidate(name=name, write=write, precision=precision, batch=batch, **values)
 
 
 def _model(name: str, selection: Selection) -> Source:
@@ -166,9 +143,9 @@ def _model(name: str, selection: Selection) -> Source:
     candidates = []
     for batch, high, wide in selection.shapes or [(2, height * scale, width * scale)]:
         for precision in selection.precisions or ["fp32"]:
-            label, latents = f"{precision}-{batch}x{high}x{wide}", (high // scale, wide // scale)
+            label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)
-            candidates.append(Candidate(label, export, precision, batch, latents, scale))
+            candidates.append(_candidate(label, export, precision, sample, scale))
     folders = [] if name == "demo" else [Path(name)]
     return Source("model", folders, candidates, rest, {"model": model_hash(name)})
 

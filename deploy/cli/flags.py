@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploy.recipe.prompts import calibration_prompts, default_source
-from deploy.recipe.recipe import parse_budget
+from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_model
@@ -26,6 +26,8 @@ from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
+PLANNING = ("groups", "align", "allocation")
+"""The fields of `PlanSettings` that are flags."""
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
@@ -66,7 +68,9 @@ def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
         return kind(**{name: value for name, value in flags.items() if value is not None} | more)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else kind.__name__
+        if not first["loc"]:  # of several together
+            raise InputError(_reason(error)) from error
+        flag = str(first["loc"][0]).replace("_", "-")
         raise InputError(f"--{flag}: {_reason(error)}, not {first['input']!r}") from error
 
 
@@ -111,19 +115,10 @@ def read_prompts(args: argparse.Namespace, count: int) -> tuple[str, list[str]]:
     return source, calibration_prompts(source, count)
 
 
-def add_planning(parser: argparse.ArgumentParser) -> None:
-    """How ranks are chosen, for `read_planning`."""
-    add(parser, PlanSettings, "groups", "align", "allocation")
-
-
 def read_planning(args: argparse.Namespace) -> PlanSettings:
-    """What `add_planning` takes; loads torch where groups are named, so it comes after what is cheap to check."""
+    """The flags of `PLANNING`; may load torch where groups are named, so it comes after what is cheap to check."""
     planning = read(args, PlanSettings)
-    if "groups" in planning.model_fields_set:
-        from slimdiff.groups import fault_in
-
-        if fault := fault_in(planning.groups):
-            raise InputError(f"--groups: {fault}")
+    check_groups(planning, "--groups")
     return planning
 
 
@@ -153,7 +148,9 @@ def _checked(field: FieldInfo, listed: bool) -> Callable[[str], Any]:
     annotation: Any = Annotated[field.annotation, field]
 
     def convert(text: str) -> Any:
-        value = [part.strip() for part in text.split(",")] if listed else text
+        value = [part.strip() for part in text.split(",") if part.strip()] if listed else text
+        if listed and not value:
+            raise argparse.ArgumentTypeError("is empty")
         try:
             return TypeAdapter(annotation).validate_python(value)
         except ValidationError as error:

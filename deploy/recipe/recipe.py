@@ -271,11 +271,7 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
-    if recipe.plan.groups != TRANSFORMER_GROUPS:
-        from slimdiff.groups import fault_in  # with torch and diffusers, which most recipes are read without
-
-        if fault := fault_in(recipe.plan.groups):
-            raise InputError(f"{source}: plan.groups: {fault}")
+    check_groups(recipe.plan, f"{source}: plan.groups")
     resolved: dict[str, Any] = {}
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
@@ -284,3 +280,12 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / recipe.prompts)
     return recipe.model_copy(update=resolved)
+
+
+def check_groups(plan: PlanSettings, where: str) -> None:
+    """Refuse groups that there are not, or that do not go together; `where` says what named them."""
+    if plan.groups != TRANSFORMER_GROUPS:
+        from slimdiff.groups import fault_in  # with torch and diffusers, which most recipes are read without
+
+        if fault := fault_in(plan.groups):
+            raise InputError(f"{where}: {fault}")

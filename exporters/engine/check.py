@@ -59,7 +59,7 @@ def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu 
             f"{folder} runs on {_place(report)}, and there is no GPU here (or no driver): use the ONNX that it was "
             "built from"
         )
-    if found.capability not in _capabilities(report):
+    if found.capability not in capabilities(report):
         raise InputError(
             f"{folder} was built for {_place(report)}, and here is {found.name} ({found.capability}): build it "
             + (f"with --target {found.capability}" if backend == "tensorrt-rtx" else "on this machine")
@@ -164,7 +164,8 @@ def _version(report: Mapping[str, Any]) -> str:
     return report["parts"]["versions"][report["backend"]]
 
 
-def _capabilities(report: Mapping[str, Any]) -> list[str]:
+def capabilities(report: Mapping[str, Any]) -> list[str]:
+    """Of the GPUs that an engine runs on, e.g. `sm89`."""
     place = report["parts"]["runs_on"]
     return [place["gpu"]["capability"]] if "gpu" in place else place["targets"]
 

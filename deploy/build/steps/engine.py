@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
-from deploy.build.workshop import Workshop, versions
+from deploy.build.workshop import Workshop, packages_of, versions
 from exporters.engine.backends import BACKENDS, available_backend
 from exporters.engine.build import request_engine
 from exporters.engine.check import runs_on
@@ -66,12 +66,9 @@ def _inputs(shop: Workshop) -> dict[str, str]:
     }
 
 
-def _packages(shop: Workshop) -> list[tuple[str, str]]:
+def _packages(shop: Workshop) -> tuple[tuple[str, str], ...]:
     settings = shop.recipe.engine
-    if not settings.enabled or settings.backend == "auto":
-        return []
-    row = runtime_of(settings.backend)
-    return [(row.module, row.extra)]
+    return packages_of(settings.backend) if settings.enabled and settings.backend != "auto" else ()
 
 
 STAGE = Stage(

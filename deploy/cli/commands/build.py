@@ -10,7 +10,6 @@ from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_folder
 from deploy.recipe.recipe import load_recipe
-from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
 from slimdiff.storage.manifest import LOCK
 
@@ -48,21 +47,15 @@ def run(args: argparse.Namespace) -> int:
 
 def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
-    for name in args.force:
-        if name not in (*build_folder.STAGES, build_folder.SWEEP):
-            raise InputError(f"there is no stage {name!r} to force: stages are {', '.join(build_folder.STAGES)}")
     recipe = load_recipe(source)
     find_model(recipe.model)
     out = Path(args.out) if args.out else Path(source.stem)
     check_folder(out, LOCK, build_folder.BUILD)
-    ray = getattr(args, "ray", None)
-    if ray is not None:
-        require("ray", "ray")
 
     calm_libraries()
     from deploy.build import run_build
 
-    whole = run_build(recipe, source.stem, out, args.force, ray)
+    whole = run_build(recipe, source.stem, out, args.force, getattr(args, "ray", None))
     report = str(out / build_folder.REPORT)
     gates = [f"gate {g['gate']}: {g['verdict']} ({g['detail']})" for g in whole["gates"]]
     text = [whole["sentence"], "", *figures(whole["figures"]), "", *gates, f"verdict: {whole['verdict']}"]

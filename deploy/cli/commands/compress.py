@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, log, result
@@ -13,10 +13,8 @@ from deploy.cli.outputs import artifact_folder, check_artifact, check_file
 from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
 from slimdiff.errors import InputError
+from slimdiff.settings import PlanSettings
 from slimdiff.storage import manifest
-
-if TYPE_CHECKING:
-    from slimdiff.compression import Compression
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -36,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(what, "--plan", "FILE", "the ranks themselves: a plan.json, perhaps edited")
     flags.add(parser, TableSettings, "runtime", "threads")
     flags.add_calibration(parser)
-    flags.add_planning(parser)
+    flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
 
 
@@ -58,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     calm_libraries()
     from deploy.artifacts.figures import compression_result, costs, denoiser_of
+    from deploy.artifacts.files import copy_licenses, save_pipeline
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed
@@ -97,19 +96,13 @@ def run(args: argparse.Namespace) -> int:
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
     }
-    _write(out, args.model, slim, made_from)
-    return result(args, value, _text(value))
-
-
-def _write(out: Path, model: str, slim: Compression, made_from: dict[str, Any]) -> None:
-    from deploy.artifacts.files import copy_licenses, save_pipeline
-
     with artifact_folder(out) as temporary:
         save_pipeline(slim.pipeline, temporary)
-        copy_licenses(model, temporary)
+        copy_licenses(args.model, temporary)
         slim.plan.save(temporary / "plan.json")
         manifest.write_manifest(temporary, "slim-model", made_from)
     log.info("compress: written to %s", out)
+    return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -10,9 +10,9 @@ from deploy.artifacts.numbers import amount
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
-from deploy.recipe.recipe import POINTS, Recipe, SweepStage, parse_budget
-from exporters.settings import BenchSettings, TableSettings
-from slimdiff.errors import InputError
+from deploy.recipe.recipe import Recipe, SweepStage
+from exporters.settings import BenchSettings
+from slimdiff.settings import PlanSettings
 from slimdiff.storage.manifest import LOCK
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
@@ -29,33 +29,24 @@ and whose inputs have not changed are kept, so more points can be added later.""
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", flags.MODEL)
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
-    parser.add_argument("--by", choices=tuple(POINTS), default="parameters", help="unit of the points (%(default)s)")
-    flags.text(parser, "--points", "LIST", "budgets such as 5%,10%,20% (default: a few of each unit)")
-    flags.whole(parser, "--images", "images per point", least=0, default=4)
-    flags.add(parser, TableSettings, "runtime", "threads")
+    flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
     flags.add_calibration(parser)
-    flags.add_planning(parser)
+    flags.add(parser, PlanSettings, *flags.PLANNING)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_folder(out, LOCK, "sweep.json")
     calibration = flags.read_calibration(args)
-    table = flags.read(args, TableSettings)
-    bench = flags.read(args, BenchSettings, **({"threads": table.threads} if table.threads else {}))
-    points = [part.strip() for part in (args.points or POINTS[args.by]).split(",") if part.strip()]
-    if not points:
-        raise InputError("--points is empty: name budgets such as 5%,10%,20%")
-    for point in points:
-        parse_budget(args.by, point)
+    sweep = flags.read(args, SweepStage)
+    bench = flags.read(args, BenchSettings, **({"threads": sweep.threads} if sweep.threads else {}))
     flags.read_prompts(args, 1)  # whether there are any
     planning = flags.read_planning(args)
 
     calm_libraries()
     from deploy.build import run_sweep
 
-    sweep = SweepStage(by=args.by, points=points, images=args.images, **table.model_dump(exclude_unset=True))
     recipe = Recipe(
         model=args.model, prompts=args.prompts, calibration=calibration, plan=planning, bench=bench, sweep=sweep
     )

@@ -10,13 +10,11 @@ from deploy.report.sections.gates import gate_of
 
 
 def build(results: Mapping[str, Any]) -> dict[str, Any]:
-    """`speedup`: places on the axis, None if it was not measured; `speedup_verdict`: of the recipe's gate, or else of
-    the bench's own, None if there is none."""
-    bench, gate, plot = results["bench"], gate_of(results, "speedup"), None
+    """`speedup`: places on the axis; `speedup_verdict`: of the recipe's gate, or else of the bench's own, None if there
+    is none."""
+    bench, gate = results["bench"], gate_of(results, "speedup")
     verdict = gate.get("verdict") or (bench["verdict"] if bench.get("gate") else None)
-    if "skipped" not in bench:
-        plot = _plot(bench["speedup"], gate.get("bound"))
-    return {"speedup": plot, "speedup_verdict": verdict}
+    return {"speedup": _plot(bench["speedup"], gate.get("bound")), "speedup_verdict": verdict}
 
 
 def _plot(speedup: Mapping[str, float], bound: float | None) -> dict[str, Any]:

@@ -56,6 +56,19 @@ def test_what_is_unpacked_is_what_was_packed(bundle, tmp_path):
         unpack(first, tmp_path / "out")
 
 
+def test_a_file_that_is_cut_short_while_it_is_read(bundle, tmp_path, monkeypatch):
+    add = tarfile.TarFile.addfile
+
+    def cut_and_add(tar, info, content):
+        os.truncate(bundle / "unet/model.onnx.data", 10)
+        add(tar, info, content)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", cut_and_add)
+    with pytest.raises(InputError, match="^unet/model.onnx.data changed while it was written into the archive$"):
+        pack(bundle, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_other_tools_read_the_archive(bundle, tmp_path):
     pack(bundle, tmp_path / "x")
     with (tmp_path / "x").open("rb") as file:

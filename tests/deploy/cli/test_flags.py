@@ -9,6 +9,7 @@ from command_line import refused
 
 from deploy.cli import flags
 from deploy.cli.app import COMMANDS, make_parser
+from deploy.recipe import recipe as of_recipes
 from exporters import settings as of_exporters
 from exporters.settings import BenchSettings, EngineSettings
 from slimdiff import settings as of_slimdiff
@@ -30,11 +31,11 @@ def test_the_help_of_a_field_is_its_docstring():
             kind, dot, name = action.dest.partition(".")
             if not dot or kind == "Budget":
                 continue
-            settings = getattr(of_slimdiff, kind, None) or getattr(of_exporters, kind)
+            settings = next(s for of in (of_slimdiff, of_exporters, of_recipes) if (s := getattr(of, kind, None)))
             said = " ".join(settings.model_fields[name].description.replace("`", "").split()).rstrip(".")
             assert action.help.replace("%%", "%").lower().startswith(said.lower()) and len(said) > 10, action.dest
             found.add(kind)
-    assert found >= {"Sampling", "CalibrationSettings", "PlanSettings", "EngineSettings", "BenchSettings"}
+    assert found >= {"Sampling", "CalibrationSettings", "PlanSettings", "EngineSettings", "BenchSettings", "SweepStage"}
 
 
 def parsed(*argv: str) -> argparse.Namespace:

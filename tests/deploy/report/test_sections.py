@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from reports import SKIPPED, edit, fake_build, report_of, save, text_of
+from reports import edit, fake_build, report_of, save, text_of
 
 from deploy.artifacts import build_folder
 from deploy.report.page import write_report
@@ -42,14 +42,6 @@ def test_failed_gate_and_parity_come_first(build):
 
 
 # --- figures and latency ------------------------------------------------------------------------------------------
-
-
-def test_no_latency(build):
-    result = build_folder.read(build, "build")
-    result["figures"]["latency_ms"] = None
-    save(build, "build", result)
-    save(build, "bench", SKIPPED)
-    assert "not measured" in text_of(report_of(build))
 
 
 @pytest.mark.parametrize(
