@@ -92,7 +92,7 @@ def compress(
     slim = work.slim(plan, release_dense=release_dense)
     clock.append(time.perf_counter())
     seconds = dict(zip(("calibrate", "plan", "slim"), (b - a for a, b in pairwise(clock)), strict=True))
-    return Compression(work.pipeline_with(slim), plan.recount(), statistics, seconds)
+    return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
 
 
 class Compressor:
@@ -163,7 +163,7 @@ class Compressor:
         if not budgets:
             return
         sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)
-        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), call=call, latency=latency)
+        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), {}, call, latency)
         for budget in budgets:
             PLANNED[budget.kind].check(costs, budget)
 
@@ -194,10 +194,6 @@ class Compressor:
             resnet_settings=self.planning.resnets,
             release_dense=release_dense,
         )
-
-    def pipeline_with(self, denoiser: object) -> DiffusionPipeline:
-        """A pipeline like the dense one with another denoiser (`with_denoiser`)."""
-        return with_denoiser(self.pipeline, denoiser)
 
 
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:

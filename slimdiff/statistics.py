@@ -185,17 +185,27 @@ class Statistics:
         for count in ("prompts", "calls"):
             if count in made_from:
                 made_from[count] = sum(part.made_from.get(count, 0) for part in parts)
-        factors = _factors(parts)
+        weights = added([part.weights for part in parts])
+        population = added([{**part.weights, **part.population} for part in parts])
+        # With these, each part's share of the weights is its share of the population, and their total is what it was.
+        factors = [
+            {
+                name: (part.population.get(name, weight) / weight) / (population[name] / weights[name])
+                for name, weight in part.weights.items()
+                if weight
+            }
+            for part in parts
+        ]
         return Statistics(
             self.model_hash,
             _summed([part.moments for part in parts], factors),
             _summed([part.firsts for part in parts], factors),
-            _added([part.tokens for part in parts]),
-            _added([part.weights for part in parts]),
+            added([part.tokens for part in parts]),
+            weights,
             next((part.sensitivities for part in parts if part.sensitivities), {}),
             next((part.macs for part in parts if part.macs), {}),
             made_from,
-            _added([{**part.weights, **part.population} for part in parts]),
+            population,
         )
 
     def save(self, path: Path, **more: Any) -> None:
@@ -303,21 +313,6 @@ def _summed(parts: Sequence[Mapping[str, Tensor]], factors: Sequence[Mapping[str
     return Lazy((name for part in parts for name in part), total)
 
 
-def _factors(parts: Sequence[Statistics]) -> list[dict[str, float]]:
-    """By part and name, what its sums are multiplied with: then each part's share of the weights is its share of the
-    population, and their total is what it was."""
-    weights = _added([part.weights for part in parts])
-    population = _added([{**part.weights, **part.population} for part in parts])
-    return [
-        {
-            name: (part.population.get(name, weight) / weight) / (population[name] / weights[name])
-            for name, weight in part.weights.items()
-            if weight
-        }
-        for part in parts
-    ]
-
-
 def _way(made_from: dict[str, Any]) -> dict[str, Any]:
     """What statistics must have in common to be added: all but which prompts, which noise, and how many at a time."""
     settings = dict(made_from.get("settings", {}))
@@ -328,7 +323,8 @@ def _way(made_from: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **{k: made_from[k] for k in ("fused_adapters",) if k in made_from}}
 
 
-def _added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def added(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of several mappings' numbers by name."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)

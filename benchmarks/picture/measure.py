@@ -15,7 +15,7 @@ from exporters.latency.measure import bench
 from exporters.machine import machine_name
 from exporters.settings import BenchSettings
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Sampling, embedded, load_pipeline
-from slimdiff.compression import Compressor
+from slimdiff.compression import Compressor, with_denoiser
 from slimdiff.denoising.trajectory import record_calls, sample_images
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
@@ -110,7 +110,7 @@ def measure(percents: Sequence[float], captions: int, amount: Amount) -> Measure
                     noise_error=work.held_error.of(unet),
                     pruned_error=work.held_error.of(pruned),
                     speedup=timing["speedup"],
-                    images=sample_images(work.pipeline_with(unet), shown, sampling),
+                    images=sample_images(with_denoiser(pipeline, unet), shown, sampling),
                 )
             )
     images = sample_images(pipeline, shown, sampling)

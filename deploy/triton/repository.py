@@ -17,7 +17,7 @@ from exporters.engine.check import ENGINE
 from exporters.graphs.reading import weight_files, write_graph
 from exporters.layout import GRAPH, INDEX
 from slimdiff.errors import InputError
-from slimdiff.loading.model_directory import read_index
+from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest
 
 _SERVER = Path(text_to_image.__file__).parent

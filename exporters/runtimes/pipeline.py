@@ -15,7 +15,8 @@ from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.loading.model_directory import library_class, pipeline_class, read_index
+from slimdiff.loading.model_directory import library_class, pipeline_class
+from slimdiff.loading.naming import read_index
 from slimdiff.loading.transformers_files import check_vocabulary
 from slimdiff.storage import manifest
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
 from slimdiff.progress import bar
-from slimdiff.settings import CalibrationSettings, StatisticsSettings
+from slimdiff.settings import CalibrationSettings, Sampling, StatisticsSettings
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
 
@@ -73,10 +72,9 @@ def calibrate(
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
         made_from["fused_adapters"] = fused
-    identity = [str(prompt) for prompt in chosen]
-    items = _Items(run, len(chosen), sampling.batch, sampling.steps, identity=identity)
     denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
-    return _collect(denoiser, items, settings, scheduler, made_from, unfinished)
+    identity = [str(prompt) for prompt in chosen]
+    return _collect(denoiser, run, len(chosen), settings, scheduler, made_from, sampling, identity, unfinished)
 
 
 def calibrate_on_calls(
@@ -108,47 +106,36 @@ def calibrate_on_calls(
 
     own = settings.model_dump(include=set(StatisticsSettings.model_fields))
     made_from = {"calls": len(calls), "settings": own}
-    return _collect(denoiser, _Items(run, len(calls), successive=True), settings, scheduler, made_from)
-
-
-@dataclass
-class _Items:
-    """Prompts or recorded calls to calibrate with.
-
-    Attributes:
-        run: makes the denoiser do what it does for the items of these numbers.
-        count: how many there are.
-        batch: at a time.
-        calls: denoiser calls per batch.
-        successive: whether items are steps of one trajectory, instead of each passing through all of them.
-        identity: what tells these items from others, for going on with an unfinished calibration.
-    """
-
-    run: Callable[[Sequence[int]], None]
-    count: int
-    batch: int = 1
-    calls: int = 1
-    successive: bool = False
-    identity: Any = None
+    return _collect(denoiser, run, len(calls), settings, scheduler, made_from)
 
 
 def _collect(
     denoiser: nn.Module,
-    items: _Items,
+    run: Callable[[Sequence[int]], None],
+    count: int,
     settings: StatisticsSettings,
     scheduler: Any,
     made_from: dict[str, Any],
+    sampling: Sampling | None = None,
+    identity: Any = None,
     unfinished: Path | None = None,
 ) -> Statistics:
-    """Statistics over all items, dealt over turns of sites and over processes."""
+    """Statistics over all items, prompts or recorded calls, dealt over turns of sites and over processes.
+
+    Args:
+        run: makes the denoiser do what it does for the items of these numbers; there are `count` of them.
+        sampling: how prompts are run; None for calls, which are steps of one trajectory.
+        identity: what tells these items from others, for going on with an unfinished calibration.
+    """
     refuse_adapters(denoiser)
+    batch, steps = (sampling.batch, sampling.steps) if sampling else (1, 1)
     weigh = timestep_weigher(settings.timestep_weights, scheduler)
-    groups = _turns(denoiser, items.count, settings)
+    groups = _turns(denoiser, count, settings)
     process, processes = distributed.world()
     own_hash = weights_hash(denoiser)
-    key = manifest.fingerprint([own_hash, made_from, items.identity, items.batch, process, processes])
+    key = manifest.fingerprint([own_hash, made_from, identity, batch, process, processes])
     records = Records(unfinished, key, process, len(groups))
-    dealt = [range(turn, items.count, len(groups)) for turn in range(len(groups))]
+    dealt = [range(turn, count, len(groups)) for turn in range(len(groups))]
 
     def take(turn: int) -> Statistics:
         """The sums of one turn's sites over this process's share of its items."""
@@ -156,16 +143,15 @@ def _collect(
         statistics, done = records.begin(turn, len(mine), next(denoiser.parameters()).device)
         statistics = statistics or Statistics(own_hash)
         done_bar.update(min(done, len(mine)))
-        observer = Observer(statistics, tokens_per_dimension=settings.tokens_per_dimension, weigh=weigh)
+        observer = Observer(statistics, settings.tokens_per_dimension, weigh)
         with observer.watching(denoiser, groups[turn]):
-            for start in range(done, len(mine), items.batch):
-                numbers = mine[start : start + items.batch]
-                first = numbers[0] if items.successive else 0
-                observer.begin_trajectory(first, len(dealt[turn]) * items.calls / len(numbers))
-                items.run(numbers)
+            for start in range(done, len(mine), batch):
+                numbers = mine[start : start + batch]
+                observer.begin_trajectory(0 if sampling else numbers[0], len(dealt[turn]) * steps / len(numbers))
+                run(numbers)
                 done_bar.update(len(numbers))
-                if start + items.batch < len(mine):
-                    records.keep(statistics, turn, start + items.batch)
+                if start + batch < len(mine):
+                    records.keep(statistics, turn, start + batch)
         return statistics if done >= len(mine) else records.finish(statistics, turn, len(mine))
 
     parts: list[Statistics] = []
@@ -206,18 +192,14 @@ def _turns(denoiser: nn.Module, items: int, settings: StatisticsSettings) -> lis
 
 
 def _warn_of_few_tokens(statistics: Statistics) -> None:
-    few = [
-        (name, statistics.tokens[name], len(statistics.firsts[name]))
-        for name in statistics.firsts
-        if statistics.tokens[name] < len(statistics.firsts[name])
-    ]
+    few = {name: len(first) for name, first in statistics.firsts.items() if statistics.tokens[name] < len(first)}
     if few:
-        name, tokens, width = few[0]
+        name, width = next(iter(few.items()))
         log.warning(
             "%d sites saw fewer tokens than they have dimensions (%s: %d of %d), so their statistics are singular: "
             "calibrate with more prompts",
             len(few),
             name,
-            tokens,
+            statistics.tokens[name],
             width,
         )

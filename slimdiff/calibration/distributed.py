@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimdiff.errors import InputError
-from slimdiff.statistics import Lazy, Statistics, Stored
+from slimdiff.statistics import Lazy, Statistics, Stored, added
 
 T = TypeVar("T")
 
@@ -60,18 +61,16 @@ def agree(work: Callable[[], T]) -> list[T]:
 
 def sum_statistics(own: Statistics) -> Statistics:
     """Sums over all processes, each tensor's taken when it is read (`_all_reduced`): all must read the same ones."""
-    counts = ("tokens", "weights", "population")
-    tensors = {"moments": _shapes(own.moments), "firsts": _shapes(own.firsts)}
-    everyone = agree(lambda: {**{kind: getattr(own, kind) for kind in counts}, **tensors})
-    shapes = {kind: {n: s for one in everyone for n, s in one[kind].items()} for kind in tensors}
+    shapes = (_shapes(own.moments), _shapes(own.firsts))
+    everyone = agree(lambda: (*shapes, own.tokens, own.weights, own.population))
+    moments, firsts, tokens, weights, population = zip(*everyone, strict=True)
     return Statistics(
         own.model_hash,
-        _all_reduced(own.moments, shapes["moments"], torch.float32),
-        _all_reduced(own.firsts, shapes["firsts"], torch.float64),
-        **{
-            kind: {n: sum(one[kind].get(n, 0) for one in everyone) for one in everyone for n in one[kind]}
-            for kind in counts
-        },
+        _all_reduced(own.moments, ChainMap(*moments), torch.float32),
+        _all_reduced(own.firsts, ChainMap(*firsts), torch.float64),
+        tokens=added(tokens),
+        weights=added(weights),
+        population=added(population),
     )
 
 

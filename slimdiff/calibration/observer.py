@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +20,23 @@ from slimdiff.statistics import Statistics
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
+@dataclass
 class Observer:
-    """Adds the activations of some sites to statistics: the `Collector` of their groups.
+    """Adds the activations of some sites to statistics: an even selection of each call's tokens, times its weight.
 
     Attributes:
+        weigh: gives a timestep's weight.
         calls: how many calls like the present one the whole calibration has: what the share of tokens is taken from.
         step: of the present call in its trajectory, from 0.
         weight: of the present call's timestep.
     """
 
-    def __init__(
-        self,
-        statistics: Statistics,
-        *,
-        tokens_per_dimension: int | None,
-        weigh: Callable[[float], float],
-    ) -> None:
-        self.statistics = statistics
-        self.tokens_per_dimension = tokens_per_dimension
-        self.weigh = weigh
-        self.calls = 1.0
-        self.step = -1
-        self.weight = 1.0
+    statistics: Statistics
+    tokens_per_dimension: int | None
+    weigh: Callable[[float], float]
+    calls: float = 1.0
+    step: int = -1
+    weight: float = 1.0
 
     @contextmanager
     def watching(self, denoiser: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
@@ -67,7 +63,7 @@ class Observer:
         self.weight = self.weigh(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
 
     def add_rows(self, site: Site, x: Tensor) -> None:
-        """See `Collector`."""
+        """Add `x [B, T, n]` to the sums named after the site: the triangle of E[x x^T], and E[x]."""
         taken, of = self._taken(x, site), x.shape[0] * x.shape[1]
         x = x if taken is None else x[:, taken]
         self.statistics.add_rows(site.name, x.float().flatten(0, 1), self.weight, of)
@@ -75,7 +71,12 @@ class Observer:
     def add_heads(
         self, site: Site, what: str, x: Tensor, attended: Tensor | None = None, mean: Tensor | None = None
     ) -> None:
-        """See `Collector`."""
+        """Add `x [B, T, H d]` to one moment per head, `what` of the site.
+
+        Args:
+            attended: float `[B, T, 1]`, zero for the tokens that do not count.
+            mean: float32 `[B, 1, H d]`, subtracted first.
+        """
         taken = self._taken(x, site)
         of = x.shape[0] * x.shape[1] if attended is None else int(attended.sum())
         if taken is not None:

@@ -65,15 +65,14 @@ class Records:
             self.temporary = tempfile.TemporaryDirectory(prefix="slimdiff-")
             folder = Path(self.temporary.name)
         self.folder = folder
-        self.wait, self.written = RECORD_EVERY, time.monotonic()
 
     def begin(self, turn: int, items: int, device: torch.device) -> tuple[Statistics | None, int]:
         """What an interrupted run of the same calibration left of a turn, and how many of its `items` that is."""
         self.wait, self.written = RECORD_EVERY, time.monotonic()
         file = self._file("turn", turn)
         try:
-            meta = read_metadata(file) if file is not None and file.is_file() else {}
-        except InputError:  # of another version, or not whole: no reason to refuse what can be done again
+            meta = read_metadata(file) if file is not None else {}
+        except InputError:  # none, of another version, or not whole: no reason to refuse what can be done again
             meta = {}
         if file is None or meta.get("key") != self.key:
             return None, 0

@@ -127,36 +127,29 @@ def sample_batch(
 def _arguments(
     pipeline: DiffusionPipeline, batch: Sequence[Inputs], sampling: Sampling, output_type: str
 ) -> dict[str, Any]:
-    """What to call the pipeline with for one batch: what was given, and of the usual settings those that it has."""
+    """What to call the pipeline with for one batch: the inputs, and of the usual settings those that it has."""
     parameters = inspect.signature(pipeline.__call__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     rows: list[dict[str, Any]] = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise InputError("the inputs of one batch name different arguments: give all of them the same")
-    size = {"height": sampling.height, "width": sampling.width}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    given: dict[str, Any] = {
-        n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()
-    }
-    given |= {name: value for name, value in size.items() if value is not None} | sampling.arguments
-    unknown = [] if takes_any else sorted(given.keys() - parameters.keys())
+    inputs = {n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()}
+    inputs |= sampling.model_dump(include={"height", "width"}, exclude_none=True) | sampling.arguments
+    unknown = [] if takes_any else sorted(inputs.keys() - parameters.keys())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named and n not in given]
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named and n not in inputs]
     if unknown or missing:
         problem = [f"takes no {', '.join(unknown)}"] * bool(unknown) + [f"needs {', '.join(missing)}"] * bool(missing)
         raise InputError(
             f"{type(pipeline).__name__} {' and '.join(problem)}: give each image's inputs as a mapping of the "
             "pipeline's arguments, and what is the same for all in the sampling's arguments"
         )
-    usual = {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "output_type": output_type,
-    }
+    usual = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance, "output_type": output_type}
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own
         offered["batch_size"] = len(batch)
-    return {**offered, **given}
+    return {**offered, **inputs}
 
 
 @contextmanager

@@ -96,13 +96,9 @@ def attribute_hits(evaluator: Evaluator, images: Tensor, scenes: Sequence[world.
 
 def caption_accuracy(hits: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
     """Share of attributes right, by attribute and `all` together, each in [0, 1]."""
-    result = {}
-    for name in ATTRIBUTES:
-        flat = [h for row in hits for h in row[name]]
-        result[name] = sum(flat) / len(flat)
-    everything = [h for row in hits for name in ATTRIBUTES for h in row[name]]
-    result["all"] = sum(everything) / len(everything)
-    return result
+    by_name = {name: [hit for row in hits for hit in row[name]] for name in ATTRIBUTES}
+    by_name["all"] = [hit for row in by_name.values() for hit in row]
+    return {name: sum(row) / len(row) for name, row in by_name.items()}
 
 
 @torch.no_grad()

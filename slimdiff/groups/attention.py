@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models import attention_processor as processors
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from slimdiff.algebra import low_rank
 from slimdiff.algebra.low_rank import HeadBases
-from slimdiff.groups.group import Collector, Evidence, Group, Inner, Site, solved, wide
+from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
 from slimdiff.statistics import Statistics
+
+if TYPE_CHECKING:
+    from slimdiff.calibration.observer import Observer
 
 # Processors that compute plain softmax attention with a scale of 1/sqrt(head dim): what the closed forms assume.
 _STOCK_PROCESSORS = (
@@ -56,18 +59,18 @@ class QueryKey(_AttentionGroup):
     shares_rank_with = ("value_output",)
     product_dim = "query_key_dim"
 
-    def watch(self, module: Attention, site: Site, collector: Collector) -> list[Any]:
+    def watch(self, module: Attention, site: Site, observer: Observer) -> list[Any]:
         handle, attended_of = _watch_mask(module)
 
         def of_query(_layer: nn.Module, _args: Any, output: Tensor) -> None:
-            collector.add_heads(site, "query", output.detach())
+            observer.add_heads(site, "query", output.detach())
 
         def of_key(_layer: nn.Module, _args: Any, output: Tensor) -> None:
             keys, attended = output.detach(), attended_of(output)
             # Over an image's tokens: softmax does not see what all keys of an image have in common.
             mean = _mean(keys, attended)
-            collector.add_heads(site, "key_mean", mean)
-            collector.add_heads(site, "key", keys, attended, mean)
+            observer.add_heads(site, "key_mean", mean)
+            observer.add_heads(site, "key", keys, attended, mean)
 
         return [handle, module.to_q.register_forward_hook(of_query), module.to_k.register_forward_hook(of_key)]
 
@@ -117,14 +120,14 @@ class ValueOutput(_AttentionGroup):
     shares_rank_with = ("query_key",)
     product_dim = "value_dim"
 
-    def watch(self, module: Attention, site: Site, collector: Collector) -> list[Any]:
+    def watch(self, module: Attention, site: Site, observer: Observer) -> list[Any]:
         handle, attended_of = _watch_mask(module)
 
         def of_value(_layer: nn.Module, _args: Any, output: Tensor) -> None:
-            collector.add_heads(site, "value", output.detach(), attended_of(output))
+            observer.add_heads(site, "value", output.detach(), attended_of(output))
 
         values = module.to_v.register_forward_hook(of_value)
-        return [handle, values, *super().watch(module, site, collector)]
+        return [handle, values, *super().watch(module, site, observer)]
 
     def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
         return super().sums(site) | {f"{site.name}.value": (site.heads, site.dense_rank, site.dense_rank)}

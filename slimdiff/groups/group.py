@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from slimdiff.denoising.trajectory import Call
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.statistics import Statistics, triangle_size
+
+if TYPE_CHECKING:
+    from slimdiff.calibration.observer import Observer
 
 
 @dataclass(frozen=True)
@@ -98,23 +101,6 @@ class Evidence(NamedTuple):
         return moment, mean
 
 
-class Collector(Protocol):
-    """What calibration adds to: an even selection of each call's tokens, times the weight of its timestep."""
-
-    def add_rows(self, site: Site, x: Tensor) -> None:
-        """Add `x [B, T, n]` to the sums named after the site: the triangle of E[x x^T], and E[x]."""
-
-    def add_heads(
-        self, site: Site, what: str, x: Tensor, attended: Tensor | None = None, mean: Tensor | None = None
-    ) -> None:
-        """Add `x [B, T, H d]` to one moment per head, `what` of the site.
-
-        Args:
-            attended: float `[B, T, 1]`, zero for the tokens that do not count.
-            mean: float32 `[B, 1, H d]`, subtracted first.
-        """
-
-
 class Group(ABC, Generic[F]):
     """A kind of group. Modules are the dense model's; weights go by parameter name below the site's module.
 
@@ -189,14 +175,14 @@ class Group(ABC, Generic[F]):
             if (layer := attrgetter(path)(module)) is not None:
                 yield path, layer, inner
 
-    def watch(self, module: nn.Module, site: Site, collector: Collector) -> list[Any]:
+    def watch(self, module: nn.Module, site: Site, observer: Observer) -> list[Any]:
         """Handles of hooks that add to the statistics in every call: here, what the last layer receives."""
 
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             if isinstance(layer, nn.Conv2d):  # [B, n, H, W], whose tokens are its pixels
                 x = x.flatten(2).mT
-            collector.add_rows(site, x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[:, None])
+            observer.add_rows(site, x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[:, None])
 
         return [self.last(module).register_forward_pre_hook(hook)]
 

@@ -100,8 +100,7 @@ class Resnet(Group[ChannelOrder]):
 def _obstacle(block: ResnetBlock2D) -> str | None:
     if type(block) is not ResnetBlock2D:
         return f"{type(block).__name__} is a resnet class of its own"
-    convolutions = (block.conv1, block.conv2)
-    if any(type(c) is not nn.Conv2d or not _plain_3x3(c) for c in convolutions):
+    if not (_plain_3x3(block.conv1) and _plain_3x3(block.conv2)):
         return "a convolution is not a plain one of 3 x 3 with a bias"
     if type(block.time_emb_proj) not in (nn.Linear, type(None)):
         return "the projection of the time embedding is not a plain linear layer"
@@ -112,10 +111,10 @@ def _obstacle(block: ResnetBlock2D) -> str | None:
     return None
 
 
-def _plain_3x3(convolution: nn.Conv2d) -> bool:
-    c = convolution
-    plain = (c.stride, c.padding, c.dilation) == ((1, 1), (1, 1), (1, 1)) and c.groups == 1
-    return plain and c.kernel_size == (3, 3) and c.padding_mode == "zeros" and c.bias is not None
+def _plain_3x3(c: nn.Module) -> bool:
+    if type(c) is not nn.Conv2d or (c.groups, c.padding_mode) != (1, "zeros") or c.bias is None:
+        return False
+    return (c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 def channel_order(moment: Tensor, second: Tensor, groups: int) -> ChannelOrder:
@@ -164,14 +163,10 @@ class _Fit:
     sums: Any = None
 
     @property
-    def unknowns(self) -> int:
-        """Weights per output of conv2."""
-        return 9 * len(self.kept)
-
-    @property
     def sum_bytes(self) -> int:
         """What the sums of `see_patches` over all calls take, in float32."""
-        return 4 * self.unknowns * (self.unknowns + self.block.conv2.out_channels)
+        unknowns = 9 * len(self.kept)  # weights per output of conv2
+        return 4 * unknowns * (unknowns + self.block.conv2.out_channels)
 
     def normed(self, seen: _Seen) -> Tensor:
         """The pruned norm's output before its weight and bias, `[B, r, H, W]`."""
@@ -229,7 +224,7 @@ class _Fit:
     def see_patches(self, half: int, seen: _Seen) -> None:
         hidden, output = self.hidden(seen), seen.output.float()
         if self.sums is None:
-            self.sums = [Sums.zeros(self.unknowns, output.shape[1], hidden) for _ in range(2)]
+            self.sums = [Sums.zeros(9 * len(self.kept), output.shape[1], hidden) for _ in range(2)]
         step = max(1, _MOST_PIXELS // hidden[0, 0].numel())
         for x, y in zip(hidden.split(step), output.split(step), strict=True):
             patches = functional.unfold(x, 3, padding=1)

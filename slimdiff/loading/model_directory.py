@@ -22,7 +22,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import INDEX
+from slimdiff.loading.naming import INDEX, read_index
 from slimdiff.loading.transformers_files import check_text_weights, check_vocabulary
 from slimdiff.storage import manifest
 
@@ -38,21 +38,6 @@ _CONFIGURED = (
     ImageProcessingMixin,
     VaeImageProcessor,
 )
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `model_index.json`.
-
-    Raises:
-        InputError: if there is none, or it is no JSON object.
-    """
-    file = folder / INDEX
-    if not file.is_file():
-        raise InputError(f"{folder} is not a diffusers pipeline directory: it has no {INDEX}")
-    content = manifest.read_json(file)
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object")
-    return content
 
 
 def check_model_directory(folder: Path) -> None:
@@ -138,7 +123,11 @@ def _check_component(folder: Path, kind: Any) -> None:
         _check_shards(shards)
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
-        check_safetensors(file)
+        try:
+            with safe_open(file, framework="pt"):  # which sees that its header is sound and its tensors fill it
+                pass
+        except Exception as error:  # safetensors has an exception of its own, below Exception alone
+            raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
     check_text_weights(kind, weights)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles and not weights:
@@ -158,19 +147,6 @@ def _check_shards(index: Path) -> None:
             raise InputError(f"{index} names {name!r}: weights are safetensors files beside it, refused")
         if not (index.parent / name).is_file():
             raise InputError(f"{index} names {name}, which is not beside it: copy the directory whole")
-
-
-def check_safetensors(file: Path) -> None:
-    """See that a file's header is sound and its tensors fill the file; reads the header alone.
-
-    Raises:
-        InputError: if not.
-    """
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except Exception as error:  # safetensors has an exception of its own, below Exception alone
-        raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
 
 
 def _values(content: Any, key: str) -> Iterator[Any]:

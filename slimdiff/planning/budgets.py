@@ -22,32 +22,27 @@ if TYPE_CHECKING:
 _NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies"}
 
 
+@dataclass
 class Costs:
     """What a model costs by the ranks of its layers, in each unit: counted when first asked for.
 
-    Args:
+    Attributes:
         known: `Statistics.macs`, which save the counting.
         call: gives a denoiser call to count MACs of, or None: how many tokens there are shows in a call alone.
         latency: measured milliseconds by layer and rank.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        layers: Sequence[Layer],
-        *,
-        known: Mapping[str, float] | None = None,
-        call: Callable[[], Call | None] = lambda: None,
-        latency: CostTable | None = None,
-    ) -> None:
-        self.denoiser = denoiser
-        self.layers = layers
-        self.sites = [site for layer in layers for site in layer.sites]
-        self.call = call
-        self.latency = latency
-        if known and {"", *(layer.path for layer in layers)} <= known.keys():
-            ranks = {layer.path: {0: 0.0, layer.dense_rank: known[layer.path]} for layer in layers}
-            self.macs = CostTable("macs", known[""], ranks)
+    denoiser: nn.Module
+    layers: Sequence[Layer]
+    known: Mapping[str, float]
+    call: Callable[[], Call | None]
+    latency: CostTable | None
+
+    def __post_init__(self) -> None:
+        self.sites = [site for layer in self.layers for site in layer.sites]
+        if {"", *(layer.path for layer in self.layers)} <= self.known.keys():
+            ranks = {layer.path: {0: 0.0, layer.dense_rank: self.known[layer.path]} for layer in self.layers}
+            self.macs = CostTable("macs", self.known[""], ranks)
 
     @cached_property
     def parameters(self) -> CostTable:

@@ -105,7 +105,7 @@ class Planner:
         if name in MEASURED and not self.is_measured and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
-        self.costs = Costs(denoiser, self.layers, known=statistics.macs, call=self._call, latency=latency)
+        self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency)
 
     def _call(self) -> Call | None:
         return self.calls.sensitivity[0] if self.calls.gives("sensitivity") else None
@@ -181,10 +181,11 @@ class Planner:
             bounds: whether that bounds the cost by this table, for the plan to say.
         """
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
-        if self.settings.allocation in ("uniform", "softmax"):
-            errors, by_error = distances(self.layers, savings, self.weights, removed), False
+        by_error = self.settings.allocation not in ("uniform", "softmax")
+        if by_error:
+            errors = [self._errors(layer) for layer in self.layers]
         else:
-            errors, by_error = [self._errors(layer) for layer in self.layers], True
+            errors = distances(self.layers, savings, self.weights, removed)
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
         also = None
@@ -211,9 +212,8 @@ class Planner:
         )
 
     def _errors(self, layer: Layer) -> np.ndarray:
-        slopes = [self.sensitivities.get(s.name, 1.0) for s in layer.sites]
-        curves = [self.factors[s.name].tail[layer.candidates].numpy() for s in layer.sites]
-        return np.sum([slope * curve for slope, curve in zip(slopes, curves, strict=True)], axis=0)
+        curves = ((s.name, self.factors[s.name].tail[layer.candidates].numpy()) for s in layer.sites)
+        return np.sum([self.sensitivities.get(name, 1.0) * curve for name, curve in curves], axis=0)
 
     def _site_plan(self, site: Site, rank: int | None) -> SitePlan:
         """What a site keeps; None if it was not to be slimmed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,12 +27,9 @@ def embed(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 6
     Raises:
         InputError: if the pipeline has no text encoder.
     """
-    encoders = [
-        (getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}"))
-        for suffix in ("", "_2", "_3")
-        if getattr(pipeline, f"tokenizer{suffix}", None) is not None
-        and getattr(pipeline, f"text_encoder{suffix}", None) is not None
-    ]
+    named = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3"))
+    pairs: list[list[Any]] = [[getattr(pipeline, name, None) for name in names] for names in named]
+    encoders = [pair for pair in pairs if None not in pair]
     if not encoders:
         raise InputError(f"{type(pipeline).__name__} has no text encoder: name a model that takes prompts")
     parts = []

@@ -19,10 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed process left stays there
-    fcntl = None  # type: ignore[assignment]
+from filelock import lock_descriptor
 
 _WORKPLACE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.partial")
 _WORKING_DIRECTORY, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -91,30 +88,27 @@ def _workplace(path: Path) -> Iterator[Path]:
 
 
 def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    if fcntl is None:
-        return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # Windows opens no folders: what a killed process left stays there
         return
     stack.callback(os.close, descriptor)
     with contextlib.suppress(OSError):  # a file system without locks: nobody clears what they cannot lock, either
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_descriptor(descriptor)
 
 
 def _clear(workplace: Path, path: Path) -> None:
-    if fcntl is None:
-        return
     try:
-        descriptor = os.open(workplace, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(workplace, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_descriptor(descriptor, blocking=False):  # somebody is writing there
+            return
         if not path.exists() and (aside := _aside(workplace, path)).exists():
             aside.rename(path)
         shutil.rmtree(workplace, ignore_errors=True)
-    except OSError:  # somebody is writing there, or may be
+    except OSError:  # somebody may be writing there
         return
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ import torch
 from conftest import PROMPTS
 
 from slimdiff import Budget, Compressor, InputError, PlanSettings, compress, show_progress
+from slimdiff.compression import with_denoiser
 from slimdiff.progress import bar
 from slimdiff.settings import TRANSFORMER_GROUPS
 
@@ -27,7 +28,7 @@ def test_a_plan_alone_records_nothing_and_its_slim_model_what_it_is_fitted_on(wo
     assert not any(work.calls.has(name) for name in ("sensitivity", "fitting", "held"))  # the statistics hold it
     slim = work.slim(plans[1])
     assert work.calls.has("fitting") and not work.calls.has("held")
-    assert work.held_error.of(slim) > 0 and type(work.pipeline_with(slim).unet) is type(slim)
+    assert work.held_error.of(slim) > 0 and type(with_denoiser(work.pipeline, slim).unet) is type(slim)
 
 
 def test_a_plan_from_elsewhere_is_slimmed_as_ours_is(work, pipeline, calibration):

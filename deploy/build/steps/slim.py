@@ -10,6 +10,7 @@ from deploy.artifacts.figures import compression_result, costs, denoiser_of
 from deploy.artifacts.files import copy_licenses, save_pipeline
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from slimdiff.compression import with_denoiser
 from slimdiff.storage import manifest
 
 
@@ -17,7 +18,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     slim = shop.compressor.slim(shop.plan)
     seconds = round(time.perf_counter() - start, 3)
-    save_pipeline(shop.compressor.pipeline_with(slim), folder)
+    save_pipeline(with_denoiser(shop.dense, slim), folder)
     copy_licenses(shop.recipe.model, folder)
     call = shop.trajectory[0]
     calibrated, sensitivity, planned = (
