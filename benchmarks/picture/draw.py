@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,7 +36,8 @@ class Canvas:
 
     def text(self, x: float, y: float, words: str, size: float = 12, colour: str = INK, anchor: str = "la") -> None:
         """Words at a place; the anchor is Pillow's: `l`, `m`, `r` across and `a`, `m`, `d` down."""
-        self.pen.text((x * DRAWN, y * DRAWN), words, fill=colour, font=font(size), anchor=anchor)
+        white: dict[str, Any] = {"stroke_width": 2 * DRAWN, "stroke_fill": "white"}  # where a line runs behind them
+        self.pen.text((x * DRAWN, y * DRAWN), words, fill=colour, font=font(size), anchor=anchor, **white)
 
     def lines(self, points: Iterable[tuple[float, float]], colour: str, width: float = 1) -> None:
         scaled = [(x * DRAWN, y * DRAWN) for x, y in points]
