@@ -41,7 +41,7 @@ lint: $(READY)  ## ruff, mypy, and the contracts of who imports whom
 docs: $(READY)  ## the pages, in site/; any warning is an error
 	$(RUN)/mkdocs build --quiet
 
-bench: $(READY)  ## the figures in the README
+bench: $(READY)  ## the first table of benchmarks/RESULTS.md
 	$(RUN)/python -m benchmarks.quality
 
 clean:  ## remove the environments and every build

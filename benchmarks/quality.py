@@ -1,4 +1,4 @@
-"""Quality and speed of the slim embedded model: the README's table, and the ablation.
+"""Quality and speed of the slim embedded model: the first table of RESULTS.md, and the ablation.
 
 `make bench`, or `python -m benchmarks.quality [--cuts 25,10,50] [--unet-cuts 30] [--captions 500] [--methods ...]`:
 ours against pruning that looks at no activation. `python -m benchmarks.quality --ablation`: from the papers to ours,
@@ -279,7 +279,7 @@ def ablation_tables(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--ablation", action="store_true", help="the ablation instead of the README's table")
+    made.add_argument("--ablation", action="store_true", help="the ablation instead of the first table of RESULTS.md")
     made.add_argument("--cuts", help="percent of the transformer-block parameters")
     made.add_argument("--unet-cuts", help=f"percent of the whole UNet's parameters, for {', '.join(WHOLE)}")
     made.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
