@@ -1,0 +1,36 @@
+"""Slim diffusion models in closed form, guided by their activations, without a gradient step."""
+
+from .calibration.calibrate import calibrate
+from .compression import Compression, Compressor, compress
+from .errors import InputError, MissingPackageError, SlimdiffError
+from .fidelity import compare
+from .loading.pipelines import load_pipeline
+from .plan import Plan
+from .planning.planner import make_plan
+from .progress import show_progress
+from .settings import PAPERS, Budget, CalibrationSettings, Forms, PlanSettings, Sampling
+from .slimming.slim import slim_denoiser
+from .statistics import Statistics
+
+__all__ = [
+    "Budget",
+    "CalibrationSettings",
+    "Compression",
+    "Compressor",
+    "Forms",
+    "InputError",
+    "MissingPackageError",
+    "PAPERS",
+    "Plan",
+    "PlanSettings",
+    "Sampling",
+    "SlimdiffError",
+    "Statistics",
+    "calibrate",
+    "compare",
+    "compress",
+    "load_pipeline",
+    "make_plan",
+    "show_progress",
+    "slim_denoiser",
+]
