@@ -133,12 +133,8 @@ def overhead(denoiser: nn.Module, calls: list[Call], settings: StatisticsSetting
     groups = split_into_turns(find_sites(denoiser)[0], settings)
     plain, shares = [], []
     for number, group in enumerate(groups):
-        observer = Observer(
-            Statistics(""),
-            tokens_per_dimension=settings.tokens_per_dimension,
-            weigh=lambda _time: 1.0,
-        )
-        observer.begin_trajectory(0, PLANNED_CALLS / len(groups))
+        calls_like_it = PLANNED_CALLS / len(groups)
+        observer = Observer(Statistics(""), settings.tokens_per_dimension, lambda _time: 1.0, calls_like_it)
         with observer.watching(denoiser, group):  # allocates the moments, which is done once in a calibration
             predict(denoiser, calls[number])
         for pair in range(pairs):

@@ -9,16 +9,13 @@ from torch import nn
 from slimdiff.errors import InputError
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has wrapped this layer, by what all its tuner layers have (PEFT itself need not be installed)."""
-    return hasattr(module, "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)
-
-
 def refuse_adapters(denoiser: nn.Module) -> None:
     """Raises:
     InputError: if adapters are attached: slimming would leave their layers dense, and they would not fit afterwards.
     """
-    adapted = {path: module for path, module in denoiser.named_modules() if is_adapted(module)}
+    # What all of PEFT's tuner layers have; PEFT itself need not be installed.
+    wrapped = ((path, module) for path, module in denoiser.named_modules() if hasattr(module, "adapter_layer_names"))
+    adapted = {path: m for path, m in wrapped if isinstance(getattr(m, "base_layer", None), nn.Module)}
     if not adapted:
         return
     names = sorted({name for module in adapted.values() for name in getattr(module, "active_adapters", ())})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -217,15 +217,18 @@ class Statistics:
             _write(temporary, {"first": self.firsts, "moment": self.moments}, {"slimdiff": json.dumps(meta)})
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
+    def load(cls, path: Path, owner: Any = None) -> Statistics:
         """Open what `save` wrote.
+
+        Args:
+            owner: whatever must live as long as the file.
 
         Raises:
             InputError: if the file is no such thing.
         """
         meta = read_metadata(path)
         known = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        return cls(**known, moments=Stored(path, "moment"), firsts=Stored(path, "first"))
+        return cls(**known, moments=Stored(path, "moment", owner), firsts=Stored(path, "first", owner))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -245,36 +248,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return meta
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for."""
+class Lazy(UserDict[str, Tensor]):
+    """Tensors by name, each made when it is asked for; `data` holds the names alone."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
-        self.names = dict.fromkeys(names)
+        self.data = dict.fromkeys(names)  # type: ignore[assignment]
         self.make = make
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
+        if name not in self.data:
             raise KeyError(name)
         return self.make(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
 
 class Stored(Lazy):
-    """Tensors of one kind in a safetensors file, read when asked for."""
+    """Tensors of one kind in a safetensors file, read when asked for; `owner` lives as long as they do."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, owner: Any = None) -> None:
         self.path = path
         self.kind = kind
-        self.owner: Any = None
-        """Whatever must live as long as the file."""
+        self.owner = owner
         self.version = _version(path)
         with safe_open(path, framework="pt") as file:
             names = (key.partition("/") for key in file.keys())  # noqa: SIM118
@@ -315,9 +308,8 @@ def _summed(parts: Sequence[Mapping[str, Tensor]], factors: Sequence[Mapping[str
 
 def _way(made_from: dict[str, Any]) -> dict[str, Any]:
     """What statistics must have in common to be added: all but which prompts, which noise, and how many at a time."""
-    settings = dict(made_from.get("settings", {}))
-    for free in ("samples", "tokens_per_dimension", "memory_limit"):
-        settings.pop(free, None)
+    free = ("samples", "tokens_per_dimension", "memory_limit")
+    settings = {k: v for k, v in made_from.get("settings", {}).items() if k not in free}
     if "sampling" in settings:
         settings["sampling"] = {k: v for k, v in settings["sampling"].items() if k not in ("seed", "batch")}
     return {**settings, **{k: made_from[k] for k in ("fused_adapters",) if k in made_from}}

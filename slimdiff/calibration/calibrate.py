@@ -147,7 +147,8 @@ def _collect(
         with observer.watching(denoiser, groups[turn]):
             for start in range(done, len(mine), batch):
                 numbers = mine[start : start + batch]
-                observer.begin_trajectory(0 if sampling else numbers[0], len(dealt[turn]) * steps / len(numbers))
+                observer.step = -1 if sampling else numbers[0] - 1
+                observer.calls = len(dealt[turn]) * steps / len(numbers)
                 run(numbers)
                 done_bar.update(len(numbers))
                 if start + batch < len(mine):

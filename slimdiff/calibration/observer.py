@@ -27,7 +27,7 @@ class Observer:
     Attributes:
         weigh: gives a timestep's weight.
         calls: how many calls like the present one the whole calibration has: what the share of tokens is taken from.
-        step: of the present call in its trajectory, from 0.
+        step: of the latest call in its trajectory; before each batch, that of its first call less one.
         weight: of the present call's timestep.
     """
 
@@ -53,10 +53,6 @@ class Observer:
                     stack.enter_context(handle)
             with torch.no_grad(), watch_calls(denoiser, self._begin):
                 yield
-
-    def begin_trajectory(self, step: int, calls: float) -> None:
-        """Before each batch: the step of its first call, and `calls`."""
-        self.step, self.calls = step - 1, calls
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         self.step += 1

@@ -13,7 +13,7 @@ from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.settings import StatisticsSettings
-from slimdiff.statistics import Statistics, Stored, read_metadata
+from slimdiff.statistics import Statistics, read_metadata
 
 # Seconds between records of an unfinished calibration, and how many times longer than writing one that must be.
 RECORD_EVERY = 60.0
@@ -76,7 +76,7 @@ class Records:
             meta = {}
         if file is None or meta.get("key") != self.key:
             return None, 0
-        found, done = self._open(file), meta["done"]
+        found, done = Statistics.load(file, self.temporary), meta["done"]
         if done < items or not self.several:
             found.moments, found.firsts = (
                 {name: tensor.to(device, copy=True) for name, tensor in stored.items()}
@@ -99,7 +99,7 @@ class Records:
         if file is None:
             return statistics
         statistics.save(file, done=items, key=self.key)
-        return self._open(file) if self.several else statistics
+        return Statistics.load(file, self.temporary) if self.several else statistics
 
     def total(self, statistics: Statistics, turn: int) -> Statistics:
         """Sums over all processes, which are taken as they are read: in a file, or in memory if there is one turn."""
@@ -108,14 +108,7 @@ class Records:
             statistics.moments, statistics.firsts = dict(statistics.moments), dict(statistics.firsts)
             return statistics
         statistics.save(file)
-        return self._open(file)
+        return Statistics.load(file, self.temporary)
 
     def _file(self, what: str, turn: int) -> Path | None:
         return self.folder / f"process-{self.process}-{what}-{turn}.safetensors" if self.folder else None
-
-    def _open(self, file: Path) -> Statistics:
-        found = Statistics.load(file)
-        for stored in (found.moments, found.firsts):
-            assert isinstance(stored, Stored)
-            stored.owner = self.temporary
-        return found

@@ -203,6 +203,9 @@ class _Fit:
 
     def see_channels(self, half: int, seen: _Seen) -> None:
         x, y = (t.float().transpose(0, 1).flatten(1) for t in (self.hidden(seen), seen.hidden))
+        self._add(half, x, y)
+
+    def _add(self, half: int, x: Tensor, y: Tensor) -> None:
         if self.sums is None:
             self.sums = [Sums.zeros(len(x), len(y), x) for _ in range(2)]
         self.sums[half].add(x, y)
@@ -223,12 +226,10 @@ class _Fit:
 
     def see_patches(self, half: int, seen: _Seen) -> None:
         hidden, output = self.hidden(seen), seen.output.float()
-        if self.sums is None:
-            self.sums = [Sums.zeros(9 * len(self.kept), output.shape[1], hidden) for _ in range(2)]
         step = max(1, _MOST_PIXELS // hidden[0, 0].numel())
         for x, y in zip(hidden.split(step), output.split(step), strict=True):
             patches = functional.unfold(x, 3, padding=1)
-            self.sums[half].add(patches.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1))
+            self._add(half, patches.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1))
 
     def solve_patches(self, ridge: float | None) -> None:
         """conv2 by least squares against the dense one's output."""

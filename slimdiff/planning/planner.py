@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from torch import nn
@@ -21,7 +21,7 @@ from slimdiff.planning.papers import block_influences
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
-from slimdiff.slimming.compensation import DenseOutputs
+from slimdiff.slimming.compensation import DenseOutputs, dense_rows
 from slimdiff.slimming.slim import Factors, check_statistics, factorise, slim_denoiser
 from slimdiff.statistics import Statistics
 
@@ -149,8 +149,8 @@ class Planner:
 
     @cached_property
     def dense_outputs(self) -> DenseOutputs:
-        """What the dense layers give out in the fitting calls, for any number of slim models."""
-        return DenseOutputs(self.denoiser, self.calls.fitting)
+        """What dense layers give out in the fitting calls, kept for other slim models of the same layers."""
+        return lru_cache(1)(partial(dense_rows, self.denoiser, self.calls.fitting))
 
     def remember(self, statistics: Statistics, *, macs_too: bool = False) -> None:
         """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls.

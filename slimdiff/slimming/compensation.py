@@ -11,9 +11,10 @@ stream that tells much of it. The last linears themselves, after their local sol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class _Reached(Exception):
 
 
 Stages = list[list[str]]
+DenseOutputs = Callable[[tuple[str, ...]], list[dict[str, Tensor]]]
+"""What layers of these paths give out in the dense model, as `dense_rows` has it."""
 
 
 def stages(denoiser: nn.Module, plan: Plan, calls: Sequence[Call]) -> Stages:
@@ -63,16 +66,11 @@ def stages(denoiser: nn.Module, plan: Plan, calls: Sequence[Call]) -> Stages:
         return [list(found)] if found else []
     lasts = {f"{path}.{cut[path]}": path for path in sorted(cut)}
     order = list(_watch(denoiser, [*lasts, *(p for p in dict.fromkeys(projections.values()) if p)], calls[0]))
-    result: Stages = []
-    block = None
-    for name in order:
-        here = lasts[name].rpartition(".")[0] if name in lasts else name
-        if here == block:
-            result[-1].append(name)
-        else:
-            result.append([name])
-        block = here
-    return result
+
+    def block(name: str) -> str:
+        return lasts[name].rpartition(".")[0] if name in lasts else name
+
+    return [list(names) for _, names in groupby(order, block)]
 
 
 def _output_projection(denoiser: nn.Module, path: str) -> str | None:
@@ -88,27 +86,16 @@ def _output_projection(denoiser: nn.Module, path: str) -> str | None:
     return None
 
 
-class DenseOutputs:
-    """What a dense model's layers give out in recorded calls, kept for other slim models of the same layers."""
-
-    def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
-        self.denoiser = denoiser
-        self.calls = calls
-        self._known: dict[tuple[str, ...], list[dict[str, Tensor]]] = {}
-
-    @torch.no_grad()
-    def rows(self, stages: Stages) -> list[dict[str, Tensor]]:
-        """By call and layer, `[R, m]`: rows of evenly spread tokens, float32 on the CPU."""
-        names = tuple(name for stage in stages for name in stage)
-        if names not in self._known:
-            widths = sum(self.denoiser.get_parameter(f"{name}.weight").shape[0] for name in names)
-            most = OUTPUT_BYTES // (4 * widths * len(self.calls))
-            found = []
-            for number, call in enumerate(bar(self.calls, "dense outputs", "call")):
-                seen = _watch(self.denoiser, names, call)
-                found.append({name: _rows(output, number, most).float().cpu() for name, (_, output) in seen.items()})
-            self._known = {names: found}
-        return self._known[names]
+@torch.no_grad()
+def dense_rows(denoiser: nn.Module, calls: Sequence[Call], names: tuple[str, ...]) -> list[dict[str, Tensor]]:
+    """What a dense model's layers give out: by call and layer `[R, m]`, of evenly spread tokens, float32 on the CPU."""
+    widths = sum(denoiser.get_parameter(f"{name}.weight").shape[0] for name in names)
+    most = OUTPUT_BYTES // (4 * widths * len(calls))
+    rows = []
+    for number, call in enumerate(bar(calls, "dense outputs", "call")):
+        seen = _watch(denoiser, names, call)
+        rows.append({name: _rows(output, number, most).float().cpu() for name, (_, output) in seen.items()})
+    return rows
 
 
 @torch.no_grad()
@@ -117,7 +104,7 @@ def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, T
 
     Args:
         slim: whose layers of these stages get weights of their own, and biases where they have some.
-        outputs: `DenseOutputs.rows` of the same stages and calls.
+        outputs: `dense_rows` of the same layers and calls.
         calls: recorded denoiser calls, with many more tokens in them than a layer has inputs.
     """
     with bar(name="compensate", unit="call", total=len(stages) * len(calls)) as done:

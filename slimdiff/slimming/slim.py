@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
-from slimdiff.slimming.compensation import DenseOutputs, compensate, stages
+from slimdiff.slimming.compensation import DenseOutputs, compensate, dense_rows, stages
 from slimdiff.statistics import Statistics
 
 Factors = dict[str, Factor]
@@ -88,7 +89,8 @@ def slim_denoiser(
     ranks = {site: plan.sites[site.name].rank for site in changed}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings)
     mended = stages(denoiser, plan, fitting_calls)
-    outputs = (dense_outputs or DenseOutputs(denoiser, fitting_calls)).rows(mended) if mended else []
+    names = tuple(name for stage in mended for name in stage)
+    outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(names) if mended else []
     done = bar(name="slim", unit="site", total=len(changed))
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ def slim_denoiser(
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
     if release_dense:
-        for name in {name for stage in mended for name in stage}:
+        for name in names:
             for parameter in denoiser.get_submodule(name).parameters():
                 parameter.data = parameter.data.new_empty(0)
     return slim

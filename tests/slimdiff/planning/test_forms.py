@@ -141,11 +141,11 @@ def test_compensation_needs_calls(pipeline, compression):
 
 
 def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):
-    names = [["down_blocks.1.attentions.0.proj_out"]]
-    whole = compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names)
-    width = whole[0][names[0][0]].shape[1]
+    names = ("down_blocks.1.attentions.0.proj_out",)
+    whole = compensation.dense_rows(pipeline.unet, calls[:2], names)
+    width = whole[0][names[0]].shape[1]
     monkeypatch.setattr(compensation, "OUTPUT_BYTES", 4 * width * 2 * 10)
-    for all_rows, few in zip(whole, compensation.DenseOutputs(pipeline.unet, calls[:2]).rows(names), strict=True):
+    for all_rows, few in zip(whole, compensation.dense_rows(pipeline.unet, calls[:2], names), strict=True):
         (rows,), (picked,) = all_rows.values(), few.values()
         assert len(picked) == 10 < len(rows)
         assert all((row == rows).all(1).any() for row in picked)
