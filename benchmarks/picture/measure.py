@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exporters.latency.jobs import write_job
 from PIL.Image import Image
 
 from benchmarks.baselines import magnitude_pruning
 from exporters.latency.measure import bench
+from exporters.latency.pair import write_job
 from exporters.machine import machine_name
 from exporters.settings import BenchSettings
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Sampling, embedded, load_pipeline

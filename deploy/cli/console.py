@@ -86,8 +86,11 @@ def on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
         warnings.filterwarnings("ignore")
         for name in _LIBRARIES:
             logging.getLogger(name).setLevel(logging.ERROR)
-    with contextlib.redirect_stderr(stream):
-        yield
+    try:
+        with contextlib.redirect_stderr(stream):
+            yield
+    finally:
+        log.handlers[:], log.propagate = [], True
 
 
 def calm_libraries() -> None:

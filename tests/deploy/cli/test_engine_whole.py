@@ -34,10 +34,10 @@ def interrupted(exported, engine, tmp_path_factory) -> Path:
     (out / ".text_encoder.0123abcd.partial").mkdir()
     build = EngineRequest.build
 
-    def stop(request, folder, progress=None):
+    def stop(request, folder):
         if request.onnx_file.parent.name == "vae_decoder":
             raise KeyboardInterrupt
-        return build(request, folder, progress)
+        return build(request, folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineRequest, "build", stop)
