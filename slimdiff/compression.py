@@ -101,7 +101,6 @@ class Compressor:
     Any number of budgets share the statistics, the recorded calls, and what was measured by forward passes.
 
     Args:
-        prompts: as `compress` takes them.
         unfinished: a folder for a calibration that may be interrupted (see `calibrate`).
     """
 
@@ -172,11 +171,7 @@ class Compressor:
         self.planner.remember(self.statistics, macs_too=True)
 
     def plan(self, budget: Budget, latency: CostTable | None = None) -> Plan:
-        """Ranks within a budget (`make_plan`).
-
-        Args:
-            latency: measured milliseconds by layer and rank; kept for further plans.
-        """
+        """Ranks within a budget (`make_plan`)."""
         if latency is not None:
             self.planner.costs.latency = latency
         return self.planner.plan(budget)

@@ -27,10 +27,6 @@ class MissingPackageError(SlimdiffError):
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package where it is used.
 
-    Args:
-        module: the module to import, e.g. `onnxruntime`.
-        extra: slimdiff's extra that installs it.
-
     Raises:
         MissingPackageError: naming the extra.
     """

@@ -25,10 +25,6 @@ def bar(over: Iterable[Any] | None = None, name: str = "", unit: str = "it", **m
 
     A bar inside a bar goes when it is full. Of the processes of `torchrun` or `accelerate launch`, the first shows
     bars alone.
-
-    Args:
-        name: what is under way.
-        more: further arguments of `tqdm`.
     """
     if not _shown or os.environ.get("RANK", "0") != "0":  # False would overrule the environment's switch
         more["disable"] = True

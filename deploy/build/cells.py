@@ -136,7 +136,6 @@ def build_cell(job: Job, whole: Workshop | None = None) -> list[Done] | Slimdiff
     """Build one cell, in this process or in one of Ray's; an error is returned, for other cells go on.
 
     Args:
-        job: which.
         whole: the build's workshop, with the models that are open in it; opened again if not given.
     """
     shop = CellWorkshop(job.cell, whole or Workshop(job.recipe, job.folder), job.forced)

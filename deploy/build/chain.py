@@ -38,9 +38,7 @@ def run_build(
     """Run all stages and log the gates; a stage that is done already and has not changed is skipped.
 
     Args:
-        recipe: all settings.
         name: what the build is called in the report.
-        folder: the build folder.
         force: stages to do again, with all that depend on them.
         ray: where the cells of a matrix are built: the address of a Ray cluster that sees the same files, or `local`;
             None: here, one after the other.

@@ -71,7 +71,6 @@ def judge(
     """Every gate that the recipe has, with the value that it bounds.
 
     Args:
-        gates: the recipe's.
         results: `validate`, `compare` and `bench` as their stages returned them.
         cells: what came of the cells of the matrix; each has a gate of parity, too.
     """

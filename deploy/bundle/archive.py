@@ -45,10 +45,6 @@ class _RegularFile(tarfile.TarInfo):
 def pack(folder: Path, file: Path) -> None:
     """Write a bundle's folder as one file; the same folder gives the same bytes.
 
-    Args:
-        folder: a finished bundle.
-        file: to write; an earlier file there is replaced.
-
     Raises:
         InputError: if a name is too long, or a file has another size than the manifest says or is cut short meanwhile.
         MissingPackageError: if zstandard is not installed.

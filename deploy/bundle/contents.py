@@ -70,10 +70,6 @@ def write_bundle(
     """Write a bundle into an empty folder.
 
     Args:
-        source: from `open_source`.
-        taken: its denoisers that go into the bundle, from `choose`.
-        folder: that is there.
-        selection: what they were chosen by.
         triton: write a Triton repository of the bundle's own pipeline, too.
 
     Returns:

@@ -67,7 +67,6 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     Args:
         name: a model, an ONNX folder, an engine or several, or a finished build.
         pipeline: a model or the folder of a whole pipeline in ONNX, whose other components go with a denoiser alone.
-        selection: what a model is exported for.
 
     Raises:
         InputError: if it is nothing of these, or a denoiser alone and no pipeline is named.

@@ -35,9 +35,6 @@ def add(parser: Any, kind: type[BaseModel], *names: str, flag: str = "", **chang
     """A flag for each field of these names.
 
     Args:
-        parser: or a group of one.
-        kind: the settings.
-        names: of the fields.
         flag: where it is not called as its field is.
         changed: arguments of argparse's `add_argument` in the place of those that the field gives.
     """

@@ -20,7 +20,6 @@ def check_folder(folder: Path, *marks: str) -> None:
     """Refuse a place to write into that is a file, cannot be written, or holds other people's files.
 
     Args:
-        folder: where a command is to write.
         marks: files of which a folder that slimdiff wrote has at least one.
     """
     check_writable(folder)
@@ -48,11 +47,7 @@ def check_file(path: str, flag: str) -> None:
 
 
 def check_runnable(*names: str | None) -> None:
-    """Refuse artifacts to open that are neither here nor the id of a model on the hub, or nothing that slimdiff knows.
-
-    Args:
-        names: as the user named them; None for one that was not named.
-    """
+    """Refuse artifacts to open that are neither here nor the id of a model on the hub, or nothing that slimdiff knows."""
     for name in names:
         if name is not None and kind_of(name) == "model":
             find_model(name)

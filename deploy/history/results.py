@@ -159,7 +159,6 @@ def all_series(
     """Entries that may be compared, with the levels that they were at.
 
     Args:
-        entries: by time.
         trend: the figure that is followed.
         across_machines: compare what different machines measured. Their ratios may differ as much as their times do.
         last: leave out all but so many of each.

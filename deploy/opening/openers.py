@@ -70,11 +70,9 @@ def open_denoiser(
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
     Args:
-        name: how the user named it.
         runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
             engine has but one.
         height: of the images, pixels, where a bundle has denoisers for several sizes.
-        width: of the images, pixels.
 
     Raises:
         InputError: if it is none of them, or that runtime does not take it.
@@ -103,11 +101,6 @@ def open_denoiser(
 
 def runtime_for(name: str, kind: str, runtime: str | None) -> str:
     """The runtime that takes an artifact: the one that was asked for, or else the first that does.
-
-    Args:
-        name: how the user named it.
-        kind: `kind_of(name)`.
-        runtime: of `exporters.runtimes`.
 
     Raises:
         InputError: if it is nothing to be run, or that runtime does not take it.
@@ -142,8 +135,6 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
     """A pipeline that makes images with what was opened.
 
     Args:
-        opened: from `open_denoiser`.
-        name: how the user named it.
         rest: the model, or the folder of a whole pipeline in ONNX or of engines, that gives the other components to a
             graph or an engine; without one, the folder's own.
 

@@ -21,10 +21,6 @@ _FOLDERS = [Path(__file__).parent / name for name in ("templates", "sections")]
 def write_report(build_folder: Path, out_file: Path) -> None:
     """Write the report of a build whose other stages are done.
 
-    Args:
-        build_folder: as `deploy.artifacts.build_folder` describes it.
-        out_file: the HTML file to write.
-
     Raises:
         InputError: if a file of the build is missing or is not what it should be.
     """

@@ -51,7 +51,6 @@ def find_components(source: Path, settings: TritonSettings) -> list[Component]:
 
     Args:
         source: a folder in optimum's layout; an engine lies beside the graph that it takes the place of.
-        settings: backend and largest batch.
 
     Raises:
         InputError: if a model is missing or damaged, or an engine cannot be served.

@@ -53,7 +53,6 @@ def pipeline_config(size: Sequence[int | str], settings: TritonSettings) -> str:
 
     Args:
         size: height and width of its images, in pixels.
-        settings: how many requests at a time, how many steps.
 
     Raises:
         MissingPackageError: without tritonclient, which has the schema.

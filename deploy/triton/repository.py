@@ -35,7 +35,6 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
     Args:
         source: a pipeline that `slimdiff export` wrote; engines, where there are some, lie in its models' folders.
         out: a folder, made if need be, with no repository in it.
-        settings: backend, instances, batching.
 
     Returns:
         every file written.

@@ -53,7 +53,6 @@ class Records:
         folder: None keeps nothing, unless there are several turns: then a temporary folder keeps the finished ones out
             of memory while files are open from it.
         key: what the calibration is; records of another are ignored.
-        process: this process's number.
     """
 
     def __init__(self, folder: Path | None, key: str, process: int, turns: int) -> None:

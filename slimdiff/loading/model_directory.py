@@ -80,8 +80,6 @@ def library_class(entry: Any, where: Path, bases: tuple[type, ...] = _CONFIGURED
     """The class that an entry `[library, class]` of `model_index.json` names.
 
     Args:
-        entry: from the file.
-        where: the file, for errors.
         bases: of which it must be a subclass; by default what has no weights.
 
     Raises:

@@ -26,9 +26,6 @@ def write_vocabulary(tokenizer: Any, folder: Path) -> None:
 def check_vocabulary(kind: Any, folder: Path) -> None:
     """See that a tokenizer's folder has a vocabulary: without one, transformers 5 opens a tokenizer of no words.
 
-    Args:
-        kind: its class; other classes than tokenizers are not looked at.
-
     Raises:
         InputError: if there is none.
     """
@@ -43,10 +40,6 @@ def check_text_weights(kind: Any, weights: Sequence[Path]) -> None:
     """See that this transformers finds the weights of a CLIP text encoder by their names.
 
     transformers 5 writes them without the prefix `text_model.` and reads both; 4 would leave all of them random.
-
-    Args:
-        kind: the class of the component; other classes are not looked at.
-        weights: its safetensors files, whole.
 
     Raises:
         InputError: if not.

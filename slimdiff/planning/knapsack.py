@@ -155,11 +155,7 @@ def _nearest(savings: Sequence[np.ndarray], removed: float) -> float:
 
 
 def softmax_weights(scores: Sequence[float], temperature: float) -> list[float]:
-    """The papers' allocation: shares that go in proportion to `softmax(-score / temperature)`, of mean 1.
-
-    Args:
-        scores: per layer, how much it changes its input.
-    """
+    """The papers' allocation: shares that go in proportion to `softmax(-score / temperature)`, of mean 1."""
     raised = np.exp(-(np.array(scores) - min(scores)) / temperature)
     return [float(w) for w in raised / raised.mean()]
 

@@ -21,10 +21,6 @@ def block_influences(denoiser: nn.Module, paths: Sequence[str], calls: Sequence[
     """Block influence per layer: 1 - E[cos(x, y)] over the tokens of a block's input and output (MoDeGPT).
 
     A layer's block is the transformer block that it is part of, else the layer itself.
-
-    Args:
-        paths: module paths of the layers.
-        calls: recorded denoiser calls.
     """
     blocks = [_block(denoiser, path) for path in paths]
     sums: dict[str, list[float]] = {block: [] for block in blocks}

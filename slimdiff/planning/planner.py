@@ -177,7 +177,6 @@ class Planner:
         """The plan by which `removed` goes, in the table's unit, with the least predicted error.
 
         Args:
-            budget: what was asked for.
             bounds: whether that bounds the cost by this table, for the plan to say.
         """
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]

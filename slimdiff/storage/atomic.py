@@ -57,7 +57,6 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes were writing in a folder; what a living one is writing stays.
 
     Args:
-        folder: to look in, not below.
         name: of the file or folder that was to appear; None: any.
     """
     with os.scandir(folder) as entries:
