@@ -141,11 +141,6 @@ def register(runtime: Runtime) -> None:
     _REGISTERED[runtime.name] = runtime
 
 
-def unregister(name: str) -> None:
-    """Take a runtime out that was added."""
-    del _REGISTERED[name]
-
-
 def names(*takes: Takes) -> tuple[str, ...]:
     """The runtimes that take one of these, or all of them; in the order in which they were added."""
     return tuple(name for name, row in _REGISTERED.items() if not takes or row.takes in takes)

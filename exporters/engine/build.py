@@ -15,7 +15,7 @@ from exporters.engine.backends import Backend, choose_backend
 from exporters.engine.check import ENGINE, REPORT, read_engine, runs_on
 from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.key import differences, engine_parts, key_of
+from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
@@ -49,7 +49,7 @@ class EngineRequest:
     @property
     def key(self) -> str:
         """SHA-256 of the parts."""
-        return key_of(self.parts)
+        return manifest.fingerprint(self.parts)
 
     def why_build(self, folder: Path | str) -> str | None:
         """Why what is in a folder will not do: `weights changed`, say; None if it is this engine, whole."""
@@ -189,14 +189,14 @@ def _in_process(request: EngineRequest, engine: Path) -> dict[str, Any]:
         (Path(scratch) / "job.json").write_text(json.dumps(job))
         environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(request.backend == "tensorrt-rtx"))}
         command = worker_command("exporters.engine.worker", str(Path(scratch) / "job.json"))
-        with log.open("wb") as out:
-            worker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        with (
+            log.open("wb") as out,
+            subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as worker,
+        ):
             try:
                 code = _wait(worker, log)
             finally:
-                if worker.poll() is None:
-                    worker.kill()
-                    worker.wait()
+                worker.kill()
         if code == 0:
             return json.loads(result.read_text())
         if result.is_file():

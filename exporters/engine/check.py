@@ -12,7 +12,6 @@ from typing import Any
 
 from exporters.engine.backends import BACKENDS, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.key import key_of
 from exporters.engine.shapes import profiles_of, shape_text
 from exporters.registry import runtime_of
 from slimdiff.errors import InputError, MissingPackageError
@@ -82,32 +81,24 @@ def read_engine(folder: Path) -> dict[str, Any]:
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
     report = manifests.read_json(folder / REPORT)
-    whole = isinstance(report, dict) and {"key", "parts", "backend"} <= report.keys()
-    if not whole or not _well_formed(report) or key_of(report["parts"]) != report["key"]:
+    try:  # whatever is read of it later is read here
+        whole = report["backend"] in BACKENDS and manifests.fingerprint(report["parts"]) == report["key"]
+        place, stripped = runs_on(report), report["parts"].get("options", {}).get("strip_weights")
+        _place(report)
+        profiles_of(place["shapes"])
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise InputError(
             f"{folder / REPORT} does not go with itself (its key is not that of its parts): build it again"
         )
-    if report["parts"].get("options", {}).get("strip_weights"):
+    if stripped:
         raise InputError(f"{folder} has no weights (strip_weights): such engines are no longer opened, build it again")
-    if manifest["runs_on"] and manifest["runs_on"] != runs_on(report):
+    if manifest["runs_on"] and manifest["runs_on"] != place:
         raise InputError(
             f"{folder / manifests.MANIFEST} and {REPORT} disagree on what the engine runs on: build it again"
         )
     return report
-
-
-def _well_formed(report: Mapping[str, Any]) -> bool:
-    """Whether a report has what the checks here read of it."""
-    parts = report["parts"]
-    if report["backend"] not in BACKENDS or not isinstance(parts, dict):
-        return False
-    place, versions, shapes = (parts.get(name) for name in ("runs_on", "versions", "shapes"))
-    if not (isinstance(place, dict) and isinstance(versions, dict) and isinstance(shapes, dict)):
-        return False
-    gpu, targets = place.get("gpu"), place.get("targets")
-    placed = isinstance(gpu, dict) and {"name", "capability"} <= gpu.keys() or isinstance(targets, list)
-    placed = placed and isinstance(parts.get("options", {}), dict)
-    return placed and isinstance(versions.get(report["backend"]), str) and "precision" in parts
 
 
 def runs_on(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from exporters.settings import EngineSettings
     from slimdiff import Plan
 
-_BUILDER = ("worker.py", "network.py", "layers.py")
+_BUILDER = ("worker.py", "network.py")
 
 
 def engine_parts(
@@ -64,11 +64,6 @@ def engine_parts(
         "builder": manifest.fingerprint([manifest.sha256_of(here / name) for name in _BUILDER]),
         "runs_on": {"targets": sorted(settings.targets)} if settings.targets or gpu is None else {"gpu": vars(gpu)},
     }
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of the parts."""
-    return manifest.fingerprint(parts)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporters.engine.layers import inspect_engine
-from exporters.engine.network import describe_network, fused_attention
+from exporters.engine.network import describe_network, fused_attention, inspect_engine
 from exporters.machine import peak_memory
 from slimdiff.errors import InputError
 

@@ -131,7 +131,8 @@ def _leftovers_at(
     last: list[ir.Node] = []
     around: set[int] = set()
     for layer, axis in axes.items():
-        nodes = [node for node in by_module[f"{path}.{layer}"] if any(map(_is_matrix, node.inputs))]
+        nodes = by_module[f"{path}.{layer}"]
+        nodes = [node for node in nodes if any(_is_weight(v) and len(shape_of(v)) > 1 for v in node.inputs)]
         (first if axis == 0 else last).extend(nodes)
         for node in nodes if axis == 0 else ():
             convolution = len(weights[f"{path}.{layer}"]) == 4
@@ -174,11 +175,6 @@ def _whole_numbers(value: ir.Value | None) -> list[int]:
 
 def _is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.dtype != require("onnx_ir", "onnx").DataType.INT64
-
-
-def _is_matrix(value: ir.Value | None) -> bool:
-    """Whether it is the weight of a linear or a convolution: one of more than one axis."""
-    return _is_weight(value) and len(shape_of(value)) > 1
 
 
 def _inner_sizes(site: SitePlan, rank: int) -> set[int]:

@@ -25,7 +25,7 @@ baseline fails far less often.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Literal
@@ -82,11 +82,6 @@ class Look:
 
 LOOKS = (Look(6, 0.006), Look(9, 0.008), Look(13, 0.010), Look(19, 0.012), Look(28, 0.014))
 """Half as many pairs again each time. More error is left to later looks, where hard cases are decided."""
-
-
-def looks(pairs: int | None = None) -> Iterator[Look]:
-    """The schedule, or a single look after that many pairs."""
-    yield from LOOKS if pairs is None else (Look(pairs, ERROR),)
 
 
 @dataclass(frozen=True)

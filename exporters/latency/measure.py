@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.latency.decision import Gate, Interval, Verdict, interval, looks
+from exporters.latency.decision import ERROR, LOOKS, Gate, Interval, Look, Verdict, interval
 from exporters.latency.pair import Job, PairTimes, SideTimes, measure_pair
 from exporters.machine import fingerprint, machine_name
 from exporters.settings import BenchSettings
@@ -96,11 +96,11 @@ def sample(
         turn: measures a pair; `first` says which side goes first.
         clock: seconds.
     """
-    fixed = settings.processes if gate else settings.processes or next(looks()).pairs
+    fixed = settings.processes or (None if gate else LOOKS[0].pairs)
     start = clock()
     pairs: list[PairTimes] = []
     with bar(name="bench", unit="pair") as shown:
-        for look in looks(fixed):
+        for look in (Look(fixed, ERROR),) if fixed else LOOKS:
             while len(pairs) < look.pairs:
                 spent = clock() - start
                 if len(pairs) >= 2 and spent + spent / len(pairs) > settings.max_seconds:

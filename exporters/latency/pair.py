@@ -104,20 +104,23 @@ class PairTimes:
 
 
 class Worker:
-    """The process of one side; ends with the block that it is opened for.
+    """The process of one side; ends with the block that it is opened for. Its first answer says that it is prepared.
 
     Args:
         job: what it runs.
+        settings: threads and batch.
         pauses: stop it whenever it is not asked anything. Threads of runtimes spin for a while after a run, which takes
             cores from the other side.
     """
 
-    def __init__(self, job: Job, pauses: bool = False):
+    def __init__(self, job: Job, settings: BenchSettings, pauses: bool = False):
         self.job = job
         self._pauses = pauses and hasattr(signal, "SIGSTOP")
         self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        arguments = {"threads": settings.threads or None, "batch": settings.batch, "shapes": job.shapes}
+        prepare = {"do": "prepare", "path": job.path, "runtime": asdict(runtime_of(job.runtime)), **arguments}
         self._process = subprocess.Popen(
-            worker_command("exporters.latency.worker"),
+            worker_command("exporters.latency.worker", json.dumps(prepare)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -128,20 +131,9 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
-        self._process.wait()
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._stderr.close()
-
-    def send(self, do: str, **arguments: Any) -> None:
-        """Give a command, without waiting."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `answer` says what became of it
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
+        with suppress(BrokenPipeError), self._stderr, self._process:  # which closes its pipes and waits
+            pass
 
     def answer(self) -> dict[str, Any]:
         """Wait for the answer to the command.
@@ -169,7 +161,8 @@ class Worker:
         """Give a command and wait for its answer."""
         if self._pauses:
             self._process.send_signal(signal.SIGCONT)
-        self.send(do, **arguments)
+        with suppress(BrokenPipeError):  # `answer` says what became of it
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
         answer = self.answer()
         if self._pauses:
             self._process.send_signal(signal.SIGSTOP)
@@ -189,14 +182,10 @@ def measure_pair(baseline: Job, candidate: Job, settings: BenchSettings, *, firs
         SlimdiffError: if a process died.
     """
     jobs = (baseline, candidate)
-    rows = [runtime_of(job.runtime) for job in jobs]
-    on_cpu = all(row.device == "cpu" for row in rows)
+    on_cpu = all(runtime_of(job.runtime).device == "cpu" for job in jobs)
     start = time.perf_counter()
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(job, pauses=on_cpu)) for job in jobs]
-        for job, row, worker in zip(jobs, rows, workers, strict=True):
-            arguments = {"threads": settings.threads or None, "batch": settings.batch, "shapes": job.shapes}
-            worker.send("prepare", path=job.path, runtime=asdict(row), **arguments)
+        workers = [stack.enter_context(Worker(job, settings, pauses=on_cpu)) for job in jobs]
         for worker in workers:
             worker.answer()
         cores = idle_cores(settings.threads) if settings.threads and on_cpu else None

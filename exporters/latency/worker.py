@@ -1,6 +1,6 @@
 """One side of a process pair; `pair.py` starts it.
 
-Commands are lines of JSON on stdin, answers on stdout:
+Commands are lines of JSON, the first its argument, the others on stdin; answers are lines of JSON on stdout:
 
     {"do": "prepare", "path", "runtime": a row of the registry, "threads", "batch", "shapes"}   import what it runs in
     {"do": "open", "cores": [1] or null, "warmup": 3}             open it on these cores, run it until it is warm
@@ -20,8 +20,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,49 +38,6 @@ STEADY = 0.02
 LOST = 0.01
 """Share of a run's time that threads must have waited for a core, for it to count as disturbed. The process that asks
 for the run is on the same core at times, and takes some hundredths of a millisecond of nearly every one."""
-
-
-@dataclass
-class Opened:
-    """What is to be timed."""
-
-    run: Callable[[], Any]
-    runtime: str
-    """For people."""
-    shapes: dict[str, list[int]]
-    """Of the inputs."""
-
-
-def opener(
-    path: str,
-    runtime: Runtime,
-    threads: int | None = None,
-    batch: int = 2,
-    shapes: Mapping[str, Sequence[int]] | None = None,
-) -> Callable[[], Opened]:
-    """Import what an artifact runs in.
-
-    Args:
-        threads: of a runtime on the CPU; its own choice if not given.
-        batch: samples in a call, where the artifact does not fix it and `shapes` says nothing.
-        shapes: of a graph's inputs, where it leaves them open.
-
-    Returns:
-        what opens it.
-    """
-    if runtime.takes != "engine":  # whose folder is looked at first
-        runtime.require()
-    opens = runtime.load()
-    if runtime.takes == "model":
-        return partial(opens, path, threads, batch=batch, **runtime.options)
-
-    def open_session() -> Opened:
-        session = opens(Path(path), threads, **runtime.options)
-        inputs = {name: (shapes or {}).get(name, shape) for name, shape in session.inputs.items()}
-        feed = noise({name: (shape, session.dtypes[name]) for name, shape in inputs.items()}, batch)
-        return Opened(partial(session.run, feed), session.runtime, {n: list(array.shape) for n, array in feed.items()})
-
-    return open_session
 
 
 def noise(inputs: Mapping[str, tuple[Sequence[int | str | None], str]], batch: int) -> dict[str, np.ndarray]:
@@ -154,12 +111,30 @@ def _switches() -> int:
 class Side:
     """What the commands do."""
 
-    name = "the artifact"
+    def prepare(
+        self,
+        path: str,
+        runtime: dict[str, Any],
+        threads: int | None,
+        batch: int,
+        shapes: Mapping[str, Sequence[int]] | None,
+    ) -> dict[str, Any]:
+        """Import what the artifact runs in.
 
-    def prepare(self, path: str, runtime: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-        """Import what the artifact runs in."""
-        self.name = path
-        self.open_it = opener(path, Runtime(**runtime), **arguments)
+        Args:
+            threads: of a runtime on the CPU; its own choice if not given.
+            batch: samples in a call, where the artifact does not fix it and `shapes` says nothing.
+            shapes: of a graph's inputs, where it leaves them open.
+        """
+        self.name, self.batch, self.given = path, batch, shapes or {}
+        row = Runtime(**runtime)
+        if row.takes != "engine":  # whose folder is looked at first
+            row.require()
+        self.takes_model = row.takes == "model"
+        if self.takes_model:
+            self.open_it = partial(row.load(), path, threads, batch=batch, **row.options)
+        else:
+            self.open_it = partial(row.load(), Path(path), threads, **row.options)
         return {}
 
     def open(self, cores: list[int] | None, warmup: int) -> dict[str, Any]:
@@ -167,35 +142,43 @@ class Side:
         if cores is not None:
             os.sched_setaffinity(0, cores)
         start = time.perf_counter()
-        self.opened = self.open_it()
+        opened = self.open_it()
+        self.run_it = opened.run
+        if self.takes_model:
+            shapes = opened.shapes
+        else:
+            inputs = {name: (self.given.get(name, shape), opened.dtypes[name]) for name, shape in opened.inputs.items()}
+            feed = noise(inputs, self.batch)
+            shapes = {name: list(array.shape) for name, array in feed.items()}
+            self.run_it = partial(opened.run, feed)
         load = time.perf_counter() - start
-        first = timed(self.opened.run, 1)["wall_ms"][0]
-        times = warm(self.opened.run, warmup)
+        first = timed(self.run_it, 1)["wall_ms"][0]
+        times = warm(self.run_it, warmup)
         gc.collect()
         gc.disable()
         return {
             "load_ms": 1e3 * load,
             "first_run_ms": first,
             "run_ms": median(times[-3:]),
-            "title": self.opened.runtime,
-            "shapes": self.opened.shapes,
+            "title": opened.runtime,
+            "shapes": shapes,
         }
 
     def run(self, count: int) -> dict[str, Any]:
         """Time that many runs."""
-        return timed(self.opened.run, count)
+        return timed(self.run_it, count)
 
     def end(self) -> dict[str, Any]:
         """Peak memory, in bytes."""
         return {"peak_memory_bytes": peak_memory()}
 
 
-def main(_: Sequence[str]) -> int:
-    """Answer commands until stdin ends."""
+def main(argv: Sequence[str]) -> int:
+    """Answer the command `argv[0]`, then those on stdin until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     side = Side()
-    for line in sys.stdin:
+    for line in chain(argv, sys.stdin):
         command = json.loads(line)
         try:
             answer = getattr(side, command.pop("do"))(**command)

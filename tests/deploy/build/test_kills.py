@@ -156,15 +156,12 @@ def test_compress_killed_while_it_writes(forks, workshop, undisturbed, tmp_path)
 # --- children -----------------------------------------------------------------------------------------------------
 
 WORKER = """
-import sys, time
-from dataclasses import asdict
 from exporters.latency.pair import Job, Worker
-from exporters.registry import runtime_of
-with Worker(Job("x", {path!r}, "onnxruntime")) as worker:
-    worker.ask("prepare", path={path!r}, runtime=asdict(runtime_of("onnxruntime")), batch=2, threads=1)
-    worker.send("open", cores=None, warmup=10**9)
+from exporters.settings import BenchSettings
+with Worker(Job("x", {path!r}, "onnxruntime"), BenchSettings()) as worker:
+    worker.answer()
     print(worker._process.pid, flush=True)
-    time.sleep(600)
+    worker.ask("open", cores=None, warmup=10**9)
 """
 
 

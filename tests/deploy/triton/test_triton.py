@@ -19,7 +19,6 @@ from deploy.cli.app import main
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
 from exporters.engine.check import runs_on
-from exporters.engine.key import key_of
 from exporters.engine.shapes import dims_of_inputs, engine_shapes
 from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call, export_pipeline
@@ -236,8 +235,8 @@ def write_engine(folder: Path, shapes: dict[str, Any], backend: str = "tensorrt"
         "runs_on": {"gpu": {"name": "NVIDIA L4", "capability": "sm89", "driver": "580"}},
         "precision": "fp16",
     }
-    report = {"backend": backend, "version": "10.13.3.9", "parts": parts, "key": key_of(parts), "inputs": inputs}
-    report["outputs"] = [{"name": "out_sample", "shape": fixed["sample"], "dtype": "float16"}]
+    report = {"backend": backend, "version": "10.13.3.9", "parts": parts, "key": manifest.fingerprint(parts)}
+    report["inputs"], report["outputs"] = inputs, [{"name": "out_sample", "shape": fixed["sample"], "dtype": "float16"}]
     (folder / "model.engine").write_bytes(b"an engine")
     (folder / "engine.json").write_text(json.dumps(report))
     manifest.write_manifest(folder, "engine", {}, runs_on(report))

@@ -10,7 +10,6 @@ import pytest
 
 from exporters.engine.check import check_engine, choose_profile, runs_on
 from exporters.engine.gpu import Gpu
-from exporters.engine.key import key_of
 from exporters.engine.shapes import engine_shapes
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError, MissingPackageError
@@ -42,7 +41,7 @@ def rewrite(folder, **changes):
     report = json.loads((folder / "engine.json").read_text())
     report["parts"] |= changes.pop("parts", {})
     report |= changes
-    report["key"] = key_of(report["parts"])
+    report["key"] = manifest.fingerprint(report["parts"])
     (folder / "engine.json").write_text(json.dumps(report))
     manifest.write_manifest(folder, "engine", {}, runs_on(report))
 

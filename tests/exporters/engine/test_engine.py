@@ -15,8 +15,8 @@ from exporters.engine.build import build_engine, request_engine
 from exporters.engine.check import choose_profile, read_engine
 from exporters.engine.errors import explain, explain_open
 from exporters.engine.gpu import Gpu
-from exporters.engine.layers import dims_by_node
 from exporters.engine.memory import available_memory, build_memory, demand_memory
+from exporters.engine.network import dims_by_node
 from exporters.engine.sites import compare_layers
 from exporters.graphs.export import export_unet
 from exporters.settings import EngineSettings, ExportSettings, ShapeRange

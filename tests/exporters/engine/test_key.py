@@ -12,9 +12,10 @@ import pytest
 from exporters.engine.build import request_engine
 from exporters.engine.check import read_engine
 from exporters.engine.gpu import Gpu
-from exporters.engine.key import differences, key_of
+from exporters.engine.key import differences
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
+from slimdiff.storage.manifest import fingerprint
 
 RTX = EngineSettings(backend="tensorrt-rtx", targets=["sm89"])
 ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", "580.65.06")
@@ -35,7 +36,7 @@ def graph(rtx, exported, tmp_path):
 
 def test_nothing_changed_and_in_another_folder_is_the_same_key(graph, exported):
     one, other = parts(graph), parts(exported["slim-fp16"])
-    assert one == other and key_of(one) == key_of(other) and differences(one, other) == []
+    assert one == other and fingerprint(one) == fingerprint(other) and differences(one, other) == []
     assert one["precision"] == "fp16" and parts(exported["slim"])["precision"] == "fp32"
 
 
@@ -109,7 +110,7 @@ def test_another_version_is_another_engine(graph, package, monkeypatch):
 def test_our_own_builder_counts(graph):
     before = parts(graph)
     after = {**before, "builder": "0" * 64}
-    assert key_of(before) != key_of(after) and differences(before, after) == ["builder changed"]
+    assert fingerprint(before) != fingerprint(after) and differences(before, after) == ["builder changed"]
 
 
 def test_an_engine_knows_whether_it_is_the_one_asked_for(graph, slim_engine, slim_and_plan, tmp_path):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from itertools import count
 
 import numpy as np
@@ -16,7 +15,6 @@ import pytest
 
 from exporters.latency.pair import Job, Worker, idle_cores, measure_pair
 from exporters.latency.worker import noise, timed, warm
-from exporters.registry import runtime_of
 from exporters.settings import BenchSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
@@ -74,22 +72,21 @@ def test_an_absent_provider_is_told(exported):
 
 
 def test_a_process_that_dies_is_told_and_none_is_left(exported):
-    with pytest.raises(SlimdiffError, match="died .killed"), Worker(job(exported["dense"])) as worker:
+    with pytest.raises(SlimdiffError, match="died .killed"), Worker(job(exported["dense"]), QUICK) as worker:
         worker._process.kill()
         worker.ask("end")
     assert worker._process.poll() is not None
 
 
 def test_a_worker_ends_with_whoever_started_it(exported):
-    with Worker(job(exported["dense"])) as worker:
+    with Worker(job(exported["dense"]), QUICK) as worker:
         worker._process.stdin.close()
         assert worker._process.wait(timeout=30) == 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
 def test_the_side_whose_turn_it_is_not_stands_still(exported):
-    with Worker(job(exported["dense"]), pauses=True) as worker:
-        worker.send("prepare", path=str(exported["dense"]), runtime=asdict(runtime_of("onnxruntime")), threads=2)
+    with Worker(job(exported["dense"]), BenchSettings(threads=2), pauses=True) as worker:
         worker.answer()
         worker.ask("open", cores=None, warmup=1)
         process = psutil.Process(worker._process.pid)
