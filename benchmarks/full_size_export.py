@@ -28,15 +28,27 @@ from benchmarks.ranks import uniform_ranks
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
-from exporters.graphs.shapes import leftover_dims, shapes_in_graph
+from exporters.graphs.reading import Shape, read_graph, shape_of
+from exporters.graphs.shapes import leftover_dims
 from exporters.machine import machine_name
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import require
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.slimming.skeleton import skeleton
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+
+
+def shapes_in_graph(onnx_file: Path | str) -> dict[str, Shape]:
+    """Shape of every input, output, weight and intermediate tensor that the graph says one of, by name.
+
+    Raises:
+        InputError: if there is no such file, or it is no ONNX model.
+    """
+    values = require("onnx_ir", "onnx").convenience.create_value_mapping(read_graph(onnx_file).graph)
+    return {name: shape_of(value) for name, value in values.items() if value.shape is not None}
 
 
 def measure(

@@ -47,7 +47,7 @@ def check_file(path: str, flag: str) -> None:
 
 
 def check_runnable(*names: str | None) -> None:
-    """Refuse artifacts to open that are neither here nor the id of a model on the hub, or nothing that slimdiff knows."""
+    """Refuse artifacts to open that are neither here nor on the hub, or nothing that slimdiff knows."""
     for name in names:
         if name is not None and kind_of(name) == "model":
             find_model(name)

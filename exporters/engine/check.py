@@ -24,9 +24,6 @@ REPORT = "engine.json"
 def check_engine(folder: Path | str, runtime: str | None = None, *, gpu: AskGpu = gpu_here) -> dict[str, Any]:
     """Hold an engine against its manifest, and against what is installed here.
 
-    Args:
-        runtime: that it must have been built with, if that is settled.
-
     Returns:
         what `engine.json` has; see `build_engine`.
 

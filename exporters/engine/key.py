@@ -37,7 +37,6 @@ def engine_parts(
 
     Args:
         onnx_file: hashed, and so are the files of external data beside it.
-        shapes: from `engine_shapes`.
         gpu: the GPU that is here, which matters if the settings name no targets.
 
     Returns:

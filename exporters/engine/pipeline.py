@@ -66,7 +66,6 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     fixed batch they would refuse calls that every pipeline makes. What it costs is memory for B images.
 
     Args:
-        unet: from `engine_shapes`.
         scale: side of `sample` in units of the UNet's, where a graph leaves the size open: 1 for latents.
 
     Returns:
@@ -130,7 +129,6 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     """Put the rest of a pipeline beside its engines, and describe it all in a manifest.
 
     Args:
-        source: what the engines were built from.
         out: where they lie, each in the folder of its name; what is there of an earlier pipeline, and is no part of
             this one, goes.
         reports: what `engine.json` has, by folder.

@@ -22,7 +22,6 @@ def compare_network(
 
     Args:
         dims: module path -> `(out, in)`.
-        attention: from `attention_of`.
     """
     by_module = {row["module"]: row for row in attention}
     rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan)
@@ -38,9 +37,6 @@ def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) ->
 
     Kernels merge and split what the graph has: `to_q`, `to_k` and `to_v` may be one product, heads a dim of their own.
     So a layer agrees if one of the tensors of the kernels made from it has the inner dim, or the per-head rank.
-
-    Args:
-        layers: from `dims_by_node`.
 
     Returns:
         one dict per site and layer: `site`, `layer`, `expected` (dims, one of them must be there), `found` (dims of

@@ -137,7 +137,6 @@ def export_module(
     Args:
         module: in the graph's dtype; in evaluation mode meanwhile.
         inputs: name -> example, in `forward`'s order.
-        outputs: names of what `forward` returns.
         folder: gets `model.onnx` and `model.onnx.data`.
         dynamic: input name -> axis -> name of the open dim.
         prefix: cut off the module paths, see `name_by_module`.

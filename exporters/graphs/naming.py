@@ -80,9 +80,6 @@ def check_reduced_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]
 def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[str, Any]]:
     """Hold weight dims, wherever they were read, against the plan.
 
-    Args:
-        dims: module path -> `(out, in)`, perhaps more.
-
     Returns:
         one dict per site: `site`, `path`, `expected` and `found` (layer -> inner dim; `found` has None for a layer
         that is not there) and `ok`. A feed-forward's first linear has twice the inner dim when its activation is gated.

@@ -107,8 +107,6 @@ class Worker:
     """The process of one side; ends with the block that it is opened for. Its first answer says that it is prepared.
 
     Args:
-        job: what it runs.
-        settings: threads and batch.
         pauses: stop it whenever it is not asked anything. Threads of runtimes spin for a while after a run, which takes
             cores from the other side.
     """

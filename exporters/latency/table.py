@@ -64,10 +64,7 @@ def measure_latency(
     """Milliseconds of one call by layer and rank; measures what the cache does not hold.
 
     Args:
-        denoiser: the dense model.
         call: whose shapes count, batch included.
-        planning: which ranks there are to choose from.
-        settings: runtime, threads, how much is measured.
         cache: folder of the measurements; by default `slimdiff` in the user's cache folder, or `$SLIMDIFF_CACHE`.
 
     Returns:
@@ -259,11 +256,7 @@ def _layer_run(
 
 
 def _median_times(openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings) -> dict[_Job, float]:
-    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds.
-
-    Args:
-        openers: job -> what opens it; those of one mapping are open together.
-    """
+    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds."""
     times: dict[_Job, float] = {}
     runs: dict[_Job, _Run] = {}
     most, process = available_memory() / 2, psutil.Process()

@@ -24,7 +24,6 @@ class OpenVinoSession:
     be 10 to 25 % faster. The last two are held, weights and all.
 
     Args:
-        threads: its own choice if not given, which is the cores that may be used.
         precision: of the arithmetic; `None`: OpenVINO's own choice, bf16 where the CPU computes in it, else fp32.
 
     Raises:

@@ -60,7 +60,6 @@ class UNet(RuntimeModule):
             timestep: one whole number for all samples.
             encoder_hidden_states: `[B, L, D]`.
             added_cond_kwargs: SDXL's `text_embeds [B, E]` and `time_ids [B, 6]`.
-            return_dict: as in diffusers.
             others: must be None; the graph has no input for them.
 
         Returns:

@@ -23,13 +23,8 @@ class OnnxFragments:
     `onnx_ir` and Polygraphy take parts out of graphs too, but not one whose outputs it also reads (a tensor computed
     from a reference's values, to be held against the reference's own).
 
-    Args:
-        onnx_file: the graph; its external data lie beside it.
-
     Attributes:
-        nodes: in execution order.
-        inputs: names of the graph's inputs.
-        outputs: names of the graph's outputs.
+        nodes: in execution order; `inputs`, `outputs`: names of the graph's.
 
     Raises:
         InputError: if there is no such file, it is no ONNX model, or does not say the dtype of every tensor.
@@ -73,9 +68,7 @@ class OnnxFragments:
         """Run these nodes alone.
 
         Args:
-            nodes: in execution order, as from `between`.
             feed: what they read, by name; cast to the graph's dtypes. Other names may be there too.
-            results: names of outputs of these nodes.
 
         Returns:
             the outputs, in the graph's dtypes.

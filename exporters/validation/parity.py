@@ -130,7 +130,6 @@ def image_psnr(reference: Any, candidate: Any) -> float:
 
     Args:
         reference: a PIL image, `uint8` array (0-255) or float array (0-1), `[H, W, C]`.
-        candidate: the same kind and shape.
 
     Raises:
         InputError: if the shapes differ.
@@ -165,9 +164,6 @@ def check_trajectory(
 
     Args:
         result: `check_calls`'s of the two denoisers.
-        reference: the pipeline with the float32 denoiser.
-        candidate: the same with the candidate's, a module.
-        prompts: one per image.
 
     Returns:
         the result with more checks: `finite` of `out_sample` (count of calls with NaN or infinite values in the

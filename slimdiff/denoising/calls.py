@@ -20,11 +20,7 @@ PURPOSES = {
 
 
 class Calls:
-    """What a pipeline's denoiser is called with: recorded once, when first asked for.
-
-    Args:
-        prompts: `calibration.samples` of them that calibration sees, and more that it does not, if there are any.
-    """
+    """What a pipeline's denoiser is called with: recorded once, when first asked for."""
 
     def __init__(
         self,

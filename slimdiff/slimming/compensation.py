@@ -104,7 +104,6 @@ def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, T
 
     Args:
         slim: whose layers of these stages get weights of their own, and biases where they have some.
-        outputs: `dense_rows` of the same layers and calls.
         calls: recorded denoiser calls, with many more tokens in them than a layer has inputs.
     """
     with bar(name="compensate", unit="call", total=len(stages) * len(calls)) as done:

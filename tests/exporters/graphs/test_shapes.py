@@ -15,8 +15,9 @@ from slimdiff.slimming.skeleton import skeleton
 onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 
+from benchmarks.full_size_export import shapes_in_graph  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
-from exporters.graphs.shapes import add_shapes, check_leftovers, leftover_dims, shapes_in_graph  # noqa: E402
+from exporters.graphs.shapes import add_shapes, check_leftovers, leftover_dims  # noqa: E402
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 RESNET = "mid_block.resnets.0"
