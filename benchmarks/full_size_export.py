@@ -28,7 +28,8 @@ from benchmarks.ranks import uniform_ranks
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
-from exporters.graphs.shapes import leftover_dims, shapes_in_graph
+from exporters.graphs.reading import read_graph, shape_of
+from exporters.graphs.shapes import leftover_dims
 from exporters.machine import machine_name
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
@@ -113,12 +114,8 @@ def _psnr(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _without_shape(file: Path) -> int:
     """How many tensors of a graph have no shape, or one with a size that is not known."""
-    import onnx
-
-    shapes = shapes_in_graph(file)
-    graph = onnx.load(str(file), load_external_data=False).graph
-    names = [name for node in graph.node for name in node.output if name]
-    return sum(name not in shapes or "" in shapes[name] for name in names)
+    values = [value for node in read_graph(file).graph for value in node.outputs if value.name]
+    return sum(value.shape is None or "" in shape_of(value) for value in values)
 
 
 def _error(graph: Path, call: Call, expected: Tensor) -> float:

@@ -58,16 +58,6 @@ def _dims(value: ValueInfoProto) -> Shape:
     return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
 
 
-def shapes_in_graph(onnx_file: Path | str) -> dict[str, Shape]:
-    """Shape of every input, output, weight and intermediate tensor that the graph says one of, by name.
-
-    Raises:
-        InputError: if there is no such file, or it is no ONNX model.
-    """
-    values = require("onnx_ir", "onnx").convenience.create_value_mapping(read_graph(onnx_file).graph)
-    return {name: shape_of(value) for name, value in values.items() if value.shape is not None}
-
-
 def leftover_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
     """Whatever in a slim model's graph still has a dimension of the dense one.
 
