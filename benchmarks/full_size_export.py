@@ -28,27 +28,16 @@ from benchmarks.ranks import uniform_ranks
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.pipeline import example_call, export_pipeline
-from exporters.graphs.reading import Shape, read_graph, shape_of
+from exporters.graphs.reading import read_graph, shape_of
 from exporters.graphs.shapes import leftover_dims
 from exporters.machine import machine_name
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
-from slimdiff.errors import require
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.slimming.skeleton import skeleton
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
-
-
-def shapes_in_graph(onnx_file: Path | str) -> dict[str, Shape]:
-    """Shape of every input, output, weight and intermediate tensor that the graph says one of, by name.
-
-    Raises:
-        InputError: if there is no such file, or it is no ONNX model.
-    """
-    values = require("onnx_ir", "onnx").convenience.create_value_mapping(read_graph(onnx_file).graph)
-    return {name: shape_of(value) for name, value in values.items() if value.shape is not None}
 
 
 def measure(
@@ -125,12 +114,8 @@ def _psnr(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _without_shape(file: Path) -> int:
     """How many tensors of a graph have no shape, or one with a size that is not known."""
-    import onnx
-
-    shapes = shapes_in_graph(file)
-    graph = onnx.load(str(file), load_external_data=False).graph
-    names = [name for node in graph.node for name in node.output if name]
-    return sum(name not in shapes or "" in shapes[name] for name in names)
+    values = [value for node in read_graph(file).graph for value in node.outputs if value.name]
+    return sum(value.shape is None or "" in shape_of(value) for value in values)
 
 
 def _error(graph: Path, call: Call, expected: Tensor) -> float:

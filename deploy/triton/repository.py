@@ -14,9 +14,9 @@ from deploy.triton.config import FILES, PIPELINE, component_config, pipeline_con
 from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
-from exporters.graphs.reading import weight_files, write_graph
+from exporters.graphs.reading import weight_files
 from exporters.layout import GRAPH, INDEX
-from slimdiff.errors import InputError
+from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest
 
@@ -99,7 +99,7 @@ def _write_component(component: Component, folder: Path, settings: TritonSetting
     for name in weight_files(component.folder / GRAPH, component.graph):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(component.folder / name, inside / name)
-    write_graph(component.graph, inside / FILES["onnxruntime"])
+    require("onnx_ir", "triton").save(component.graph, str(inside / FILES["onnxruntime"]))
     # An engine of this graph is held against the plan in there.
     shutil.copyfile(component.folder / "config.json", inside / "config.json")
 

@@ -33,7 +33,7 @@ def explain(code: int, log: str, weights: int) -> str:
     if found := re.search(r"Cannot compile operation '([^']*)' for [^(]*\((SM\d+)\): ([^.\n]*)", log):
         module = found[1].rpartition("/")[0] or found[1]
         return f"no kernel for {found[2].lower()} at {module} ({found[3]}): leave that target out, or export in fp16"
-    if reason := explain_open(log):
+    if reason := next((meaning for pattern, meaning in _OPENING.items() if re.search(pattern, log)), None):
         return f"the engine build failed while {stage}: {reason}"
     errors = [line.strip() for line in log.splitlines() if "[E]" in line or "[!]" in line or "Error" in line]
     reason = errors[0].removeprefix("[E]").strip() if errors else f"exit status {code}"
@@ -53,11 +53,6 @@ _OPENING = {
     ),
 }
 """Messages of TensorRT 10 and of TensorRT-RTX; of these only the driver's could be made to appear without a GPU."""
-
-
-def explain_open(log: str) -> str | None:
-    """What TensorRT's log of opening an engine, or of starting to build one, means; None if it is none of the usual."""
-    return next((meaning for pattern, meaning in _OPENING.items() if re.search(pattern, log)), None)
 
 
 def _unsupported(log: str) -> str | None:

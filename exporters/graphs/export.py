@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +215,14 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     return copied
 
 
-@contextmanager
-def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Have SDXL's sines of sizes in the graph's dtype, as they come before what they are joined with.
 
     torch joins tensors of two dtypes, `Concat` does not, and the exporter writes it all the same. diffusers rounds the
     joined tensor to that dtype in its next line, so nothing is lost.
     """
     sines = getattr(unet, "add_time_proj", None)
-    with sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext():
-        yield
+    return sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext()
 
 
 def _floats(module: nn.Module) -> list[Tensor]:

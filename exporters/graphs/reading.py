@@ -44,11 +44,6 @@ def read_graph(onnx_file: Path | str) -> ir.Model:
         raise InputError(f"{path} is no ONNX model: {error}") from error
 
 
-def write_graph(model: ir.Model, onnx_file: Path | str) -> None:
-    """Write a graph; weights outside it stay in the files that it names, which are to lie beside it."""
-    require("onnx_ir", "onnx").save(model, str(onnx_file))
-
-
 def inputs_of(model: ir.Model) -> dict[str, TensorSpec]:
     """The graph's inputs by name, in their order."""
     return {name_of(v): _spec(v) for v in model.graph.inputs if not v.is_initializer()}

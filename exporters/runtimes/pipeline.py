@@ -75,15 +75,6 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     Raises:
         InputError: if it names other classes than those of diffusers and transformers, or no unet.
     """
-    index = _index(folder)
-    kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
-    for name in CONFIGURED:
-        if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
-            library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name == "scheduler" else []))
-    return index, kind
-
-
-def _index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is no exported pipeline: it has no {INDEX}; make one with `slimdiff export`")
     index = read_index(folder)
@@ -91,7 +82,11 @@ def _index(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / INDEX} names no unet: only pipelines with one are exported")
     if any((folder / "unet").glob("*.safetensors")):
         raise InputError(f"{folder} is a model in torch, not in ONNX: export it first with `slimdiff export`")
-    return index
+    kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
+    for name in CONFIGURED:
+        if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
+            library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name == "scheduler" else []))
+    return index, kind
 
 
 def _from_library(folder: Path, name: str, entry: list[Any]) -> Any:

@@ -82,22 +82,24 @@ def own_errors(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> lis
 
 
 def find_divergence(fragments: OnnxFragments, denoiser: nn.Module, call: Call, bound: float) -> dict[str, Any]:
-    """The first part, in execution order, whose own error is over the bound; the one with the largest if none is.
+    """The first part, in execution order, whose own error is over the bound.
 
     The denoiser is the graph's model in torch, float32; the bound is one of the relative L2.
 
     Returns:
-        `diverges` (whether it is over the bound), `OwnError`'s fields, `bound` and `node`: the name of the part's first
-        node from which on nothing is what the module computes.
+        `kind` and `tensor` with more. `own error`: `OwnError`'s fields, `bound` and `node`, the name of the part's
+        first node from which on nothing is what the module computes. `accumulated`, where every part is right within
+        the bound and errors only add up: no tensor and, as `largest`, these fields of the part with the largest error.
     """
     parts = _parts(fragments, denoiser, call)
     errors = _run_parts(fragments, denoiser, call, parts, bound)
     part, error = errors[-1]
     if not error.within(bound):
         node = _first_node(fragments, denoiser, call, parts, part, bound)
-        return {"diverges": True, **asdict(error), "bound": bound, "node": node.name}
+        return {"kind": "own error", **asdict(error), "bound": bound, "node": node.name}
     part, error = max(errors, key=lambda pair: pair[1].relative_l2 or 0.0)
-    return {"diverges": False, **asdict(error), "bound": bound, "node": part.nodes[-1].name}
+    largest = {**asdict(error), "bound": bound, "node": part.nodes[-1].name}
+    return {"kind": "accumulated", "tensor": None, "largest": largest}
 
 
 class _Stop(Exception):

@@ -93,15 +93,8 @@ def explain(
     """The fault inside a graph, on one call.
 
     Returns:
-        `kind`, `tensor` and more: `not finite` with `explain_overflow`'s figures (fp16), `own error` with
-        `find_divergence`'s or, where every part of the graph is right within its bound and errors only add up,
-        `accumulated` with no tensor and, as `largest`, the part with the largest own error.
+        `kind`, `tensor` and more: `not finite` with `explain_overflow`'s figures (fp16), else `find_divergence`'s.
     """
-    if precision == "fp16":
-        overflow = explain_overflow(fragments, denoiser, call)
-        if overflow is not None:
-            return {"kind": "not finite", **overflow}
-    divergence = find_divergence(fragments, denoiser, call, bounds.relative_l2)
-    if not divergence.pop("diverges"):
-        return {"kind": "accumulated", "tensor": None, "largest": divergence}
-    return {"kind": "own error", **divergence}
+    if precision == "fp16" and (overflow := explain_overflow(fragments, denoiser, call)):
+        return {"kind": "not finite", **overflow}
+    return find_divergence(fragments, denoiser, call, bounds.relative_l2)

@@ -15,8 +15,8 @@ from slimdiff.slimming.skeleton import skeleton
 onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 
-from benchmarks.full_size_export import shapes_in_graph  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
+from exporters.graphs.reading import read_graph, shape_of  # noqa: E402
 from exporters.graphs.shapes import add_shapes, check_leftovers, leftover_dims  # noqa: E402
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -56,7 +56,8 @@ def node_of(model, name):
 
 def test_every_tensor_has_the_shape_that_it_has_in_onnx_runtime(graph, model, calls, tmp_path):
     ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    shapes = shapes_in_graph(graph)
+    values = [value for node in read_graph(graph).graph for value in node.outputs]
+    shapes = {value.name: shape_of(value) for value in values if value.shape is not None}
     names = [name for node in model.graph.node for name in node.output if name]
     assert set(names) <= set(shapes) and all(isinstance(d, int) for name in names for d in shapes[name])
     asked = names[:: len(names) // 40]

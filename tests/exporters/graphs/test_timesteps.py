@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from exporters.graphs.reading import read_graph, write_graph
+from exporters.graphs.reading import read_graph
 from exporters.graphs.timesteps import timestep_per_sample
 from exporters.runtimes.module import answer
 from exporters.runtimes.ort_session import OnnxRuntimeSession
@@ -20,7 +20,7 @@ from slimdiff.errors import InputError
 def test_every_sample_is_at_its_own_timestep(exported, calls, tmp_path, name):
     model = read_graph(exported[name])
     timestep_per_sample(model)
-    write_graph(model, tmp_path / "model.onnx")
+    ir.save(model, str(tmp_path / "model.onnx"))
     shutil.copy(exported[name].parent / "model.onnx.data", tmp_path)
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=False)
     scalar, changed = OnnxRuntimeSession(exported[name]), OnnxRuntimeSession(tmp_path / "model.onnx")
