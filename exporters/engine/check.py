@@ -80,6 +80,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
     report = manifests.read_json(folder / REPORT)
     try:  # whatever is read of it later is read here
         whole = report["backend"] in BACKENDS and manifests.fingerprint(report["parts"]) == report["key"]
+        whole = whole and isinstance(report["parts"]["runs_on"].get("targets", []), list)
         place, stripped = runs_on(report), report["parts"].get("options", {}).get("strip_weights")
         _place(report)
         profiles_of(place["shapes"])
