@@ -132,6 +132,13 @@ def test_a_report_that_does_not_go_with_its_key_is_refused(folder):
         check_engine(folder, gpu=lambda: BLACKWELL)
 
 
+@pytest.mark.parametrize("place", [{"targets": "sm89"}, {}, {"gpu": "RTX 4090"}])
+def test_a_report_that_says_nothing_of_where_it_runs_is_refused(folder, place):
+    rewrite(folder, parts={"runs_on": place})
+    with pytest.raises(InputError, match="does not go with itself"):
+        check_engine(folder, gpu=ada)
+
+
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, exported):
     with pytest.raises(InputError, match="has no manifest.json"):
         check_engine(exported["slim"].parent, gpu=ada)
