@@ -54,7 +54,7 @@ class ExportSettings(Settings):
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
-    """Leave height and width open, in the steps that the model's down-scaling makes; likewise."""
+    """Leave height and width open, in the steps that the model's down-scaling makes. Engines want them fixed."""
 
 
 def parse_sizes(text: str) -> list[int] | None:

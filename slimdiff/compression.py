@@ -65,7 +65,7 @@ def compress(
         prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
             take images, classes or nothing at all, mappings of their arguments (see `slimdiff.denoising.trajectory`).
             Beyond `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
-        budget: what goes out of the denoiser, in parameters, MACs, latency or error; or
+        budget: how much to take out of the denoiser, in parameters, MACs, latency or error; or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`).
         statistics: from an earlier calibration of the same weights, to save the time.

@@ -76,7 +76,7 @@ class Forms(Settings, frozen=True):
     channels: Literal["elimination", "ridge_leverage"] = "elimination"
     """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
     constant: bool = True
-    """value_output, feed_forward: what goes leaves its mean in the last linear's bias, where there is one."""
+    """value_output, feed_forward: the last linear's bias, where there is one, keeps the mean of what is removed."""
     compensate: Literal["none", "projections", "sequential"] = "projections"
     """Afterwards, solve again on what is received in the slim model (`slimdiff.slimming.compensation`): the projections
     behind slimmed transformer blocks; or, in the order in which they run, those and each block's last linears; or
@@ -203,14 +203,14 @@ BUDGETS: dict[str, BudgetKind] = {
     for kind in (
         BudgetKind(
             "parameters",
-            "what goes out of the denoiser: a count of parameters (100M) or a share of all of them (12%)",
+            "how much to take out of the denoiser: a count of parameters (100M) or a share of all of them (12%)",
             read_amount,
             partial(removed_amount, noun="parameters"),
             key="reduce",
         ),
         BudgetKind(
             "macs",
-            "what goes out of one call at batch 1: a count of multiply-accumulates (50G) or a share of all (20%)",
+            "how much to take out of a call at batch 1: a count of multiply-accumulates (50G) or a share (20%)",
             partial(read_amount, example="50G"),
             partial(removed_amount, noun="MACs"),
         ),
@@ -234,7 +234,7 @@ class Budget:
     """How much goes out of the denoiser: a value of exactly one kind of `BUDGETS`.
 
     `parameters` and `macs` are counts (`100M`, `2.5G`, `30k`, `1500000`) or shares of *all* the denoiser's parameters
-    or multiply-accumulates (`12%`); a leading minus is allowed, for what is said is what goes. MACs are those of one
+    or multiply-accumulates (`12%`); a leading minus is allowed, for it says how much to remove. MACs are those of one
     call at batch 1. `speedup` is the dense model's latency over the slim one's, by a measured table of latencies.
     `max_error` bounds the relative mean squared change of the noise prediction: the smallest model below it is sought.
 

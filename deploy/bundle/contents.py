@@ -1,4 +1,4 @@
-"""What goes into a bundle for a machine, and writing it."""
+"""Choosing what a bundle for a machine holds, and writing it."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> int:
 
     with console.on_stderr(quiet=args.quiet, verbose=args.verbose):
         code = args.run(args)
-        sys.stdout.flush()  # a full disk shows here, and not when nobody can be told of it any more
+        sys.stdout.flush()  # a full disk shows here, while it can still be said
     return code
 
 

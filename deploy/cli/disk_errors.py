@@ -1,4 +1,4 @@
-"""What goes wrong with disks, in one line: what, where, and what would be right."""
+"""Faults of disks in one line: what, where, and what would be right."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def check_folder(folder: Path, *marks: str) -> None:
     """Refuse a place to write into that is a file, cannot be written, or holds other people's files.
 
     Args:
-        marks: files of which a folder that slimdiff wrote has at least one.
+        marks: a folder that slimdiff wrote has at least one of these files.
     """
     check_writable(folder)
     if folder.exists() and not folder.is_dir():

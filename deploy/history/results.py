@@ -161,7 +161,7 @@ def all_series(
     Args:
         trend: the figure that is followed.
         across_machines: compare what different machines measured. Their ratios may differ as much as their times do.
-        last: leave out all but so many of each.
+        last: keep only this many of each.
 
     Raises:
         MissingPackageError: without ruptures, which finds the levels.

@@ -92,7 +92,7 @@ def warm(run: Callable[[], Any], at_least: int) -> list[float]:
 
 
 def _waited() -> int | None:
-    """Nanoseconds that the threads of this process were ready to run and had no core; None where that is not told."""
+    """Nanoseconds that this process's threads were ready to run and had no core; None where the system does not say."""
     try:
         tasks = [f"/proc/self/task/{task}/schedstat" for task in os.listdir("/proc/self/task")]
         return sum(int(Path(task).read_bytes().split()[1]) for task in tasks)

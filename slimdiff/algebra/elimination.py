@@ -42,7 +42,7 @@ def elimination_order(moment: Tensor, down: Tensor, block: int | None = None, gr
     Args:
         moment: E[h h^T] `[n, n]`, float32 or float64; down: `[out, n]`.
         block: channels removed per step, if not as above.
-        groups: with more than one, of which each has n / groups neighbouring channels, no group is ever more than one
+        groups: with more than one, each of n / groups neighbouring channels, no group is ever more than one
             channel ahead of another; a step takes at most one channel of each.
     """
     n = moment.shape[0]

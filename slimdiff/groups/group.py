@@ -260,6 +260,6 @@ def solved(
         mean: E[x], or None; keep: gives E[x'] of it.
     """
     weights = {f"{path}.weight": weight}
-    if mean is not None:  # what goes leaves its mean there
+    if mean is not None:  # it keeps the mean of what is removed
         weights[f"{path}.bias"] = wide(last.bias) + wide(last.weight) @ mean - weight @ keep(mean)
     return weights

@@ -127,7 +127,7 @@ def channel_order(moment: Tensor, second: Tensor, groups: int) -> ChannelOrder:
         moment: E[h h^T] over pixels, `[C, C]`; second: conv2's weight `[out, C, 3, 3]`; groups: of the norm.
 
     Returns:
-        channels from the most to the least worth keeping `[C]`, of which every multiple of `groups` has equally many
+        channels from the most to the least worth keeping `[C]`; every multiple of `groups` of them has equally many
         out of each group, and the relative error with the first r kept `[C + 1]`.
     """
     weight = second.transpose(0, 1).flatten(1)

@@ -80,7 +80,7 @@ def library_class(entry: Any, where: Path, bases: tuple[type, ...] = _CONFIGURED
     """The class that an entry `[library, class]` of `model_index.json` names.
 
     Args:
-        bases: of which it must be a subclass; by default what has no weights.
+        bases: it must be a subclass of one of these; by default what has no weights.
 
     Raises:
         InputError: for other libraries than diffusers and transformers, or for another kind of class.

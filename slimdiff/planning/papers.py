@@ -1,4 +1,4 @@
-"""How much each block changes what goes through it: the score of the papers' allocation."""
+"""How much each block changes its input: the score of the papers' allocation."""
 
 from __future__ import annotations
 

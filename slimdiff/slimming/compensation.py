@@ -131,7 +131,7 @@ def _solve(layer: nn.Module, halves: tuple[Sums, Sums]) -> None:
 
 
 def _rows(tensor: Tensor, number: int, most: int) -> Tensor:
-    """At most so many tokens of `[..., n]` or `[B, n, H, W]`, as `[R, n]`: evenly spread, others at each call."""
+    """At most this many tokens of `[..., n]` or `[B, n, H, W]`, as `[R, n]`: evenly spread, others at each call."""
     flat = tensor.movedim(1, -1).flatten(0, -2) if tensor.ndim == 4 else tensor.flatten(0, -2)
     if len(flat) <= most:
         return flat
