@@ -4,7 +4,7 @@
 `deploy.load(path)` opens a bundle as a diffusers pipeline.
 """
 
-import lazy_loader
+from slimdiff.lazy import attach
 
 # `__init__.pyi` lists the names. torch and diffusers take seconds, so a name is imported when it is first used.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,6 +1,6 @@
 """Slim diffusion models in closed form, guided by their activations, without a gradient step."""
 
-import lazy_loader
+from slimdiff.lazy import attach
 
 # `__init__.pyi` lists the names. torch and diffusers take seconds, so a name is imported when it is first used.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

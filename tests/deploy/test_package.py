@@ -45,5 +45,5 @@ def test_the_command_calls_the_same_function(workspace, tmp_path, monkeypatch, c
 
 
 def test_other_names_are_not_there():
-    with pytest.raises(AttributeError, match="No deploy attribute compress"):
+    with pytest.raises(AttributeError, match="has no attribute 'compress'"):
         _ = deploy.compress

@@ -18,7 +18,7 @@ def test_every_public_name_is_what_it_is_called(name):
 
 
 def test_no_other_name_is_there():
-    with pytest.raises(AttributeError, match="No exporters attribute train"):
+    with pytest.raises(AttributeError, match="module 'exporters' has no attribute 'train'"):
         exporters.train  # noqa: B018
 
 
