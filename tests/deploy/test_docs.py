@@ -36,7 +36,7 @@ class Page:
 PAGES = {
     "README.md": Page(
         {"my-checkpoint": "tiny"},
-        12,
+        10,
         {
             "--reduce 100M": "--reduce 8% --samples 4 --steps 2",
             "{reduce: 12%}": QUICK,
