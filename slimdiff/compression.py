@@ -171,7 +171,7 @@ class Compressor:
         self.planner.remember(self.statistics, macs_too=True)
 
     def plan(self, budget: Budget, latency: CostTable | None = None) -> Plan:
-        """Ranks within a budget (`make_plan`)."""
+        """Ranks within a budget (`make_plan`); a table of `latency` in milliseconds is kept for further plans."""
         if latency is not None:
             self.planner.costs.latency = latency
         return self.planner.plan(budget)

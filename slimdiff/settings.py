@@ -145,7 +145,7 @@ class PlanSettings(Settings):
 
 @dataclass(frozen=True)
 class BudgetKind:
-    """What a budget may be counted in: the half of it that needs no model. `slimdiff.planning.budgets` has the other.
+    """What a budget may be counted in: the half that needs no model; `slimdiff.planning.budgets.PlannedBy` is the other.
 
     Attributes:
         name: as `Budget` and plans have it.
@@ -193,8 +193,8 @@ def read_number(value: Any, least: float, what: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{what}, not {value!r}") from None
-    if not least < number < math.inf:
-        raise InputError(f"{what}, not {number:g}: it must be finite and greater than {least}")
+    if isinstance(value, bool) or not least < number < math.inf:  # Python takes True for 1
+        raise InputError(f"{what}, not {value}: it must be finite and greater than {least}")
     return number
 
 
@@ -227,7 +227,7 @@ BUDGETS: dict[str, BudgetKind] = {
         ),
     )
 }
-"""The kinds that there are, by name; `slimdiff.planning.budgets.register_budget` adds one."""
+"""The kinds that there are, by name; `slimdiff.planning.planner.register_budget` adds one."""
 
 
 class Budget:

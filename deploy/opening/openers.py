@@ -72,7 +72,7 @@ def open_denoiser(
     Args:
         runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
             engine has but one.
-        height: of the images, pixels, where a bundle has denoisers for several sizes.
+        height, width: of the images, pixels, where a bundle has denoisers for several sizes.
 
     Raises:
         InputError: if it is none of them, or that runtime does not take it.

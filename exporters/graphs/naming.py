@@ -78,7 +78,7 @@ def check_reduced_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]
 
 
 def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[str, Any]]:
-    """Hold weight dims, wherever they were read, against the plan.
+    """Hold weight dims (module path -> `(out, in)`), wherever they were read, against the plan.
 
     Returns:
         one dict per site: `site`, `path`, `expected` and `found` (layer -> inner dim; `found` has None for a layer

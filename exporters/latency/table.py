@@ -256,7 +256,7 @@ def _layer_run(
 
 
 def _median_times(openers: Sequence[Mapping[_Job, Callable[[], _Run]]], settings: TableSettings) -> dict[_Job, float]:
-    """Milliseconds of every job; all are open and take turns, or as many as half of the free memory holds."""
+    """Milliseconds of every job; all take turns, or as many as half of the free memory holds, a mapping at a time."""
     times: dict[_Job, float] = {}
     runs: dict[_Job, _Run] = {}
     most, process = available_memory() / 2, psutil.Process()

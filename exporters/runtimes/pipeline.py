@@ -38,6 +38,7 @@ def load_pipeline(
 
     Args:
         folder: with `model_index.json`, a folder per component, scheduler and tokenizers.
+        threads: of a runtime on the CPU; its own choice if not given.
         unet, vae: take the place of the folder's own, which is then not opened.
         checked: whether the folder was held against its manifest already.
 

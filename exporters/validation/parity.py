@@ -163,7 +163,7 @@ def check_trajectory(
     """Whether two pipelines make the same images, and the candidate's denoiser is finite at every step on the way.
 
     Args:
-        result: `check_calls`'s of the two denoisers.
+        result: `check_calls`'s of the two denoisers; `reference` is the pipeline with the float32 one.
 
     Returns:
         the result with more checks: `finite` of `out_sample` (count of calls with NaN or infinite values in the

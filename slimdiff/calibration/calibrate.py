@@ -88,6 +88,7 @@ def calibrate_on_calls(
 
     Args:
         calls: as `record_calls` gives them, or made by hand; arguments as the denoiser's `forward` names them.
+        scheduler: what `settings.timestep_weights` are taken from, if they are not uniform.
 
     Raises:
         InputError: if there is no call, an adapter is attached to the denoiser, nothing in it can be slimmed, or an

@@ -20,7 +20,7 @@ PURPOSES = {
 
 
 class Calls:
-    """What a pipeline's denoiser is called with: recorded once, when first asked for."""
+    """A denoiser's calls, recorded when first asked for; calibration sees the first `calibration.samples` prompts."""
 
     def __init__(
         self,

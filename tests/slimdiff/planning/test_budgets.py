@@ -33,6 +33,12 @@ def planner(pipeline, compression, calls):
     return Planner(pipeline.unet, compression.statistics, PlanSettings(align=4), calls=recorded)
 
 
+@pytest.mark.parametrize("kind", ["speedup", "max_error"])
+def test_a_truth_value_is_no_number(kind):
+    with pytest.raises(InputError, match="not True"):
+        Budget(**{kind: True})
+
+
 def table_of_milliseconds(planner: Planner) -> CostTable:
     """Latencies as a runtime might have them: not linear in the rank, not proportional to parameters."""
     layers = {
