@@ -145,7 +145,7 @@ class PlanSettings(Settings):
 
 @dataclass(frozen=True)
 class BudgetKind:
-    """What a budget may be counted in: the half that needs no model; `slimdiff.planning.budgets.PlannedBy` is the other.
+    """A unit of budgets: the half that needs no model; `slimdiff.planning.budgets.PlannedBy` is the other.
 
     Attributes:
         name: as `Budget` and plans have it.

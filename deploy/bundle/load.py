@@ -56,9 +56,8 @@ def load(
     Args:
         path: a bundle's folder, or an archive of one.
         runtime: that and no other, of `exporters.runtimes`.
-        height, width: of the images, pixels, where a bundle has denoisers for several sizes. Squares are then the
-            pipeline's default; where they are no squares, say the size in its calls, too (diffusers' pipelines have one
-            number).
+        height, width: of the images in pixels, for a bundle of several sizes. Squares are then the pipeline's default;
+            give other sizes to its calls, too (diffusers' pipelines have one number).
         threads: of a runtime on the CPU; its own choice if not given.
         unpack_to: a folder that an archive is unpacked into, to stay there; by default one that goes with the pipeline.
 
