@@ -9,7 +9,6 @@ Everything is drawn by `slimdiff.embedded.scenes`; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.vocabulary import write_vocabulary
 from slimdiff.embedded import scenes as world
 from slimdiff.embedded.evaluator import Evaluator
 
@@ -65,23 +65,8 @@ UNET = {
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A byte-pair vocabulary in CLIP's format in which every word of the captions is one token."""
     captions = [s.caption() for s in world.sample_scenes(4000, SEED, held_out=False)]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.-'!?")
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(captions, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocabulary = dict(state["vocab"])
-    for letter in letters:  # unknown words are spelled, so every letter must also exist as a word's last
-        vocabulary.setdefault(letter + "</w>", len(vocabulary))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    write_vocabulary(captions, folder, 400, splitter)
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.things import backgrounds, world
+from benchmarks.vocabulary import write_vocabulary
 
 TEXT_WIDTH = 160
 MAX_TOKENS = 40
@@ -65,23 +65,7 @@ def phrases() -> list[str]:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A byte-pair vocabulary in CLIP's format in which every word of the captions is one token ("3D" is two)."""
     words = sorted({word for phrase in phrases() for word in phrase.lower().split() if word.isalpha()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.-'!?")
-    trainer = trainers.BpeTrainer(
-        vocab_size=20_000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(words, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocabulary = dict(state["vocab"])
-    for letter in letters:  # unknown words are spelled, so every letter must also exist as a word's last
-        vocabulary.setdefault(letter + "</w>", len(vocabulary))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    write_vocabulary(words, folder, 20_000, pre_tokenizers.WhitespaceSplit())
     return load_tokenizer(folder)
 
 
