@@ -19,18 +19,24 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from slimdiff.errors import InputError
+from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
+
+_PACKAGES, _OURS = Path(__file__).parents[2], ("slimdiff", "exporters", "deploy")
+_IMAGES = re.compile(r"^(?!num_|ip_adapter|negative_|.*(embeds|scale)).*(image|mask|video|frames|hint)")
 
 # One image's inputs: a prompt, or arguments of the pipeline's call by name.
 Inputs = str | Mapping[str, Any]
@@ -120,8 +126,34 @@ def sample_batch(
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
     arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
-    images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
+    with _refusing_inputs(pipeline, arguments):
+        images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     return images
+
+
+@contextmanager
+def _refusing_inputs(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Say in one line what a pipeline of diffusers does not take; an error that arose in our code stays as it is."""
+    try:
+        yield
+    except (SlimdiffError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        if any(Path(frame.filename).is_relative_to(_PACKAGES / name) for frame in frames for name in _OURS):
+            raise
+        missing = [
+            n for n in inspect.signature(pipeline.__call__).parameters if _IMAGES.search(n) and n not in arguments
+        ]
+        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
+        hint = (
+            f"; it takes {', '.join(missing)}: commands make images of prompts alone, and in Python each image's inputs "
+            "are given as a mapping of the pipeline's arguments"
+        )
+        raise InputError(
+            f"{type(pipeline).__name__} makes no image of {', '.join(sorted(arguments)) or 'nothing'}: {reason}"
+            f"{hint if missing else ''}"
+        ) from error
 
 
 def _arguments(
