@@ -12,6 +12,7 @@ from PIL import Image
 
 from slimdiff import InputError, compare
 from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import SlimdiffError
 from slimdiff.fidelity import image_fidelity, noise_error, psnr_db, ssim
 
 
@@ -23,7 +24,7 @@ def test_pipelines_are_compared_on_the_dense_ones_trajectories(pipeline, compres
     assert same["noise_error"]["relative_mse"] == 0 and same["images"]["psnr_db"] == float("inf")
     unsteady = copy.deepcopy(pipeline)
     unsteady.unet.register_forward_hook(lambda _m, _a, output: tuple(o + torch.randn_like(o) for o in output))
-    with pytest.raises(RuntimeError, match="does not reproduce itself"):
+    with pytest.raises(SlimdiffError, match="does not reproduce itself"):
         compare(unsteady, pipeline, PROMPTS[:1], SAMPLING)
 
 
