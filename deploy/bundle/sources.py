@@ -137,7 +137,8 @@ def _model(name: str, selection: Selection) -> Source:
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
-        export_unet(pipeline.unet, folder, call, ExportSettings(precision=precision))
+        settings = ExportSettings(precision=precision)
+        export_unet(pipeline.unet, folder, call, settings, scheduler=pipeline.scheduler)
 
     candidates = []
     for batch, high, wide in selection.shapes or [(2, height * scale, width * scale)]:

@@ -19,6 +19,7 @@ from exporters.dtypes import DTYPES
 from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
@@ -50,16 +51,20 @@ class _UNet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
 
 
-def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None) -> Path:
+def export_unet(
+    unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None, *, scheduler: Any = None
+) -> Path:
     """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`.
 
-    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states
-    [B, L, D]` and, for SDXL, `text_embeds [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
+    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32 where the
+    call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]` and, for SDXL, `text_embeds
+    [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
 
     Args:
         unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
         call: whose shapes the graph is for.
+        scheduler: that the graph is to run with.
 
     Raises:
         InputError: if the call has arguments that the graph would have no input for.
@@ -68,6 +73,8 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
     """
     settings = settings or ExportSettings()
     inputs = unet_inputs(call)
+    if scheduler is not None and not has_whole_times(scheduler):
+        inputs["timestep"] = inputs["timestep"].float()
     dtype = dtype_of(settings)
     if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
@@ -78,7 +85,8 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
         inputs["sample"] = in_steps(inputs["sample"], step)
         opened["sample"] = opened.get("sample", {}) | open_size(step)
-    examples = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    # Half precision has not the digits for a time.
+    examples = {n: v.to(dtype) if v.is_floating_point() and n != "timestep" else v for n, v in inputs.items()}
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(unet, dtype, keep)
     with _sizes_in(module, dtype):
@@ -105,8 +113,10 @@ def in_steps(example: Tensor, step: int) -> Tensor:
 def unet_inputs(call: Call) -> dict[str, Tensor]:
     """A recorded call as the graph's inputs, by name, in the graph's order; dtypes as recorded.
 
+    `timestep` is a scalar: int64 if it is whole, else float32.
+
     Raises:
-        InputError: if the call has arguments that the graph has no input for.
+        InputError: if the call has arguments that the graph has no input for, or times that differ.
     """
     arguments = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
     added = dict(arguments.pop("added_cond_kwargs", None) or {})
@@ -119,7 +129,8 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
             f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "
             f"this call has {', '.join(unknown or call.arguments)}"
         )
-    tensors["timestep"] = torch.as_tensor(tensors["timestep"]).flatten()[0].long()
+    whole = isinstance(call.timestep, int)
+    tensors["timestep"] = graph_time(tensors["timestep"], "int64" if whole else "float32", "the graph")
     return tensors
 
 

@@ -34,6 +34,9 @@ from slimdiff.settings import Sampling
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
 
+FEW_STEPS = (1, 2, 4, 8)
+"""Numbers of steps of a call for export: Runge-Kutta schedulers take four or more, and SCM two alone."""
+
 
 class _TextEncoder(nn.Module):
     """CLIP with outputs in optimum's order: what the pipeline takes as item 0 comes first, hidden states last."""
@@ -111,7 +114,8 @@ def export_pipeline(
         if not type(encoder).__name__.startswith("CLIPTextModel"):
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
     call = call or example_call(pipeline)
-    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export_unet, parts["unet"], folder / "unet", call, settings)}
+    export = partial(export_unet, scheduler=parts["scheduler"])
+    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, settings)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
         hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
@@ -134,7 +138,7 @@ def export_pipeline(
 def example_call(
     pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, batch: int = 2
 ) -> Call:
-    """A denoiser call of this pipeline for export: one scheduler step on empty prompts.
+    """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on empty prompts.
 
     A UNet on images is not run for it: of an export, that would be a large part.
 
@@ -142,15 +146,21 @@ def example_call(
         height, width: of the image in pixels; the pipeline's default if not given.
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
-    sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
 
     @wraps(denoiser.forward)
     def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
         return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
 
+    refused: list[InputError] = []
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
-        return record_calls(pipeline, [""] * batch, sampling)[0]
+        for steps in FEW_STEPS:
+            sampling = Sampling(steps=steps, guidance=1.0, batch=batch, seed=0, height=height, width=width)
+            try:
+                return record_calls(pipeline, [""] * batch, sampling)[0]
+            except InputError as error:
+                refused.append(error)
+    raise refused[0]
 
 
 def _export_text_encoder(encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings) -> Path:

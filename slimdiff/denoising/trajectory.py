@@ -18,13 +18,11 @@ its call that differ from image to image. Arguments that are the same for all go
 from __future__ import annotations
 
 import inspect
-import math
 import re
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -35,8 +33,8 @@ from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
-_PACKAGES, _OURS = Path(__file__).parents[2], ("slimdiff", "exporters", "deploy")
-_IMAGES = re.compile(r"^(?!num_|ip_adapter|negative_|.*(embeds|scale)).*(image|mask|video|frames|hint)")
+# Arguments of a pipeline's call that hold pictures, and are no choice beside the prompt.
+_IMAGES = re.compile(r"(?!num_|ip_adapter|negative_|max_|.*(embeds|scale|attention)).*(image|mask|video|frames|hint)")
 
 # One image's inputs: a prompt, or arguments of the pipeline's call by name.
 Inputs = str | Mapping[str, Any]
@@ -46,18 +44,53 @@ Inputs = str | Mapping[str, Any]
 class Call:
     """One call of the denoiser, on the CPU.
 
-    `arguments` holds what the denoiser was called with by parameter name: for a text-to-image UNet `sample
-    [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states [B, L, D]` and, for SDXL, `added_cond_kwargs`.
-    `step` counts calls from 0. `timestep` is an int, or a float where the model takes a continuous time.
+    `arguments` holds what the denoiser received, to the bit, by parameter name: for a text-to-image UNet `sample
+    [B, C, H, W]`, `timestep` (a scalar, or one per sample), `encoder_hidden_states [B, L, D]` and, for SDXL,
+    `added_cond_kwargs`. `step` counts calls of a trajectory from 0: a step of the scheduler may take several.
+    `timestep` is the time that it is called at, an int where it is whole. `dtype` is the denoiser's, if it is known.
     """
 
     step: int
     timestep: int | float
     arguments: dict[str, Any]
+    dtype: torch.dtype | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """The arguments on a device, floating-point tensors cast to `dtype`."""
-        return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), self.arguments)
+        """The arguments on a device, for a denoiser of this dtype.
+
+        Tensors in the recorded denoiser's dtype are cast with it; where that is not known, all floating-point tensors.
+        The time never is: bf16 takes 999 for 1000.
+        """
+        time = time_name(self.arguments)
+
+        def move(tensor: Tensor) -> Tensor:
+            cast = tensor.is_floating_point() and self.dtype in (None, tensor.dtype)
+            return tensor.to(device, dtype if cast else None)
+
+        moved = map_tensors(move, {name: value for name, value in self.arguments.items() if name != time})
+        at = self.arguments.get(time)
+        return {**moved, time: map_tensors(lambda t: t.to(device), at)} if time in self.arguments else moved
+
+
+def time_name(arguments: Mapping[str, Any]) -> str:
+    """Which of a denoiser's arguments is the time: `timestep` of nearly all, `timesteps` or `t` of a few.
+
+    Empty where none is.
+    """
+    return next((name for name in arguments if re.fullmatch(r"(\w+_)?time(steps?)?|timestep_\w+|t", name)), "")
+
+
+def time_of(arguments: Mapping[str, Any]) -> int | float:
+    """The time that a denoiser is called at: of the first sample, an int where it is whole.
+
+    Raises:
+        InputError: if no argument is one.
+    """
+    values = torch.as_tensor(arguments.get(time_name(arguments), [])).flatten()
+    if not len(values):
+        raise InputError(f"a denoiser is called at a time, and this one was given {', '.join(arguments)}")
+    time = values[0].item()
+    return int(time) if float(time).is_integer() else time
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -122,38 +155,41 @@ def sample_batch(
 
     Args:
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
+
+    Raises:
+        InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
+            number of steps, or every denoiser.
     """
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
     arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
-    with _refusing_inputs(pipeline, arguments):
+    try:
         images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
+    except (SlimdiffError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # diffusers' pipelines and schedulers raise anything for what they do not take
+        inside = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][1:]
+        if any(name.split(".")[0] in ("slimdiff", "exporters", "deploy") for name in inside):  # ours failed
+            raise
+        raise InputError(_refusal(pipeline, arguments, error)) from error
     return images
 
 
-@contextmanager
-def _refusing_inputs(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Say in one line what a pipeline of diffusers does not take; an error that arose in our code stays as it is."""
-    try:
-        yield
-    except (SlimdiffError, MemoryError, OSError):
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]
-        if any(Path(frame.filename).is_relative_to(_PACKAGES / name) for frame in frames for name in _OURS):
-            raise
-        missing = [
-            n for n in inspect.signature(pipeline.__call__).parameters if _IMAGES.search(n) and n not in arguments
-        ]
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
-        hint = (
-            f"; it takes {', '.join(missing)}: commands make images of prompts alone, and in Python each image's inputs "
-            "are given as a mapping of the pipeline's arguments"
-        )
-        raise InputError(
-            f"{type(pipeline).__name__} makes no image of {', '.join(sorted(arguments)) or 'nothing'}: {reason}"
-            f"{hint if missing else ''}"
-        ) from error
+def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: Exception) -> str:
+    steps = f" in {arguments['num_inference_steps']} steps" if "num_inference_steps" in arguments else ""
+    reason = str(error).strip().splitlines() or [""]
+    names = inspect.signature(pipeline.__call__).parameters
+    images = ", ".join(name for name in names if _IMAGES.match(name) and name not in arguments)
+    advice = "another number of steps, scheduler or argument may do"
+    if images:
+        advice = f"it takes {images}: commands give prompts alone, `slimdiff.compress` takes mappings of arguments"
+    return f"{_title(pipeline)} does not run{steps}: {type(error).__name__}: {reason[0]} ({advice})"
+
+
+def _title(pipeline: DiffusionPipeline) -> str:
+    """`StableDiffusionPipeline with PNDMScheduler`."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    return type(pipeline).__name__ + (f" with {type(scheduler).__name__}" if scheduler is not None else "")
 
 
 def _arguments(
@@ -186,12 +222,15 @@ def _arguments(
 
 @contextmanager
 def watch_calls(denoiser: nn.Module, seen: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Call `seen` with the arguments of every call of the denoiser, by parameter name."""
+    """Call `seen` with the arguments of every call of the denoiser, by parameter name; defaults are left out."""
     signature = inspect.signature(denoiser.forward)
+    rest = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        seen({k: v for k, v in bound.items() if v is not None and k != "return_dict"})
+        bound |= bound.pop(rest, {})
+        seen({k: v for k, v in bound.items() if v is not defaults.get(k) and k != "return_dict"})
 
     with denoiser.register_forward_pre_hook(hook, with_kwargs=True):
         yield
@@ -206,31 +245,32 @@ def record_calls(
     every: int = 1,
     staggered: bool = False,
 ) -> list[Call]:
-    """Record every `every`-th denoiser call of the trajectories of `prompts`, in order of time per batch.
+    """Record every `every`-th denoiser call of the trajectories of `prompts`, in their order per batch.
 
     Args:
-        staggered: begin each batch's trajectory one step later than the one before (or at its first step again), so
+        staggered: begin each batch's trajectory one call later than the one before (or at its first call again), so
             that few calls of each are of all times together.
+
+    Raises:
+        InputError: if the pipeline does not run so, makes images without a call, or calls on what is not finite.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     calls: list[Call] = []
-    batch, step, last = -1, -1, -math.inf
+    batch = step = -1
 
     def keep(arguments: dict[str, Any]) -> None:
-        nonlocal batch, step, last
-        time = torch.as_tensor(arguments["timestep"]).flatten()[0]
-        # A text-to-image UNet's graph takes the time as a whole scalar, so that is what is recorded for it. Others keep
-        # what they were called with: DiT wants one time per sample, a video UNet's may be the log of a noise level.
-        if "encoder_hidden_states" in arguments and getattr(arguments.get("sample"), "ndim", 0) == 4:
-            time = time.long()
-            arguments = {**arguments, "timestep": time}
-        t = time.item()
-        t = int(t) if t == int(t) else t
-        # Time only falls along one trajectory; some schedulers call more than once a step, so counting calls won't do.
-        batch, step, last = (batch + 1, 0, t) if t > last else (batch, step + 1, t)
+        nonlocal step
+        step += 1
+        sample = next(iter(arguments.values()))
+        if isinstance(sample, Tensor) and not bool(sample.isfinite().all()):
+            raise InputError(
+                f"{_title(pipeline)} calls its denoiser on values that are not finite, at t={time_of(arguments)}: the "
+                "scheduler does not go with this model, or the model overflows (use it in float32)"
+            )
         if step % every == (batch % every if staggered else 0):
             before[:], copies[:] = copies, []
-            calls.append(Call(step, t, map_tensors(copied, arguments)))
+            dtype = next(denoiser.parameters()).dtype
+            calls.append(Call(step, time_of(arguments), map_tensors(copied, arguments), dtype))
 
     before: list[Tensor] = []
     copies: list[Tensor] = []
@@ -244,7 +284,10 @@ def record_calls(
 
     with watch_calls(denoiser, keep):
         for numbers in bar(_batches(prompts, sampling), "record calls", "batch"):
+            batch, step = batch + 1, -1
             sample_batch(pipeline, prompts, numbers, sampling)
+    if not calls:
+        raise InputError(f"{_title(pipeline)} does not call its denoiser in {sampling.steps} steps: take more")
     return calls
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import diffusers
 import torch
-from every_pipeline.components import COMPONENTS, WIDTH, make_component
 from families.family import PICTURES, TEXT, noise, quiet
+
+from every_pipeline.components import COMPONENTS, WIDTH, make_component
 
 SIZE = 16  # pixels, along each side
 

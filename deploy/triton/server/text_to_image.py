@@ -100,7 +100,8 @@ class TextToImage:
             uint8 `[height, width, 3]`.
 
         Raises:
-            ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole.
+            ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole
+                where the UNet takes whole ones.
             Cancelled: once `is_cancelled` says so.
         """
         if not prompt.strip():
@@ -198,11 +199,13 @@ class _UNet(_Remote):
         return_dict: bool = True,
         **_others: Any,
     ) -> tuple[Tensor]:
-        if float(timestep) != int(timestep):
+        timesteps = torch.full((len(sample),), timestep.item(), dtype=timestep.dtype)
+        whole = self.graph["inputs"]["timestep"]["dtype"].startswith("int")
+        if whole and not float(timestep).is_integer():
             raise ValueError(
-                f"the UNet takes whole timesteps, not {float(timestep)}: set timestep_spacing to 'leading'"
+                f"the UNet takes whole timesteps, not {float(timestep):g}: export the model again with this scheduler "
+                "in its pipeline, or serve one whose timesteps are whole"
             )
-        timesteps = torch.full((len(sample),), int(timestep))
         given = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": encoder_hidden_states}
         (noise,) = self.ask(["out_sample"], **given, **(added_cond_kwargs or {}))
         return (noise.to(sample.dtype),)

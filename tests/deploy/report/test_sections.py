@@ -11,6 +11,7 @@ from reports import edit, fake_build, report_of, save, text_of
 
 from deploy.artifacts import build_folder
 from deploy.report.page import write_report
+from deploy.report.sections import noise
 from deploy.report.sections.gates import gate_bound, gate_value
 from slimdiff.errors import InputError
 
@@ -57,6 +58,24 @@ def test_latency_says_when_it_is_inconclusive(build, changes, said):
     result["gates"][1]["verdict"] = "inconclusive"
     save(build, "build", result | {"verdict": "inconclusive", "exit_code": 4})
     assert said in text_of(report_of(build))
+
+
+# --- noise --------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_is_drawn_over_times_that_are_not_whole(build):
+    times = [1.0954999923706055, 0.5686483383178711, -0.18877407908439636, -1.553699016571045]
+    before = build_folder.read(build, "compare")["noise_error"]
+    edit(build, "compare", noise_error=before | {"by_timestep": [[t, 0.001 * (3 - t)] for t in times]})
+    chart = noise.build({"compare": build_folder.read(build, "compare"), "build": build_folder.read(build, "build")})[
+        "noise"
+    ]
+    assert [row[0] for row in chart["rows"]] == ["1.0955", "0.568648", "-0.188774", "-1.5537"]
+    places = [x for x, _, _ in chart["points"]]
+    assert places == sorted(places) and (places[0], places[-1]) == (0.0, 100.0)
+    assert all(0 <= tick.at <= 100 for tick in chart["x"]) and len({tick.label for tick in chart["x"]}) > 2
+    assert "largest at t = -1.5537" in chart["summary"].replace("\u00a0", " ")
+    assert "t = 1.0955:" in report_of(build)
 
 
 # --- sites --------------------------------------------------------------------------------------------------------
