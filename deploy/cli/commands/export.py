@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_artifact(out)
+    check_artifact(out, "onnx")
     open_dims = args.dynamic.split(",") if args.dynamic else []
     if not set(open_dims) <= {"batch", "size"}:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args.model)
     call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
     log.info("export: %s, %s", args.model, settings.precision)
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "onnx") as temporary:
         files = export_pipeline(pipeline, temporary, settings, call=call)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
