@@ -12,6 +12,7 @@ from deploy.cli.console import log, result
 from deploy.cli.outputs import artifact_folder, check_folder
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError
+from slimdiff.settings import MOST_AT_ONCE
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, EngineSettings, "backend")
     flags.add(parser, EngineSettings, "targets", flag="--target", action="append", metavar="SM")
     shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
-    flags.several(shapes, "--batch", "N", "of an engine", type=int)
+    flags.several(shapes, "--batch", "N", "of an engine", type=flags.whole_number(MOST_AT_ONCE))
     flags.several(shapes, "--shapes", "SPEC", "of an engine, as in sample:2x4x64x64")
     for end in ENDS:
         flags.several(shapes, f"--{end}-shapes", "SPEC", "of an engine's optimisation profile")

@@ -12,7 +12,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import Sampling
+from slimdiff.settings import MOST_AT_ONCE, Sampling
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
@@ -28,7 +28,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
-    flags.whole(parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2)
+    flags.whole(
+        parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
+    )
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
 
