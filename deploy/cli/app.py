@@ -133,8 +133,9 @@ def _run(args: argparse.Namespace) -> int:
     if not args.verbose:  # before the libraries are imported; what the user has set stays
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from deploy.cli import console  # after the parsing: `--help` does without
+    from deploy.cli import console, outputs  # after the parsing: `--help` does without
 
+    outputs.check_places(args)
     with console.on_stderr(quiet=args.quiet, verbose=args.verbose):
         code = args.run(args)
         sys.stdout.flush()  # a full disk shows here, while it can still be said

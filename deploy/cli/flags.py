@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploy.recipe.prompts import calibration_prompts, default_source
@@ -21,7 +21,7 @@ from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
@@ -81,15 +81,21 @@ def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any)
     text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
 
 
-def whole(parser: Any, name: str, what: str, *, least: int = 1, default: int | None = None, **more: Any) -> None:
-    """A flag for a whole number from `least` on."""
+def whole(parser: Any, name: str, what: str, *, most: int = MOST, default: int | None = None, **more: Any) -> None:
+    """A flag for a whole number from 1 to `most`."""
+    text(parser, name, "N", _help(what, default), type=whole_number(most), default=default, **more)
+
+
+def whole_number(most: int = MOST) -> Callable[[str], int]:
+    """What reads a whole number from 1 to `most`."""
 
     def convert(value: str) -> int:
-        if not value.isascii() or not value.isdigit() or int(value) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {value!r}")
-        return int(value)
+        digits = value if value.isascii() and value.isdigit() and len(value) < 20 else "0"
+        if not 1 <= int(digits) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and at most {most}, not {value!r}")
+        return int(digits)
 
-    text(parser, name, "N", _help(what, default), type=convert, default=default, **more)
+    return convert
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +155,7 @@ def _checked(field: FieldInfo, listed: bool) -> Callable[[str], Any]:
         if listed and not value:
             raise argparse.ArgumentTypeError("is empty")
         try:
-            return TypeAdapter(annotation).validate_python(value)
+            return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
             raise argparse.ArgumentTypeError(f"{_reason(error)}, not {text!r}") from error
 

@@ -16,7 +16,18 @@ from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError
-from slimdiff.settings import BUDGETS, TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import (
+    BUDGETS,
+    LAST_SEED,
+    MOST,
+    MOST_AT_ONCE,
+    MOST_PIXELS,
+    TRANSFORMER_GROUPS,
+    Budget,
+    CalibrationSettings,
+    PlanSettings,
+    Sampling,
+)
 from slimdiff.settings import Settings as Strict
 
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
@@ -96,22 +107,22 @@ class EngineStage(EngineSettings):
 class ValidateStage(Settings):
     """Parity of the exported slim model with the slim model in torch."""
 
-    calls: int = Field(4, ge=1)
+    calls: int = Field(4, ge=1, le=MOST)
     """How many recorded calls of a trajectory are compared, spread over its timesteps."""
 
 
 class CompareStage(Settings):
     """Fidelity of the slim model against the dense one."""
 
-    images: int = Field(16, ge=1)
+    images: int = Field(16, ge=1, le=MOST)
     """How many images dense and slim make of the same captions and seeds."""
-    shown: int = Field(8, ge=0)
+    shown: int = Field(8, ge=0, le=MOST)
     """How many of them are kept as files and shown in the report; slim in ONNX Runtime makes these too."""
-    trajectories: int = Field(2, ge=1)
+    trajectories: int = Field(2, ge=1, le=MOST)
     """How many prompts' trajectories the noise-prediction error is taken over."""
     sampling: Sampling = Sampling(steps=25, seed=10_000)
     """How their images are made."""
-    captions_seed: int = 1
+    captions_seed: int = Field(1, ge=0, le=LAST_SEED)
     """Which captions the embedded model is judged on."""
 
 
@@ -124,9 +135,9 @@ class SweepStage(Settings, coerce_numbers_to_str=True):
     """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
     runtime: TableRuntime = "onnxruntime"
     """Where their latency is measured, by the settings of `bench`."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=MOST_AT_ONCE)
     """Threads of that runtime; its own choice if not given."""
-    images: int = Field(4, ge=0)
+    images: int = Field(4, ge=0, le=MOST)
     """How many images of each point are compared with the dense model's."""
 
     @model_validator(mode="after")
@@ -150,9 +161,9 @@ class SweepStage(Settings, coerce_numbers_to_str=True):
 class ImageShape(Settings):
     """How many images go through a denoiser together, and their size."""
 
-    height: int = Field(ge=8, le=65536, multiple_of=8)
+    height: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
     """Pixels, a multiple of 8 as diffusers asks for."""
-    width: int = Field(ge=8, le=65536, multiple_of=8)
+    width: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
     """Pixels, a multiple of 8 too."""
     images: int = Field(1, ge=1, le=1024)
     """In one call, in which guidance takes two samples of each."""
@@ -204,13 +215,13 @@ class Gates(Settings):
 
     parity: bool = True
     """Whether the exported slim model must agree with the slim model in torch."""
-    min_speedup: float | None = Field(None, gt=0)
+    min_speedup: float | None = Field(None, gt=0, le=1000)
     """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
-    max_quality_loss: float | None = Field(None, ge=0)
+    max_quality_loss: float | None = Field(None, ge=0, le=100)
     """Most points of caption accuracy that may be lost (models with an evaluator only)."""
-    max_noise_error: float | None = Field(None, gt=0)
+    max_noise_error: float | None = Field(None, gt=0, le=1000)
     """Largest relative mean squared change of the noise prediction."""
-    min_psnr_db: float | None = Field(None, gt=0)
+    min_psnr_db: float | None = Field(None, gt=0, le=1000)
     """Least PSNR of slim images to dense ones."""
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,23 @@ def write_manifest(
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def strangers(folder: Path) -> Iterator[Path]:
+    """Files and links below a folder that neither its manifest nor one in a folder below it lists.
+
+    Raises:
+        InputError: if one of the manifests cannot be read.
+    """
+    known: set[Path] = set()
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        if MANIFEST in names:
+            known.update(here / name for name in read_manifest(here)["files"])
+        folders[:] = [name for name in folders if not is_leftover(name)]
+        for name in (*names, *(name for name in folders if (here / name).is_symlink())):
+            if name not in (MANIFEST, LOCK) and here / name not in known:
+                yield here / name
 
 
 def _is_content(name: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from deploy.artifacts.numbers import size
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
+from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, check_runnable
 from exporters.registry import names
 from exporters.settings import parse_sizes
 from slimdiff.errors import InputError, require
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
-    check_artifact(out)
+    check_artifact(out, "bundle")
+    if args.archive:
+        check_new_file(_archive(out), "archive of a bundle")
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
     require("onnx", "onnx")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         require("tritonclient", "triton")
 
     calm_libraries()
-    from deploy.bundle.archive import SUFFIX, pack
+    from deploy.bundle.archive import pack
     from deploy.bundle.contents import choose, write_bundle
     from deploy.bundle.sources import Selection, open_source
 
@@ -74,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
     if left:
         log.info("bundle: left out are %s", ", ".join(c.name for c in left))
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "bundle") as temporary:
         description = write_bundle(source, taken, temporary, selection, triton=args.triton)
         files = manifest.read_manifest(temporary)["files"]
-    archive = out.parent / f"{out.resolve().name}{SUFFIX}" if args.archive else None
+    archive = _archive(out) if args.archive else None
     if archive:
         pack(out, archive)
     value = {
@@ -91,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
     return result(args, value, _text(value, description))
+
+
+def _archive(out: Path) -> Path:
+    from deploy.bundle.archive import SUFFIX
+
+    return out.parent / f"{out.resolve().name}{SUFFIX}"
 
 
 def _shape(spec: str) -> tuple[int, int, int]:

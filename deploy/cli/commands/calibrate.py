@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from deploy.artifacts.numbers import size
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_file, check_writable
+from deploy.cli.outputs import check_file, check_new_file
 from deploy.recipe.prompts import described
 from slimdiff.errors import InputError
 from slimdiff.settings import CalibrationSettings
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.model is None and not args.merge:
         raise InputError("name a MODEL to calibrate, or statistics to --merge")
-    check_writable(out.absolute().parent)
+    check_new_file(out, "statistics file")
     for name in args.merge:
         check_file(name, "--merge")
     calibration = flags.read_calibration(args)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             read_metadata(out)
         except InputError:
-            raise InputError(f"--out {out} is there and no statistics file: name another") from None
+            raise InputError(f"--out {out} is there and no statistics file: name another file") from None
     others = [Statistics.load(Path(name)) for name in args.merge]
     started = time.perf_counter()
     if args.model is None:

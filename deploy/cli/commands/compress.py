@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_artifact(out)
+    check_artifact(out, "slim-model")
     budget, table = flags.read_budget(args), flags.read(args, TableSettings)
     by_latency = budget is not None and budget.kind == "speedup"
     if not by_latency and table.model_fields_set:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
     }
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(slim.pipeline, temporary)
         copy_licenses(args.model, temporary)
         slim.plan.save(temporary / "plan.json")

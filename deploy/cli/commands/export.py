@@ -12,7 +12,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import Sampling
+from slimdiff.settings import MOST_AT_ONCE, Sampling
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
@@ -28,14 +28,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
-    flags.whole(parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2)
+    flags.whole(
+        parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
+    )
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_artifact(out)
+    check_artifact(out, "onnx")
     open_dims = args.dynamic.split(",") if args.dynamic else []
     if not set(open_dims) <= {"batch", "size"}:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args.model)
     call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
     log.info("export: %s, %s", args.model, settings.precision)
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "onnx") as temporary:
         files = export_pipeline(pipeline, temporary, settings, call=call)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]

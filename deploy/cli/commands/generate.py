@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_runnable, check_writable
+from deploy.cli.outputs import check_new_file, check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.settings import Sampling
@@ -33,9 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.suffix.lower() != ".png" or out.is_dir():
+    if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: name a file that ends in .png")
-    check_writable(out)
+    check_new_file(out, "PNG image")
     if not args.prompt.strip():
         raise InputError("--prompt is empty: say what to show")
     asked = flags.read(args, Sampling, batch=1)

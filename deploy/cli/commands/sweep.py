@@ -13,7 +13,6 @@ from deploy.cli.outputs import check_folder
 from deploy.recipe.recipe import Recipe, SweepStage
 from exporters.settings import BenchSettings
 from slimdiff.settings import PlanSettings
-from slimdiff.storage.manifest import LOCK
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
 images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
@@ -37,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_folder(out, LOCK, "sweep.json")
+    check_folder(out, "sweep")
     calibration = flags.read_calibration(args)
     sweep = flags.read(args, SweepStage)
     bench = flags.read(args, BenchSettings, **({"threads": sweep.threads} if sweep.threads else {}))

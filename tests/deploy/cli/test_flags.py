@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from command_line import refused
+from command_line import actions_of, refused
 
 from deploy.cli import flags
 from deploy.cli.app import COMMANDS, make_parser
@@ -14,14 +14,6 @@ from exporters import settings as of_exporters
 from exporters.settings import BenchSettings, EngineSettings
 from slimdiff import settings as of_slimdiff
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
-
-
-def actions_of(command: str) -> list[argparse.Action]:
-    parser = make_parser()
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    with pytest.raises(SystemExit):
-        parser.parse_args([command, "--help"])
-    return subparsers.choices[command]._actions
 
 
 def test_the_help_of_a_field_is_its_docstring():
