@@ -17,7 +17,7 @@ WIDTH = 32  # of every text and image embedding
 LENGTH = 77  # of CLIP's prompts
 
 _TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-_VISION = {**_TEXT, "image_size": 32, "patch_size": 8}
+_VISION = {**_TEXT, "image_size": 224, "patch_size": 56}  # Stable Video Diffusion makes it 224 pixels itself
 _PIECES = [*"abcdefghijklmnopqrstuvwxyz ,.", "▁"]
 _TWO_BLOCKS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
 _LEVELS = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
@@ -68,7 +68,7 @@ def _safety_checker() -> StableDiffusionSafetyChecker:
 
 
 def _image_processor() -> Any:
-    return transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return transformers.CLIPImageProcessor()
 
 
 def _unet(**changes: Any) -> nn.Module:

@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any
 
 import diffusers
-import torch
 from families.family import PICTURES, TEXT, noise, quiet
 
 from every_pipeline.components import COMPONENTS, WIDTH, make_component
+from slimdiff import Sampling
 
 SIZE = 16  # pixels, along each side
 
@@ -61,6 +61,15 @@ _GIVEN: dict[str, list[Any]] = {
 }
 
 
+# Of the call, what a pipeline has otherwise than others.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ConsistencyModelPipeline": {"output_type": "pt"},
+    "MarigoldDepthPipeline": {"output_type": "pt"},
+    "MarigoldNormalsPipeline": {"output_type": "pt"},
+    "StableDiffusionLDM3DPipeline": {"output_type": "np"},
+}
+
+
 class CannotBeMadeError(Exception):
     """Why a pipeline has no tiny member here."""
 
@@ -104,7 +113,7 @@ def make_member(name: str) -> diffusers.DiffusionPipeline:
     try:
         return quiet(kind(**parts))
     except Exception as error:
-        raise CannotBeMadeError(f"{type(error).__name__}: {error}") from error
+        raise CannotBeMadeError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
 def _classes(kind: Any, part: str) -> list[str]:
@@ -133,13 +142,12 @@ def inputs_of(pipeline: diffusers.DiffusionPipeline) -> list[dict[str, Any]]:
     return [{name: values[i] for name, values in given.items()} for i in range(2)]
 
 
-def arguments_of(pipeline: diffusers.DiffusionPipeline) -> dict[str, Any]:
-    """What is the same for both images."""
+def sampling_of(pipeline: diffusers.DiffusionPipeline) -> Sampling:
+    """Two images at once in two steps, with what is the same for both."""
     parameters = inspect.signature(pipeline.__call__).parameters
-    same = {"num_frames": 2, "strength": 1.0, "max_sequence_length": 32, "use_resolution_binning": False}
-    return {name: value for name, value in same.items() if name in parameters}
-
-
-def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of a module's tensors."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    same = {"num_frames": 2, "strength": 1.0, "max_sequence_length": 32}
+    same |= {"use_resolution_binning": False, "_auto_resize": False}  # no other size than that of the tiny model
+    arguments = {name: value for name, value in same.items() if name in parameters}
+    size = {name: SIZE for name in ("height", "width") if name in parameters}
+    own = _ARGUMENTS.get(type(pipeline).__name__, {})
+    return Sampling(steps=2, batch=2, guidance=3.0, seed=1, arguments={**arguments, **own}, **size)
