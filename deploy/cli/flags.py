@@ -90,10 +90,11 @@ def whole_number(most: int = MOST) -> Callable[[str], int]:
     """What reads a whole number from 1 to `most`."""
 
     def convert(value: str) -> int:
-        digits = value if value.isascii() and value.isdigit() and len(value) < 20 else "0"
-        if not 1 <= int(digits) <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and at most {most}, not {value!r}")
-        return int(digits)
+        number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+        if not 1 <= number <= most:
+            bound = f"at most {most}" if value.strip("0").isdigit() else "at least 1"
+            raise argparse.ArgumentTypeError(f"must be a whole number of {bound}, not {value!r}")
+        return number
 
     return convert
 

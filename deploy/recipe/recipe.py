@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deploy.recipe.errors import explain, nearest
-from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
+from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
@@ -255,6 +255,14 @@ class Recipe(Settings):
     """Further exports for other targets, shapes and precisions, all of the same slim model."""
     gates: Gates = Gates()
     """What decides the exit code."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        try:
+            return all_prompts(value) if isinstance(value, list) else value
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
 
 DEMO = Path(__file__).parent / "demo.yaml"

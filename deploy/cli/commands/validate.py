@@ -10,6 +10,7 @@ from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError, require
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
@@ -40,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     asked = flags.read(args, Sampling, batch=1)
+    check_inputs(args.prompt, where="--prompt")
     check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
