@@ -8,6 +8,7 @@ InputError that names the flag and says what would be right.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from types import UnionType
@@ -74,6 +75,11 @@ def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
 def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
     """An argument that is no setting; a flag if its name has dashes. `what` is its help."""
     parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
+
+
+def sentence(parser: Any, name: str, what: str, **more: Any) -> None:
+    """A flag for text that people wrote, in UTF-8 whatever the locale."""
+    text(parser, name, "TEXT", what, type=lambda said: os.fsencode(said).decode("utf-8", "surrogateescape"), **more)
 
 
 def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:

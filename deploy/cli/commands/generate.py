@@ -24,7 +24,7 @@ EXAMPLE = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "artifact", "ARTIFACT", "a model (dense or slim), an ONNX folder, an engine, or a bundle")
-    flags.text(parser, "--prompt", "TEXT", "what to show", required=True)
+    flags.sentence(parser, "--prompt", "what to show", required=True)
     flags.text(parser, "--out", "PNG", "the image file to write", required=True)
     flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"

@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
-    flags.text(parser, "--prompt", "TEXT", "of the trajectory (default: 'a photo')", default="a photo")
+    flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
     parser.add_argument(
         "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
     )
