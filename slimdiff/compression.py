@@ -15,6 +15,7 @@ from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.sizes import check_size
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
@@ -25,6 +26,7 @@ from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import find_layers
 from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
@@ -114,11 +116,11 @@ class Compressor:
         unfinished: Path | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.prompts = prompts
+        self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
-        self.calls = Calls(pipeline, prompts, self.calibration, self.planning)
+        self.calls = Calls(pipeline, self.prompts, self.calibration, self.planning)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -159,6 +161,8 @@ class Compressor:
             InputError: saying why.
         """
         slim_class_of(self.denoiser)
+        sampling = self.calibration.sampling
+        check_size(self.pipeline, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
         if not budgets:
             return
         sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 
@@ -82,7 +83,9 @@ def compare(
     Raises:
         SlimdiffError: if the dense model does not reproduce its own record: the figures would mean nothing.
     """
-    sampling = sampling or Sampling(steps=25, seed=10_000)
+    sampling, prompts = sampling or Sampling(steps=25, seed=10_000), check_inputs(prompts)
+    if not prompts:
+        raise InputError("there is no prompt to compare on: give at least one")
     noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
     before = sample_images(dense, prompts[:images], sampling)
     after = sample_images(slim, prompts[:images], sampling)

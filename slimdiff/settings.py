@@ -255,7 +255,7 @@ BUDGETS: dict[str, BudgetKind] = {
         BudgetKind(
             "max_error",
             "the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
-            partial(read_number, least=0, most=100, what="max_error is a relative squared error above 0, such as 1e-4"),
+            partial(read_number, least=0, most=MOST, what="max_error is a relative squared error, such as 1e-4"),
         ),
     )
 }

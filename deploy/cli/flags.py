@@ -8,6 +8,7 @@ InputError that names the flag and says what would be right.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from types import UnionType
@@ -76,6 +77,11 @@ def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) ->
     parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
 
 
+def sentence(parser: Any, name: str, what: str, **more: Any) -> None:
+    """A flag for text that people wrote, in UTF-8 whatever the locale."""
+    text(parser, name, "TEXT", what, type=lambda said: os.fsencode(said).decode("utf-8", "surrogateescape"), **more)
+
+
 def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
     """A flag that may be given again for more."""
     text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
@@ -90,10 +96,11 @@ def whole_number(most: int = MOST) -> Callable[[str], int]:
     """What reads a whole number from 1 to `most`."""
 
     def convert(value: str) -> int:
-        digits = value if value.isascii() and value.isdigit() and len(value) < 20 else "0"
-        if not 1 <= int(digits) <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and at most {most}, not {value!r}")
-        return int(digits)
+        number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+        if not 1 <= number <= most:
+            bound = f"at most {most}" if value.strip("0").isdigit() else "at least 1"
+            raise argparse.ArgumentTypeError(f"must be a whole number of {bound}, not {value!r}")
+        return number
 
     return convert
 

@@ -50,6 +50,8 @@ def onnx(name: str) -> dict[str, Any]:
     """A UNet's graph: dims from the graph itself."""
     graph = graph_of(name)
     content, plan = read_graph(graph), plan_beside(graph)
+    if "" not in content.opset_imports or not len(content.graph):
+        raise InputError(f"{graph} holds no ONNX graph: export the model again")
     rows: list[dict[str, Any]] = [
         {"site": module, "dims": " x ".join(map(str, dims))} for module, dims in sorted(weight_dims(content).items())
     ]
@@ -79,6 +81,8 @@ def engine(name: str) -> dict[str, Any]:
     report = manifests.read_json(folder / ENGINE_REPORT)
     if not isinstance(report, dict):
         raise InputError(f"{folder / ENGINE_REPORT} is not a JSON object: build the engine again")
+    if not {"skipped", "backend"} & report.keys():
+        raise InputError(f"{folder / ENGINE_REPORT} does not say what the engine is: build it again")
     if "skipped" in report:
         return {"skipped": report["skipped"]}
     rows = [
@@ -95,6 +99,8 @@ def engines(name: str) -> dict[str, Any]:
     manifests.verify_manifest(folder)
     kept = ("backend", "version", "targets", "bytes", "inputs")
     folders = [file.parent for file in sorted(folder.glob(f"*/{ENGINE_REPORT}"))]
+    if not folders:
+        raise InputError(f"{folder} holds no engine: build it again")
     rows = [{"name": each.name, **_only(engine(str(each)), kept)} for each in folders]
     return {"engines": rows, "bytes": sum(row.get("bytes", 0) for row in rows), "provenance": provenance(folder)}
 

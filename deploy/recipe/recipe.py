@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deploy.recipe.errors import explain, nearest
-from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
+from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
@@ -256,6 +256,14 @@ class Recipe(Settings):
     gates: Gates = Gates()
     """What decides the exit code."""
 
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        try:
+            return all_prompts(value) if isinstance(value, list) else value
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
 
 DEMO = Path(__file__).parent / "demo.yaml"
 
@@ -284,13 +292,19 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     check_groups(recipe.plan, f"{source}: plan.groups")
     resolved: dict[str, Any] = {}
+    model = _name_of_file(recipe.model)
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
-    if recipe.model != "demo" and (recipe.model.startswith(".") or os.path.exists(folder / recipe.model)):
-        resolved["model"] = str(folder / recipe.model)
+    if recipe.model != "demo" and (model.startswith(".") or os.path.exists(folder / model)):
+        resolved["model"] = str(folder / model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
-        resolved["prompts"] = str(folder / recipe.prompts)
+        resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
     return recipe.model_copy(update=resolved)
+
+
+def _name_of_file(text: str) -> str:
+    """A name as the operating system's functions take it: recipes are in UTF-8, whatever the locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogatepass"))
 
 
 def check_groups(plan: PlanSettings, where: str) -> None:

@@ -17,11 +17,12 @@ from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch, usable_inputs
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
 from slimdiff.progress import bar
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, Sampling, StatisticsSettings
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
@@ -61,7 +62,7 @@ def calibrate(
             nothing in it can be slimmed, or an activation is not finite.
     """
     settings = settings or CalibrationSettings()
-    chosen = usable_inputs(prompts)[: settings.samples]
+    chosen = check_inputs(prompts)[: settings.samples]
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
     sampling = settings.sampling

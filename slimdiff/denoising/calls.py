@@ -7,8 +7,9 @@ from functools import cached_property
 
 from diffusers import DiffusionPipeline
 
-from slimdiff.denoising.trajectory import Call, Inputs, record_calls, usable_inputs
+from slimdiff.denoising.trajectory import Call, Inputs, record_calls
 from slimdiff.errors import InputError
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, PlanSettings, Sampling
 
 # What each kind of recorded calls is for, as an error says it.
@@ -30,7 +31,7 @@ class Calls:
         planning: PlanSettings | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.prompts = usable_inputs(prompts)
+        self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
 

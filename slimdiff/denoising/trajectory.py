@@ -29,15 +29,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.sizes import check_size
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
+from slimdiff.prompts import Inputs as Inputs
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 # Arguments of a pipeline's call that hold pictures, and are no choice beside the prompt.
 _IMAGES = re.compile(r"(?!num_|ip_adapter|negative_|max_|.*(embeds|scale|attention)).*(image|mask|video|frames|hint)")
-
-# One image's inputs: a prompt, or arguments of the pipeline's call by name.
-Inputs = str | Mapping[str, Any]
 
 
 @dataclass
@@ -116,11 +116,6 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer: there is nothing to slim in it")
 
 
-def usable_inputs(prompts: Sequence[Inputs]) -> list[Inputs]:
-    """All but blank prompts."""
-    return [p for p in prompts if not isinstance(p, str) or p.strip()]
-
-
 def sample_images(pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling) -> list[Any]:
     """Run the pipeline on prompts or mappings of its arguments; number i always starts from the noise of `seed + i`.
 
@@ -134,6 +129,7 @@ def sample_images(pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampli
     Raises:
         InputError: if the pipeline needs or refuses an argument, saying which.
     """
+    prompts = check_inputs(prompts, blank=True)
     batches = bar(_batches(prompts, sampling), "images", "batch")
     return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
 
@@ -198,12 +194,14 @@ def _arguments(
     """What to call the pipeline with for one batch: the inputs, and of the usual settings those that it has."""
     parameters = inspect.signature(pipeline.__call__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    check_inputs(sampling.arguments, where="the sampling's arguments")
     rows: list[dict[str, Any]] = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise InputError("the inputs of one batch name different arguments: give all of them the same")
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     inputs = {n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()}
     inputs |= sampling.model_dump(include={"height", "width"}, exclude_none=True) | sampling.arguments
+    check_size(pipeline, inputs)
     unknown = [] if takes_any else sorted(inputs.keys() - parameters.keys())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named and n not in inputs]
@@ -254,7 +252,7 @@ def record_calls(
     Raises:
         InputError: if the pipeline does not run so, makes images without a call, or calls on what is not finite.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser, prompts = getattr(pipeline, denoiser_name(pipeline)), check_inputs(prompts, blank=True)
     calls: list[Call] = []
     batch = step = -1
 

@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
     results = parser.add_argument_group("history and CI")
     flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
-    flags.text(results, "--label", "TEXT", "of the result in the history, such as a commit", default="")
+    flags.sentence(results, "--label", "of the result in the history, such as a commit", default="")
     flags.text(results, "--junit", "FILE", "write JUnit XML", type=Path)
     flags.text(results, "--markdown", "FILE", "write a Markdown summary", type=Path)
     flags.text(results, "--plot", "FILE.svg", "draw the history", type=Path)

@@ -40,7 +40,9 @@ class Recorder(DiffusionPipeline):
         self.unet = nn.Identity()
         self.seen: list[dict[str, Any]] = []
 
-    def __call__(self, prompt=None, image=None, strength=0.5, height=None, generator=None, num_inference_steps=50):
+    def __call__(
+        self, prompt=None, image=None, strength=0.5, height=None, width=None, generator=None, num_inference_steps=50
+    ):
         self.seen.append({"prompt": prompt, "image": image, "strength": strength, "height": height})
         return ([f"image of {p}" for p in prompt],)
 
@@ -87,7 +89,7 @@ def test_continuous_times_are_recorded_as_they_are():
 def test_no_mapping_is_taken_for_a_blank_prompt():
     settings = CalibrationSettings(samples=2, sampling=SAMPLING)
     assert calibrate(unconditional(), [{}, {}], settings).made_from["prompts"] == 2
-    with pytest.raises(InputError, match="no prompt"):
+    with pytest.raises(InputError, match="is empty"):
         calibrate(unconditional(), [" "], settings)
 
 
