@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
@@ -82,6 +83,7 @@ def compare(
         RuntimeError: if the dense model does not reproduce its own record: the figures would mean nothing.
     """
     sampling = sampling or Sampling(steps=25, seed=10_000)
+    dense, slim = in_float32(dense), in_float32(slim)
     noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
     before = sample_images(dense, prompts[:images], sampling)
     after = sample_images(slim, prompts[:images], sampling)

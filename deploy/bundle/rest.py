@@ -77,7 +77,7 @@ class TorchRest:
     def pipeline(self) -> Any:
         from slimdiff.loading.pipelines import load_pipeline
 
-        return load_pipeline(self.model)
+        return load_pipeline(self.model, "fp32")
 
     @cached_property
     def scale(self) -> int:

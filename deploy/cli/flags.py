@@ -26,6 +26,8 @@ from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
+VARIANT = "of the model's weights, such as fp16 (default: the files without a name, or the only ones)"
+"""What `--variant` is where a model is only read, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}

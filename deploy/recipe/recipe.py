@@ -16,7 +16,15 @@ from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError
-from slimdiff.settings import BUDGETS, TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import (
+    BUDGETS,
+    TRANSFORMER_GROUPS,
+    Budget,
+    CalibrationSettings,
+    PlanSettings,
+    Sampling,
+    WeightSettings,
+)
 from slimdiff.settings import Settings as Strict
 
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
@@ -214,7 +222,7 @@ class Gates(Settings):
     """Least PSNR of slim images to dense ones."""
 
 
-class Recipe(Settings):
+class Recipe(WeightSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
     model: str

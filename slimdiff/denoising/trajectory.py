@@ -28,6 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.precision import in_float32
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -95,6 +96,7 @@ def sample_images(pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampli
     Raises:
         InputError: if the pipeline needs or refuses an argument, saying which.
     """
+    pipeline = in_float32(pipeline)
     batches = bar(_batches(prompts, sampling), "images", "batch")
     return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
 
@@ -180,6 +182,7 @@ def record_calls(
         staggered: begin each batch's trajectory one step later than the one before (or at its first step again), so
             that few calls of each are of all times together.
     """
+    pipeline = in_float32(pipeline)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     calls: list[Call] = []
     batch, step, last = -1, -1, -math.inf
