@@ -45,12 +45,16 @@ class ModelDirectory:
     """What a diffusers directory holds, once it has been looked through.
 
     Attributes:
+        pipeline: its class.
         models: the class and the files of each component that has weights.
-        absent: components that the index says are none.
+        others: the class and the folder of each component that has none.
+        values: what else the pipeline is made with; None for components that the index says are none.
     """
 
+    pipeline: type[diffusers.DiffusionPipeline]
     models: dict[str, tuple[Any, Weights]] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
+    others: dict[str, tuple[Any, Path]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def check_model_directory(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> ModelDirectory:
@@ -70,19 +74,19 @@ def check_model_directory(folder: Path, variant: str | None = None, without: Col
         manifest.verify_manifest(folder)
     if (folder / "None.py").exists():  # diffusers takes it for the pipeline's own code where none is named
         raise InputError(f"{folder / 'None.py'} would be run by diffusers: refused")
-    parameters = inspect.signature(pipeline_class(index.get("_class_name"), folder / INDEX)).parameters
-    found = ModelDirectory()
+    pipeline = pipeline_class(index.get("_class_name"), folder / INDEX)
+    parameters = inspect.signature(pipeline).parameters
+    found = ModelDirectory(pipeline)
     for name, entry in index.items():
-        required = name in parameters and parameters[name].default is inspect.Parameter.empty
-        if entry == [None, None] or (entry is None and required):
-            found.absent += [name] if name in parameters else []
+        if entry == [None, None] or not isinstance(entry, list):
+            found.values |= {name: None if isinstance(entry, list) else entry} if name in parameters else {}
             continue
-        if name.startswith("_") or not isinstance(entry, list):
+        if name.startswith("_"):
             continue
         kind = library_class(entry, folder / INDEX, _MODELS + _CONFIGURED)
         if not manifest.is_inside(name) or "/" in name:
             raise InputError(f"{folder / INDEX} names a component {name!r}, which is outside the directory: refused")
-        if name in without:
+        if name in without or name not in parameters:
             continue
         # Pipelines of one model may have its files beside the index.
         place = folder if issubclass(kind, _MODELS) and not (folder / name).exists() else folder / name
@@ -92,8 +96,12 @@ def check_model_directory(folder: Path, variant: str | None = None, without: Col
             if place == folder and not (folder / "config.json").is_file():
                 raise InputError(f"{folder / INDEX} names a {name}, and there is no such folder: copy the model whole")
             found.models[name] = (kind, find_weights(place, kind))
-    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in index]
-    if unsaid := [n for n in missing if parameters[n].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        else:
+            found.others[name] = (kind, folder / name)
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    unsaid = [n for n, p in parameters.items() if p.default is p.empty and p.kind is positional and n not in index]
+    found.values |= dict.fromkeys(n for n in unsaid if n in pipeline._optional_components)
+    if unsaid := [n for n in unsaid if n not in (*pipeline._optional_components, *without)]:
         raise InputError(f"{folder / INDEX} says nothing of the {', '.join(unsaid)}: give it, or say [null, null]")
     choose_variant((weights for _, weights in found.models.values()), variant, folder)
     return found

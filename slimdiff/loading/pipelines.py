@@ -46,10 +46,14 @@ def load_pipeline(
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
             path = Path(DiffusionPipeline.download(str(model), **safe, **parts))
         found = check_model_directory(path, variant, without)
-        parts |= dict.fromkeys(found.absent)
+        parts = found.values | parts
         for name, (kind, weights) in found.models.items():
             parts[name] = load_component(weights.folder, kind, weights, read_dtype(dtype), variant)
-        return DiffusionPipeline.from_pretrained(str(path), trust_remote_code=False, **parts)
+        for name, (kind, folder) in found.others.items():
+            parts[name] = kind.from_pretrained(folder, local_files_only=True)
+        pipeline = found.pipeline(**parts)
+        pipeline.register_to_config(_name_or_path=str(path))
+        return pipeline
     except InputError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory

@@ -126,10 +126,10 @@ def test_a_component_whose_folder_is_not_there(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_each_component_keeps_the_dtype_of_its_files(model, dtype):
-    for name in ("unet", "text_encoder"):
+    for name in ("unet", "text_encoder", "image_encoder"):
         rewrite(weights(model, name), lambda t: {k: v.to(dtype) for k, v in t.items()})
     found = load_pipeline(model)
-    assert held(found.unet) == held(found.text_encoder) == {dtype}
+    assert held(found.unet) == held(found.text_encoder) == held(found.image_encoder) == {dtype}
     assert held(found.vae) == held(found.safety_checker) == {torch.float32}
     assert held(load_pipeline(model, "fp32").unet) == {torch.float32}
     assert held(load_pipeline(model, torch.bfloat16).vae) == {torch.bfloat16}
