@@ -15,6 +15,7 @@ from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.precision import held_like, in_float32
 from slimdiff.denoising.sizes import check_size
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
 from slimdiff.errors import InputError
@@ -115,16 +116,25 @@ class Compressor:
         *,
         unfinished: Path | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        self.source = pipeline
         self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
-        self.calls = Calls(pipeline, self.prompts, self.calibration, self.planning)
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """What is calibrated and planned on: the pipeline that came in, or a copy in float32 (`in_float32`)."""
+        return in_float32(self.source)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The calls that are measured and fitted on."""
+        return Calls(self.pipeline, self.prompts, self.calibration, self.planning)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The dense unet or transformer."""
+        """The dense unet or transformer, as it is calibrated."""
         return getattr(self.pipeline, denoiser_name(self.pipeline))
 
     @cached_property
@@ -160,13 +170,14 @@ class Compressor:
         Raises:
             InputError: saying why.
         """
-        slim_class_of(self.denoiser)
+        denoiser = getattr(self.source, denoiser_name(self.source))
+        slim_class_of(denoiser)
         sampling = self.calibration.sampling
-        check_size(self.pipeline, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
+        check_size(self.source, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
         if not budgets:
             return
-        sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)
-        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), {}, call, latency)
+        sites = chosen_sites(find_sites(denoiser)[0], self.planning)
+        costs = Costs(denoiser, find_layers(sites, self.planning.align), {}, call, latency)
         for budget in budgets:
             PLANNED[budget.kind].check(costs, budget)
 
@@ -181,7 +192,18 @@ class Compressor:
         return self.planner.plan(budget)
 
     def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
-        """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`)."""
+        """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`).
+
+        Its weights are in the dtypes that the dense denoiser came in with.
+        """
+        slim, source = self._slim(plan, release_dense), getattr(self.source, denoiser_name(self.source))
+        slim = held_like(slim, source)
+        if release_dense and source is not self.denoiser:
+            for tensor in source.parameters():
+                tensor.data = tensor.data.new_empty(0)
+        return slim
+
+    def _slim(self, plan: Plan, release_dense: bool) -> nn.Module:
         planner = vars(self).get("planner")
         if planner is not None and planner.knows(plan):
             return planner.slim(plan, release_dense=release_dense)

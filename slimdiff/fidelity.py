@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -86,6 +87,7 @@ def compare(
     sampling, prompts = sampling or Sampling(steps=25, seed=10_000), check_inputs(prompts)
     if not prompts:
         raise InputError("there is no prompt to compare on: give at least one")
+    dense, slim = in_float32(dense), in_float32(slim)
     noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
     before = sample_images(dense, prompts[:images], sampling)
     after = sample_images(slim, prompts[:images], sampling)

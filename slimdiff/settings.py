@@ -39,6 +39,24 @@ class Settings(BaseModel):
         return value
 
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What weights can be in: names for people, and torch's."""
+_SIZE = r"^\s*0*[1-9][0-9]*(\.[0-9]+)?\s*([KMGT]B)\s*$"
+
+
+class WeightSettings(Settings):
+    """Which files a model's weights are read from, and how they are written."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the weights; each component keeps that of its files if not given."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_]+$")
+    """Of the weights that are read, and written, such as fp16 for model.fp16.safetensors; if not given, the files
+    without a variant's name are read, or the only ones that there are, and what is written has none."""
+    max_shard_size: str | None = Field(None, pattern=_SIZE)
+    """Weights beyond this are written as several files, such as 5GB or 500MB (of 1000 each); diffusers' own default if
+    not given."""
+
+
 class Sampling(Settings):
     """How images are made wherever a trajectory is needed."""
 

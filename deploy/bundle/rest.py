@@ -64,7 +64,8 @@ class ExportedRest:
 def _other_files(folder: str, names: list[str]) -> list[str]:
     """What has no place in a bundle: caches, and the weights that the graph was exported from."""
     paths = [Path(folder, name) for name in names]
-    return [path.name for path in paths if path.is_symlink() or not (path.is_dir() or allowed(path.name))]
+    outside = [path for path in paths if path.is_symlink() and not manifest.leads_inside(path, Path(folder))]
+    return [path.name for path in paths if path in outside or not (path.is_dir() or allowed(path.name))]
 
 
 class TorchRest:
@@ -77,7 +78,7 @@ class TorchRest:
     def pipeline(self) -> Any:
         from slimdiff.loading.pipelines import load_pipeline
 
-        return load_pipeline(self.model)
+        return load_pipeline(self.model, "fp32")
 
     @cached_property
     def scale(self) -> int:

@@ -21,14 +21,18 @@ from deploy.recipe.prompts import calibration_prompts, default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import find_model
+from slimdiff.loading.naming import cached_snapshot, find_model
 from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
+VARIANT = "of the model's weights, such as fp16 (default: the files without a name, or the only ones)"
+"""What `--variant` is where a model is only read, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""
+_ARTIFACTS = ("MODEL", "ARTIFACT", "BASE", "CANDIDATE", "DENSE", "SLIM", "DIR_OR_FILE")
+"""What may be a hub id, to be looked up in the hub's local cache where the hub is not asked."""
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
@@ -74,6 +78,8 @@ def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
 
 def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
     """An argument that is no setting; a flag if its name has dashes. `what` is its help."""
+    if metavar in _ARTIFACTS:
+        more.setdefault("type", lambda value: str(cached_snapshot(value) or value))
     parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
 
 

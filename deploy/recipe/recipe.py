@@ -27,6 +27,7 @@ from slimdiff.settings import (
     CalibrationSettings,
     PlanSettings,
     Sampling,
+    WeightSettings,
 )
 from slimdiff.settings import Settings as Strict
 
@@ -225,7 +226,7 @@ class Gates(Settings):
     """Least PSNR of slim images to dense ones."""
 
 
-class Recipe(Settings):
+class Recipe(WeightSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
     model: str

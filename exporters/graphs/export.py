@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -22,6 +21,7 @@ from exporters.graphs.shapes import add_shapes, check_leftovers
 from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
+from slimdiff.denoising.precision import cast, floats
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
@@ -212,16 +212,13 @@ def _squeeze(self: Any, dim: int) -> Any:
 def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
     """The module itself if it is in that dtype, else a copy that is.
 
-    The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
-
     Args:
         keep: paths of modules that compute in float32 all the same.
     """
-    kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
-    cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
-    if not keep and all(t.dtype == dtype for t in _floats(module)):
+    kept = {id(t) for path in keep for t in floats(module.get_submodule(path))}
+    if not keep and all(t.dtype == dtype for t in floats(module)):
         return module
-    copied = copy.deepcopy(module, memo=dict(cast))
+    copied = cast(module, lambda t: torch.float32 if id(t) in kept else dtype)
     keep_in_float32(copied, keep)
     return copied
 
@@ -234,15 +231,6 @@ def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any
     """
     sines = getattr(unet, "add_time_proj", None)
     return sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext()
-
-
-def _floats(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    new = tensor.detach().to(dtype)
-    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
+from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
@@ -31,9 +32,10 @@ log = logging.getLogger("slimdiff")
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, their names, shapes and dtypes."""
+    """SHA-256 of a module's weights, their names, shapes and dtypes; half precision counts as the same in float32."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -65,7 +67,7 @@ def calibrate(
     chosen = check_inputs(prompts)[: settings.samples]
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
-    sampling = settings.sampling
+    sampling, pipeline = settings.sampling, in_float32(pipeline)
 
     def run(numbers: Sequence[int]) -> None:
         sample_batch(pipeline, chosen, numbers, sampling)

@@ -29,6 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.sizes import check_size
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -129,7 +130,7 @@ def sample_images(pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampli
     Raises:
         InputError: if the pipeline needs or refuses an argument, saying which.
     """
-    prompts = check_inputs(prompts, blank=True)
+    pipeline, prompts = in_float32(pipeline), check_inputs(prompts, blank=True)
     batches = bar(_batches(prompts, sampling), "images", "batch")
     return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
 
@@ -252,7 +253,8 @@ def record_calls(
     Raises:
         InputError: if the pipeline does not run so, makes images without a call, or calls on what is not finite.
     """
-    denoiser, prompts = getattr(pipeline, denoiser_name(pipeline)), check_inputs(prompts, blank=True)
+    pipeline, prompts = in_float32(pipeline), check_inputs(prompts, blank=True)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
     calls: list[Call] = []
     batch = step = -1
 

@@ -55,9 +55,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, in the dtype they are held in."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes that its weights take in files, in the dtype they are held in."""
+    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}  # a weight of two names is written once
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 @torch.no_grad()

@@ -198,12 +198,11 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if exact:
         _refuse_others(folder, manifest["files"])
-    root = folder.resolve()
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=2, leave=False) as done:
         for name, expected in manifest["files"].items():
             file = folder / name
-            if not _resolved(file).is_relative_to(root):
+            if not leads_inside(file, folder):
                 raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")
             if not file.is_file():
                 raise InputError(f"{folder} lacks {name}, which its manifest lists: copy the artifact again, whole")
@@ -212,6 +211,25 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
                     f"{file} is not the file that the manifest describes (SHA-256 differs): it was changed"
                 )
     return manifest
+
+
+def leads_inside(file: Path, folder: Path) -> bool:
+    """Whether a file below a folder is there, wherever links lead: below it, or in the blobs of the hub's cache of it.
+
+    The hub's cache keeps `models--ORG--NAME/snapshots/REVISION` as links into the `blobs` of the same repository.
+    """
+    roots = [folder.resolve(), *_hub_blobs(folder)]
+    return any(_resolved(file).is_relative_to(root) for root in roots)
+
+
+def _hub_blobs(folder: Path) -> list[Path]:
+    """The blobs of the repository in the hub's cache that a folder is, or lies in, a snapshot of; none elsewhere."""
+    places = [folder.resolve(), *folder.resolve().parents]
+    return [
+        place.parents[1] / "blobs"
+        for place in places
+        if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--")
+    ][:1]
 
 
 def _resolved(file: Path) -> Path:
@@ -226,7 +244,7 @@ def _refuse_others(folder: Path, files: dict[str, Any]) -> None:
         for name in (*folders, *names):
             path = Path(place) / name
             relative = path.relative_to(folder).as_posix()
-            if path.is_symlink():
+            if path.is_symlink() and not (path.is_file() and _hub_blobs(folder) and leads_inside(path, folder)):
                 raise InputError(f"{path} is a link, and this artifact has none: refused")
             if name in names and relative not in files and relative != MANIFEST:
                 raise InputError(

@@ -15,7 +15,7 @@ from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_file, check_new_file
 from deploy.recipe.prompts import described
 from slimdiff.errors import InputError
-from slimdiff.settings import CalibrationSettings
+from slimdiff.settings import CalibrationSettings, WeightSettings
 from slimdiff.storage.lock import locked, remove_empty
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
     parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
+    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     check_new_file(out, "statistics file")
     for name in args.merge:
         check_file(name, "--merge")
-    calibration = flags.read_calibration(args)
+    calibration, variant = flags.read_calibration(args), flags.read(args, WeightSettings).variant
     source, prompts = flags.read_prompts(args, calibration.samples) if args.model is not None else ("", [])
 
     from slimdiff.statistics import Statistics, read_metadata
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(args.model, variant=variant)
     first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
     with ExitStack() as until_written:
         if first:

@@ -12,7 +12,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import MOST_AT_ONCE, Sampling
+from slimdiff.settings import MOST_AT_ONCE, Sampling, WeightSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
@@ -28,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
+    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
     flags.whole(
         parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
     )
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
     settings, image = flags.read(args, ExportSettings, **dynamic), flags.read(args, Sampling)
+    weights = flags.read(args, WeightSettings)
     find_model(args.model)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.precision import fp32_islands
     from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant)
     call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:

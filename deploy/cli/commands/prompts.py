@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.prompts.selection import embed, moment_error, select
 
     start = time.perf_counter()
-    pipeline = load_pipeline(args.model, without=("unet", "transformer", "vae"))
+    pipeline = load_pipeline(args.model, "fp32", without=("unet", "transformer", "vae"))
     embeddings = embed(pipeline, prompts)
     log.info("prompts: selecting %d of %d", args.count, len(prompts))
     chosen = sorted(select(embeddings, args.count))

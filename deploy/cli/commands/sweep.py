@@ -12,7 +12,7 @@ from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
 from deploy.recipe.recipe import Recipe, SweepStage
 from exporters.settings import BenchSettings
-from slimdiff.settings import PlanSettings
+from slimdiff.settings import PlanSettings, WeightSettings
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
 images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
+    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
 
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import run_sweep
 
-    recipe = Recipe(
-        model=args.model, prompts=args.prompts, calibration=calibration, plan=planning, bench=bench, sweep=sweep
-    )
+    variant = flags.read(args, WeightSettings).variant
+    chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
+    recipe = Recipe(model=args.model, prompts=args.prompts, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 

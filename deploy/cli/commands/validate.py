@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--every-module holds the inside of a graph against its model: BASE a model, CANDIDATE ONNX in onnxruntime"
         )
-    pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline) if args.pipeline else None)
+    pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline, "fp32") if args.pipeline else None)
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
     sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))
