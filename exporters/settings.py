@@ -160,4 +160,6 @@ class TableSettings(Settings):
     ranks: int = Field(6, ge=2, le=MOST)
     """Ranks measured per layer, spread evenly from the smallest to the dense one; between them, lines."""
     rounds: int = Field(40, ge=3, le=MOST)
-    """Runs of every layer and of the whole models; the median counts."""
+    """Runs, at most, of every layer at every rank and of the whole models; the median counts."""
+    interval: float = Field(0.03, gt=0, le=1)
+    """Width of a median's interval of 95 %, as a share of it, at which its runs end."""

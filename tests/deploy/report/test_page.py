@@ -108,3 +108,15 @@ def test_optional_parts_may_be_absent(build):
         assert said in text, said
     assert "slim, ONNX Runtime" not in text and "Left dense" not in text
     assert page.count("<img") == 4
+
+
+def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
+    plan = build_folder.read(build, "plan")
+    for number, site in enumerate(plan["sites"].values()):
+        site["predicted_error"] = 3e-5 if number == 0 else 0.0
+    save(build, "plan", plan)
+    edit(build, "bench", confidence=0.994, hints=["87% of the runs lost their core to other work"])
+    text = text_of(report_of(build))
+    assert "The plan predicted 3" in text
+    assert "errors add up differently" in text
+    assert "own level is 99.4 %" in text and "87% of the runs lost their core" in text
