@@ -18,7 +18,7 @@ from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.precision import in_float32
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch, with_own_attention
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
@@ -68,14 +68,15 @@ def calibrate(
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
     sampling, pipeline = settings.sampling, in_float32(pipeline)
+    denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
 
     def run(numbers: Sequence[int]) -> None:
-        sample_batch(pipeline, chosen, numbers, sampling)
+        with with_own_attention(denoiser):
+            sample_batch(pipeline, chosen, numbers, sampling)
 
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
         made_from["fused_adapters"] = fused
-    denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
     identity = [str(prompt) for prompt in chosen]
     return _collect(denoiser, run, len(chosen), settings, scheduler, made_from, sampling, identity, unfinished)
 

@@ -193,6 +193,8 @@ def _arguments(
     pipeline: DiffusionPipeline, batch: Sequence[Inputs], sampling: Sampling, output_type: str
 ) -> dict[str, Any]:
     """What to call the pipeline with for one batch: the inputs, and of the usual settings those that it has."""
+    if not hasattr(type(pipeline), "__call__"):  # noqa: B004  (an instance's own is not what Python calls)
+        raise InputError(f"{type(pipeline).__name__} makes no images itself: name one of the pipelines that it gives")
     parameters = inspect.signature(pipeline.__call__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     check_inputs(sampling.arguments, where="the sampling's arguments")
@@ -217,6 +219,29 @@ def _arguments(
     if "batch_size" in parameters:  # pipelines with no inputs of their own
         offered["batch_size"] = len(batch)
     return {**offered, **inputs}
+
+
+@contextmanager
+def with_own_attention(denoiser: nn.Module) -> Iterator[None]:
+    """Refuse a pipeline that swaps its denoiser's attention processors for the time of a call (`*PAGPipeline` does).
+
+    What is measured outside of that call would be another model.
+    """
+
+    def processors() -> list[Any]:
+        return [module.processor for module in denoiser.modules() if hasattr(module, "processor")]
+
+    before = processors()
+
+    def check(*_: Any) -> None:
+        if any(now is not then for now, then in zip(processors(), before, strict=True)):
+            raise InputError(
+                "the pipeline changes its denoiser's attention while it makes images, so that what is measured would "
+                "not be what runs: slim the model in its plain pipeline, and give that denoiser to this one"
+            )
+
+    with denoiser.register_forward_pre_hook(check):
+        yield
 
 
 @contextmanager
@@ -282,7 +307,7 @@ def record_calls(
         copies.append(next(same, found))
         return copies[-1]
 
-    with watch_calls(denoiser, keep):
+    with with_own_attention(denoiser), watch_calls(denoiser, keep):
         for numbers in bar(_batches(prompts, sampling), "record calls", "batch"):
             batch, step = batch + 1, -1
             sample_batch(pipeline, prompts, numbers, sampling)

@@ -135,16 +135,22 @@ def _first_of(kind: Any, part: str, changes: Mapping[str, Mapping[str, Any]]) ->
     return []
 
 
+def parameters_of(pipeline: diffusers.DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """Of the pipeline's call; VersatileDiffusionPipeline has none."""
+    call = getattr(type(pipeline), "__call__", None)  # noqa: B004
+    return inspect.signature(call).parameters if call else {}
+
+
 def inputs_of(pipeline: diffusers.DiffusionPipeline) -> list[dict[str, Any]]:
     """Two images' inputs: of what the call may take, what there is a tiny one of."""
-    parameters = inspect.signature(pipeline.__call__).parameters
+    parameters = parameters_of(pipeline)
     given = {name: values for name, values in {"prompt": TEXT, **_GIVEN}.items() if name in parameters}
     return [{name: values[i] for name, values in given.items()} for i in range(2)]
 
 
 def sampling_of(pipeline: diffusers.DiffusionPipeline) -> Sampling:
     """Two images at once in two steps, with what is the same for both."""
-    parameters = inspect.signature(pipeline.__call__).parameters
+    parameters = parameters_of(pipeline)
     same = {"num_frames": 2, "strength": 1.0, "max_sequence_length": 32}
     same |= {"use_resolution_binning": False, "_auto_resize": False}  # no other size than that of the tiny model
     arguments = {name: value for name, value in same.items() if name in parameters}

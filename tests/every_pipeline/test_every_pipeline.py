@@ -77,7 +77,11 @@ def test_a_pipeline_is_slimmed_right_or_refused_in_one_line(name, tmp_path):
     reproduces_itself(pipeline, inputs, sampling)
     full_rank_is_dense(pipeline, slim, inputs, sampling)
     slim.pipeline.save_pretrained(tmp_path)
-    loaded = load_pipeline(tmp_path)
+    try:
+        loaded = load_pipeline(tmp_path)
+    except SlimdiffError as error:  # diffusers names schedulers that it has laid aside so that nothing finds them
+        assert name not in DONE and is_one_line(error), error
+        return
     own = denoiser_name(pipeline)
     assert_same({part: state for part, state in parts.items() if part != own}, loaded)
     assert_same({own: state_of(slim.pipeline.components[own])}, loaded)
