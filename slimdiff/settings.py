@@ -220,9 +220,9 @@ def read_amount(value: Any, example: str = "100M") -> str:
     number, share = float(text.strip("- kMGBT%")), text.endswith("%")
     if number == 0 or share and number >= 100:
         right = f"a count such as {example}, or a share such as 25%, above 0% and below 100%"
-        raise InputError(f"{str(value)!r} must lie between nothing and all: write {right}")
+        raise InputError(f"budget {str(value)!r} must lie between nothing and all: write {right}")
     if not share and text[-1].isdigit() and number < 1:
-        raise InputError(f"{str(value)!r} is less than one: for that share of all write {100 * number:g}%")
+        raise InputError(f"budget {str(value)!r} is less than one: for that share of all write {100 * number:g}%")
     return str(value)
 
 

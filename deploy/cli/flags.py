@@ -27,7 +27,6 @@ from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSett
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
-VARIANT = "of the model's weights, such as fp16 (default: the files without a name, or the only ones)"
 """What `--variant` is where a model is only read, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""

@@ -83,8 +83,8 @@ def cast(module: M, dtype: Callable[[Tensor], torch.dtype]) -> M:
 
 
 def floats(module: nn.Module) -> list[Tensor]:
-    """The floating-point parameters and buffers."""
-    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    """The floating-point parameters and buffers; empty ones stand for weights that are held by another runtime."""
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.numel()]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

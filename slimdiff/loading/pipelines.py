@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def load_pipeline(
             parts[name] = load_component(weights.folder, kind, weights, read_dtype(dtype), variant)
         for name, (kind, folder) in found.others.items():
             parts[name] = kind.from_pretrained(folder, local_files_only=True)
-        pipeline = found.pipeline(**parts)
+        takes = inspect.signature(found.pipeline.__init__).parameters
+        pipeline = found.pipeline(
+            **{name: part for name, part in parts.items() if name in takes or name not in without}
+        )
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
     except InputError:

@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
     parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
-    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
+    flags.add(parser, WeightSettings, "variant")
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 

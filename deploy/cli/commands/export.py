@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
-    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
+    flags.add(parser, WeightSettings, "variant")
     flags.whole(
         parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
     )

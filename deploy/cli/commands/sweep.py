@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
-    flags.add(parser, WeightSettings, "variant", help=flags.VARIANT)
+    flags.add(parser, WeightSettings, "variant")
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
 

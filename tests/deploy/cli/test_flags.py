@@ -72,7 +72,7 @@ def test_every_kind_of_budget_has_a_flag(kind):
         ("compress demo --out x --reduce 5% --groups keys", "--groups: there is no group 'keys'"),
         ("compress demo --out x --reduce 5% --allocation best", "--allocation: invalid choice: 'best'"),
         ("compress demo --out x --reduce 5x", "--reduce: budget '5x': write a count such as 100M"),
-        ("compress demo --out x --reduce 100%", "--reduce: '100%' must lie between nothing and all"),
+        ("compress demo --out x --reduce 100%", "--reduce: budget '100%' must lie between nothing and all"),
         ("compress demo --out x --speedup 0.5", "--speedup: a speedup is dense latency over slim latency"),
         ("engine x --out y --target ampere", "--targets: a target is named like sm89"),
         ("compare demo demo --images 0", "--images: must be a whole number of at least 1"),
