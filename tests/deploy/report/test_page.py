@@ -120,3 +120,11 @@ def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
     assert "The plan predicted 3" in text
     assert "errors add up differently" in text
     assert "own level is 99.4 %" in text and "87% of the runs lost their core" in text
+
+
+def test_the_head_says_when_by_what_and_where_it_was_made(build):
+    assert "at a time that was not kept by slimdiff 0.1.0 (no git commit is known of it)" in text_of(report_of(build))
+    edit(build, "build", time="2026-11-26T04:09:24+00:00", commit="0123456789ab-dirty")
+    head = text_of(report_of(build)).partition("Figures")[0]
+    assert "Made 2026-11-26 04:09 UTC by slimdiff 0.1.0, git commit 0123456789ab-dirty" in head
+    assert "on AMD EPYC 9R14, 2 cores, 7.6 GiB, no GPU" in head
