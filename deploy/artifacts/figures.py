@@ -21,7 +21,7 @@ def denoiser_of(pipeline: Any) -> Any:
 
 
 def costs(denoiser: Any, call: Call) -> dict[str, int]:
-    """`parameters`, `macs` of one call at batch 1, and `bytes` of the weights as they are held."""
+    """`parameters`, `macs` of one sample (a guided call has two an image), and `bytes` of the weights as held."""
     return {
         "parameters": count_parameters(denoiser),
         "macs": count_macs(denoiser, call) // batch_of(call),

@@ -43,7 +43,7 @@ class Sweep:
 
     @cached_property
     def call(self) -> Any:
-        """The call that MACs and latency are counted on: one image, both branches of guidance."""
+        """The call whose latency is measured, one image, both branches of guidance; MACs are of one of its samples."""
         return example_call(self.shop.dense, height=self.sampling.height, width=self.sampling.width)
 
     @cached_property

@@ -51,6 +51,7 @@ def test_report_shows_every_part(build):
     assert "12 of 12 attention modules, 3 distinct kernels" in text and "30 of 30 checks against the plan hold" in text
     assert "256 \u00d7 77" in text and "built-in" not in text
     assert "1.187\u00d7" in text and "reduce: 12%" in text
+    assert "multiply-accumulates of the denoiser per sample" in text
     assert "compression ratio" not in text.lower()
 
 
