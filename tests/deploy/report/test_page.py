@@ -58,7 +58,7 @@ def test_report_shows_every_part(build):
 def test_report_needs_nothing_else(build):
     elements = Elements(report_of(build)).found
     images = [a["src"] for tag, a in elements if tag == "img"]
-    assert len(images) == 6 and all(src and src.startswith("data:image/png;base64,") for src in images)
+    assert len(images) == 8 and all(src and src.startswith("data:image/png;base64,") for src in images)
     assert not [tag for tag, _ in elements if tag in ("script", "link", "iframe", "object", "embed")]
     links = [a[key] for _, a in elements for key in ("href", "src", "srcset", "xlink:href", "action") if key in a]
     assert all(link and link.startswith(("#", "data:")) for link in links)
@@ -108,7 +108,7 @@ def test_optional_parts_may_be_absent(build):
     for said in ("identical", "no evaluator", "No gate was set", "the error is zero", "local error"):
         assert said in text, said
     assert "slim, ONNX Runtime" not in text and "Left dense" not in text
-    assert page.count("<img") == 4
+    assert page.count("<img") == 6
 
 
 def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
