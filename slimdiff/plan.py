@@ -66,7 +66,7 @@ class Plan(BaseModel):
     budget: dict[str, str | float] = {}
     """What was asked for, such as `{"parameters": "12%"}` or `{"speedup": 1.35}`."""
     costs: dict[str, dict[str, float]] = {}
-    """Further costs as predicted when the plan was made, `macs` (one call at batch 1) and `latency_ms`, where they are
+    """Further costs as predicted when the plan was made, `macs` (of one sample) and `latency_ms`, where they are
     known: `dense`, `slim` and, if it was budgeted, `budget`."""
     noise_error: float | None = None
     """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""

@@ -76,7 +76,7 @@ class Statistics:
         weights: the sum of their weights; equal to `tokens` where all timesteps weigh the same.
         population: the sum of the weights of all rows that they were selected from; `weights` where nothing is said.
         sensitivities: by site name, if they were measured (`slimdiff.planning`): another budget needs no forward pass.
-        macs: by module path, multiply-accumulates of one call at batch 1 that its dense layers cost, and under `""`
+        macs: by module path, multiply-accumulates of one sample that its dense layers cost, and under `""`
             the whole model's; if they were counted.
     """
 

@@ -25,7 +25,7 @@ class CostTable:
     """What a denoiser costs by the ranks of its layers. Layers' costs add up; what is in no layer never changes.
 
     Attributes:
-        name: the unit: `parameters`, `macs` (of one call at batch 1) or `latency_ms`.
+        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image) or `latency_ms`.
         dense: what the whole dense model costs.
         layers: module path -> rank -> what the layer costs with it; the largest rank is the dense one. Between
             ranks, costs are interpolated linearly. A constant in all of a layer's costs cancels.
@@ -87,7 +87,7 @@ def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
 
 
 def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
-    """Multiply-accumulates by rank, of one call at batch 1 with the shapes of `call`.
+    """Multiply-accumulates by rank, of one sample with the shapes of `call`.
 
     Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
     """

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(value: dict[str, Any]) -> str:
     predicted = value["by"] == "speedup"  # else there is no table of latencies
-    lines = [f"{'budget':>10}{'parameters':>13}{'MACs':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
+    lines = [f"{'budget':>10}{'parameters':>13}{'MACs/sample':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
     lines[0] += f"{'predicted':>12}" * predicted
     for point in value["points"]:
         psnr = point["images"]["psnr_db"] if point["images"] else None

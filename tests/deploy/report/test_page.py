@@ -51,13 +51,14 @@ def test_report_shows_every_part(build):
     assert "12 of 12 attention modules, 3 distinct kernels" in text and "30 of 30 checks against the plan hold" in text
     assert "256 \u00d7 77" in text and "built-in" not in text
     assert "1.187\u00d7" in text and "reduce: 12%" in text
+    assert "multiply-accumulates of the denoiser per sample" in text
     assert "compression ratio" not in text.lower()
 
 
 def test_report_needs_nothing_else(build):
     elements = Elements(report_of(build)).found
     images = [a["src"] for tag, a in elements if tag == "img"]
-    assert len(images) == 6 and all(src and src.startswith("data:image/png;base64,") for src in images)
+    assert len(images) == 8 and all(src and src.startswith("data:image/png;base64,") for src in images)
     assert not [tag for tag, _ in elements if tag in ("script", "link", "iframe", "object", "embed")]
     links = [a[key] for _, a in elements for key in ("href", "src", "srcset", "xlink:href", "action") if key in a]
     assert all(link and link.startswith(("#", "data:")) for link in links)
@@ -107,7 +108,7 @@ def test_optional_parts_may_be_absent(build):
     for said in ("identical", "no evaluator", "No gate was set", "the error is zero", "local error"):
         assert said in text, said
     assert "slim, ONNX Runtime" not in text and "Left dense" not in text
-    assert page.count("<img") == 4
+    assert page.count("<img") == 6
 
 
 def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
@@ -120,3 +121,11 @@ def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
     assert "The plan predicted 3" in text
     assert "errors add up differently" in text
     assert "own level is 99.4 %" in text and "87% of the runs lost their core" in text
+
+
+def test_the_head_says_when_by_what_and_where_it_was_made(build):
+    assert "at a time that was not kept by slimdiff 0.1.0 (no git commit is known of it)" in text_of(report_of(build))
+    edit(build, "build", time="2026-11-26T04:09:24+00:00", commit="0123456789ab-dirty")
+    head = text_of(report_of(build)).partition("Figures")[0]
+    assert "Made 2026-11-26 04:09 UTC by slimdiff 0.1.0, git commit 0123456789ab-dirty" in head
+    assert "on AMD EPYC 9R14, 2 cores, 7.6 GiB, no GPU" in head

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 
 import numpy as np
@@ -78,6 +80,22 @@ def test_the_error_is_drawn_over_times_that_are_not_whole(build):
     assert "t = 1.0955:" in report_of(build)
 
 
+# --- engine -------------------------------------------------------------------------------------------------------
+
+
+def test_the_size_of_an_engine_is_explained_and_that_it_was_not_run(build):
+    edit(build, "engine", weights=10_400_000, precision="fp16")
+    text = text_of(report_of(build))
+    assert "compiled network for all 2 targets, kernels and constants beside the weights in fp16" in text
+    assert "20.87 MB as float32 and 10.40 MB in the graph that the engine was built from" in text
+    assert "Built here, not run (no such GPU on this machine)" in text
+    edit(build, "engine", weights=None, targets=[])  # an older build's engine, for the GPU of its machine
+    edit(build, "build", machine={"gpus": ["NVIDIA L4"]})
+    text = text_of(report_of(build))
+    assert "compiled network, kernels" in text and "as float32." in text
+    assert "Built here, not run (the GPU here is NVIDIA L4" in text
+
+
 # --- sites --------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +122,24 @@ def test_sites_that_were_not_asked_for_are_counted_and_not_drawn(build):
 def test_no_pictures(build):
     edit(build, "compare", pictures=[])
     assert "compare.shown is 0" in text_of(report_of(build))
+
+
+def test_the_difference_of_dense_and_slim_is_beside_them_and_its_factor_is_named(tmp_path):
+    folder = fake_build(tmp_path, pictures=2)
+    flat = np.full((64, 64, 3), 100, dtype=np.uint8)
+    for number, step in enumerate((20, 5)):
+        off = flat.copy()
+        off[0, 0, 1] -= step
+        Image.fromarray(flat).save(folder / build_folder.IMAGES / f"{number:02d}-dense.png")
+        Image.fromarray(off).save(folder / build_folder.IMAGES / f"{number:02d}-slim.png")
+    pages = report_of(folder)
+    assert pages.count("difference, dense to slim, \u00d78: ") == 2 and "made 8 times as bright" in pages
+    encoded = re.findall(r'data:image/png;base64,([^"]+)"[^>]*alt="difference', pages)
+    for uri, step in zip(encoded, (20, 5), strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
+        assert shown[0, 0].tolist() == [0, 8 * step, 0] and shown.sum() == 8 * step
+    Image.fromarray(flat).save(folder / build_folder.IMAGES / "01-slim.png")
+    assert "no difference: " in report_of(folder)
 
 
 def test_large_images_are_embedded_smaller(tmp_path):
