@@ -55,6 +55,8 @@ class ExportSettings(Settings):
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
     """Leave height and width open, in the steps that the model's down-scaling makes. Engines want them fixed."""
+    safety_checker: bool = True
+    """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 
 
 def parse_sizes(text: str) -> list[int] | None:

@@ -66,7 +66,7 @@ class Sweep:
 
     def _images(self, pipeline: Any) -> list[Any]:
         unseen = self.sampling.model_copy(update={"seed": self.sampling.seed + 10_000})
-        return sample_images(pipeline, captions(self.shop), unseen)
+        return sample_images(pipeline, captions(self.shop), unseen, checked=False)
 
     def fidelity(self, slim: Any) -> dict[str, Any] | None:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""

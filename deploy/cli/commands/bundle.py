@@ -48,6 +48,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
     parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
+    unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
+    parser.add_argument("--no-safety-checker", dest="safety_checker", action="store_false", help=unchecked)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.bundle.contents import choose, write_bundle
     from deploy.bundle.sources import Selection, open_source
 
-    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime)
+    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime, args.safety_checker)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)

@@ -34,6 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
+    unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
+    flags.add(parser, ExportSettings, "safety_checker", flag="--no-safety-checker", const=False, help=unchecked)
 
 
 def run(args: argparse.Namespace) -> int:
