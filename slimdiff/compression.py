@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
+from slimdiff.denoising.modules import carry_modes
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, with_denoiser, working_pipeline
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
 from slimdiff.groups import find_sites
@@ -118,17 +118,18 @@ class Compressor:
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
-        self.calls = Calls(pipeline, prompts, self.calibration, self.planning)
+        self._work = working_pipeline(pipeline)
+        self.calls = Calls(self._work, prompts, self.calibration, self.planning)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The dense unet or transformer."""
-        return getattr(self.pipeline, denoiser_name(self.pipeline))
+        """A working copy of the dense unet or transformer, which shares its weights."""
+        return getattr(self._work, denoiser_name(self._work))
 
     @cached_property
     def statistics(self) -> Statistics:
         """Calibrated now, unless statistics of an earlier calibration were assigned before anything was planned."""
-        return calibrate(self.pipeline, self.prompts, self.calibration, unfinished=self.unfinished)
+        return calibrate(self._work, self.prompts, self.calibration, unfinished=self.unfinished)
 
     @cached_property
     def planner(self) -> Planner:
@@ -180,19 +181,15 @@ class Compressor:
         """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`)."""
         planner = vars(self).get("planner")
         if planner is not None and planner.knows(plan):
-            return planner.slim(plan, release_dense=release_dense)
-        return slim_denoiser(
-            self.denoiser,
-            self.statistics,
-            plan,
-            fitting_calls=self.calls.fitting if plan.is_fitted() else (),
-            resnet_settings=self.planning.resnets,
-            release_dense=release_dense,
-        )
-
-
-def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:
-    """A pipeline like this one with another denoiser; the original is untouched, its other components are shared."""
-    other = copy.copy(pipeline)
-    other.register_modules(**{denoiser_name(pipeline): denoiser})
-    return other
+            slim = planner.slim(plan, release_dense=release_dense)
+        else:
+            slim = slim_denoiser(
+                self.denoiser,
+                self.statistics,
+                plan,
+                fitting_calls=self.calls.fitting if plan.is_fitted() else (),
+                resnet_settings=self.planning.resnets,
+                release_dense=release_dense,
+            )
+        carry_modes(getattr(self.pipeline, denoiser_name(self.pipeline)), slim)
+        return slim

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from slimdiff.denoising.modules import at_rest
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
@@ -45,14 +46,17 @@ class HeldError:
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         self.calls = calls
+        rested = at_rest(denoiser)
         self.reference: dict[int, Tensor] = {
-            id(call): predict(denoiser, call) for call in bar(calls, "held calls", "call")
+            id(call): predict(rested, call) for call in bar(calls, "held calls", "call")
         }
 
     def of(self, slim: nn.Module) -> float:
         """Relative mean squared change of the noise prediction over all calls."""
         error = noise_error(
-            lambda call: self.reference[id(call)], partial(predict, slim), bar(self.calls, "noise error", "call")
+            lambda call: self.reference[id(call)],
+            partial(predict, at_rest(slim)),
+            bar(self.calls, "noise error", "call"),
         )
         return float(error["relative_mse"])
 
@@ -102,7 +106,7 @@ def compare_noise(
         RuntimeError: if it does not.
     """
     calls = record_calls(dense, prompts, sampling)
-    reference, candidate = (partial(predict, getattr(p, denoiser_name(p))) for p in (dense, slim))
+    reference, candidate = (partial(predict, at_rest(getattr(p, denoiser_name(p)))) for p in (dense, slim))
     itself = noise_error(reference, reference, calls[:1])["relative_mse"]
     if not itself <= 1e-12:
         raise RuntimeError(

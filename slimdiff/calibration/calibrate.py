@@ -12,12 +12,21 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from slimdiff.adapters import fused_adapters, refuse_adapters
+from slimdiff.adapters import fused_adapters
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch, usable_inputs
+from slimdiff.denoising.modules import working_copy
+from slimdiff.denoising.trajectory import (
+    Call,
+    Inputs,
+    denoiser_name,
+    predict,
+    sample_batch,
+    usable_inputs,
+    working_pipeline,
+)
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
@@ -65,6 +74,7 @@ def calibrate(
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
     sampling = settings.sampling
+    pipeline = working_pipeline(pipeline)
 
     def run(numbers: Sequence[int]) -> None:
         sample_batch(pipeline, chosen, numbers, sampling)
@@ -100,6 +110,8 @@ def calibrate_on_calls(
             "there is no call to calibrate with: record at least one (slimdiff.denoising.trajectory.record_calls)"
         )
 
+    denoiser = working_copy(denoiser)
+
     def run(numbers: Sequence[int]) -> None:
         for number in numbers:
             predict(denoiser, calls[number])
@@ -127,7 +139,6 @@ def _collect(
         sampling: how prompts are run; None for calls, which are steps of one trajectory.
         identity: what tells these items from others, for going on with an unfinished calibration.
     """
-    refuse_adapters(denoiser)
     batch, steps = (sampling.batch, sampling.steps) if sampling else (1, 1)
     weigh = timestep_weigher(settings.timestep_weights, scheduler)
     groups = _turns(denoiser, count, settings)

@@ -17,6 +17,7 @@ its call that differ from image to image. Arguments that are the same for all go
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -77,6 +79,18 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer: there is nothing to slim in it")
 
 
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:
+    """A pipeline like this one with another denoiser; the original is untouched, its other components are shared."""
+    other = copy.copy(pipeline)
+    other.register_modules(**{denoiser_name(pipeline): denoiser})
+    return other
+
+
+def working_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with the denoiser's `working_copy`."""
+    return with_denoiser(pipeline, working_copy(getattr(pipeline, denoiser_name(pipeline))))
+
+
 def usable_inputs(prompts: Sequence[Inputs]) -> list[Inputs]:
     """All but blank prompts."""
     return [p for p in prompts if not isinstance(p, str) or p.strip()]
@@ -117,10 +131,14 @@ def sample_batch(
     Args:
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
     """
+    pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "scheduler", None) is not None:
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
     arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
-    images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
+    with evaluating(*(part for part in vars(pipeline).values() if isinstance(part, nn.Module))):
+        images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     return images
 
 
@@ -180,7 +198,8 @@ def record_calls(
         staggered: begin each batch's trajectory one step later than the one before (or at its first step again), so
             that few calls of each are of all times together.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = at_rest(getattr(pipeline, denoiser_name(pipeline)))
+    pipeline = with_denoiser(pipeline, denoiser)  # hooks on a compiled one would not run
     calls: list[Call] = []
     batch, step, last = -1, -1, -math.inf
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.modules import working_copy
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, fault_in, find_sites
@@ -92,7 +93,7 @@ class Planner:
         calls: Calls | Sequence[Call] = (),
         latency: CostTable | None = None,
     ) -> None:
-        self.denoiser = denoiser
+        self.denoiser = denoiser = working_copy(denoiser)
         self.statistics = statistics
         self.settings = settings or PlanSettings()
         self.calls = calls if isinstance(calls, Calls) else Calls.of(calls)
