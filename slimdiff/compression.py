@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,11 @@ from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.modules import carry_modes
 from slimdiff.denoising.precision import held_like, in_float32
 from slimdiff.denoising.sizes import check_size
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name
+from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, with_denoiser, working_pipeline
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
 from slimdiff.groups import find_sites
@@ -49,11 +50,15 @@ class Compression:
     statistics: Statistics
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Compression({type(self.pipeline).__name__}, {self.plan!r})"
 
+
+@own_torch_state()
 def compress(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
-    budget: Budget | None = None,
+    budget: Budget | str | int | None = None,
     *,
     plan: Plan | None = None,
     latency: CostTable | None = None,
@@ -68,7 +73,8 @@ def compress(
         prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
             take images, classes or nothing at all, mappings of their arguments (see `slimdiff.denoising.trajectory`).
             Beyond `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
-        budget: how much to take out of the denoiser, in parameters, MACs, latency or error; or
+        budget: how much to take out of the denoiser, in parameters, MACs, latency or error (a text or a count alone is
+            of parameters: `"12%"`); or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`).
         statistics: from an earlier calibration of the same weights, to save the time.
@@ -80,6 +86,8 @@ def compress(
     """
     if (budget is None) == (plan is None):
         raise InputError("give either a budget or a plan")
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget(budget)
     work = Compressor(pipeline, prompts, calibration, planning)
     work.check([] if budget is None else [budget], latency=latency)
     clock = [time.perf_counter()]
@@ -121,11 +129,12 @@ class Compressor:
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
+        self._work = working_pipeline(pipeline)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
-        """What is calibrated and planned on: the pipeline that came in, or a copy in float32 (`in_float32`)."""
-        return in_float32(self.source)
+        """What is calibrated and planned on: the denoiser's working copy, in float32 (`in_float32`)."""
+        return in_float32(self._work)
 
     @cached_property
     def calls(self) -> Calls:
@@ -134,24 +143,28 @@ class Compressor:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The dense unet or transformer, as it is calibrated."""
+        """A working copy of the dense unet or transformer, as it is calibrated."""
         return getattr(self.pipeline, denoiser_name(self.pipeline))
 
     @cached_property
+    @own_torch_state()
     def statistics(self) -> Statistics:
         """Calibrated now, unless statistics of an earlier calibration were assigned before anything was planned."""
         return calibrate(self.pipeline, self.prompts, self.calibration, unfinished=self.unfinished)
 
     @cached_property
+    @own_torch_state()
     def planner(self) -> Planner:
         """What plans have in common."""
         return Planner(self.denoiser, self.statistics, self.planning, calls=self.calls)
 
     @cached_property
+    @own_torch_state()
     def held_error(self) -> HeldError:
         """Measures slim models on calls that calibration has not seen."""
         return HeldError(self.denoiser, self.calls.held)
 
+    @own_torch_state()
     def check(
         self,
         budgets: Sequence[Budget],
@@ -170,7 +183,7 @@ class Compressor:
         Raises:
             InputError: saying why.
         """
-        denoiser = getattr(self.source, denoiser_name(self.source))
+        denoiser = getattr(self._work, denoiser_name(self._work))
         slim_class_of(denoiser)
         sampling = self.calibration.sampling
         check_size(self.source, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
@@ -181,25 +194,29 @@ class Compressor:
         for budget in budgets:
             PLANNED[budget.kind].check(costs, budget)
 
+    @own_torch_state()
     def measure(self) -> None:
         """Add to the statistics what planning measures by forward passes: any budget then needs none."""
         self.planner.remember(self.statistics, macs_too=True)
 
+    @own_torch_state()
     def plan(self, budget: Budget, latency: CostTable | None = None) -> Plan:
         """Ranks within a budget (`make_plan`); a table of `latency` in milliseconds is kept for further plans."""
         if latency is not None:
             self.planner.costs.latency = latency
         return self.planner.plan(budget)
 
+    @own_torch_state()
     def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
         """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`).
 
         Its weights are in the dtypes that the dense denoiser came in with.
         """
-        slim, source = self._slim(plan, release_dense), getattr(self.source, denoiser_name(self.source))
-        slim = held_like(slim, source)
-        if release_dense and source is not self.denoiser:
-            for tensor in source.parameters():
+        held = getattr(self._work, denoiser_name(self._work))
+        slim = held_like(self._slim(plan, release_dense), held)
+        carry_modes(getattr(self.source, denoiser_name(self.source)), slim)
+        if release_dense and held is not self.denoiser:
+            for tensor in held.parameters():
                 tensor.data = tensor.data.new_empty(0)
         return slim
 
@@ -215,10 +232,3 @@ class Compressor:
             resnet_settings=self.planning.resnets,
             release_dense=release_dense,
         )
-
-
-def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:
-    """A pipeline like this one with another denoiser; the original is untouched, its other components are shared."""
-    other = copy.copy(pipeline)
-    other.register_modules(**{denoiser_name(pipeline): denoiser})
-    return other

@@ -13,8 +13,18 @@ from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from slimdiff.denoising.modules import at_rest
 from slimdiff.denoising.precision import in_float32
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
+from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import (
+    Call,
+    Inputs,
+    denoiser_name,
+    predict,
+    record_calls,
+    sample_images,
+    with_denoiser,
+)
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
 from slimdiff.prompts import check_inputs
@@ -46,20 +56,26 @@ def noise_error(
 class HeldError:
     """Noise-prediction errors of slim models against one dense model, on calls that calibration never saw."""
 
+    @own_torch_state()
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         self.calls = calls
+        rested = at_rest(denoiser)
         self.reference: dict[int, Tensor] = {
-            id(call): predict(denoiser, call) for call in bar(calls, "held calls", "call")
+            id(call): predict(rested, call) for call in bar(calls, "held calls", "call")
         }
 
+    @own_torch_state()
     def of(self, slim: nn.Module) -> float:
         """Relative mean squared change of the noise prediction over all calls."""
         error = noise_error(
-            lambda call: self.reference[id(call)], partial(predict, slim), bar(self.calls, "noise error", "call")
+            lambda call: self.reference[id(call)],
+            partial(predict, at_rest(slim)),
+            bar(self.calls, "noise error", "call"),
         )
         return float(error["relative_mse"])
 
 
+@own_torch_state()
 def compare(
     dense: DiffusionPipeline,
     slim: DiffusionPipeline,
@@ -100,6 +116,7 @@ def compare(
     }
 
 
+@own_torch_state()
 def compare_noise(
     dense: DiffusionPipeline, slim: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling
 ) -> dict[str, Any]:
@@ -108,7 +125,7 @@ def compare_noise(
     Raises:
         SlimdiffError: if it does not.
     """
-    denoiser = getattr(dense, denoiser_name(dense))
+    denoiser, other = (at_rest(getattr(p, denoiser_name(p))) for p in (dense, slim))
     first: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -117,8 +134,8 @@ def compare_noise(
             first[0] = first[0].float().to("cpu", copy=True)
 
     with denoiser.register_forward_hook(keep):
-        calls = record_calls(dense, prompts, sampling)
-    reference, candidate = partial(predict, denoiser), partial(predict, getattr(slim, denoiser_name(slim)))
+        calls = record_calls(with_denoiser(dense, denoiser), prompts, sampling)
+    reference, candidate = partial(predict, denoiser), partial(predict, other)
     itself = noise_error(lambda _: first[0], reference, calls[:1])["relative_mse"]
     # On a GPU the same sum may be rounded in another order.
     if not itself <= max(1e-12, torch.finfo(next(denoiser.parameters()).dtype).eps ** 2):

@@ -22,6 +22,7 @@ from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.precision import cast, floats
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
@@ -51,6 +52,7 @@ class _UNet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
 
 
+@own_torch_state()
 def export_unet(
     unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None, *, scheduler: Any = None
 ) -> Path:
@@ -134,6 +136,7 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     return tensors
 
 
+@own_torch_state()
 def export_module(
     module: nn.Module,
     inputs: dict[str, Tensor],

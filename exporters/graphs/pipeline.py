@@ -35,6 +35,7 @@ from exporters.layout import (
     without_safety_checker,
 )
 from exporters.settings import ExportSettings
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
 from slimdiff.loading.transformers_files import write_vocabulary
@@ -115,6 +116,7 @@ class _SafetyChecker(nn.Module):
         return torch.round(1000 * (concepts + 0.01 * care)).amax(1) > 0
 
 
+@own_torch_state()
 def export_pipeline(
     pipeline: DiffusionPipeline,
     folder: Path | str,
@@ -177,6 +179,7 @@ def export_pipeline(
     return files
 
 
+@own_torch_state()
 def example_call(
     pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, batch: int = 2
 ) -> Call:

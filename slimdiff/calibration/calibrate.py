@@ -12,13 +12,23 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from slimdiff.adapters import fused_adapters, refuse_adapters
+from slimdiff.adapters import fused_adapters
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
+from slimdiff.denoising.modules import working_copy
 from slimdiff.denoising.precision import in_float32
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, sample_batch, with_own_attention
+from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import (
+    Call,
+    Inputs,
+    denoiser_name,
+    predict,
+    sample_batch,
+    with_own_attention,
+    working_pipeline,
+)
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
@@ -41,6 +51,7 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@own_torch_state()
 def calibrate(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
@@ -67,7 +78,7 @@ def calibrate(
     chosen = check_inputs(prompts)[: settings.samples]
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
-    sampling, pipeline = settings.sampling, in_float32(pipeline)
+    sampling, pipeline = settings.sampling, in_float32(working_pipeline(pipeline))
     denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
 
     def run(numbers: Sequence[int]) -> None:
@@ -81,6 +92,7 @@ def calibrate(
     return _collect(denoiser, run, len(chosen), settings, scheduler, made_from, sampling, identity, unfinished)
 
 
+@own_torch_state()
 def calibrate_on_calls(
     denoiser: nn.Module,
     calls: Sequence[Call],
@@ -103,6 +115,8 @@ def calibrate_on_calls(
         raise InputError(
             "there is no call to calibrate with: record at least one (slimdiff.denoising.trajectory.record_calls)"
         )
+
+    denoiser = working_copy(denoiser)
 
     def run(numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -131,7 +145,6 @@ def _collect(
         sampling: how prompts are run; None for calls, which are steps of one trajectory.
         identity: what tells these items from others, for going on with an unfinished calibration.
     """
-    refuse_adapters(denoiser)
     batch, steps = (sampling.batch, sampling.steps) if sampling else (1, 1)
     weigh = timestep_weigher(settings.timestep_weights, scheduler)
     groups = _turns(denoiser, count, settings)

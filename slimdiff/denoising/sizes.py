@@ -70,6 +70,7 @@ def _most_frames(pipeline: Any) -> int | None:
 
 def _denoiser(pipeline: Any) -> tuple[Any, Mapping[str, Any]]:
     """The unet or transformer, perhaps in another runtime, and its configuration."""
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    named = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
+    denoiser = next((one for one in named if one is not None), None)  # a compiled module has no truth value
     config = getattr(denoiser, "config", None)
     return denoiser, config if isinstance(config, Mapping) else {}

@@ -17,6 +17,7 @@ its call that differ from image to image. Arguments that are the same for all go
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +31,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
 from slimdiff.prompts import Inputs as Inputs
@@ -118,6 +121,19 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer: there is nothing to slim in it")
 
 
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: object) -> DiffusionPipeline:
+    """A pipeline like this one with another denoiser; the original is untouched, its other components are shared."""
+    other = copy.copy(pipeline)
+    other.register_modules(**{denoiser_name(pipeline): denoiser})
+    return other
+
+
+def working_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with the denoiser's `working_copy`."""
+    return with_denoiser(pipeline, working_copy(getattr(pipeline, denoiser_name(pipeline))))
+
+
+@own_torch_state()
 def sample_images(
     pipeline: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling, *, checked: bool = True
 ) -> list[Any]:
@@ -126,8 +142,8 @@ def sample_images(
     Args:
         prompts: per image, a prompt or a mapping (see the table above). In a batch, tensors are stacked (so give them
             without a batch dimension) and anything else is handed over as a list.
-        checked: whether the pipeline's safety checker and watermarker see them. Images that are held against others are not checked:
-            of two blackened ones every measure would say that they are equal.
+        checked: whether the pipeline's safety checker and watermarker see them. Images that are held against others
+            are not checked: of two blackened ones every measure would say that they are equal.
 
     Returns:
         one image (or one video: a list of frames) per prompt.
@@ -148,6 +164,7 @@ def _batches(prompts: Sequence[Inputs], sampling: Sampling) -> list[range]:
     return [every[start : start + sampling.batch] for start in every[:: sampling.batch]]
 
 
+@own_torch_state()
 def sample_batch(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
@@ -164,11 +181,15 @@ def sample_batch(
         InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
             number of steps, or every denoiser.
     """
+    pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "scheduler", None) is not None:
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
     arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
     try:
-        images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
+        with evaluating(*(part for part in vars(pipeline).values() if isinstance(part, nn.Module))):
+            images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     except (SlimdiffError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # diffusers' pipelines and schedulers raise anything for what they do not take
@@ -211,6 +232,14 @@ def _arguments(
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     inputs = {n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()}
     inputs |= sampling.model_dump(include={"height", "width"}, exclude_none=True) | sampling.arguments
+    for name, value in inputs.items():  # diffusers wants a list of them where it is given a list of prompts
+        if isinstance(value, str) and re.fullmatch(r"(negative_)?prompt(_\d)?", name):
+            inputs[name] = [value] * len(batch)
+    if "generator" in inputs or inputs.get("num_images_per_prompt") not in (None, 1):
+        raise InputError(
+            "each input makes one image from the noise of its own seed: give no generator (the sampling has a seed), and "
+            "a prompt several times for several images of it (num_images_per_prompt)"
+        )
     check_size(pipeline, inputs)
     unknown = [] if takes_any else sorted(inputs.keys() - parameters.keys())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -267,7 +296,7 @@ def watch_calls(denoiser: nn.Module, seen: Callable[[dict[str, Any]], None]) -> 
         yield
 
 
-@torch.no_grad()
+@own_torch_state()
 def record_calls(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
@@ -286,7 +315,8 @@ def record_calls(
         InputError: if the pipeline does not run so, makes images without a call, or calls on what is not finite.
     """
     pipeline, prompts = in_float32(pipeline), check_inputs(prompts, blank=True)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = at_rest(getattr(pipeline, denoiser_name(pipeline)))
+    pipeline = with_denoiser(pipeline, denoiser)  # hooks on a compiled one would not run
     calls: list[Call] = []
     batch = step = -1
 
@@ -323,7 +353,7 @@ def record_calls(
     return calls
 
 
-@torch.no_grad()
+@own_torch_state()
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
     """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]` (or as the model has it)."""
     parameter = next(denoiser.parameters())

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError
 from slimdiff.loading.components import load_component
 from slimdiff.loading.model_directory import check_model_directory
@@ -18,6 +19,7 @@ from slimdiff.loading.naming import find_model
 from slimdiff.settings import DTYPES
 
 
+@own_torch_state()
 def load_pipeline(
     model: str | Path,
     dtype: torch.dtype | str | None = None,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration.calibrate import weights_hash
+from slimdiff.denoising.modules import carry_modes, plain, twin, working_copy
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
@@ -49,7 +52,7 @@ def check_statistics(denoiser: nn.Module, statistics: Statistics) -> None:
         raise InputError("these statistics were taken on another model (its weights differ): calibrate this one")
 
 
-@torch.no_grad()
+@own_torch_state()
 def slim_denoiser(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -62,6 +65,8 @@ def slim_denoiser(
     release_dense: bool = False,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
+
+    It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled.
 
     A site at its dense rank keeps its weights untouched.
 
@@ -77,6 +82,7 @@ def slim_denoiser(
         InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
             there is no call to fit on.
     """
+    asked, denoiser = denoiser, working_copy(denoiser)
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
@@ -104,6 +110,7 @@ def slim_denoiser(
         slim = assemble(denoiser, plan, weights, release_dense=release_dense)
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
+    carry_modes(asked, slim)
     if release_dense:
         for name in names:
             for parameter in denoiser.get_submodule(name).parameters():
@@ -132,6 +139,7 @@ def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
     return [s for s in find_sites(denoiser)[0] if s.name in plan.sites and plan.sites[s.name].rank < s.dense_rank]
 
 
+@own_torch_state()
 def assemble(
     denoiser: nn.Module,
     plan: Plan,
@@ -143,26 +151,26 @@ def assemble(
 
     `release_dense` is `slim_denoiser`'s.
     """
+    denoiser = plain(denoiser)
     slim_class = slim_class_of(denoiser)
     plan = plan.recount()
     # A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
     keys = inspect.signature(slim_class.__init__).parameters
     config = {k: v for k, v in denoiser.config.items() if k in keys}  # type: ignore[union-attr,operator]
-    with torch.device("meta"):
-        slim = slim_class(slim_plan=plan.model_dump(mode="json"), **config)  # refuses a plan of another architecture
-    state = dict(denoiser.state_dict())
-    modules = dict(denoiser.named_modules())
+    fitting_sites(denoiser, plan)
+    slim = cast(Any, twin(denoiser, lambda p: nn.Parameter(p.detach(), requires_grad=False)))
+    slim.__class__, slim._internal_dict = slim_class, {}
+    slim.register_to_config(slim_plan=plan.model_dump(mode="json"), **config)
     for site in _changed(denoiser, plan):
-        for name, tensor in weights(modules[site.path], site, plan.sites[site.name].rank).items():
-            key = f"{site.path}.{name}"
-            state[key] = tensor.to(state[key])
+        module, own = denoiser.get_submodule(site.path), slim.get_submodule(site.path)
+        smaller = own.state_dict()  # what the rank does not change stays: biases of last layers
+        for name, tensor in weights(module, site, plan.sites[site.name].rank).items():
+            dense = module.get_parameter(name)
+            channels_last = dense.ndim == 4 and dense.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if channels_last and not dense.is_contiguous() else torch.contiguous_format
+            smaller[name] = tensor.to(dense).contiguous(memory_format=layout)
             if release_dense:
-                dense = denoiser.get_parameter(key)
                 dense.data = dense.data.new_empty(0)
-    slim.load_state_dict(state, strict=True, assign=True)
-    persistent = set(state)
-    for name, buffer in denoiser.named_buffers():
-        if name not in persistent:
-            owner, _, leaf = name.rpartition(".")
-            slim.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    return slim.train(denoiser.training).requires_grad_(False)
+        GROUPS[site.group].resize(own, site, plan.sites[site.name].rank)
+        own.load_state_dict(smaller, strict=True, assign=True)
+    return slim.requires_grad_(False)
