@@ -94,6 +94,17 @@ class Plan(BaseModel):
                 )
         return self
 
+    def __repr__(self) -> str:
+        slimmed = sum(site.rank < site.dense_rank for site in self.sites.values())
+        counts = {name: f"{count / 1e6:.3g}M" for name, count in self.parameters.items()}
+        budget = " ".join(f"{name} {value}" for name, value in self.budget.items()) or "no budget"
+        return (
+            f"Plan({self.model_class}, {budget}, {slimmed} of {len(self.sites)} sites slimmed, "
+            f"parameters {counts['dense']} -> {counts['slim']}, allocation {self.allocation})"
+        )
+
+    __str__ = __repr__
+
     def save(self, path: Path) -> None:
         with replacing(path, is_file=True) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

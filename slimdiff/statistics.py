@@ -80,6 +80,10 @@ class Statistics:
             the whole model's; if they were counted.
     """
 
+    def __repr__(self) -> str:
+        rows = max(self.tokens.values(), default=0)
+        return f"Statistics(model {self.model_hash[:12]}, {len(self.moments)} moments of up to {rows} rows)"
+
     model_hash: str
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     firsts: Mapping[str, Tensor] = field(default_factory=dict)

@@ -237,8 +237,8 @@ def _arguments(
             inputs[name] = [value] * len(batch)
     if "generator" in inputs or inputs.get("num_images_per_prompt") not in (None, 1):
         raise InputError(
-            "each input makes one image from the noise of its own seed: give no generator (the sampling has a seed), and "
-            "a prompt several times for several images of it (num_images_per_prompt)"
+            "each input makes one image from the noise of its own seed: give no generator (the sampling has a seed), "
+            "and a prompt several times for several images of it (num_images_per_prompt)"
         )
     check_size(pipeline, inputs)
     unknown = [] if takes_any else sorted(inputs.keys() - parameters.keys())
