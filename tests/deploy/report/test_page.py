@@ -52,6 +52,7 @@ def test_report_shows_every_part(build):
     assert "256 \u00d7 77" in text and "built-in" not in text
     assert "1.187\u00d7" in text and "reduce: 12%" in text
     assert "multiply-accumulates of the denoiser per sample" in text
+    assert "One denoiser call of 2 samples, dense and slim in turn" in text
     assert "compression ratio" not in text.lower()
 
 
