@@ -24,6 +24,7 @@ from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
+from slimdiff.progress import working
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -123,6 +124,7 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     return tensors
 
 
+@working("export to ONNX")
 def export_module(
     module: nn.Module,
     inputs: dict[str, Tensor],

@@ -21,7 +21,7 @@ from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, 
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
-from slimdiff.progress import bar
+from slimdiff.progress import AFTER, bar
 from slimdiff.settings import CalibrationSettings, Sampling, StatisticsSettings
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
@@ -31,10 +31,13 @@ log = logging.getLogger("slimdiff")
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's weights, their names, shapes and dtypes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest, weights = hashlib.sha256(), sorted(module.state_dict().items())
+    size = sum(tensor.nbytes for _, tensor in weights)
+    with bar(name="hash weights", unit="B", total=size, unit_scale=True, delay=AFTER, leave=False) as done:
+        for name, tensor in weights:
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            done.update(tensor.nbytes)
     return digest.hexdigest()
 
 

@@ -12,8 +12,10 @@ import slimdiff.models  # noqa: F401  (slim classes must be importable before a 
 from slimdiff.errors import InputError
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import find_model
+from slimdiff.progress import working
 
 
+@working("load the model")
 def load_pipeline(
     model: str | Path, dtype: torch.dtype = torch.float32, *, without: Sequence[str] = ()
 ) -> DiffusionPipeline:
