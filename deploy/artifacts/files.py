@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff.loading.transformers_files import write_vocabulary
+from slimdiff.progress import working
 from slimdiff.settings import WeightSettings
 
 _LICENSES = ("license", "licence", "notice", "copying")
 
 
+@working("save the model")
 def save_pipeline(pipeline: Any, folder: Path, weights: WeightSettings | None = None) -> None:
     """Save a diffusers pipeline as safetensors; the paths that diffusers notes in its JSON are taken out again.
 

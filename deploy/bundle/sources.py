@@ -18,6 +18,7 @@ from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, ru
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
+from slimdiff.progress import working
 from slimdiff.storage import manifest as manifests
 
 
@@ -206,6 +207,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
     return {}
 
 
+@working("copy files")
 def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:

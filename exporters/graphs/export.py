@@ -26,6 +26,7 @@ from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
+from slimdiff.progress import working
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -137,6 +138,7 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
 
 
 @own_torch_state()
+@working("export to ONNX")
 def export_module(
     module: nn.Module,
     inputs: dict[str, Tensor],

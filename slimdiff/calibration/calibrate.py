@@ -32,7 +32,7 @@ from slimdiff.denoising.trajectory import (
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
-from slimdiff.progress import bar
+from slimdiff.progress import AFTER, bar
 from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, Sampling, StatisticsSettings
 from slimdiff.statistics import Statistics
@@ -43,11 +43,14 @@ log = logging.getLogger("slimdiff")
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's weights, their names, shapes and dtypes; half precision counts as the same in float32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest, weights = hashlib.sha256(), sorted(module.state_dict().items())
+    size = sum(tensor.nbytes for _, tensor in weights)
+    with bar(name="hash weights", unit="B", total=size, unit_scale=True, delay=AFTER, leave=False) as done:
+        for name, tensor in weights:
+            done.update(tensor.nbytes)
+            tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,9 +16,11 @@ from slimdiff.errors import InputError
 from slimdiff.loading.components import load_component
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import find_model
+from slimdiff.progress import working
 from slimdiff.settings import DTYPES
 
 
+@working("load the model")
 @own_torch_state()
 def load_pipeline(
     model: str | Path,

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
+from slimdiff.progress import working
 
 CostName = Literal["parameters", "macs", "latency_ms"]
 
@@ -60,6 +61,7 @@ def count_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+@working("count multiply-accumulates")
 @torch.no_grad()
 def count_macs(denoiser: nn.Module, call: Call) -> int:
     """Multiply-accumulates of one call, for its whole batch: linears, convolutions and attention products."""
@@ -86,6 +88,7 @@ def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
     return CostTable("parameters", count_parameters(denoiser), layers)
 
 
+@working("count multiply-accumulates by rank")
 def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
     """Multiply-accumulates by rank, of one sample with the shapes of `call`.
 

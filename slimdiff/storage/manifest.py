@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimdiff.errors import InputError
-from slimdiff.progress import bar
+from slimdiff.progress import AFTER, bar
 from slimdiff.storage.atomic import is_leftover
 from slimdiff.storage.atomic import replacing as replacing
 
@@ -93,17 +93,18 @@ def write_manifest(
 
     A lock and what killed processes left are no part of the artifact.
     """
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {name: file for name, file in files.items() if _is_content(Path(name))}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    with bar(name="hash files", unit="B", total=sum(sizes.values()), unit_scale=True, delay=AFTER, leave=False) as done:
+        hashes = {name: sha256_of(file, done.update) for name, file in files.items()}
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
         "made_from": made_from,
         "runs_on": runs_on or {},
         "versions": versions(),
-        "files": {
-            p.relative_to(folder).as_posix(): {"sha256": sha256_of(p), "bytes": p.stat().st_size}
-            for p in sorted(folder.rglob("*"))
-            if p.is_file() and _is_content(p.relative_to(folder))
-        },
+        "files": {name: {"sha256": hashes[name], "bytes": sizes[name]} for name in files},
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -199,7 +200,7 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
     if exact:
         _refuse_others(folder, manifest["files"])
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=2, leave=False) as done:
+    with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=AFTER, leave=False) as done:
         for name, expected in manifest["files"].items():
             file = folder / name
             if not leads_inside(file, folder):

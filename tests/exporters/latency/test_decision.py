@@ -122,6 +122,10 @@ def test_without_a_gate_the_first_look_is_enough():
         ([pair(s) for s in (0.0, 0.001, -0.001, 0.002)], ""),
         ([pair(0.2 + s, s) for s in (0.0, 0.001, -0.001, 0.002)], "by CPU time the speedup is 1.000x"),
         ([pair(s, preempted=1) for s in (0.0, 0.001, -0.001, 0.002)], "50% of the runs lost their core"),
+        (
+            [pair(s, preempted=1) for s in (0.0, 0.001, -0.001, 0.002)],
+            "speedup is of the rounds that kept their core",
+        ),
         ([pair(log(1.05) + s) for s in (-0.03, 0.03, -0.02, 0.02)], "it sits on the bound"),
         ([pair(s) for s in (-0.1, 0.1, -0.05, 0.05)], "more --max-seconds"),
     ],
