@@ -88,6 +88,9 @@ def compress(
         raise InputError("give either a budget or a plan")
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget(budget)
+    _expect(Plan, plan=plan)
+    _expect(Statistics, statistics=statistics)
+    _expect(CostTable, latency=latency)
     work = Compressor(pipeline, prompts, calibration, planning)
     work.check([] if budget is None else [budget], latency=latency)
     clock = [time.perf_counter()]
@@ -124,6 +127,9 @@ class Compressor:
         *,
         unfinished: Path | None = None,
     ) -> None:
+        _expect(DiffusionPipeline, pipeline=pipeline)
+        _expect(CalibrationSettings, calibration=calibration)
+        _expect(PlanSettings, planning=planning)
         self.source = pipeline
         self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
@@ -232,3 +238,14 @@ class Compressor:
             resnet_settings=self.planning.resnets,
             release_dense=release_dense,
         )
+
+
+def _expect(kind: type, **named: object) -> None:
+    """Refuse an argument of another type; None stands for one that was not given.
+
+    Raises:
+        InputError: naming it.
+    """
+    for name, value in named.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is a {type(value).__name__}: give a {kind.__name__}")

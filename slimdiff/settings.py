@@ -221,6 +221,8 @@ def read_amount(value: Any, example: str = "100M") -> str:
     if number == 0 or share and number >= 100:
         right = f"a count such as {example}, or a share such as 25%, above 0% and below 100%"
         raise InputError(f"budget {str(value)!r} must lie between nothing and all: write {right}")
+    if not share and text[-1].isdigit() and number >= 1 and not number.is_integer():
+        raise InputError(f"budget {str(value)!r} is no whole count: for a share of all write {number:g}%")
     if not share and text[-1].isdigit() and number < 1:
         raise InputError(f"budget {str(value)!r} is less than one: for that share of all write {100 * number:g}%")
     return str(value)

@@ -224,7 +224,9 @@ def _arguments(
     if not hasattr(type(pipeline), "__call__"):  # noqa: B004  (an instance's own is not what Python calls)
         raise InputError(f"{type(pipeline).__name__} makes no images itself: name one of the pipelines that it gives")
     parameters = inspect.signature(pipeline.__call__).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    # diffusers' pipelines take **kwargs for arguments that they had once, and drop what they do not know.
+    some = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    takes_any = all(p.kind in some for name, p in parameters.items() if name != "self")
     check_inputs(sampling.arguments, where="the sampling's arguments")
     rows: list[dict[str, Any]] = [{"prompt": p} if isinstance(p, str) else dict(p) for p in batch]
     if any(row.keys() != rows[0].keys() for row in rows):
