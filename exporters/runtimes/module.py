@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,6 +56,33 @@ class RuntimeModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> RuntimeModule:
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another module of the same session, which has no state of its own."""
+        return copy.copy(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise NotInRuntimeError(
+                f"{name} is for a model in torch, and this {type(self).__name__} runs {self.__dict__['session'].source}"
+                if "session" in self.__dict__
+                else f"{type(self).__name__} has no {name}"
+            ) from None
+
+
+class NotInRuntimeError(InputError, AttributeError):
+    """A method or attribute of torch's module that a graph cannot have. Whoever asks by `hasattr` is told no."""
+
+
+def refuse_saving(pipeline: Any) -> None:
+    """diffusers would leave out what it cannot save, with a warning."""
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise InputError("this pipeline runs graphs, which save_pretrained does not know: copy the folder it is from")
+
+    pipeline.save_pretrained = save_pretrained
+
 
 def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a session on its inputs by name, of any dtype and device.
@@ -65,6 +93,11 @@ def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises:
         InputError: for other inputs than the session has, or a shape that it was not made for.
     """
+    text, takes = tensors.get("encoder_hidden_states"), session.inputs.get("encoder_hidden_states", ())
+    if text is not None and len(takes) == 3 and isinstance(takes[1], int) and text.shape[1] != takes[1]:
+        raise InputError(
+            f"the prompt has {text.shape[1]} tokens, and {session.source} takes {takes[1]}: give that many"
+        )
     _check(session, tensors)
     dtypes = {name: getattr(torch, session.dtypes[name]) for name in tensors}
     feed = {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in tensors.items()}

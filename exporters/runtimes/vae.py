@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -40,6 +41,15 @@ class VAE(RuntimeModule):
             raise InputError(f"{decoder.source} is no VAE's decoder: its inputs are {', '.join(decoder.inputs)}")
         super().__init__(decoder, FrozenDict(config))
         self._open_encoder = open_encoder
+        self.use_slicing = False
+
+    def enable_slicing(self) -> None:
+        """Decode image by image, for less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Decode all images at once."""
+        self.use_slicing = False
 
     @classmethod
     def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
@@ -79,5 +89,6 @@ class VAE(RuntimeModule):
         Raises:
             InputError: for a shape that the decoder was not exported for.
         """
-        image = answer(self.session, {"latent_sample": z})["sample"].to(z.device)
+        some = z.split(1) if self.use_slicing else (z,)
+        image = torch.cat([answer(self.session, {"latent_sample": one})["sample"] for one in some]).to(z.device)
         return DecoderOutput(sample=image) if return_dict else (image,)

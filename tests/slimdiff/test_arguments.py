@@ -59,7 +59,9 @@ def test_the_pipeline_that_came_in_stays_as_it_was(failing):
     assert after[1] == before[1] and all(after[0][name] is value for name, value in before[0].items())
 
 
-@pytest.mark.parametrize("value", [0.12, 12.5, True, -0.0, "nan", float("nan"), float("inf"), "150%", [], None, {"a": 1}])
+@pytest.mark.parametrize(
+    "value", [0.12, 12.5, True, -0.0, "nan", float("nan"), float("inf"), "150%", [], None, {"a": 1}]
+)
 def test_a_budget_that_python_lets_through_is_refused(value):
     with pytest.raises(InputError, match="budget") as caught:
         Budget(parameters=value)

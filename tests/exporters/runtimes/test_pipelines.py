@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -211,10 +212,31 @@ def test_the_text_encoders_are_the_models(xl_pipeline, xl_loaded):
 
 
 def test_what_a_text_encoder_has_not_is_said(loaded):
-    with pytest.raises(InputError, match="0 hidden states of 2: clip_skip"):
-        images(loaded, clip_skip=1)
+    assert images(loaded, clip_skip=1)[0].tobytes() != images(loaded)[0].tobytes()
     with pytest.raises(InputError, match="no input for attention_mask"):
         loaded.text_encoder(torch.ones(1, 7, dtype=torch.long), attention_mask=torch.ones(1, 7))
+
+
+def test_what_is_torchs_alone_is_one_line_and_the_rest_works(loaded):
+    dense = images(loaded)
+    other = copy.deepcopy(loaded)
+    other.vae.enable_slicing()
+    assert [image.tobytes() for image in images(other)] == [image.tobytes() for image in dense]
+    assert not loaded.vae.use_slicing and not hasattr(loaded.unet, "enable_freeu")
+    for asked in (
+        lambda: loaded.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda: loaded.vae.enable_tiling(),
+        lambda: loaded.unet.fuse_qkv_projections(),
+        lambda: loaded.save_pretrained("somewhere"),
+        lambda: loaded.unet.load_lora_adapter({}),
+        lambda: loaded.unet(
+            torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 154, 32), cross_attention_kwargs=None, return_dict=False
+        ),
+        lambda: images(loaded, cross_attention_kwargs={"other": 1}),
+    ):
+        with pytest.raises(InputError) as caught:
+            asked()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
 
 
 def test_parts_in_each_others_place_are_refused(onnx_folder):
