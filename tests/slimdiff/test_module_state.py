@@ -37,7 +37,7 @@ def test_settings_of_the_module_go_with_it_and_stay_where_they_were(usual):
     unet, seen = pipeline.unet, []
     pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     pipeline.enable_attention_slicing(1)
-    unet.enable_forward_chunking(2, dim=1)
+    unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, dim=1)
     unet.enable_gradient_checkpointing()
     unet.to(memory_format=torch.channels_last).train().conv_in.requires_grad_(False)
     unet.get_submodule(LAYER).register_forward_hook(lambda *_: seen.append(1))
