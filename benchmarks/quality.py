@@ -41,7 +41,7 @@ from slimdiff.embedded import evaluator, scenes
 from slimdiff.fidelity import image_fidelity, noise_error
 from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
-from slimdiff.planning.costs import count_macs, count_parameters
+from slimdiff.planning.costs import batch_of, count_macs, count_parameters
 from slimdiff.planning.planner import Planner
 from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Allocation, Forms, Sampling
 from slimdiff.slimming.slim import Factors, factorise
@@ -141,7 +141,7 @@ class Bench:
         self.statistics = calibrate(self.pipeline, self.prompts, CALIBRATION)
         self.recorded = Calls(self.pipeline, self.prompts, CALIBRATION)
         self.calls = record_calls(self.pipeline, embedded.captions(32, 2, held_out=True), ERROR_SAMPLING, every=2)
-        # One image's call, both branches of guidance together: what MACs and latency are told of.
+        # One image's call, both branches of guidance together: latency is its time, MACs are of one of its samples.
         self.one_call = record_calls(self.pipeline, self.prompts[:1], Sampling(steps=1, batch=1))[0]
         self.scenes = scenes.sample_scenes(captions, EVALUATION_SCENES, held_out=True)
         self.judge = evaluator.load()
@@ -195,7 +195,7 @@ def measure_quality(bench: Bench, dense: dict[str, Any], method: Method, cut: Cu
     hits = bench.hits(images)
     return {
         "parameters": count_parameters(unet),
-        "macs": count_macs(unet, bench.one_call),
+        "macs": count_macs(unet, bench.one_call) // batch_of(bench.one_call),
         "seconds": seconds,
         "noise_error": noise_error(lambda c: predict(bench.unet, c), lambda c: predict(unet, c), bench.calls)[
             "relative_mse"
@@ -233,7 +233,7 @@ def onnx_speedup(bench: Bench, method: Method, cut: Cut, folder: Path) -> dict[s
 def readme_table(dense: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """One line per method and cut, with speed."""
     lines = [
-        "| method | transformer-block parameters | UNet parameters | MACs of a guided call | noise-prediction error "
+        "| method | transformer-block parameters | UNet parameters | MACs per sample | noise-prediction error "
         "| PSNR to dense | caption accuracy | points lost (95 %) | Fréchet | ONNX Runtime speedup (95 %) |",
         "| --- " * 10 + "|",
         f"| dense | 100 % | {dense['parameters'] / 1e6:.2f} M | {dense['macs'] / 1e6:.0f} M | 0 | - "
@@ -337,7 +337,7 @@ def main() -> None:
         "images": images,
         "hits": hits,
         "parameters": count_parameters(bench.unet),
-        "macs": count_macs(bench.unet, bench.one_call),
+        "macs": count_macs(bench.unet, bench.one_call) // batch_of(bench.one_call),
         "caption_accuracy": float(hits[:, 0].sum() / hits[:, 1].sum()),
         "frechet_distance": evaluator.frechet_distance(bench.judge, evaluator.to_tensor(images), bench.rendered),
     }

@@ -9,6 +9,7 @@ _NAMES = {
     "float64": ("DOUBLE", "f64", "double"),
     "int64": ("INT64", "i64"),
     "int32": ("INT32", "i32"),
+    "bool": ("BOOL", "boolean"),
 }
 
 DTYPES = {other: name for name, others in _NAMES.items() for other in (name, *others)}

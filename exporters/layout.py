@@ -16,10 +16,47 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 VAES = ("vae_decoder", "vae_encoder")
 GRAPHS = ("unet", *TEXT_ENCODERS, *VAES)
 """Folders with a graph each, or an engine of it."""
+SAFETY_CHECKER = "safety_checker"
+"""A folder with a graph, beside engines too: it is in float32 wherever it runs, as rounding could turn its verdict."""
+FINAL_NORM = ("final_layer_norm.weight", "final_layer_norm.bias")
+"""Outputs `[B, D]` of a text encoder's graph beside its hidden states, where its pipeline puts that norm on them."""
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 """Folders with settings alone."""
+_CHECKER = "StableDiffusionSafetyChecker"
+_CARRIED = ("unet", "vae", *TEXT_ENCODERS, SAFETY_CHECKER, *CONFIGURED)
 ENGINE_PIPELINE = "engine-pipeline"
 """The kind, in its manifest, of a folder with engines in the graphs' places."""
+
+
+def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse a pipeline with a component that an exported one has no place for: none is dropped without a word.
+
+    Args:
+        index: what `model_index.json` has, or a pipeline's `config`: of components, their library and class.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    for name, entry in index.items():
+        if not is_component(entry) or (name in _CARRIED and name != SAFETY_CHECKER) or entry[1] == _CHECKER:
+            continue
+        remedy = f"take it out where images do not need it ({name}=None; in {INDEX} [null, null]), or stay in torch"
+        if name == SAFETY_CHECKER:
+            remedy = "export without it (slimdiff export --no-safety-checker, or ExportSettings(safety_checker=False))"
+        raise InputError(
+            f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have: {remedy}"
+        )
+
+
+def is_component(entry: Any) -> bool:
+    """Whether an entry of `model_index.json` names the library and class of a component that is there."""
+    return isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+
+
+def without_safety_checker(index: Mapping[str, Any]) -> dict[str, Any]:
+    """An index that says that images are not checked."""
+    said = {SAFETY_CHECKER: [None, None], "requires_safety_checker": False}
+    return {**index, **{name: value for name, value in said.items() if name in index}}
 
 
 def read_config(path: Path | str) -> dict[str, Any]:

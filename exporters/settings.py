@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticCustomError, core_schema
 
 from exporters.registry import names
-from slimdiff.settings import Settings
+from slimdiff.settings import MOST, MOST_AT_ONCE, Settings
 
 LEAST_ROUNDS = 3
 """Blocks of each side of a process pair, at least: a trimmed mean needs them."""
@@ -55,6 +55,8 @@ class ExportSettings(Settings):
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
     """Leave height and width open, in the steps that the model's down-scaling makes. Engines want them fixed."""
+    safety_checker: bool = True
+    """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 
 
 def parse_sizes(text: str) -> list[int] | None:
@@ -67,7 +69,7 @@ def _shape(value: Any) -> Any:
     return parse_sizes(value) or value.split("x") if isinstance(value, str) else value
 
 
-Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_shape)]
+Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**31)], ...], BeforeValidator(_shape)]
 
 
 class ShapeRange(Settings):
@@ -100,14 +102,14 @@ class EngineSettings(Settings):
     """`auto` takes what is installed; TensorRT-RTX where there is no GPU, as TensorRT builds on none but its own."""
     targets: list[str] = []
     """Compute capabilities to build for (`sm89`, `sm120`), TensorRT-RTX only; none: the GPU that is here."""
-    batch: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1, le=MOST_AT_ONCE)
     """Batch of the engine, for graphs that leave it open; with guidance, twice the images."""
     shapes: dict[str, Shape] = {}
     """Fixed shapes by input (`sample: 2x4x64x64`), for graphs that leave more open; inputs whose open dims are named
     alike in the graph follow."""
     profiles: list[ShapeRange] = []
     """Ranges of shapes in place of fixed ones. A static engine is faster: build one per shape if there are few."""
-    workspace_gib: float | None = Field(default=None, gt=0)
+    workspace_gib: float | None = Field(default=None, gt=0, le=MOST)
     """Most memory that a layer may use while it runs, GiB; TensorRT's own default if not given."""
     tf32: bool = False
     """Whether fp32 products may round their factors to TF32's 10 bits; then fp32 parity bounds do not hold."""
@@ -134,19 +136,19 @@ class EngineSettings(Settings):
 class BenchSettings(Settings):
     """How a pair of processes is timed, and for how long pairs are added."""
 
-    threads: int = Field(default=1, ge=0)
+    threads: int = Field(default=1, ge=0, le=MOST_AT_ONCE)
     """Of runtimes on the CPU, which are kept on as many cores; 0: the runtime's own choice, on all cores. One thread is
     the least disturbed."""
-    batch: int = Field(default=2, ge=1)
+    batch: int = Field(default=2, ge=1, le=MOST_AT_ONCE)
     """Samples in a call, where the artifact does not fix it."""
-    warmup: int = Field(default=3, ge=1)
+    warmup: int = Field(default=3, ge=1, le=MOST)
     """Runs, at least, before a process counts as warm."""
-    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS)
+    rounds: int | None = Field(default=None, ge=LEAST_ROUNDS, le=MOST)
     """Blocks of each side; by default 3 to 60, as many as take two seconds together, or as long as opening both."""
 
-    processes: int | None = Field(default=None, ge=2)
+    processes: int | None = Field(default=None, ge=2, le=MOST)
     """Process pairs; by default as many as a verdict takes, 6 to 28, and 6 without a gate."""
-    max_seconds: float = Field(default=140, gt=0)
+    max_seconds: float = Field(default=140, gt=0, le=100 * MOST)
     """No pair is begun that would end later; two are always measured."""
 
 
@@ -155,9 +157,11 @@ class TableSettings(Settings):
 
     runtime: TableRuntime = "onnxruntime"
     """Where latency counts."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=MOST_AT_ONCE)
     """Threads of the runtime; its own choice if not given."""
-    ranks: int = Field(6, ge=2)
+    ranks: int = Field(6, ge=2, le=MOST)
     """Ranks measured per layer, spread evenly from the smallest to the dense one; between them, lines."""
-    rounds: int = Field(40, ge=3)
-    """Runs of every layer and of the whole models; the median counts."""
+    rounds: int = Field(40, ge=3, le=MOST)
+    """Runs, at most, of every layer at every rank and of the whole models; the median counts."""
+    interval: float = Field(0.03, gt=0, le=1)
+    """Width of a median's interval of 95 %, as a share of it, at which its runs end."""

@@ -15,6 +15,9 @@ from torch import nn
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.modules import carry_modes
+from slimdiff.denoising.precision import held_like, in_float32
+from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, with_denoiser, working_pipeline
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
@@ -25,6 +28,7 @@ from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import find_layers
 from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
@@ -46,11 +50,15 @@ class Compression:
     statistics: Statistics
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Compression({type(self.pipeline).__name__}, {self.plan!r})"
 
+
+@own_torch_state()
 def compress(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
-    budget: Budget | None = None,
+    budget: Budget | str | int | None = None,
     *,
     plan: Plan | None = None,
     latency: CostTable | None = None,
@@ -65,7 +73,8 @@ def compress(
         prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
             take images, classes or nothing at all, mappings of their arguments (see `slimdiff.denoising.trajectory`).
             Beyond `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
-        budget: how much to take out of the denoiser, in parameters, MACs, latency or error; or
+        budget: how much to take out of the denoiser, in parameters, MACs, latency or error (a text or a count alone is
+            of parameters: `"12%"`); or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
         latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`).
         statistics: from an earlier calibration of the same weights, to save the time.
@@ -77,6 +86,11 @@ def compress(
     """
     if (budget is None) == (plan is None):
         raise InputError("give either a budget or a plan")
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget(budget)
+    _expect(Plan, plan=plan)
+    _expect(Statistics, statistics=statistics)
+    _expect(CostTable, latency=latency)
     work = Compressor(pipeline, prompts, calibration, planning)
     work.check([] if budget is None else [budget], latency=latency)
     clock = [time.perf_counter()]
@@ -113,34 +127,50 @@ class Compressor:
         *,
         unfinished: Path | None = None,
     ) -> None:
-        self.pipeline = pipeline
-        self.prompts = prompts
+        _expect(DiffusionPipeline, pipeline=pipeline)
+        _expect(CalibrationSettings, calibration=calibration)
+        _expect(PlanSettings, planning=planning)
+        self.source = pipeline
+        self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
         self._work = working_pipeline(pipeline)
-        self.calls = Calls(self._work, prompts, self.calibration, self.planning)
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """What is calibrated and planned on: the denoiser's working copy, in float32 (`in_float32`)."""
+        return in_float32(self._work)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The calls that are measured and fitted on."""
+        return Calls(self.pipeline, self.prompts, self.calibration, self.planning)
 
     @property
     def denoiser(self) -> nn.Module:
-        """A working copy of the dense unet or transformer, which shares its weights."""
-        return getattr(self._work, denoiser_name(self._work))
+        """A working copy of the dense unet or transformer, as it is calibrated."""
+        return getattr(self.pipeline, denoiser_name(self.pipeline))
 
     @cached_property
+    @own_torch_state()
     def statistics(self) -> Statistics:
         """Calibrated now, unless statistics of an earlier calibration were assigned before anything was planned."""
-        return calibrate(self._work, self.prompts, self.calibration, unfinished=self.unfinished)
+        return calibrate(self.pipeline, self.prompts, self.calibration, unfinished=self.unfinished)
 
     @cached_property
+    @own_torch_state()
     def planner(self) -> Planner:
         """What plans have in common."""
         return Planner(self.denoiser, self.statistics, self.planning, calls=self.calls)
 
     @cached_property
+    @own_torch_state()
     def held_error(self) -> HeldError:
         """Measures slim models on calls that calibration has not seen."""
         return HeldError(self.denoiser, self.calls.held)
 
+    @own_torch_state()
     def check(
         self,
         budgets: Sequence[Budget],
@@ -159,37 +189,63 @@ class Compressor:
         Raises:
             InputError: saying why.
         """
-        slim_class_of(self.denoiser)
+        denoiser = getattr(self._work, denoiser_name(self._work))
+        slim_class_of(denoiser)
+        sampling = self.calibration.sampling
+        check_size(self.source, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
         if not budgets:
             return
-        sites = chosen_sites(find_sites(self.denoiser)[0], self.planning)
-        costs = Costs(self.denoiser, find_layers(sites, self.planning.align), {}, call, latency)
+        sites = chosen_sites(find_sites(denoiser)[0], self.planning)
+        costs = Costs(denoiser, find_layers(sites, self.planning.align), {}, call, latency)
         for budget in budgets:
             PLANNED[budget.kind].check(costs, budget)
 
+    @own_torch_state()
     def measure(self) -> None:
         """Add to the statistics what planning measures by forward passes: any budget then needs none."""
         self.planner.remember(self.statistics, macs_too=True)
 
+    @own_torch_state()
     def plan(self, budget: Budget, latency: CostTable | None = None) -> Plan:
         """Ranks within a budget (`make_plan`); a table of `latency` in milliseconds is kept for further plans."""
         if latency is not None:
             self.planner.costs.latency = latency
         return self.planner.plan(budget)
 
+    @own_torch_state()
     def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
-        """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`)."""
+        """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`).
+
+        Its weights are in the dtypes that the dense denoiser came in with.
+        """
+        held = getattr(self._work, denoiser_name(self._work))
+        slim = held_like(self._slim(plan, release_dense), held)
+        carry_modes(getattr(self.source, denoiser_name(self.source)), slim)
+        if release_dense and held is not self.denoiser:
+            for tensor in held.parameters():
+                tensor.data = tensor.data.new_empty(0)
+        return slim
+
+    def _slim(self, plan: Plan, release_dense: bool) -> nn.Module:
         planner = vars(self).get("planner")
         if planner is not None and planner.knows(plan):
-            slim = planner.slim(plan, release_dense=release_dense)
-        else:
-            slim = slim_denoiser(
-                self.denoiser,
-                self.statistics,
-                plan,
-                fitting_calls=self.calls.fitting if plan.is_fitted() else (),
-                resnet_settings=self.planning.resnets,
-                release_dense=release_dense,
-            )
-        carry_modes(getattr(self.pipeline, denoiser_name(self.pipeline)), slim)
-        return slim
+            return planner.slim(plan, release_dense=release_dense)
+        return slim_denoiser(
+            self.denoiser,
+            self.statistics,
+            plan,
+            fitting_calls=self.calls.fitting if plan.is_fitted() else (),
+            resnet_settings=self.planning.resnets,
+            release_dense=release_dense,
+        )
+
+
+def _expect(kind: type, **named: object) -> None:
+    """Refuse an argument of another type; None stands for one that was not given.
+
+    Raises:
+        InputError: naming it.
+    """
+    for name, value in named.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is a {type(value).__name__}: give a {kind.__name__}")

@@ -8,14 +8,26 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from slimdiff.denoising.modules import at_rest
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, predict, record_calls, sample_images
-from slimdiff.errors import InputError
+from slimdiff.denoising.precision import in_float32
+from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import (
+    Call,
+    Inputs,
+    denoiser_name,
+    predict,
+    record_calls,
+    sample_images,
+    with_denoiser,
+)
+from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 
@@ -44,6 +56,7 @@ def noise_error(
 class HeldError:
     """Noise-prediction errors of slim models against one dense model, on calls that calibration never saw."""
 
+    @own_torch_state()
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         self.calls = calls
         rested = at_rest(denoiser)
@@ -51,6 +64,7 @@ class HeldError:
             id(call): predict(rested, call) for call in bar(calls, "held calls", "call")
         }
 
+    @own_torch_state()
     def of(self, slim: nn.Module) -> float:
         """Relative mean squared change of the noise prediction over all calls."""
         error = noise_error(
@@ -61,6 +75,7 @@ class HeldError:
         return float(error["relative_mse"])
 
 
+@own_torch_state()
 def compare(
     dense: DiffusionPipeline,
     slim: DiffusionPipeline,
@@ -73,6 +88,8 @@ def compare(
 ) -> dict[str, Any]:
     """Fidelity of a slim pipeline against its dense one: noise prediction, and images of the same prompts and noise.
 
+    No safety checker sees these images.
+
     Args:
         prompts: that calibration has not seen, or the figures flatter.
         images: how many of them images are made of; all if not given.
@@ -83,12 +100,14 @@ def compare(
         `noise_error` (`noise_error`), `images` (`image_fidelity`), `quality` and `sampling`.
 
     Raises:
-        RuntimeError: if the dense model does not reproduce its own record: the figures would mean nothing.
+        SlimdiffError: if the dense model does not reproduce its own record: the figures would mean nothing.
     """
-    sampling = sampling or Sampling(steps=25, seed=10_000)
+    sampling, prompts = sampling or Sampling(steps=25, seed=10_000), check_inputs(prompts)
+    if not prompts:
+        raise InputError("there is no prompt to compare on: give at least one")
+    dense, slim = in_float32(dense), in_float32(slim)
     noise = compare_noise(dense, slim, prompts[:trajectories], sampling)
-    before = sample_images(dense, prompts[:images], sampling)
-    after = sample_images(slim, prompts[:images], sampling)
+    before, after = (sample_images(p, prompts[:images], sampling, checked=False) for p in (dense, slim))
     return {
         "noise_error": noise,
         "images": image_fidelity(before, after),
@@ -97,20 +116,32 @@ def compare(
     }
 
 
+@own_torch_state()
 def compare_noise(
     dense: DiffusionPipeline, slim: DiffusionPipeline, prompts: Sequence[Inputs], sampling: Sampling
 ) -> dict[str, Any]:
     """`noise_error` of slim on the dense model's trajectories, which the dense model must reproduce itself.
 
     Raises:
-        RuntimeError: if it does not.
+        SlimdiffError: if it does not.
     """
-    calls = record_calls(dense, prompts, sampling)
-    reference, candidate = (partial(predict, at_rest(getattr(p, denoiser_name(p)))) for p in (dense, slim))
-    itself = noise_error(reference, reference, calls[:1])["relative_mse"]
-    if not itself <= 1e-12:
-        raise RuntimeError(
-            f"the dense model does not reproduce itself (relative error {itself}): its figures mean nothing"
+    denoiser, other = (at_rest(getattr(p, denoiser_name(p))) for p in (dense, slim))
+    first: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not first:
+            first.append(output if isinstance(output, Tensor) else output[0])
+            first[0] = first[0].float().to("cpu", copy=True)
+
+    with denoiser.register_forward_hook(keep):
+        calls = record_calls(with_denoiser(dense, denoiser), prompts, sampling)
+    reference, candidate = partial(predict, denoiser), partial(predict, other)
+    itself = noise_error(lambda _: first[0], reference, calls[:1])["relative_mse"]
+    # On a GPU the same sum may be rounded in another order.
+    if not itself <= max(1e-12, torch.finfo(next(denoiser.parameters()).dtype).eps ** 2):
+        raise SlimdiffError(
+            f"the dense model does not reproduce itself on its first recorded call (relative error {itself}): its "
+            "figures mean nothing; does its pipeline change it for the length of a call?"
         )
     return noise_error(reference, candidate, bar(calls, "noise error", "call"))
 

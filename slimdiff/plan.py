@@ -66,7 +66,7 @@ class Plan(BaseModel):
     budget: dict[str, str | float] = {}
     """What was asked for, such as `{"parameters": "12%"}` or `{"speedup": 1.35}`."""
     costs: dict[str, dict[str, float]] = {}
-    """Further costs as predicted when the plan was made, `macs` (one call at batch 1) and `latency_ms`, where they are
+    """Further costs as predicted when the plan was made, `macs` (of one sample) and `latency_ms`, where they are
     known: `dense`, `slim` and, if it was budgeted, `budget`."""
     noise_error: float | None = None
     """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""
@@ -93,6 +93,17 @@ class Plan(BaseModel):
                     "(unequal head dimensions lose fused attention in every runtime)"
                 )
         return self
+
+    def __repr__(self) -> str:
+        slimmed = sum(site.rank < site.dense_rank for site in self.sites.values())
+        counts = {name: f"{count / 1e6:.3g}M" for name, count in self.parameters.items()}
+        budget = " ".join(f"{name} {value}" for name, value in self.budget.items()) or "no budget"
+        return (
+            f"Plan({self.model_class}, {budget}, {slimmed} of {len(self.sites)} sites slimmed, "
+            f"parameters {counts['dense']} -> {counts['slim']}, allocation {self.allocation})"
+        )
+
+    __str__ = __repr__
 
     def save(self, path: Path) -> None:
         with replacing(path, is_file=True) as temporary:

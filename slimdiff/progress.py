@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -29,3 +33,32 @@ def bar(over: Iterable[Any] | None = None, name: str = "", unit: str = "it", **m
     if not _shown or os.environ.get("RANK", "0") != "0":  # False would overrule the environment's switch
         more["disable"] = True
     return tqdm(over, desc=name, unit=unit, **{"leave": None, **more})
+
+
+AFTER = 2.0
+"""Seconds of work before it is shown, where most work of its kind takes less."""
+
+
+@contextmanager
+def working(name: str) -> Iterator[None]:
+    """Show the time that has passed on work that counts no steps, once it takes longer than `AFTER`.
+
+    Functions are decorated with it, too.
+    """
+    done, stream = Event(), sys.stderr  # libraries are made quiet meanwhile, and this is not
+
+    def show() -> None:
+        start = time.time()
+        if not done.wait(AFTER):
+            with bar(name=name, bar_format="{desc} {elapsed}", leave=False, file=stream) as shown:
+                shown.start_t = start
+                while not done.wait(0.5):
+                    shown.refresh()
+
+    thread = Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

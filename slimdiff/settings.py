@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from slimdiff.errors import InputError
 
+_NUMBERS = (int, float, int | None, float | None)
+MOST = 1_000_000
+"""Of what is counted: prompts, images, calls, runs. More is a slip of the pen, and would run for ever."""
+MOST_AT_ONCE = 4096
+"""Samples in a call, and threads."""
+LAST_SEED = 2**63 - 1
+"""With a number of an image added, torch still takes it."""
+MOST_PIXELS = 65536
+"""Of an image's side."""
+
 
 class Settings(BaseModel):
-    """What all settings have in common: unknown keys are errors, and the docstring of a field is its help."""
+    """What all settings have in common: unknown keys are errors, and the docstring of a field is its help.
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    Every number has a range, and is finite.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in _NUMBERS:
+            raise ValueError("input should be a number")  # Python takes True for 1
+        return value
+
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What weights can be in: names for people, and torch's."""
+_SIZE = r"^\s*0*[1-9][0-9]*(\.[0-9]+)?\s*([KMGT]B)\s*$"
+
+
+class WeightSettings(Settings):
+    """Which files a model's weights are read from, and how they are written."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the weights; each component keeps that of its files if not given."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_]+$")
+    """Of the weights that are read, and written, such as fp16 for model.fp16.safetensors; if not given, the files
+    without a variant's name are read, or the only ones that there are, and what is written has none."""
+    max_shard_size: str | None = Field(None, pattern=_SIZE)
+    """Weights beyond this are written as several files, such as 5GB or 500MB (of 1000 each); diffusers' own default if
+    not given."""
 
 
 class Sampling(Settings):
@@ -25,18 +62,23 @@ class Sampling(Settings):
 
     steps: int = Field(20, ge=1, le=1000)
     """Scheduler steps per image."""
-    guidance: float = Field(5.0, ge=0)
+    guidance: float = Field(5.0, ge=0, le=1000)
     """Classifier-free guidance scale, where the pipeline has one; above 1 the denoiser runs on both branches."""
-    batch: int = Field(8, ge=1)
+    batch: int = Field(8, ge=1, le=MOST_AT_ONCE)
     """Prompts per denoising batch (with guidance, twice as many samples go through the denoiser)."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=LAST_SEED)
     """Prompt i starts from the noise of seed + i, whatever the batch size."""
-    height: int | None = None
-    """Image height in pixels; the pipeline's own default if not given."""
-    width: int | None = None
-    """Image width in pixels; the pipeline's own default if not given."""
+    height: int | None = Field(None, ge=1, le=MOST_PIXELS)
+    """Image height in pixels; the width if that is given alone, else the pipeline's own default."""
+    width: int | None = Field(None, ge=1, le=MOST_PIXELS)
+    """Image width in pixels; the height if that is given alone, else the pipeline's own default."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
+
+    @model_validator(mode="after")
+    def _square(self) -> Sampling:
+        self.height, self.width = self.height or self.width, self.width or self.height
+        return self
 
 
 TimestepWeights = Literal["uniform", "min_snr", "inverse_snr"]
@@ -47,10 +89,10 @@ class StatisticsSettings(Settings):
 
     timestep_weights: TimestepWeights = "uniform"
     """How much each timestep counts; all but `uniform` need a scheduler with `alphas_cumprod`."""
-    tokens_per_dimension: int | None = Field(64, ge=1)
+    tokens_per_dimension: int | None = Field(64, ge=1, le=MOST)
     """Tokens that a site sees in all, per dimension of its width, where there are more: an even selection of each
     call's. Null takes every token."""
-    memory_limit: float = Field(2.0, gt=0)
+    memory_limit: float = Field(2.0, gt=0, le=MOST)
     """GiB that moments may take at a time. Sites that need more are watched in turns, each turn by its share of the
     prompts: it costs no forward pass, but each site sees fewer prompts."""
 
@@ -58,7 +100,7 @@ class StatisticsSettings(Settings):
 class CalibrationSettings(StatisticsSettings):
     """What the denoiser is watched doing, and what is collected of it."""
 
-    samples: int = Field(64, ge=1)
+    samples: int = Field(64, ge=1, le=MOST)
     """How many prompts, taken from the front of the list."""
     sampling: Sampling = Sampling()
     """How their images are made."""
@@ -107,10 +149,10 @@ class ResnetSettings(Settings):
     kept channels' weights stay as they are."""
     affine: bool = True
     """Fit the norm's weight and bias first, so that its kept channels come closest to the dense norm's."""
-    ridge: float | None = Field(None, gt=0)
+    ridge: float | None = Field(None, gt=0, le=MOST)
     """Of the least squares, as a share of the mean square of conv2's inputs: draws `im2col` towards `channels`, and
     that towards `none`. If not given, each site's own: the one whose fit on half of the images errs least on others."""
-    memory_gib: float = Field(2.0, gt=0)
+    memory_gib: float = Field(2.0, gt=0, le=MOST)
     """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
 
 
@@ -129,17 +171,17 @@ class PlanSettings(Settings):
     the same share of every site; `softmax`: shares by block influence (the papers)."""
     forms: Forms = Forms()
     """The closed forms that slim each group."""
-    softmax_temperature: float = Field(0.1, gt=0)
+    softmax_temperature: float = Field(0.1, gt=0, le=MOST)
     """Of the softmax allocation: the lower, the more the least influential blocks lose."""
-    align: int = Field(8, ge=1)
+    align: int = Field(8, ge=1, le=MOST_PIXELS)
     """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
     groups: tuple[str, ...] = TRANSFORMER_GROUPS
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
-    sensitivity_calls: int = Field(16, ge=1)
+    sensitivity_calls: int = Field(16, ge=1, le=MOST)
     """Recorded denoiser calls on which sensitivities are measured."""
     resnets: ResnetSettings = ResnetSettings()
     """How slim resnets are fitted."""
-    fitting_calls: int = Field(64, ge=1)
+    fitting_calls: int = Field(64, ge=1, le=MOST)
     """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
 
 
@@ -172,8 +214,17 @@ _SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 def read_amount(value: Any, example: str = "100M") -> str:
     """A count such as the `example` or a share such as `12%`, as it was written."""
-    if not re.fullmatch(r"-?\s*[0-9]+(\.[0-9]+)?\s*[kMGBT%]?", str(value).strip()):
+    text = str(value).strip()
+    if not re.fullmatch(r"-?\s*[0-9]+(\.[0-9]+)?\s*[kMGBT%]?", text):
         raise InputError(f"budget {str(value)!r}: write a count such as {example} or a share such as 25%")
+    number, share = float(text.strip("- kMGBT%")), text.endswith("%")
+    if number == 0 or share and number >= 100:
+        right = f"a count such as {example}, or a share such as 25%, above 0% and below 100%"
+        raise InputError(f"budget {str(value)!r} must lie between nothing and all: write {right}")
+    if not share and text[-1].isdigit() and number >= 1 and not number.is_integer():
+        raise InputError(f"budget {str(value)!r} is no whole count: for a share of all write {number:g}%")
+    if not share and text[-1].isdigit() and number < 1:
+        raise InputError(f"budget {str(value)!r} is less than one: for that share of all write {100 * number:g}%")
     return str(value)
 
 
@@ -183,18 +234,19 @@ def removed_amount(value: str, total: float, noun: str) -> int:
     number = float(text.rstrip("kMGBT% "))
     removed = round(number * (total / 100 if text.endswith("%") else _SCALES[text.lstrip("0123456789. ")]))
     if not 0 < removed < total:
-        raise InputError(f"budget {value!r} is {removed:,} of {total:,.0f} {noun}: it must lie between")
+        right = f"a count between, or a share such as {'25%' if removed else f'{200 / total:.2g}%'}"
+        raise InputError(f"budget {value!r} is {removed:,} of {total:,.0f} {noun}: write {right}")
     return removed
 
 
-def read_number(value: Any, least: float, what: str) -> float:
-    """A finite number above `least`; an error says `what` it must be."""
+def read_number(value: Any, least: float, most: float, what: str) -> float:
+    """A number above `least`, and at most `most`; an error says `what` it must be."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{what}, not {value!r}") from None
-    if isinstance(value, bool) or not least < number < math.inf:  # Python takes True for 1
-        raise InputError(f"{what}, not {value}: it must be finite and greater than {least}")
+    if isinstance(value, bool) or not least < number <= most:  # Python takes True for 1
+        raise InputError(f"{what}, not {value}: it must be finite, greater than {least} and at most {most}")
     return number
 
 
@@ -210,20 +262,20 @@ BUDGETS: dict[str, BudgetKind] = {
         ),
         BudgetKind(
             "macs",
-            "how much to take out of a call at batch 1: a count of multiply-accumulates (50G) or a share (20%)",
+            "how many multiply-accumulates per sample to take out: a count (50G) or a share (20%)",
             partial(read_amount, example="50G"),
             partial(removed_amount, noun="MACs"),
         ),
         BudgetKind(
             "speedup",
             "dense latency over slim latency, such as 1.35, by a measured table of latencies",
-            partial(read_number, least=1, what="a speedup is dense latency over slim latency, such as 1.35"),
+            partial(read_number, least=1, most=1000, what="a speedup is dense latency over slim latency, such as 1.35"),
             lambda value, total: total * (1 - 1 / value),
         ),
         BudgetKind(
             "max_error",
             "the smallest model whose noise prediction changes by at most this (relative mean squared), measured",
-            partial(read_number, least=0, what="max_error is a relative squared error above 0, such as 1e-4"),
+            partial(read_number, least=0, most=MOST, what="max_error is a relative squared error, such as 1e-4"),
         ),
     )
 }
@@ -235,8 +287,9 @@ class Budget:
 
     `parameters` and `macs` are counts (`100M`, `2.5G`, `30k`, `1500000`) or shares of *all* the denoiser's parameters
     or multiply-accumulates (`12%`); a leading minus is allowed, for it says how much to remove. MACs are those of one
-    call at batch 1. `speedup` is the dense model's latency over the slim one's, by a measured table of latencies.
-    `max_error` bounds the relative mean squared change of the noise prediction: the smallest model below it is sought.
+    sample, and a guided call has two an image. `speedup` is the dense model's latency over the slim one's, by a
+    measured table of latencies. `max_error` bounds the relative mean squared change of the noise prediction: the
+    smallest model below it is sought.
 
     Attributes:
         kind: the name of its kind.

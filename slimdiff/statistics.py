@@ -76,9 +76,13 @@ class Statistics:
         weights: the sum of their weights; equal to `tokens` where all timesteps weigh the same.
         population: the sum of the weights of all rows that they were selected from; `weights` where nothing is said.
         sensitivities: by site name, if they were measured (`slimdiff.planning`): another budget needs no forward pass.
-        macs: by module path, multiply-accumulates of one call at batch 1 that its dense layers cost, and under `""`
+        macs: by module path, multiply-accumulates of one sample that its dense layers cost, and under `""`
             the whole model's; if they were counted.
     """
+
+    def __repr__(self) -> str:
+        rows = max(self.tokens.values(), default=0)
+        return f"Statistics(model {self.model_hash[:12]}, {len(self.moments)} moments of up to {rows} rows)"
 
     model_hash: str
     moments: Mapping[str, Tensor] = field(default_factory=dict)

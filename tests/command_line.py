@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
-from deploy.cli.app import main
+import pytest
+
+from deploy.cli.app import main, make_parser
 
 
 def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
@@ -21,3 +24,12 @@ def refused(argv: list[Any], capsys, code: int = 2) -> str:
     line = [text for text in seen.err.splitlines() if text.startswith("slimdiff: error: ")]
     assert seen.out == "" and len(line) == 1, seen.err
     return line[0]
+
+
+def actions_of(command: str) -> list[argparse.Action]:
+    """The arguments that a command takes."""
+    parser = make_parser()
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    with pytest.raises(SystemExit):
+        parser.parse_args([command, "--help"])
+    return subparsers.choices[command]._actions

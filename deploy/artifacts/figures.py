@@ -1,13 +1,18 @@
-"""Figures of a denoiser, alone and slim against dense, and what people see of a machine."""
+"""Figures of a denoiser, alone and slim against dense, and when, by what and where they were made."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import slimdiff
 from slimdiff.denoising.trajectory import Call, denoiser_name
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters
+from slimdiff.storage import manifest
 
 
 def denoiser_of(pipeline: Any) -> Any:
@@ -16,7 +21,7 @@ def denoiser_of(pipeline: Any) -> Any:
 
 
 def costs(denoiser: Any, call: Call) -> dict[str, int]:
-    """`parameters`, `macs` of one call at batch 1, and `bytes` of the weights as they are held."""
+    """`parameters`, `macs` of one sample (a guided call has two an image), and `bytes` of the weights as held."""
     return {
         "parameters": count_parameters(denoiser),
         "macs": count_macs(denoiser, call) // batch_of(call),
@@ -42,6 +47,26 @@ def compression_result(
         "left_dense": plan.left_dense,
         "seconds": seconds,
     }
+
+
+def made_now() -> dict[str, Any]:
+    """`time` (UTC, ISO 8601), `versions` of packages, and `commit` of slimdiff's source, None where it is installed."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **manifest.versions()},
+        "commit": source_commit(Path(slimdiff.__file__).parent),
+    }
+
+
+def source_commit(package: Path) -> str | None:
+    """The git commit of a package's source, with `-dirty` if files were changed since; None if it is no checkout."""
+    git = ["git", "-C", str(package)]
+    try:  # a virtual environment may lie in somebody else's checkout, which does not track what is installed in it
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
+        named = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(named, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def machine() -> dict[str, Any]:

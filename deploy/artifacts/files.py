@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff.loading.transformers_files import write_vocabulary
+from slimdiff.progress import working
+from slimdiff.settings import WeightSettings
 
 _LICENSES = ("license", "licence", "notice", "copying")
 
 
-def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Save a diffusers pipeline as safetensors; the paths that diffusers notes in its JSON are taken out again."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
+@working("save the model")
+def save_pipeline(pipeline: Any, folder: Path, weights: WeightSettings | None = None) -> None:
+    """Save a diffusers pipeline as safetensors; the paths that diffusers notes in its JSON are taken out again.
+
+    Args:
+        weights: whose variant and size of shards the files have; their dtype is the pipeline's own.
+    """
+    how = weights.model_dump(include={"variant", "max_shard_size"}, exclude_none=True) if weights else {}
+    pipeline.save_pretrained(folder, safe_serialization=True, **how)
     for name, component in pipeline.components.items():
         write_vocabulary(component, folder / name)
     for file in folder.rglob("*.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimdiff.loading.naming import find_model
+from slimdiff.progress import working
 from slimdiff.storage import manifest
 
 
@@ -29,6 +30,7 @@ def model_hash(model: str) -> str:
     return manifest.fingerprint({"hub": model, "weights": weights_hash(denoiser_of(load_pipeline(model)))})
 
 
+@working("hash the model's files")
 def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files, hidden ones and the manifest aside."""
     names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != manifest.MANIFEST]

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 NBSP = "\u00a0"
-NONE = "\u2013"
+NONE = "undefined"
+"""What a value is that JSON has as null: infinite, or not a number."""
 _MINUS = "\u2212"
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -119,6 +119,7 @@ def run_stages(shop: Any, stages: Sequence[Stage], force: Collection[str] = ()) 
             yield Done(stage.name, key, float(made_from.get("seconds", 0.0)), reused=True)
             continue
         log.info("%s: started", stage.name)
+        _check_replaceable(target, stage.name)
         start = time.perf_counter()
         with manifest.replacing(target) as temporary:
             result = stage.run(shop, temporary)
@@ -144,3 +145,22 @@ def _finished(target: Path, key: str) -> dict[str, Any] | None:
         log.warning("%s: made again, because %s", target.name, error)
         return None
     return made_from
+
+
+def _check_replaceable(target: Path, name: str) -> None:
+    """Refuse to put a stage's folder in the place of what this stage did not write.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    try:
+        own = manifest.read_manifest(target)["made_from"].get("stage") == name
+        strange = next(manifest.strangers(target), None) if own else target
+    except InputError:
+        if (target / manifest.MANIFEST).is_file():  # damaged, and made again for that
+            return
+        strange = target
+    if strange is not None:
+        raise InputError(f"{strange} is not of this build, whose {name} would take its place: move it away")

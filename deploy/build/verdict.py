@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import build_folder
-from deploy.artifacts.figures import machine
+from deploy.artifacts.figures import machine, made_now
 from deploy.artifacts.hashes import public_name
 from deploy.artifacts.numbers import amount
 from deploy.build.cells import results_of_cells
@@ -53,7 +52,7 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
             "cells": cells,
             "stages": [vars(stage) for stage in done],
             "seconds": round(sum(stage.seconds for stage in done), 3),
-            "versions": {"python": platform.python_version(), **manifest.versions()},
+            **made_now(),
             "machine": machine(),
             "made_from": {
                 "recipe": manifest.fingerprint(settings),

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 import exporters
 import slimdiff
 from deploy.artifacts import build_folder
+from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
@@ -19,9 +20,12 @@ from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
 from exporters.registry import runtime_of
 from slimdiff import Budget, Compressor, Plan, Statistics
+from slimdiff.compression import with_denoiser
+from slimdiff.denoising.precision import held_like, in_dtype
 from slimdiff.denoising.trajectory import Call, record_calls
-from slimdiff.loading.pipelines import load_pipeline
-from slimdiff.settings import Sampling
+from slimdiff.loading.pipelines import load_pipeline, read_dtype
+from slimdiff.planning.costs import count_bytes
+from slimdiff.settings import Sampling, WeightSettings
 from slimdiff.storage import manifest
 
 _CORE = ("torch", "diffusers", "transformers")
@@ -50,11 +54,18 @@ class Workshop:
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
-        return load_pipeline(self.recipe.model)
+        return load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant)
+
+    def finish(self, slim: Any) -> DiffusionPipeline:
+        """The dense pipeline as its files have it with a slim denoiser, in their dtypes or the recipe's."""
+        held = load_pipeline(self.recipe.model, variant=self.recipe.variant)
+        whole = with_denoiser(held, held_like(slim, denoiser_of(held)))
+        dtype = read_dtype(self.recipe.dtype)
+        return whole if dtype is None else in_dtype(whole, dtype)
 
     @cached_property
     def slim(self) -> DiffusionPipeline:
-        return load_pipeline(self.shared / "slim")
+        return load_pipeline(self.shared / "slim", "fp32", variant=self.recipe.variant)
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -110,6 +121,16 @@ class Workshop:
         call = partial(example_call, self.dense, height=sampling.height, width=sampling.width)
         self.new_compressor().check(self.budgets, call=call)
 
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Of the dense denoiser's weights, in the dtypes that its files have."""
+        return count_bytes(denoiser_of(load_pipeline(self.recipe.model, variant=self.recipe.variant)))
+
+    @property
+    def weight_settings(self) -> dict[str, Any]:
+        """How the slim model is written, where the recipe says so."""
+        return self.recipe.model_dump(include=set(WeightSettings.model_fields), exclude_none=True)
+
     @property
     def trajectory_settings(self) -> dict[str, Any]:
         """For stages whose result depends on the trajectory."""
@@ -159,7 +180,8 @@ class Workshop:
     @cached_property
     def model_inputs(self) -> dict[str, str]:
         """What decides statistics: the model and the prompts."""
-        return {"model": model_hash(self.recipe.model), "prompts": manifest.fingerprint(self.prompts)}
+        chosen = {"variant": self.recipe.variant} if self.recipe.variant else {}
+        return {"model": model_hash(self.recipe.model), **chosen, "prompts": manifest.fingerprint(self.prompts)}
 
 
 def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest as manifests
 
 _GRAPHS_ON_SERVERS = {
@@ -96,7 +97,7 @@ def write_bundle(
         denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
     source.rest.write(folder, taken[0].precision, sizes, not edge)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
-    packages = _packages(denoisers)
+    packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})
     description = Description(target=selection.target, python=python, packages=packages, denoisers=denoisers)
     _write_licenses(folder / "licenses", source.folders)
     (folder / "README.md").write_text(_readme(description), encoding="utf-8")

@@ -1,7 +1,7 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both have `scale`, pixels per latent along a side, and `write(folder, precision, sizes, encoder)`, which writes
-tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, and
+`write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -19,8 +19,20 @@ from typing import Any
 
 from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIGURED, GRAPH, INDEX, TEXT_ENCODERS, latent_scale, read_config
+from exporters.layout import (
+    CONFIGURED,
+    GRAPH,
+    INDEX,
+    SAFETY_CHECKER,
+    TEXT_ENCODERS,
+    check_carried,
+    is_component,
+    latent_scale,
+    read_config,
+    without_safety_checker,
+)
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
@@ -35,8 +47,8 @@ def place_of(size: Latents, sizes: Sequence[Latents]) -> str:
 class ExportedRest:
     """The folder of a whole pipeline, which `slimdiff export` wrote: its VAE is for one size."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, safety_checker: bool = True) -> None:
+        self.folder, self.safety_checker = folder, safety_checker
         if (folder / manifest.MANIFEST).is_file():
             manifest.verify_manifest(folder)
 
@@ -54,9 +66,13 @@ class ExportedRest:
                     f"the VAE in {self.folder} is for latents of {own[0]}x{own[1]}, a denoiser for {size[0]}x{size[1]}:"
                     " name a model with --pipeline, whose VAE is exported for every size"
                 )
-        shutil.copyfile(self.folder / INDEX, folder / INDEX)
+        index = read_index(self.folder)
+        index = index if self.safety_checker else without_safety_checker(index)
+        check_carried(index, self.folder / INDEX)
+        manifest.write_json(folder / INDEX, index)
+        checker = [SAFETY_CHECKER] * is_component(index.get(SAFETY_CHECKER))
         vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
-        for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes):
+        for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes, *checker):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, ignore=_other_files)
 
@@ -64,20 +80,21 @@ class ExportedRest:
 def _other_files(folder: str, names: list[str]) -> list[str]:
     """What has no place in a bundle: caches, and the weights that the graph was exported from."""
     paths = [Path(folder, name) for name in names]
-    return [path.name for path in paths if path.is_symlink() or not (path.is_dir() or allowed(path.name))]
+    outside = [path for path in paths if path.is_symlink() and not manifest.leads_inside(path, Path(folder))]
+    return [path.name for path in paths if path in outside or not (path.is_dir() or allowed(path.name))]
 
 
 class TorchRest:
     """A model in torch, whose components are exported for every size that is needed."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, safety_checker: bool = True) -> None:
+        self.model, self.safety_checker = model, safety_checker
 
     @cached_property
     def pipeline(self) -> Any:
         from slimdiff.loading.pipelines import load_pipeline
 
-        return load_pipeline(self.model)
+        return load_pipeline(self.model, "fp32")
 
     @cached_property
     def scale(self) -> int:
@@ -91,11 +108,12 @@ class TorchRest:
         from exporters.graphs.pipeline import example_call, export_pipeline
         from exporters.settings import ExportSettings
 
-        settings = ExportSettings(precision=precision)  # type: ignore[arg-type]
+        settings = ExportSettings(precision=precision, safety_checker=self.safety_checker)  # type: ignore[arg-type]
+        beside = (*TEXT_ENCODERS, SAFETY_CHECKER)
         for size in sizes:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)
-            without = ["unet", *([] if encoder else ["vae_encoder"]), *([] if place == folder else TEXT_ENCODERS)]
+            without = ["unet", *([] if encoder else ["vae_encoder"]), *([] if place == folder else beside)]
             call = example_call(self.pipeline, **pixels)
             export_pipeline(self.pipeline, place, settings, call=call, without=without)
             if place != folder:  # further sizes have a VAE alone

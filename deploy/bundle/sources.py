@@ -18,6 +18,7 @@ from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, ru
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
+from slimdiff.progress import working
 from slimdiff.storage import manifest as manifests
 
 
@@ -33,6 +34,8 @@ class Selection:
     capabilities: Sequence[str] = ()
     """Compute capabilities of engines; graphs go along on a server, and an edge gets none."""
     runtime: str | None = None
+    safety_checker: bool = True
+    """Whether the pipeline's safety checker goes along, where it has one."""
 
 
 class Candidate(Model):
@@ -76,7 +79,12 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         return _model(name, selection)
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
-    rest = TorchRest(str(path / "slim")) if kind == "build" else _rest(name, pipeline)
+    checked = selection.safety_checker
+    if kind == "build":
+        checked &= build_folder.read_verdict(path)["recipe"]["export"].get("safety_checker", True)
+        rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked)
+    else:
+        rest = _rest(name, pipeline, checked)
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
@@ -128,7 +136,7 @@ def _model(name: str, selection: Selection) -> Source:
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
 
-    rest = TorchRest(name)
+    rest = TorchRest(name, selection.safety_checker)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
@@ -137,7 +145,8 @@ def _model(name: str, selection: Selection) -> Source:
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
-        export_unet(pipeline.unet, folder, call, ExportSettings(precision=precision))
+        settings = ExportSettings(precision=precision)
+        export_unet(pipeline.unet, folder, call, settings, scheduler=pipeline.scheduler)
 
     candidates = []
     for batch, high, wide in selection.shapes or [(2, height * scale, width * scale)]:
@@ -149,7 +158,7 @@ def _model(name: str, selection: Selection) -> Source:
     return Source("model", folders, candidates, rest, {"model": model_hash(name)})
 
 
-def _rest(name: str, pipeline: str | None) -> ExportedRest | TorchRest:
+def _rest(name: str, pipeline: str | None, safety_checker: bool) -> ExportedRest | TorchRest:
     whole = Path(pipeline or name)
     if kind_of(str(whole)) == ENGINE_PIPELINE:
         raise InputError(
@@ -157,13 +166,13 @@ def _rest(name: str, pipeline: str | None) -> ExportedRest | TorchRest:
             "exported folder they were built from"
         )
     if (whole / INDEX).is_file() and (whole / "vae_decoder").is_dir():
-        return ExportedRest(whole)
+        return ExportedRest(whole, safety_checker)
     if pipeline is None:
         raise InputError(
             f"{name} is a denoiser alone: say with --pipeline which model, or which exported folder, has the other "
             "components that go with it"
         )
-    return TorchRest(pipeline)
+    return TorchRest(pipeline, safety_checker)
 
 
 def _build(folder: Path, rest: TorchRest | ExportedRest) -> list[Candidate]:
@@ -198,6 +207,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
     return {}
 
 
+@working("copy files")
 def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -46,6 +47,9 @@ EXIT_CODES = f"""exit codes:
   4    the measurement is inconclusive
   {CRASH}   a crash: a fault of slimdiff's own
   130  interrupted"""
+
+
+_NO_MEMORY = "there is not enough memory for this: use fewer or smaller images, or a machine with more"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,6 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; see `EXIT_CODES`."""
     args = argparse.Namespace(verbose=False, out=None)
+    for stream in (sys.stdout, sys.stderr):  # names may have letters that the terminal lacks, or be no text at all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         parser = make_parser()
         parser.parse_args(argv, args)
@@ -114,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _fail("there is not enough memory for this: use fewer or smaller images, or a machine with more", 2)
+        return _fail(_NO_MEMORY, 2)
     except SlimdiffError as error:
         if args.verbose:
             traceback.print_exc()
@@ -123,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.cli import disk_errors
 
         line = disk_errors.describe(error, args.out)
+        if "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # as torch says it
+            line = _NO_MEMORY
         if line is not None:
             return _fail(line, 2)
         traceback.print_exc()
@@ -133,8 +142,9 @@ def _run(args: argparse.Namespace) -> int:
     if not args.verbose:  # before the libraries are imported; what the user has set stays
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from deploy.cli import console  # after the parsing: `--help` does without
+    from deploy.cli import console, outputs  # after the parsing: `--help` does without
 
+    outputs.check_places(args)
     with console.on_stderr(quiet=args.quiet, verbose=args.verbose):
         code = args.run(args)
         sys.stdout.flush()  # a full disk shows here, while it can still be said

@@ -31,6 +31,8 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "latency_ms": lambda ms: f"{ms:.2f} ms",
 }
 """Figures of a model, and how people read them."""
+LABELS = {"macs": "MACs/sample", "latency_ms": "latency"}
+"""What they are called where that is not their key."""
 
 
 class _Elapsed(logging.Formatter):
@@ -115,7 +117,5 @@ def figures(of_both: dict[str, Any]) -> list[str]:
     for name, show in SHOWN.items():
         if figure := of_both.get(name):
             dense, slim = figure["dense"], figure["slim"]
-            lines.append(
-                f"{name.removesuffix('_ms'):12}{show(dense):>12} -> {show(slim):>12}   {relative(dense, slim)}"
-            )
+            lines.append(f"{LABELS.get(name, name):12}{show(dense):>12} -> {show(slim):>12}   {relative(dense, slim)}")
     return lines

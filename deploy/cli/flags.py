@@ -8,26 +8,30 @@ InputError that names the flag and says what would be right.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploy.recipe.prompts import calibration_prompts, default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import find_model
-from slimdiff.settings import BUDGETS, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.loading.naming import cached_snapshot, find_model
+from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
+"""What `--variant` is where a model is only read, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""
+_ARTIFACTS = ("MODEL", "ARTIFACT", "BASE", "CANDIDATE", "DENSE", "SLIM", "DIR_OR_FILE")
+"""What may be a hub id, to be looked up in the hub's local cache where the hub is not asked."""
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
@@ -73,7 +77,14 @@ def read(args: argparse.Namespace, kind: type[S], **more: Any) -> S:
 
 def text(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
     """An argument that is no setting; a flag if its name has dashes. `what` is its help."""
+    if metavar in _ARTIFACTS:
+        more.setdefault("type", lambda value: str(cached_snapshot(value) or value))
     parser.add_argument(name, metavar=metavar, help=what.replace("%", "%%"), **more)
+
+
+def sentence(parser: Any, name: str, what: str, **more: Any) -> None:
+    """A flag for text that people wrote, in UTF-8 whatever the locale."""
+    text(parser, name, "TEXT", what, type=lambda said: os.fsencode(said).decode("utf-8", "surrogateescape"), **more)
 
 
 def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any) -> None:
@@ -81,15 +92,22 @@ def several(parser: Any, name: str, metavar: str | None, what: str, **more: Any)
     text(parser, name, metavar, f"{what}; again for more", action="append", default=[], **more)
 
 
-def whole(parser: Any, name: str, what: str, *, least: int = 1, default: int | None = None, **more: Any) -> None:
-    """A flag for a whole number from `least` on."""
+def whole(parser: Any, name: str, what: str, *, most: int = MOST, default: int | None = None, **more: Any) -> None:
+    """A flag for a whole number from 1 to `most`."""
+    text(parser, name, "N", _help(what, default), type=whole_number(most), default=default, **more)
+
+
+def whole_number(most: int = MOST) -> Callable[[str], int]:
+    """What reads a whole number from 1 to `most`."""
 
     def convert(value: str) -> int:
-        if not value.isascii() or not value.isdigit() or int(value) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {value!r}")
-        return int(value)
+        number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+        if not 1 <= number <= most:
+            bound = f"at most {most}" if value.strip("0").isdigit() else "at least 1"
+            raise argparse.ArgumentTypeError(f"must be a whole number of {bound}, not {value!r}")
+        return number
 
-    text(parser, name, "N", _help(what, default), type=convert, default=default, **more)
+    return convert
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +167,7 @@ def _checked(field: FieldInfo, listed: bool) -> Callable[[str], Any]:
         if listed and not value:
             raise argparse.ArgumentTypeError("is empty")
         try:
-            return TypeAdapter(annotation).validate_python(value)
+            return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
             raise argparse.ArgumentTypeError(f"{_reason(error)}, not {text!r}") from error
 

@@ -94,14 +94,13 @@ def write_junit(cases: Sequence[Case], file: Path) -> None:
             ElementTree.SubElement(test, "skipped", {"message": f"inconclusive: {case.message}"})
         ElementTree.SubElement(test, "system-out").text = case.detail
     ElementTree.indent(root)
-    with replacing(file, is_file=True) as temporary:
-        ElementTree.ElementTree(root).write(temporary, encoding="utf-8", xml_declaration=True)
+    write_text("<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(root, encoding="unicode"), file)
 
 
 def write_text(content: str, file: Path) -> None:
     """Write a text file, whole or not at all."""
     with replacing(file, is_file=True) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names may be no text
 
 
 def _speedup(value: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def open_denoiser(
         from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(name)
+        pipeline = load_pipeline(name, "fp32")
         denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
     from exporters.runtimes.unet import UNet
@@ -152,7 +152,7 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
         from slimdiff.compression import with_denoiser
         from slimdiff.loading.pipelines import load_pipeline
 
-        return with_denoiser(load_pipeline(rest), opened.denoiser)
+        return with_denoiser(load_pipeline(rest, "fp32"), opened.denoiser)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
     return load_graphs(folder, opened.runtime if opened.kind == "onnx" else "onnxruntime", unet=opened.denoiser)

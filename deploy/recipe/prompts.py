@@ -55,23 +55,15 @@ def described(source: str | Sequence[str]) -> str:
 
 
 def all_prompts(source: str | Sequence[str]) -> list[str]:
-    """Every prompt of `general`, of a text file of one prompt a line, or of a list; blank ones aside.
+    """Every prompt of `general`, of a text file of one prompt a line, or of a list.
 
     Raises:
-        InputError: if there is none, or the file cannot be read.
+        InputError: if there is none, one of a list is none, or the file cannot be read.
     """
     if source == GENERAL:
         return built_in.general()
-    lines, where = source, "the list of prompts"
     if isinstance(source, str):
-        where = source
-        try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise InputError(f"{source}: no such prompt file; it must be a text file of one prompt a line") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} cannot be read as a prompt file ({error}): write one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{where} holds no prompt: write one prompt a line")
-    return prompts
+        return built_in.read_file(Path(source))
+    if not source:
+        raise InputError("the list of prompts holds no prompt: write one prompt a line")
+    return [str(prompt).strip() for prompt in built_in.check_inputs(source)]

@@ -11,12 +11,24 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deploy.recipe.errors import explain, nearest
-from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
+from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError
-from slimdiff.settings import BUDGETS, TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import (
+    BUDGETS,
+    LAST_SEED,
+    MOST,
+    MOST_AT_ONCE,
+    MOST_PIXELS,
+    TRANSFORMER_GROUPS,
+    Budget,
+    CalibrationSettings,
+    PlanSettings,
+    Sampling,
+    WeightSettings,
+)
 from slimdiff.settings import Settings as Strict
 
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
@@ -96,22 +108,22 @@ class EngineStage(EngineSettings):
 class ValidateStage(Settings):
     """Parity of the exported slim model with the slim model in torch."""
 
-    calls: int = Field(4, ge=1)
+    calls: int = Field(4, ge=1, le=MOST)
     """How many recorded calls of a trajectory are compared, spread over its timesteps."""
 
 
 class CompareStage(Settings):
     """Fidelity of the slim model against the dense one."""
 
-    images: int = Field(16, ge=1)
+    images: int = Field(16, ge=1, le=MOST)
     """How many images dense and slim make of the same captions and seeds."""
-    shown: int = Field(8, ge=0)
+    shown: int = Field(8, ge=0, le=MOST)
     """How many of them are kept as files and shown in the report; slim in ONNX Runtime makes these too."""
-    trajectories: int = Field(2, ge=1)
+    trajectories: int = Field(2, ge=1, le=MOST)
     """How many prompts' trajectories the noise-prediction error is taken over."""
     sampling: Sampling = Sampling(steps=25, seed=10_000)
     """How their images are made."""
-    captions_seed: int = 1
+    captions_seed: int = Field(1, ge=0, le=LAST_SEED)
     """Which captions the embedded model is judged on."""
 
 
@@ -124,9 +136,9 @@ class SweepStage(Settings, coerce_numbers_to_str=True):
     """Budgets such as `5%` or `100M`, or `1.2` for a speedup; a few of each unit if none is given."""
     runtime: TableRuntime = "onnxruntime"
     """Where their latency is measured, by the settings of `bench`."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=MOST_AT_ONCE)
     """Threads of that runtime; its own choice if not given."""
-    images: int = Field(4, ge=0)
+    images: int = Field(4, ge=0, le=MOST)
     """How many images of each point are compared with the dense model's."""
 
     @model_validator(mode="after")
@@ -150,9 +162,9 @@ class SweepStage(Settings, coerce_numbers_to_str=True):
 class ImageShape(Settings):
     """How many images go through a denoiser together, and their size."""
 
-    height: int = Field(ge=8, le=65536, multiple_of=8)
+    height: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
     """Pixels, a multiple of 8 as diffusers asks for."""
-    width: int = Field(ge=8, le=65536, multiple_of=8)
+    width: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
     """Pixels, a multiple of 8 too."""
     images: int = Field(1, ge=1, le=1024)
     """In one call, in which guidance takes two samples of each."""
@@ -204,17 +216,17 @@ class Gates(Settings):
 
     parity: bool = True
     """Whether the exported slim model must agree with the slim model in torch."""
-    min_speedup: float | None = Field(None, gt=0)
+    min_speedup: float | None = Field(None, gt=0, le=1000)
     """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
-    max_quality_loss: float | None = Field(None, ge=0)
+    max_quality_loss: float | None = Field(None, ge=0, le=100)
     """Most points of caption accuracy that may be lost (models with an evaluator only)."""
-    max_noise_error: float | None = Field(None, gt=0)
+    max_noise_error: float | None = Field(None, gt=0, le=1000)
     """Largest relative mean squared change of the noise prediction."""
-    min_psnr_db: float | None = Field(None, gt=0)
+    min_psnr_db: float | None = Field(None, gt=0, le=1000)
     """Least PSNR of slim images to dense ones."""
 
 
-class Recipe(Settings):
+class Recipe(WeightSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
     model: str
@@ -245,6 +257,14 @@ class Recipe(Settings):
     gates: Gates = Gates()
     """What decides the exit code."""
 
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        try:
+            return all_prompts(value) if isinstance(value, list) else value
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
 
 DEMO = Path(__file__).parent / "demo.yaml"
 
@@ -273,13 +293,19 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     check_groups(recipe.plan, f"{source}: plan.groups")
     resolved: dict[str, Any] = {}
+    model = _name_of_file(recipe.model)
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
-    if recipe.model != "demo" and (recipe.model.startswith(".") or os.path.exists(folder / recipe.model)):
-        resolved["model"] = str(folder / recipe.model)
+    if recipe.model != "demo" and (model.startswith(".") or os.path.exists(folder / model)):
+        resolved["model"] = str(folder / model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
-        resolved["prompts"] = str(folder / recipe.prompts)
+        resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
     return recipe.model_copy(update=resolved)
+
+
+def _name_of_file(text: str) -> str:
+    """A name as the operating system's functions take it: recipes are in UTF-8, whatever the locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogatepass"))
 
 
 def check_groups(plan: PlanSettings, where: str) -> None:

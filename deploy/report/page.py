@@ -52,4 +52,4 @@ def write_page(template: str, file: Path, **shown: Any) -> None:
     environment.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     text = environment.get_template(template).render(**shown)
     with replacing(file, is_file=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be no text

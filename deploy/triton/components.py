@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
 from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph, weight_files
 from exporters.graphs.timesteps import timestep_per_sample
-from exporters.layout import GRAPH
+from exporters.layout import GRAPH, SAFETY_CHECKER
 from slimdiff.errors import InputError
 
-MODELS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+_OPTIONAL = ("text_encoder_2", SAFETY_CHECKER)
+MODELS = ("text_encoder", "unet", "vae_decoder", *_OPTIONAL)
 """The parts of a pipeline that are models, those that text to image needs."""
 Tensors = dict[str, TensorSpec]
 """Inputs or outputs by name; an open size is -1."""
@@ -46,23 +48,24 @@ class Component:
         return None if self.max_batch else next(iter(self.inputs.values())).shape[0]
 
 
-def find_components(source: Path, settings: TritonSettings) -> list[Component]:
+def find_components(source: Path, index: Mapping[str, Any], settings: TritonSettings) -> list[Component]:
     """The models of an exported pipeline: engines where they are asked for and there are some, else graphs.
 
     Args:
         source: a folder in optimum's layout; an engine lies beside the graph that it takes the place of.
+        index: names the optional models that the pipeline has.
 
     Raises:
         InputError: if a model is missing or damaged, or an engine cannot be served.
     """
     components = []
-    for name in MODELS:
+    for name in (name for name in MODELS if name not in _OPTIONAL or index.get(name)):
         folder = source / name
         if settings.backend == "tensorrt" and (folder / ENGINE).is_file():
             components.append(_engine(name, folder, settings))
         elif (folder / GRAPH).is_file():
             components.append(_graph(name, folder, settings))
-        elif name != "text_encoder_2":
+        else:
             raise InputError(f"{source} has no {name}/{GRAPH}: name a folder that `slimdiff export` wrote")
     for component in components:
         for name, tensor in (component.inputs | component.outputs).items():

@@ -14,7 +14,13 @@ PIPELINE = "text_to_image"
 """Name of the model that turns a prompt into an image."""
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "bool": "TYPE_BOOL",
+}
 _REQUEST = {
     "prompt": "TYPE_STRING",
     "negative_prompt": "TYPE_STRING",

@@ -15,7 +15,7 @@ from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE
 from exporters.graphs.reading import weight_files
-from exporters.layout import GRAPH, INDEX
+from exporters.layout import GRAPH, INDEX, SAFETY_CHECKER, check_carried, is_component
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest
@@ -26,8 +26,8 @@ _SERVER = Path(text_to_image.__file__).parent
 def write_repository(source: Path, out: Path, settings: TritonSettings | None = None) -> list[Path]:
     """Write what a Triton server needs to turn prompts into images.
 
-        models/unet/             `config.pbtxt`, and the graph or engine in `1/`; so are the text encoders and
-                                 vae_decoder
+        models/unet/             `config.pbtxt`, and the graph or engine in `1/`; so are the text encoders,
+                                 vae_decoder and a safety_checker
         models/text_to_image/    the model that clients call, in Python: diffusers' pipeline over the others
         compose.yaml             makes the server's image, with diffusers in it, and starts it
         client.py                asks it for an image
@@ -47,7 +47,7 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
     if (source / manifest.MANIFEST).is_file():
         manifest.verify_manifest(source)
     index = _index(source)
-    components = find_components(source, settings)
+    components = find_components(source, index, settings)
     models = out / "models"
     if models.exists():
         raise InputError(f"{models} is there already: name another folder, so that no old model is served")
@@ -60,7 +60,8 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
     packages = {name: version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
     engines = [component.made_for for component in components if component.made_for]
     compose = templates.get_template("compose.yaml.j2")
-    text = compose.render(image=settings.image, device=settings.device, engines=engines, **packages)
+    about = {"image": settings.image, "device": settings.device, "marked": index.get("add_watermarker")}
+    text = compose.render(engines=engines, **about, **packages)
     (out / "compose.yaml").write_text(text, encoding="utf-8")
     shutil.copyfile(_SERVER / "client.py", out / "client.py")
     return sorted(p for p in out.rglob("*") if p.is_file())
@@ -75,15 +76,18 @@ def _index(source: Path) -> dict[str, Any]:
     name = str(index.get("_class_name")).removeprefix("ORT")
     if name not in text_to_image.PIPELINES:
         raise InputError(f"{source} is a {name}; served are {' and '.join(text_to_image.PIPELINES)}")
+    check_carried(index, file)
     kept: dict[str, Any] = {"_class_name": name}
     for part, value in index.items():
+        if part == "feature_extractor" and not is_component(value):
+            continue
         if part in text_to_image.PARTS:
             library = text_to_image.PARTS[part]
             if not isinstance(value, list) or value[0] != library:
                 raise InputError(f"{file} asks for the {part} {value}: taken is one of {library}")
             kept[part] = value
-        elif part in ("vae", "unet", "text_encoder", "text_encoder_2"):
-            kept[part] = value if isinstance(value, list) and value[0] is not None else None
+        elif part in ("vae", "unet", "text_encoder", "text_encoder_2", SAFETY_CHECKER):
+            kept[part] = value if is_component(value) else None
         elif isinstance(value, bool):
             kept[part] = value
     return kept

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from slimdiff.settings import Settings
 
 
-class TritonSettings(BaseModel):
+class TritonSettings(Settings):
     """How the server runs the models."""
-
-    model_config = ConfigDict(extra="forbid")
 
     backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     """`tensorrt` serves the engines that there are, of the UNet at least; what has none is served as ONNX."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Where ONNX Runtime computes; TensorRT always does on the GPU."""
-    instances: int = Field(1, ge=1)
+    instances: int = Field(1, ge=1, le=1024)
     """Copies of every model (per GPU), each with its weights in memory."""
-    concurrency: int = Field(4, ge=1)
+    concurrency: int = Field(4, ge=1, le=1024)
     """Requests that are denoised at the same time; those beyond wait. Their UNet calls can share batches."""
-    max_batch: int = Field(8, ge=2)
+    max_batch: int = Field(8, ge=2, le=4096)
     """Largest batch that requests are gathered to, in models with an open batch; with guidance, two per image."""
-    queue_delay_us: int = Field(1000, ge=0)
+    queue_delay_us: int = Field(1000, ge=0, le=10_000_000)
     """How long a call may wait for others to share a batch with, in microseconds."""
     max_steps: int = Field(100, ge=1, le=1000)
     """Requests for more steps are refused."""

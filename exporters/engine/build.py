@@ -91,6 +91,7 @@ class EngineRequest:
             "backend": self.backend,
             "targets": self.settings.targets,
             "precision": self.parts["precision"],
+            "weights": self.weights,
             **found,
             "sites": sites,
             "engine_sites": in_engine,
@@ -156,7 +157,8 @@ def build_engine(
         plan: what the inner dims are held against: before the build in the graph, after it in the parsed network.
 
     Returns:
-        what `engine.json` has: `backend`, `version`, `targets`, `precision`, `bytes`, `seconds`, `peak_memory` (bytes),
+        what `engine.json` has: `backend`, `version`, `targets`, `precision`, `weights` (bytes of the graph's), `bytes`
+        (of the engine, which holds kernels and constants as well), `seconds`, `peak_memory` (bytes),
         `inputs` and `outputs` (`name`, `shape`, `dtype`; -1 where profiles leave a dim open), `layers`, `attention`
         (per module: heads, head dims, tokens, product shapes), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
         nor do head dims below 16), `sites` (`compare_network`'s rows on the parsed network; None without a plan),

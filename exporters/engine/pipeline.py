@@ -12,7 +12,19 @@ from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.shapes import dims_of_inputs, profiles_of
 from exporters.graphs.reading import read_graph
-from exporters.layout import CONFIGURED, ENGINE_PIPELINE, GRAPH, GRAPHS, INDEX, TEXT_ENCODERS, latent_scale, read_config
+from exporters.layout import (
+    CONFIGURED,
+    ENGINE_PIPELINE,
+    GRAPH,
+    GRAPHS,
+    INDEX,
+    SAFETY_CHECKER,
+    TEXT_ENCODERS,
+    check_carried,
+    is_component,
+    latent_scale,
+    read_config,
+)
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -111,9 +123,10 @@ def _graphs(folder: Path) -> list[str]:
         )
     index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
-    needed = [name for name in TEXT_ENCODERS if isinstance(entries.get(name), list) and entries[name][:1] != [None]]
-    needed += ["vae_decoder"]
-    lacking = [name for name in needed if not (folder / name / GRAPH).is_file()]
+    check_carried(entries, folder / INDEX)
+    needed = [name for name in TEXT_ENCODERS if is_component(entries.get(name))] + ["vae_decoder"]
+    checked = [SAFETY_CHECKER] * is_component(entries.get(SAFETY_CHECKER))
+    lacking = [name for name in needed + checked if not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
     return [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
@@ -126,7 +139,7 @@ def mark_unfinished(out: Path) -> None:
 
 
 def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the rest of a pipeline beside its engines, and describe it all in a manifest.
+    """Put the rest of a pipeline beside its engines, its safety checker as a graph, and describe it all in a manifest.
 
     Args:
         out: where they lie, each in the folder of its name; what is there of an earlier pipeline, and is no part of
@@ -134,11 +147,11 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
         reports: what `engine.json` has, by folder.
     """
     mark_unfinished(out)
-    configured = [name for name in CONFIGURED if (source / name).is_dir()]
-    for name in (*GRAPHS, *CONFIGURED):
-        if name not in (*reports, *configured):
+    copied = [name for name in (*CONFIGURED, SAFETY_CHECKER) if (source / name).is_dir()]
+    for name in (*GRAPHS, *CONFIGURED, SAFETY_CHECKER):
+        if name not in (*reports, *copied):
             shutil.rmtree(out / name, ignore_errors=True)
-    for name in configured:
+    for name in copied:
         with manifest.replacing(out / name) as temporary:
             shutil.copytree(source / name, temporary, dirs_exist_ok=True)
     made_from: dict[str, Any] = {"engines": {name: report["key"] for name, report in reports.items()}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -19,11 +18,15 @@ from exporters.dtypes import DTYPES
 from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
+from slimdiff.denoising.precision import cast, floats
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
+from slimdiff.progress import working
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -50,16 +53,21 @@ class _UNet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
 
 
-def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None) -> Path:
+@own_torch_state()
+def export_unet(
+    unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None, *, scheduler: Any = None
+) -> Path:
     """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`.
 
-    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (int64 scalar), `encoder_hidden_states
-    [B, L, D]` and, for SDXL, `text_embeds [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
+    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32 where the
+    call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]` and, for SDXL, `text_embeds
+    [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
 
     Args:
         unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
         call: whose shapes the graph is for.
+        scheduler: that the graph is to run with.
 
     Raises:
         InputError: if the call has arguments that the graph would have no input for.
@@ -68,6 +76,8 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
     """
     settings = settings or ExportSettings()
     inputs = unet_inputs(call)
+    if scheduler is not None and not has_whole_times(scheduler):
+        inputs["timestep"] = inputs["timestep"].float()
     dtype = dtype_of(settings)
     if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
         inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
@@ -78,7 +88,8 @@ def export_unet(unet: nn.Module, folder: Path | str, call: Call, settings: Expor
         step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
         inputs["sample"] = in_steps(inputs["sample"], step)
         opened["sample"] = opened.get("sample", {}) | open_size(step)
-    examples = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    # Half precision has not the digits for a time.
+    examples = {n: v.to(dtype) if v.is_floating_point() and n != "timestep" else v for n, v in inputs.items()}
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(unet, dtype, keep)
     with _sizes_in(module, dtype):
@@ -105,8 +116,10 @@ def in_steps(example: Tensor, step: int) -> Tensor:
 def unet_inputs(call: Call) -> dict[str, Tensor]:
     """A recorded call as the graph's inputs, by name, in the graph's order; dtypes as recorded.
 
+    `timestep` is a scalar: int64 if it is whole, else float32.
+
     Raises:
-        InputError: if the call has arguments that the graph has no input for.
+        InputError: if the call has arguments that the graph has no input for, or times that differ.
     """
     arguments = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
     added = dict(arguments.pop("added_cond_kwargs", None) or {})
@@ -119,10 +132,13 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
             f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "
             f"this call has {', '.join(unknown or call.arguments)}"
         )
-    tensors["timestep"] = torch.as_tensor(tensors["timestep"]).flatten()[0].long()
+    whole = isinstance(call.timestep, int)
+    tensors["timestep"] = graph_time(tensors["timestep"], "int64" if whole else "float32", "the graph")
     return tensors
 
 
+@own_torch_state()
+@working("export to ONNX")
 def export_module(
     module: nn.Module,
     inputs: dict[str, Tensor],
@@ -201,16 +217,13 @@ def _squeeze(self: Any, dim: int) -> Any:
 def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
     """The module itself if it is in that dtype, else a copy that is.
 
-    The copy is never in the old dtype, so that fp16 costs half the module's memory and not one and a half of it.
-
     Args:
         keep: paths of modules that compute in float32 all the same.
     """
-    kept = {id(t) for path in keep for t in _floats(module.get_submodule(path))}
-    cast = {id(t): _cast(t, torch.float32 if id(t) in kept else dtype) for t in _floats(module)}
-    if not keep and all(t.dtype == dtype for t in _floats(module)):
+    kept = {id(t) for path in keep for t in floats(module.get_submodule(path))}
+    if not keep and all(t.dtype == dtype for t in floats(module)):
         return module
-    copied = copy.deepcopy(module, memo=dict(cast))
+    copied = cast(module, lambda t: torch.float32 if id(t) in kept else dtype)
     keep_in_float32(copied, keep)
     return copied
 
@@ -223,15 +236,6 @@ def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any
     """
     sines = getattr(unet, "add_time_proj", None)
     return sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext()
-
-
-def _floats(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    new = tensor.detach().to(dtype)
-    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
 @contextmanager

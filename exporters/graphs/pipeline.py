@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -23,8 +23,19 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
-from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS, VAES
+from exporters.layout import (
+    CONFIGURED,
+    FINAL_NORM,
+    INDEX,
+    SAFETY_CHECKER,
+    TEXT_ENCODERS,
+    VAES,
+    check_carried,
+    is_component,
+    without_safety_checker,
+)
 from exporters.settings import ExportSettings
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
 from slimdiff.loading.transformers_files import write_vocabulary
@@ -34,27 +45,35 @@ from slimdiff.settings import Sampling
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
 _GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
 
+FEW_STEPS = (1, 2, 4, 8)
+"""Numbers of steps of a call for export: Runge-Kutta schedulers take four or more, and SCM two alone."""
+
 
 class _TextEncoder(nn.Module):
-    """CLIP with outputs in optimum's order: what the pipeline takes as item 0 comes first, hidden states last."""
+    """CLIP with outputs in optimum's order: what the pipeline takes as item 0 comes first, hidden states last.
 
-    def __init__(self, encoder: nn.Module, hidden: bool):
+    Stable Diffusion puts the final norm, which it takes from the encoder, on the hidden state that `clip_skip` names:
+    its graph gives that norm's weights, too, once a sample.
+    """
+
+    def __init__(self, encoder: Any, norm: bool):
         super().__init__()
-        self.text_encoder: Any = encoder
+        self.text_encoder = encoder
         self.projects = hasattr(encoder, "text_projection")
-        self.hidden = hidden
+        self.norm = getattr(encoder, "text_model", encoder).final_layer_norm if norm else None
 
     def names(self) -> list[str]:
         first = ["text_embeds", "last_hidden_state"] if self.projects else ["last_hidden_state", "pooler_output"]
-        layers = self.text_encoder.config.num_hidden_layers if self.hidden else 0
-        return first + [f"hidden_states.{i}" for i in range(layers)]
+        hidden = [f"hidden_states.{i}" for i in range(self.text_encoder.config.num_hidden_layers)]
+        return first + (list(FINAL_NORM) if self.norm else []) + hidden
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.text_encoder(input_ids, output_hidden_states=self.hidden)
+        found = self.text_encoder(input_ids, output_hidden_states=True)
         last = found.last_hidden_state
         first = (found.text_embeds, last) if self.projects else (last, found.pooler_output)
+        norm = (self.norm.weight, self.norm.bias) if self.norm else ()
         # optimum puts last_hidden_state in place of the last hidden state.
-        return (*first, *(found.hidden_states[:-1] if self.hidden else ()))
+        return (*first, *(weight.expand(len(input_ids), -1) for weight in norm), *found.hidden_states[:-1])
 
 
 class _VaeDecoder(nn.Module):
@@ -76,6 +95,28 @@ class _VaeEncoder(nn.Module):
         return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
 
 
+class _SafetyChecker(nn.Module):
+    """Stable Diffusion's, as far as its verdict: which images are to be black, by scores rounded to thousandths."""
+
+    def __init__(self, checker: nn.Module):
+        super().__init__()
+        self.safety_checker: Any = checker
+
+    def forward(self, clip_input: Tensor) -> Tensor:
+        checker = self.safety_checker
+        image = nn.functional.normalize(checker.visual_projection(checker.vision_model(clip_input)[1]))
+        special, concepts = (
+            image @ nn.functional.normalize(embeds).T - thresholds
+            for embeds, thresholds in (
+                (checker.special_care_embeds, checker.special_care_embeds_weights),
+                (checker.concept_embeds, checker.concept_embeds_weights),
+            )
+        )
+        care = (torch.round(1000 * special).amax(1, keepdim=True) > 0).to(special.dtype)
+        return torch.round(1000 * (concepts + 0.01 * care)).amax(1) > 0
+
+
+@own_torch_state()
 def export_pipeline(
     pipeline: DiffusionPipeline,
     folder: Path | str,
@@ -90,7 +131,8 @@ def export_pipeline(
 
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
-    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32.
+    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32, and
+    so does a safety checker. optimum itself runs none; `slimdiff`'s runtimes do.
 
     Args:
         pipeline: with a unet, a vae and CLIP text encoders; not changed.
@@ -99,23 +141,29 @@ def export_pipeline(
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
 
     Raises:
-        InputError: for a pipeline without a unet, or with text encoders other than CLIP's.
+        InputError: for a pipeline without a unet, with text encoders other than CLIP's, or with a component that there
+            is no place for.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
-    parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in (*_GRAPHS, *CONFIGURED)}
+    parts: dict[str, Any] = {n: getattr(pipeline, n, None) for n in (*_GRAPHS, *CONFIGURED, SAFETY_CHECKER)}
     if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
         raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
     encoders = {name: parts[name] for name in TEXT_ENCODERS if parts[name] is not None}
     for name, encoder in encoders.items():
         if not type(encoder).__name__.startswith("CLIPTextModel"):
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
+    index = dict(pipeline.config) if settings.safety_checker else without_safety_checker(pipeline.config)
+    check_carried(index, type(pipeline).__name__)
     call = call or example_call(pipeline)
-    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export_unet, parts["unet"], folder / "unet", call, settings)}
+    export = partial(export_unet, scheduler=parts["scheduler"])
+    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, settings)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        hidden = TEXT_ENCODERS[1] in encoders  # SDXL reads hidden states, Stable Diffusion the last one only
-        jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, hidden, settings)
+        norm = TEXT_ENCODERS[1] not in encoders  # SDXL takes hidden states as they are
+        jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, norm, settings)
+    if is_component(index.get(SAFETY_CHECKER)):
+        jobs[SAFETY_CHECKER] = partial(_export_safety_checker, parts[SAFETY_CHECKER], folder / SAFETY_CHECKER, settings)
     jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
@@ -127,14 +175,15 @@ def export_pipeline(
         if parts[name] is not None:
             parts[name].save_pretrained(folder / name)
             write_vocabulary(parts[name], folder / name)
-    (folder / INDEX).write_text(json.dumps(_index(pipeline), indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(_index(pipeline, index), indent=2) + "\n")
     return files
 
 
+@own_torch_state()
 def example_call(
     pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, batch: int = 2
 ) -> Call:
-    """A denoiser call of this pipeline for export: one scheduler step on empty prompts.
+    """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on empty prompts.
 
     A UNet on images is not run for it: of an export, that would be a large part.
 
@@ -142,23 +191,39 @@ def example_call(
         height, width: of the image in pixels; the pipeline's default if not given.
         batch: samples in the denoiser call; with guidance, that is two per image.
     """
-    sampling = Sampling(steps=1, guidance=1.0, batch=batch, seed=0, height=height, width=width)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
 
     @wraps(denoiser.forward)
     def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
         return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
 
+    refused: list[InputError] = []
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
-        return record_calls(pipeline, [""] * batch, sampling)[0]
+        for steps in FEW_STEPS:
+            sampling = Sampling(steps=steps, guidance=1.0, batch=batch, seed=0, height=height, width=width)
+            try:
+                return record_calls(pipeline, [""] * batch, sampling)[0]
+            except InputError as error:
+                refused.append(error)
+    raise refused[0]
 
 
-def _export_text_encoder(encoder: Any, folder: Path, length: int, hidden: bool, settings: ExportSettings) -> Path:
-    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), hidden)
+def _export_text_encoder(encoder: Any, folder: Path, length: int, norm: bool, settings: ExportSettings) -> Path:
+    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), norm)
     inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
     open_batch = {"input_ids": {0: "batch"}}
     file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
     write_config(encoder, folder)
+    return file
+
+
+def _export_safety_checker(checker: Any, folder: Path, settings: ExportSettings) -> Path:
+    wrapped = _SafetyChecker(in_precision(checker, torch.float32))
+    vision = checker.config.vision_config
+    inputs = {"clip_input": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
+    open_batch = {"clip_input": {0: "batch"}}
+    file = export_module(wrapped, inputs, ["has_nsfw_concepts"], folder, settings, open_batch, "safety_checker.")
+    write_config(checker, folder)
     return file
 
 
@@ -183,12 +248,12 @@ def _export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: Ex
     return file
 
 
-def _index(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """`model_index.json` as optimum writes it: no path of this machine, components that are not exported left out."""
-    index = {name: value for name, value in dict(pipeline.config).items() if name != "_name_or_path"}
+def _index(pipeline: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`model_index.json` as optimum writes it, from a pipeline's `config`: no path of this machine."""
+    index = {name: value for name, value in config.items() if name != "_name_or_path"}
     for name, value in index.items():
-        if isinstance(value, (tuple, list)):
-            here = getattr(pipeline, name, None) is not None
-            copied = list(value) if here and name in CONFIGURED else [None, None]
-            index[name] = [_OPTIMUM, _GRAPHS[name]] if here and name in _GRAPHS else copied
-    return {"_class_name": type(pipeline).__name__, **index}
+        if is_component(value):
+            index[name] = [_OPTIMUM, _GRAPHS[name]] if name in _GRAPHS else list(value)
+    # SDXL notes nowhere that it marks its images, and otherwise would mark them wherever the package for it is.
+    marks = {"add_watermarker": pipeline.watermark is not None} if hasattr(pipeline, "watermark") else {}
+    return {"_class_name": type(pipeline).__name__, **index, **marks}

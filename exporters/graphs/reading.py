@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from exporters.dtypes import DTYPES
 from slimdiff.errors import InputError, require
-from slimdiff.storage.manifest import is_inside
+from slimdiff.storage.manifest import is_inside, leads_inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,8 +80,8 @@ def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:
     for tensor in _external_tensors(model):
         name, end = str(tensor.location), (tensor.offset or 0) + (tensor.length or 0)
         needed[name] = max(end, needed.get(name, 0))
-    root = onnx_file.parent.resolve()
-    outside = [n for n in needed if not is_inside(n) or not (root / n).resolve().is_relative_to(root)]
+    folder = onnx_file.parent
+    outside = [n for n in needed if not is_inside(n) or not leads_inside(folder / n, folder)]
     if outside:
         raise InputError(f"{onnx_file} names weights outside its folder ({', '.join(map(repr, outside))}): refused")
     for name, size in needed.items():

@@ -1,11 +1,13 @@
-"""A timestep per sample in the place of one for all: for servers, which gather calls at different steps into a batch.
-
-Triton has no scalars either.
-"""
+"""The input `timestep` of a UNet's graph: which dtype it has, what it is fed with, and one per sample for servers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from slimdiff.errors import InputError, require
 
@@ -13,8 +15,52 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+STEPS = range(1, 51)
+"""Numbers of steps that a scheduler's timesteps are looked at for: most are whole for some of them."""
+
+
+def has_whole_times(scheduler: Any) -> bool:
+    """Whether all timesteps of a scheduler are whole, whatever the number of steps.
+
+    Those of some are fractions (Karras sigmas, steps on an even grid), or logarithms of noise levels (EDM).
+    """
+    scheduler = copy.deepcopy(scheduler)
+    for steps in STEPS:
+        with suppress(Exception):  # not every scheduler takes every number, and diffusers raises anything for it
+            scheduler.set_timesteps(steps)
+            times = torch.as_tensor(scheduler.timesteps)
+            if bool((times != times.round()).any()):
+                return False
+    return True
+
+
+def graph_time(timestep: Any, dtype: str, graph: str) -> Tensor:
+    """A timestep as a graph takes it: a scalar of the dtype of its input.
+
+    Args:
+        timestep: a number, or a tensor of one, or of one per sample that are all the same.
+        dtype: `int64`, or a floating-point one.
+        graph: its name, for people.
+
+    Raises:
+        InputError: for timesteps that differ, and for one that is not whole where the graph takes whole ones.
+    """
+    values = torch.as_tensor(timestep).detach().cpu().flatten()
+    if len(values) == 0 or not bool((values == values[0]).all()):
+        raise InputError(f"{graph} takes one timestep for all samples, given were {values.tolist()}")
+    time = values[0].to(getattr(torch, dtype))
+    if not time.is_floating_point() and float(time) != float(values[0]):
+        raise InputError(
+            f"{graph} takes whole timesteps, and the scheduler gave {float(values[0]):g}: export the model again with "
+            "that scheduler in its pipeline, or take one whose timesteps are whole"
+        )
+    return time
+
+
 def timestep_per_sample(model: ir.Model) -> None:
     """Make the input `timestep` of a UNet's graph `[B]`, as `sample`'s first size is, in place.
+
+    Servers gather calls at different steps into a batch, and Triton has no scalars.
 
     The exported graph begins by spreading its scalar timestep over the batch; these nodes go. With the same timestep
     for all, it computes what it did.

@@ -53,10 +53,10 @@ class Gate:
         """Read a gate.
 
         Raises:
-            InputError: for anything else than `latency<=X` and `speedup>=X` with X above 0.
+            InputError: for anything else than `latency<=X` and `speedup>=X` with X above 0, and at most 1000.
         """
         match = re.fullmatch(r"\s*(?:(latency)\s*<=|(speedup)\s*>=)\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*", text)
-        if not match or float(match[3]) <= 0:
+        if not match or not 0 < float(match[3]) <= 1000:
             raise InputError(f"a gate is like latency<=1.03 or speedup>=1.1, not {text!r}")
         return cls("latency" if match[1] else "speedup", float(match[3]))
 

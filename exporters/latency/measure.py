@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from exporters.latency.decision import ERROR, LOOKS, Gate, Interval, Look, Verdict, interval
-from exporters.latency.pair import Job, PairTimes, SideTimes, measure_pair
+from exporters.latency.pair import FEW, Job, PairTimes, SideTimes, measure_pair
 from exporters.machine import fingerprint, machine_name
 from exporters.settings import BenchSettings
 from slimdiff.progress import bar
@@ -148,7 +148,11 @@ def hints(judged: Judged, cpu: Interval, pairs: Sequence[PairTimes], gate: Gate 
         )
     lost = fmean(side.preempted / len(side.wall_ms) for pair in pairs for side in pair.sides)
     if lost > PREEMPTED:
-        said.append(f"{lost:.0%} of the runs lost their core to other work: the machine was busy")
+        said.append(
+            f"{lost:.0%} of the runs lost their core to other work: the machine was busy, and times in ms are "
+            "longer for it. The speedup is of the rounds that kept their core; where a pair of processes has fewer "
+            f"than {FEW}, it is of all rounds, in which both models waited, and its interval is wider"
+        )
     if judged.verdict == "inconclusive" and gate is not None:
         needed = np.log(gate.bound if gate.metric == "speedup" else 1 / gate.bound)
         speedups = [-pair.log_ratio for pair in pairs]

@@ -50,7 +50,7 @@ class OpenVinoSession:
         ports = (*self._model.inputs, *self._model.outputs)
         self.dtypes = {p.get_any_name(): DTYPES[p.element_type.get_type_name()] for p in ports}
         computes = PRECISIONS[DTYPES[hint.get_type_name()]]
-        graph = PRECISIONS[self.dtypes[next(iter(self.outputs))]]
+        graph = next(PRECISIONS[d] for d in self.dtypes.values() if d in PRECISIONS)
         self.precision = graph if computes == "fp32" else computes
         self.runtime = f"OpenVINO {ov.__version__.partition('-')[0]}, CPU, {computes}"
         if not self._model.is_dynamic():

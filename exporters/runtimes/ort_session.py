@@ -33,7 +33,7 @@ class OnnxRuntimeSession:
         self.outputs: dict[str, Shape] = {o.name: tuple(o.shape) for o in outputs}
         words = {t.name: t.type.removeprefix("tensor(").removesuffix(")") for t in (*inputs, *outputs)}
         self.dtypes = {name: DTYPES.get(word, word) for name, word in words.items()}
-        self.precision = PRECISIONS[self.dtypes[outputs[0].name]]
+        self.precision = next(PRECISIONS[d] for d in self.dtypes.values() if d in PRECISIONS)
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Session`."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import is_invisible_watermark_available
 
-from exporters.layout import CONFIGURED, INDEX, TEXT_ENCODERS
+from exporters.layout import CONFIGURED, INDEX, SAFETY_CHECKER, TEXT_ENCODERS, check_carried
+from exporters.runtimes.safety_checker import SafetyChecker, exact_runtime
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
-from slimdiff.errors import InputError, SlimdiffError
+from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.loading.model_directory import library_class, pipeline_class
 from slimdiff.loading.naming import read_index
 from slimdiff.loading.transformers_files import check_vocabulary
@@ -50,6 +52,8 @@ def load_pipeline(
     index, kind = check_index(folder)
     if not checked and (folder / manifest.MANIFEST).is_file():
         manifest.verify_manifest(folder)
+    if index.get("add_watermarker") and not is_invisible_watermark_available():
+        raise MissingPackageError(f"{folder} marks its images, which takes a package: pip install invisible-watermark")
     parts: dict[str, Any] = {}
     for name in inspect.signature(kind).parameters:
         value = index.get(name)
@@ -64,6 +68,8 @@ def load_pipeline(
                 parts[name] = None
             elif name in TEXT_ENCODERS:
                 parts[name] = TextEncoder.open(folder / name, runtime, threads)
+            elif name == SAFETY_CHECKER:
+                parts[name] = SafetyChecker.open(folder / name, exact_runtime(runtime), threads)
             else:
                 parts[name] = _from_library(folder, name, value)
     with _explained(folder, kind.__name__):
@@ -74,7 +80,8 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     """The content of a folder's `model_index.json` and the pipeline that it names; nothing is opened for that.
 
     Raises:
-        InputError: if it names other classes than those of diffusers and transformers, or no unet.
+        InputError: if it names other classes than those of diffusers and transformers, no unet, or a component that
+            exported pipelines cannot have.
     """
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is no exported pipeline: it has no {INDEX}; make one with `slimdiff export`")
@@ -84,6 +91,7 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     if any((folder / "unet").glob("*.safetensors")):
         raise InputError(f"{folder} is a model in torch, not in ONNX: export it first with `slimdiff export`")
     kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
+    check_carried(index, folder / INDEX)
     for name in CONFIGURED:
         if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
             library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name == "scheduler" else []))
@@ -92,8 +100,6 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
 
 def _from_library(folder: Path, name: str, entry: list[Any]) -> Any:
     """A scheduler, a tokenizer or a feature extractor, of a class that the two libraries bring: no other code."""
-    if name not in CONFIGURED:
-        raise InputError(f"{folder / INDEX} asks for the {name} {entry}; taken are {', '.join(CONFIGURED)}")
     kind = library_class(entry, folder / INDEX)
     check_vocabulary(kind, folder / name)
     return kind.from_pretrained(folder / name, local_files_only=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from exporters.layout import FINAL_NORM
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
@@ -59,10 +63,7 @@ class TextEncoder(RuntimeModule):
             names = [f"hidden_states.{i}" for i in range(self.config.num_hidden_layers)]
             layers = [found[name] for name in names if name in found]
             if len(layers) < len(names):
-                raise InputError(
-                    f"{self.session.source} has {len(layers)} hidden states of {len(names)}: "
-                    "clip_skip needs them, and only pipelines with two text encoders are exported with them"
-                )
+                raise self._lacking(f"has {len(layers)} hidden states of {len(names)}")
             hidden = (*layers, last)
         if self.projects:
             output = CLIPTextModelOutput(text_embeds=found["text_embeds"], last_hidden_state=last, hidden_states=hidden)
@@ -70,3 +71,25 @@ class TextEncoder(RuntimeModule):
             pooled = found["pooler_output"]
             output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden)
         return output.to_tuple() if return_dict is False else output
+
+    @cached_property
+    def text_model(self) -> Any:
+        """Has `final_layer_norm`, which Stable Diffusion puts on the hidden state that `clip_skip` names.
+
+        Raises:
+            InputError: if the graph was exported without it.
+        """
+        if not set(FINAL_NORM) <= set(self.session.outputs):
+            raise self._lacking("does not give its final norm")
+        batch, length = (n if isinstance(n, int) else 1 for n in self.session.inputs["input_ids"])
+        found = answer(self.session, {"input_ids": torch.zeros(batch, length, dtype=torch.long)})
+        weight, bias = (found[name][0] for name in FINAL_NORM)
+        shape, eps = tuple(weight.shape), self.config.layer_norm_eps
+
+        def normalize(x: Tensor) -> Tensor:
+            return nn.functional.layer_norm(x, shape, weight.to(x), bias.to(x), eps)
+
+        return SimpleNamespace(final_layer_norm=normalize)
+
+    def _lacking(self, what: str) -> InputError:
+        return InputError(f"{self.session.source} {what}: clip_skip needs that, so export it again (slimdiff export)")

@@ -14,8 +14,10 @@ from exporters.graphs.export import unet_inputs
 from exporters.graphs.pipeline import example_call
 from slimdiff.denoising.trajectory import Call, denoiser_name, predict
 from slimdiff.errors import InputError
+from slimdiff.loading.components import load_component
 from slimdiff.loading.model_directory import library_class
 from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.loading.weights import find_weights
 from slimdiff.storage import manifest
 
 CALL = "call.pt"
@@ -58,7 +60,7 @@ class TorchModel:
         if (Path(path) / CALL).is_file():
             denoiser, self._call = _saved(Path(path))
         else:
-            pipeline = load_pipeline(path)
+            pipeline = load_pipeline(path, torch.float32)
             denoiser = getattr(pipeline, denoiser_name(pipeline))
             self._call = example_call(pipeline, batch=batch)
         denoiser = denoiser.to(getattr(torch, dtype))
@@ -78,7 +80,8 @@ def _saved(folder: Path) -> tuple[Any, Call]:
     library = "slimdiff.models" if hasattr(slimdiff.models, name) else "diffusers"
     kind = library_class([library, name], config, (diffusers.ModelMixin,))
     saved = torch.load(folder / CALL, weights_only=True)
-    return kind.from_pretrained(folder, use_safetensors=True).eval(), Call(0, saved["timestep"], saved["arguments"])
+    denoiser = load_component(folder, kind, find_weights(folder, kind), torch.float32)
+    return denoiser, Call(0, saved["timestep"], saved["arguments"])
 
 
 def _tensors(call: Call) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
+from exporters.graphs.timesteps import graph_time
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session, Shape
 from slimdiff.denoising.trajectory import Call
@@ -57,7 +58,7 @@ class UNet(RuntimeModule):
 
         Args:
             sample: `[B, C, H, W]`.
-            timestep: one whole number for all samples.
+            timestep: one for all samples; a whole number where the graph takes int64.
             encoder_hidden_states: `[B, L, D]`.
             added_cond_kwargs: SDXL's `text_embeds [B, E]` and `time_ids [B, 6]`.
             others: must be None; the graph has no input for them.
@@ -71,7 +72,8 @@ class UNet(RuntimeModule):
         unknown = sorted(name for name, value in others.items() if value is not None)
         if unknown:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
-        inputs = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep": _whole(timestep)}
+        time = graph_time(timestep, self.session.dtypes["timestep"], self.session.source)
+        inputs = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep": time}
         noise = answer(self.session, inputs | (added_cond_kwargs or {}))["out_sample"].to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
@@ -79,13 +81,3 @@ class UNet(RuntimeModule):
     def predict(self, call: Call) -> Tensor:
         """The output for a recorded call, `[B, C, H, W]`, float32 on the CPU."""
         return self(**call.to("cpu"), return_dict=False)[0].float()
-
-
-def _whole(timestep: Tensor | float | int) -> Tensor:
-    values = torch.as_tensor(timestep).detach().cpu().flatten()
-    if len(values) == 0 or not bool((values == values[0]).all()) or float(values[0]) != int(values[0]):
-        raise InputError(
-            f"the graph takes one whole timestep, given was {values.tolist()}: set the scheduler's "
-            "timestep_spacing to 'leading' or 'trailing'"
-        )
-    return values[0].long()

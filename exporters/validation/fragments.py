@@ -98,6 +98,9 @@ class OnnxFragments:
         opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
         model = onnx.ModelProto(ir_version=self.model.ir_version, graph=graph, opset_import=opsets)
         arrays = {new: np.asarray(feed[name], values[name].dtype.numpy()) for name, new in fed.items()}
+        for name, new in fed.items():
+            if arrays[new].dtype.kind == "i" and (arrays[new] != feed[name]).any():
+                raise InputError(f"{self.file.name} takes whole numbers for {name}, given was {feed[name]}")
         session = inference_session(model.SerializeToString())
         try:
             return session.run(list(results), arrays)

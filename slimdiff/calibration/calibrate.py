@@ -18,19 +18,22 @@ from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.modules import working_copy
+from slimdiff.denoising.precision import in_float32
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import (
     Call,
     Inputs,
     denoiser_name,
     predict,
     sample_batch,
-    usable_inputs,
+    with_own_attention,
     working_pipeline,
 )
 from slimdiff.errors import InputError
 from slimdiff.groups import find_sites
 from slimdiff.groups.group import Site
-from slimdiff.progress import bar
+from slimdiff.progress import AFTER, bar
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, Sampling, StatisticsSettings
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
@@ -39,14 +42,19 @@ log = logging.getLogger("slimdiff")
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, their names, shapes and dtypes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    """SHA-256 of a module's weights, their names, shapes and dtypes; half precision counts as the same in float32."""
+    digest, weights = hashlib.sha256(), sorted(module.state_dict().items())
+    size = sum(tensor.nbytes for _, tensor in weights)
+    with bar(name="hash weights", unit="B", total=size, unit_scale=True, delay=AFTER, leave=False) as done:
+        for name, tensor in weights:
+            done.update(tensor.nbytes)
+            tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+@own_torch_state()
 def calibrate(
     pipeline: DiffusionPipeline,
     prompts: Sequence[Inputs],
@@ -70,23 +78,24 @@ def calibrate(
             nothing in it can be slimmed, or an activation is not finite.
     """
     settings = settings or CalibrationSettings()
-    chosen = usable_inputs(prompts)[: settings.samples]
+    chosen = check_inputs(prompts)[: settings.samples]
     if not chosen:
         raise InputError("there is no prompt to calibrate with: give at least one non-empty line")
-    sampling = settings.sampling
-    pipeline = working_pipeline(pipeline)
+    sampling, pipeline = settings.sampling, in_float32(working_pipeline(pipeline))
+    denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
 
     def run(numbers: Sequence[int]) -> None:
-        sample_batch(pipeline, chosen, numbers, sampling)
+        with with_own_attention(denoiser):
+            sample_batch(pipeline, chosen, numbers, sampling)
 
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
         made_from["fused_adapters"] = fused
-    denoiser, scheduler = getattr(pipeline, denoiser_name(pipeline)), getattr(pipeline, "scheduler", None)
     identity = [str(prompt) for prompt in chosen]
     return _collect(denoiser, run, len(chosen), settings, scheduler, made_from, sampling, identity, unfinished)
 
 
+@own_torch_state()
 def calibrate_on_calls(
     denoiser: nn.Module,
     calls: Sequence[Call],

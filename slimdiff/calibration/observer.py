@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimdiff.denoising.trajectory import watch_calls
+from slimdiff.denoising.trajectory import time_of, watch_calls
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.statistics import Statistics
@@ -56,7 +56,7 @@ class Observer:
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         self.step += 1
-        self.weight = self.weigh(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
+        self.weight = self.weigh(time_of(arguments))
 
     def add_rows(self, site: Site, x: Tensor) -> None:
         """Add `x [B, T, n]` to the sums named after the site: the triangle of E[x x^T], and E[x]."""

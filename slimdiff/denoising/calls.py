@@ -7,8 +7,9 @@ from functools import cached_property
 
 from diffusers import DiffusionPipeline
 
-from slimdiff.denoising.trajectory import Call, Inputs, record_calls, usable_inputs
+from slimdiff.denoising.trajectory import Call, Inputs, record_calls
 from slimdiff.errors import InputError
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, PlanSettings, Sampling
 
 # What each kind of recorded calls is for, as an error says it.
@@ -30,7 +31,7 @@ class Calls:
         planning: PlanSettings | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.prompts = usable_inputs(prompts)
+        self.prompts = check_inputs(prompts)
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
 
@@ -52,7 +53,7 @@ class Calls:
 
     @cached_property
     def sensitivity(self) -> list[Call]:
-        """`planning.sensitivity_calls` of them (at most one a step), spread evenly over one batch of trajectories.
+        """At most `planning.sensitivity_calls` of them, spread evenly over one batch of trajectories.
 
         Raises:
             InputError: if they are not there and no pipeline can make them; so do `fitting` and `held`.
@@ -61,11 +62,13 @@ class Calls:
 
     @cached_property
     def fitting(self) -> list[Call]:
-        """`planning.fitting_calls` of them, spread over all images of the calibration."""
+        """At most `planning.fitting_calls` of them, spread over all images of the calibration."""
         chosen, sampling = self.prompts[: self.calibration.samples], self.calibration.sampling
         source = self._source("fitting")
         total = -(-len(chosen) // sampling.batch) * sampling.steps
-        return record_calls(source, chosen, sampling, every=-(-total // self.planning.fitting_calls), staggered=True)
+        most = self.planning.fitting_calls
+        # Of a scheduler that calls more than once a step these are too many.
+        return _evenly(record_calls(source, chosen, sampling, every=-(-total // most), staggered=True), most)
 
     @cached_property
     def held(self) -> list[Call]:
@@ -77,8 +80,7 @@ class Calls:
 
     def _spread(self, name: str, prompts: Sequence[Inputs], sampling: Sampling) -> list[Call]:
         calls = record_calls(self._source(name), prompts[: sampling.batch], sampling)
-        count = min(self.planning.sensitivity_calls, len(calls))
-        return [calls[i * len(calls) // count] for i in range(count)]
+        return _evenly(calls, self.planning.sensitivity_calls)
 
     def _source(self, name: str) -> DiffusionPipeline:
         if self.pipeline is None:
@@ -87,3 +89,9 @@ class Calls:
         if not self.prompts:
             raise InputError(f"{PURPOSES[name]} on recorded denoiser calls: give at least one non-empty prompt")
         return self.pipeline
+
+
+def _evenly(calls: list[Call], most: int) -> list[Call]:
+    """At most this many of them, evenly spread."""
+    count = min(most, len(calls))
+    return [calls[i * len(calls) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The denoiser apart from what wraps it: a copy that shares its weights is watched, measured and slimmed."""
+"""The denoiser apart from what wraps it: what is slimmed, watched and measured is a copy that shares its weights."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _obstacles(denoiser: nn.Module) -> Iterator[str]:
     """What was done to a denoiser that slimming cannot carry over, each with how to undo it."""
     parts = list(denoiser.modules())
     if any(hasattr(part, "_hf_hook") for part in parts):
-        yield "accelerate's hooks offload it: pipe.remove_all_hooks() first (or pipe.reset_device_map())"
+        yield "accelerate's hooks offload or dispatch it: pipe.remove_all_hooks() first"
     for part in parts:
         for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
             yield f"diffusers' hook {name} is on it: load it again without that (a cache: disable_cache() first)"
@@ -113,7 +113,7 @@ def _obstacles(denoiser: nn.Module) -> Iterator[str]:
 
 
 def _strays(denoiser: nn.Module) -> str | None:
-    """The first weight that a diffusers model has beyond its configuration, lacks, or has in another shape."""
+    """The first weight of a diffusers model that its configuration does not say, or says otherwise."""
     kind: Any = type(denoiser)
     if not isinstance(denoiser, ModelMixin) or not kind.__module__.startswith("diffusers."):
         return None

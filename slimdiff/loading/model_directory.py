@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,17 +18,16 @@ import diffusers
 import diffusers.pipelines
 import transformers
 from diffusers.image_processor import VaeImageProcessor
-from safetensors import safe_open
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import INDEX, read_index
-from slimdiff.loading.transformers_files import check_text_weights, check_vocabulary
+from slimdiff.loading.transformers_files import check_vocabulary
+from slimdiff.loading.weights import Weights, choose_variant, find_weights, read_headers
 from slimdiff.storage import manifest
 
 LIBRARIES = ("diffusers", "transformers", "slimdiff.models")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # transformers' Auto classes and diffusers' AutoModel are none of these: they take the class from yet another file.
 _MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 _CONFIGURED = (
@@ -40,10 +40,31 @@ _CONFIGURED = (
 )
 
 
-def check_model_directory(folder: Path) -> None:
+@dataclass
+class ModelDirectory:
+    """What a diffusers directory holds, once it has been looked through.
+
+    Attributes:
+        pipeline: its class.
+        models: the class and the files of each component that has weights.
+        others: the class and the folder of each component that has none.
+        values: what else the pipeline is made with; None for components that the index says are none.
+    """
+
+    pipeline: type[diffusers.DiffusionPipeline]
+    models: dict[str, tuple[Any, Weights]] = field(default_factory=dict)
+    others: dict[str, tuple[Any, Path]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def check_model_directory(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> ModelDirectory:
     """Refuse what could run code, leave the directory or is not whole; see `read_index` too.
 
     A directory with a manifest is checked against it.
+
+    Args:
+        variant: of the weights; at least one component must have it.
+        without: components that are not needed.
 
     Raises:
         InputError: naming the file and what is wrong with it.
@@ -53,15 +74,37 @@ def check_model_directory(folder: Path) -> None:
         manifest.verify_manifest(folder)
     if (folder / "None.py").exists():  # diffusers takes it for the pipeline's own code where none is named
         raise InputError(f"{folder / 'None.py'} would be run by diffusers: refused")
-    pipeline_class(index.get("_class_name"), folder / INDEX)
+    pipeline = pipeline_class(index.get("_class_name"), folder / INDEX)
+    parameters = inspect.signature(pipeline).parameters
+    found = ModelDirectory(pipeline)
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+        if entry == [None, None] or not isinstance(entry, list):
+            found.values |= {name: None if isinstance(entry, list) else entry} if name in parameters else {}
+            continue
+        if name.startswith("_"):
             continue
         kind = library_class(entry, folder / INDEX, _MODELS + _CONFIGURED)
         if not manifest.is_inside(name) or "/" in name:
             raise InputError(f"{folder / INDEX} names a component {name!r}, which is outside the directory: refused")
-        if (folder / name).is_dir():
-            _check_component(folder / name, kind)
+        if name in without or name not in parameters:
+            continue
+        # Pipelines of one model may have its files beside the index.
+        place = folder if issubclass(kind, _MODELS) and not (folder / name).exists() else folder / name
+        if place.is_dir():
+            _check_component(place, kind)
+        if issubclass(kind, _MODELS):
+            if place == folder and not (folder / "config.json").is_file():
+                raise InputError(f"{folder / INDEX} names a {name}, and there is no such folder: copy the model whole")
+            found.models[name] = (kind, find_weights(place, kind))
+        else:
+            found.others[name] = (kind, folder / name)
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    unsaid = [n for n, p in parameters.items() if p.default is p.empty and p.kind is positional and n not in index]
+    found.values |= dict.fromkeys(n for n in unsaid if n in pipeline._optional_components)
+    if unsaid := [n for n in unsaid if n not in (*pipeline._optional_components, *without)]:
+        raise InputError(f"{folder / INDEX} says nothing of the {', '.join(unsaid)}: give it, or say [null, null]")
+    choose_variant((weights for _, weights in found.models.values()), variant, folder)
+    return found
 
 
 def pipeline_class(name: Any, where: Path) -> type[diffusers.DiffusionPipeline]:
@@ -117,34 +160,8 @@ def _check_component(folder: Path, kind: Any) -> None:
         for value in _values(manifest.read_json(folder / "config.json"), "attn_implementation"):
             if not isinstance(value, str) or not value.isidentifier():  # a repository of kernels, to be fetched and run
                 raise InputError(f"{folder / 'config.json'} asks for the attention {value!r}: refused")
-    for shards in sorted(folder.glob("*.safetensors.index.json")):
-        _check_shards(shards)
-    weights = sorted(folder.glob("*.safetensors"))
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):  # which sees that its header is sound and its tensors fill it
-                pass
-        except Exception as error:  # safetensors has an exception of its own, below Exception alone
-            raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
-    check_text_weights(kind, weights)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles and not weights:
-        raise InputError(
-            f"{folder / pickles[0]} is a pickle, which can run code when opened: refused; "
-            "save the model again with safe_serialization=True"
-        )
-
-
-def _check_shards(index: Path) -> None:
-    content = manifest.read_json(index)
-    table = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(table, dict):
-        raise InputError(f"{index} has no table of weights (weight_map)")
-    for name in dict.fromkeys(str(value) for value in table.values()):
-        if not manifest.is_inside(name) or "/" in name or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names {name!r}: weights are safetensors files beside it, refused")
-        if not (index.parent / name).is_file():
-            raise InputError(f"{index} names {name}, which is not beside it: copy the directory whole")
+    for file in sorted(folder.glob("*.safetensors")):
+        read_headers([file])
 
 
 def _values(content: Any, key: str) -> Iterator[Any]:

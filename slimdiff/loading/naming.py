@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,31 @@ def find_model(model: str | Path) -> Path | None:
         return path
     if not _HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
         raise InputError(f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory or a hub id")
-    return None
+    snapshot = cached_snapshot(str(model))
+    if snapshot is not None:
+        read_index(snapshot)
+    return snapshot
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The folder of a hub id in the local cache (`HF_HUB_CACHE`, `HF_HOME`) where `HF_HUB_OFFLINE` is set.
+
+    None for what is no hub id, and where the hub may be asked.
+
+    Raises:
+        InputError: if it is not in the cache.
+    """
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if name == "demo" or Path(name).exists() or not _HUB_ID.fullmatch(name) or name.startswith(".") or not offline:
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = cache / f"models--{name.replace('/', '--')}"
+    revision = repository / "refs" / "main"
+    snapshot = repository / "snapshots" / (revision.read_text().strip() if revision.is_file() else "")
+    if not revision.is_file() or not snapshot.is_dir():
+        raise InputError(f"{name} is not in the hub's cache {cache}, and HF_HUB_OFFLINE is set: fetch it first")
+    return snapshot
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError
+from slimdiff.loading.components import load_component
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import find_model
+from slimdiff.progress import working
+from slimdiff.settings import DTYPES
 
 
+@working("load the model")
+@own_torch_state()
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, *, without: Sequence[str] = ()
+    model: str | Path,
+    dtype: torch.dtype | str | None = None,
+    *,
+    variant: str | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only, and no code but ours.
 
-    What is loaded is looked through first (`check_model_directory`), and held against its manifest if it has one.
+    What is loaded is looked through first (`check_model_directory`), and held against its manifest if it has one. Every
+    weight comes from the files, or the pipeline is refused.
 
     Args:
+        dtype: of all weights: torch's, or `fp32`, `fp16` or `bf16`; each component keeps that of its files if not
+            given.
+        variant: of the weights, such as `fp16`; if not given the unnamed one, or the only one that is there.
         without: components that are not needed, and are neither fetched nor loaded: they become None.
 
     Raises:
-        InputError: if it is not a diffusers pipeline, its weights are pickles, or it asks for code of its own.
+        InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
+            not that variant, or it asks for code of its own.
     """
-    left_out = dict.fromkeys(without)
+    parts: dict[str, Any] = dict.fromkeys(without)
     try:
         path = find_model(model)
         if path is None:
-            safe = {"use_safetensors": True, "trust_remote_code": False}
-            path = Path(DiffusionPipeline.download(str(model), **safe, **left_out))
-        check_model_directory(path)
-        return DiffusionPipeline.from_pretrained(
-            str(path), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **left_out
+            safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
+            path = Path(DiffusionPipeline.download(str(model), **safe, **parts))
+        found = check_model_directory(path, variant, without)
+        parts = found.values | parts
+        for name, (kind, weights) in found.models.items():
+            parts[name] = load_component(weights.folder, kind, weights, read_dtype(dtype), variant)
+        for name, (kind, folder) in found.others.items():
+            parts[name] = kind.from_pretrained(folder, local_files_only=True)
+        takes = inspect.signature(found.pipeline.__init__).parameters
+        pipeline = found.pipeline(
+            **{name: part for name, part in parts.items() if name in takes or name not in without}
         )
+        pipeline.register_to_config(_name_or_path=str(path))
+        return pipeline
     except InputError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's dtype of a name such as `fp16`.
+
+    Raises:
+        InputError: for any other name, or a dtype of no weights.
+    """
+    known = {short: getattr(torch, name) for short, name in DTYPES.items()}
+    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in (None, *known.values()):
+        raise InputError(f"dtype {dtype!r}: weights are {', '.join(known)}, or None for what the files have")
+    return found

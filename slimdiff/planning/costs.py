@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
+from slimdiff.progress import working
 
 CostName = Literal["parameters", "macs", "latency_ms"]
 
@@ -25,7 +26,7 @@ class CostTable:
     """What a denoiser costs by the ranks of its layers. Layers' costs add up; what is in no layer never changes.
 
     Attributes:
-        name: the unit: `parameters`, `macs` (of one call at batch 1) or `latency_ms`.
+        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image) or `latency_ms`.
         dense: what the whole dense model costs.
         layers: module path -> rank -> what the layer costs with it; the largest rank is the dense one. Between
             ranks, costs are interpolated linearly. A constant in all of a layer's costs cancels.
@@ -55,11 +56,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, in the dtype they are held in."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes that its weights take in files, in the dtype they are held in."""
+    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}  # a weight of two names is written once
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+@working("count multiply-accumulates")
 @torch.no_grad()
 def count_macs(denoiser: nn.Module, call: Call) -> int:
     """Multiply-accumulates of one call, for its whole batch: linears, convolutions and attention products."""
@@ -86,8 +88,9 @@ def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
     return CostTable("parameters", count_parameters(denoiser), layers)
 
 
+@working("count multiply-accumulates by rank")
 def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
-    """Multiply-accumulates by rank, of one call at batch 1 with the shapes of `call`.
+    """Multiply-accumulates by rank, of one sample with the shapes of `call`.
 
     Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
     """

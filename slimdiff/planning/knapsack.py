@@ -13,6 +13,7 @@ from scipy.sparse import lil_array
 
 from slimdiff.errors import InputError
 from slimdiff.groups.group import Site
+from slimdiff.progress import working
 
 log = logging.getLogger("slimdiff")
 
@@ -61,6 +62,7 @@ def find_layers(sites: Sequence[Site], align: int) -> list[Layer]:
     return layers
 
 
+@working("choose ranks")
 def choose(
     savings: Sequence[np.ndarray],
     errors: Sequence[np.ndarray],

@@ -10,6 +10,7 @@ from torch import nn
 
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.modules import working_copy
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, fault_in, find_sites
@@ -53,6 +54,7 @@ def register_budget(kind: BudgetKind, planned: PlannedBy) -> None:
     BUDGETS[kind.name], PLANNED[kind.name] = kind, planned
 
 
+@own_torch_state()
 def make_plan(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -153,6 +155,7 @@ class Planner:
         """What dense layers give out in the fitting calls, kept for other slim models of the same layers."""
         return lru_cache(1)(partial(dense_rows, self.denoiser, self.calls.fitting))
 
+    @own_torch_state()
     def remember(self, statistics: Statistics, *, macs_too: bool = False) -> None:
         """Keep with statistics what was measured by forward passes: planning from them then needs no recorded calls.
 
@@ -170,6 +173,7 @@ class Planner:
         """MACs by rank, if nothing has to be recorded for them alone."""
         return self.costs.macs if "macs" in vars(self.costs) or self.calls.has("sensitivity") else None
 
+    @own_torch_state()
     def plan(self, budget: Budget) -> Plan:
         """See `make_plan`."""
         return PLANNED[budget.kind].plan(self, budget)
@@ -229,6 +233,7 @@ class Planner:
         cut = {name for name, site in plan.sites.items() if site.rank < site.dense_rank}
         return plan.forms.local() == self.settings.forms.local() and cut <= {site.name for site in self.chosen}
 
+    @own_torch_state()
     def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
         """The slim model of a plan that it `knows` (`slim_denoiser`)."""
         fitted = plan.is_fitted()

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
+from slimdiff.prompts import check_inputs
 
 # No tokenizer needs more for a prompt; some of them name no limit of their own.
 _MOST_TOKENS = 512
@@ -32,6 +33,7 @@ def embed(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 6
     encoders = [pair for pair in pairs if None not in pair]
     if not encoders:
         raise InputError(f"{type(pipeline).__name__} has no text encoder: name a model that takes prompts")
+    prompts = [str(prompt) for prompt in check_inputs(prompts)]
     parts = []
     with bar(name="embed", unit="prompt", total=len(prompts) * len(encoders)) as done:
         for tokenizer, encoder in encoders:

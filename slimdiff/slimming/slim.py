@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.modules import carry_modes, plain, twin, working_copy
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
@@ -51,7 +52,7 @@ def check_statistics(denoiser: nn.Module, statistics: Statistics) -> None:
         raise InputError("these statistics were taken on another model (its weights differ): calibrate this one")
 
 
-@torch.no_grad()
+@own_torch_state()
 def slim_denoiser(
     denoiser: nn.Module,
     statistics: Statistics,
@@ -138,6 +139,7 @@ def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
     return [s for s in find_sites(denoiser)[0] if s.name in plan.sites and plan.sites[s.name].rank < s.dense_rank]
 
 
+@own_torch_state()
 def assemble(
     denoiser: nn.Module,
     plan: Plan,

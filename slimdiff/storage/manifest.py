@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimdiff.errors import InputError
-from slimdiff.progress import bar
+from slimdiff.progress import AFTER, bar
 from slimdiff.storage.atomic import is_leftover
 from slimdiff.storage.atomic import replacing as replacing
 
@@ -93,20 +93,38 @@ def write_manifest(
 
     A lock and what killed processes left are no part of the artifact.
     """
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {name: file for name, file in files.items() if _is_content(Path(name))}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    with bar(name="hash files", unit="B", total=sum(sizes.values()), unit_scale=True, delay=AFTER, leave=False) as done:
+        hashes = {name: sha256_of(file, done.update) for name, file in files.items()}
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
         "made_from": made_from,
         "runs_on": runs_on or {},
         "versions": versions(),
-        "files": {
-            p.relative_to(folder).as_posix(): {"sha256": sha256_of(p), "bytes": p.stat().st_size}
-            for p in sorted(folder.rglob("*"))
-            if p.is_file() and _is_content(p.relative_to(folder))
-        },
+        "files": {name: {"sha256": hashes[name], "bytes": sizes[name]} for name in files},
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def strangers(folder: Path) -> Iterator[Path]:
+    """Files and links below a folder that neither its manifest nor one in a folder below it lists.
+
+    Raises:
+        InputError: if one of the manifests cannot be read.
+    """
+    known: set[Path] = set()
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        if MANIFEST in names:
+            known.update(here / name for name in read_manifest(here)["files"])
+        folders[:] = [name for name in folders if not is_leftover(name)]
+        for name in (*names, *(name for name in folders if (here / name).is_symlink())):
+            if name not in (MANIFEST, LOCK) and here / name not in known:
+                yield here / name
 
 
 def _is_content(name: Path) -> bool:
@@ -181,12 +199,11 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if exact:
         _refuse_others(folder, manifest["files"])
-    root = folder.resolve()
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=2, leave=False) as done:
+    with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=AFTER, leave=False) as done:
         for name, expected in manifest["files"].items():
             file = folder / name
-            if not _resolved(file).is_relative_to(root):
+            if not leads_inside(file, folder):
                 raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")
             if not file.is_file():
                 raise InputError(f"{folder} lacks {name}, which its manifest lists: copy the artifact again, whole")
@@ -195,6 +212,25 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
                     f"{file} is not the file that the manifest describes (SHA-256 differs): it was changed"
                 )
     return manifest
+
+
+def leads_inside(file: Path, folder: Path) -> bool:
+    """Whether a file below a folder is there, wherever links lead: below it, or in the blobs of the hub's cache of it.
+
+    The hub's cache keeps `models--ORG--NAME/snapshots/REVISION` as links into the `blobs` of the same repository.
+    """
+    roots = [folder.resolve(), *_hub_blobs(folder)]
+    return any(_resolved(file).is_relative_to(root) for root in roots)
+
+
+def _hub_blobs(folder: Path) -> list[Path]:
+    """The blobs of the repository in the hub's cache that a folder is, or lies in, a snapshot of; none elsewhere."""
+    places = [folder.resolve(), *folder.resolve().parents]
+    return [
+        place.parents[1] / "blobs"
+        for place in places
+        if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--")
+    ][:1]
 
 
 def _resolved(file: Path) -> Path:
@@ -209,7 +245,7 @@ def _refuse_others(folder: Path, files: dict[str, Any]) -> None:
         for name in (*folders, *names):
             path = Path(place) / name
             relative = path.relative_to(folder).as_posix()
-            if path.is_symlink():
+            if path.is_symlink() and not (path.is_file() and _hub_blobs(folder) and leads_inside(path, folder)):
                 raise InputError(f"{path} is a link, and this artifact has none: refused")
             if name in names and relative not in files and relative != MANIFEST:
                 raise InputError(

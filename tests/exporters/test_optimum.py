@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from image_checks import images, same
 
 from benchmarks.full_size_export import measure
@@ -36,6 +37,13 @@ def test_it_makes_the_same_images(onnx_folder, pipeline):
 def test_it_makes_the_same_images_of_any_size_from_a_slim_pipeline_of_open_size(open_folder, slim_pipeline):
     for size in ({"height": 16, "width": 16}, {"height": 24, "width": 40}):
         same(images(load(open_folder), ["abc"], **size), images(slim_pipeline, ["abc"], **size))
+
+
+def test_it_makes_the_same_images_at_times_that_are_not_whole(pipeline, tmp_path, monkeypatch):
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
+    export_pipeline(pipeline, tmp_path, ExportSettings(dynamic_batch=True))
+    same(images(load(tmp_path), ["abc"]), images(pipeline, ["abc"]))
 
 
 def test_it_makes_the_same_sdxl_images(onnx_xl_folder, xl_pipeline):

@@ -249,7 +249,7 @@ def test_slimming_twice_is_refused(compression, calibration):
 
 def test_no_prompts(pipeline, calibration):
     with pytest.raises(InputError, match="no prompt"):
-        calibrate(pipeline, ["", "  "], calibration)
+        calibrate(pipeline, [], calibration)
 
 
 def test_nothing_to_slim(fresh_pipeline, calibration):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from slimdiff import InputError, compare
 from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import SlimdiffError
 from slimdiff.fidelity import image_fidelity, noise_error, psnr_db, ssim
 
 
@@ -23,8 +24,21 @@ def test_pipelines_are_compared_on_the_dense_ones_trajectories(pipeline, compres
     assert same["noise_error"]["relative_mse"] == 0 and same["images"]["psnr_db"] == float("inf")
     unsteady = copy.deepcopy(pipeline)
     unsteady.unet.register_forward_hook(lambda _m, _a, output: tuple(o + torch.randn_like(o) for o in output))
-    with pytest.raises(RuntimeError, match="does not reproduce itself"):
+    with pytest.raises(SlimdiffError, match="does not reproduce itself"):
         compare(unsteady, pipeline, PROMPTS[:1], SAMPLING)
+
+
+def test_a_pipeline_that_changes_its_denoiser_for_the_length_of_a_call_is_not_compared(fresh_pipeline):
+    """The model as it stands is another than the one that was recorded."""
+
+    class Changing(type(fresh_pipeline)):
+        def __call__(self, *args, **options):
+            with self.unet.conv_out.register_forward_hook(lambda _m, _a, output: 1.1 * output):
+                return super().__call__(*args, **options)
+
+    changing = Changing(**fresh_pipeline.components, requires_safety_checker=False)
+    with pytest.raises(SlimdiffError, match="does not reproduce itself on its first recorded call"):
+        compare(changing, fresh_pipeline, PROMPTS[:1], SAMPLING)
 
 
 def noise(seed: int) -> np.ndarray:

@@ -28,7 +28,9 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     if shop.recipe.export.precision != shop.engine_precision:
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
         half = shop.recipe.export.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
-        graph = export_unet(denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half)
+        graph = export_unet(
+            denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half, scheduler=shop.slim.scheduler
+        )
     settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
     request = request_engine(graph, settings, plan=shop.plan)
     before = shop.folder / "engine"

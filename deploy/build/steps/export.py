@@ -25,7 +25,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         pipeline = shop.dense if name == "dense" else shop.slim
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
-        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings)
+        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings, scheduler=pipeline.scheduler)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         inputs, wide = shapes(shop.trajectory[0]), fp32_islands(folder / name / "model.onnx")

@@ -10,7 +10,6 @@ from deploy.artifacts.figures import compression_result, costs, denoiser_of
 from deploy.artifacts.files import copy_licenses, save_pipeline
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
-from slimdiff.compression import with_denoiser
 from slimdiff.storage import manifest
 
 
@@ -18,15 +17,17 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     slim = shop.compressor.slim(shop.plan)
     seconds = round(time.perf_counter() - start, 3)
-    save_pipeline(with_denoiser(shop.dense, slim), folder)
+    whole = shop.finish(slim)
+    save_pipeline(whole, folder, shop.recipe)
     copy_licenses(shop.recipe.model, folder)
     call = shop.trajectory[0]
+    dense = {**costs(denoiser_of(shop.dense), call), "bytes": shop.dense_bytes}
     calibrated, sensitivity, planned = (
         manifest.read_manifest(shop.folder / stage)["made_from"]["seconds"]
         for stage in ("calibrate", "sensitivity", "plan")
     )
     took = {"calibrate": calibrated, "plan": round(sensitivity + planned, 3), "slim": seconds}
-    return compression_result(shop.plan, costs(denoiser_of(shop.dense), call), costs(slim, call), took)
+    return compression_result(shop.plan, dense, costs(denoiser_of(whole), call), took)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ STAGE = Stage(
     "slim",
     run,
     needs=("plan",),
-    settings=lambda shop: shop.trajectory_settings,
+    settings=lambda shop: {**shop.trajectory_settings, **shop.weight_settings},
     inputs=lambda shop: shop.core,
     kind="slim-model",
     figures=_figures,

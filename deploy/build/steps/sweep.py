@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts import build_folder
-from deploy.artifacts.figures import costs, denoiser_of
+from deploy.artifacts.figures import costs, denoiser_of, made_now
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
@@ -43,7 +43,7 @@ class Sweep:
 
     @cached_property
     def call(self) -> Any:
-        """The call that MACs and latency are counted on: one image, both branches of guidance."""
+        """The call whose latency is measured, one image, both branches of guidance; MACs are of one of its samples."""
         return example_call(self.shop.dense, height=self.sampling.height, width=self.sampling.width)
 
     @cached_property
@@ -66,7 +66,7 @@ class Sweep:
 
     def _images(self, pipeline: Any) -> list[Any]:
         unseen = self.sampling.model_copy(update={"seed": self.sampling.seed + 10_000})
-        return sample_images(pipeline, captions(self.shop), unseen)
+        return sample_images(pipeline, captions(self.shop), unseen, checked=False)
 
     def fidelity(self, slim: Any) -> dict[str, Any] | None:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""
@@ -116,15 +116,15 @@ def frontier(shop: Workshop, points: Sequence[Stage]) -> dict[str, Any]:
 
     Returns:
         `dense` and `points` (largest model first) with `parameters`, `macs`, `bytes`, and for points `budget`,
-        `speedup` (dense and slim in turn), `latency_ms`, `dense_latency_ms`, `noise_error` and `images`; `runtime` and
-        `machine`.
+        `speedup` (dense and slim in turn), `latency_ms`, `dense_latency_ms`, `noise_error` and `images`; `runtime`,
+        `machine` and what `made_now` has.
     """
     settings: Any = shop.recipe.sweep
     measured = [manifest.read_json(shop.folder / stage.name / "point.json") for stage in points]
     measured.sort(key=lambda point: -point["parameters"])
     shared = {key: measured[0][key] for key in ("runtime", "machine", "dense")}
     rows = [{key: value for key, value in point.items() if key not in shared} for point in measured]
-    return {"model": public_name(shop.recipe.model), "by": settings.by, **shared, "points": rows}
+    return {"model": public_name(shop.recipe.model), "by": settings.by, **shared, **made_now(), "points": rows}
 
 
 def point_stages(settings: SweepStage) -> list[Stage]:

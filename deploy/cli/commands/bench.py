@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_runnable, check_writable
+from deploy.cli.outputs import check_new_file, check_runnable
 from exporters.registry import names
 from exporters.settings import BenchSettings
 from slimdiff.errors import InputError
@@ -31,6 +31,7 @@ EXAMPLE = """examples:
   slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino
   slimdiff bench --history latency.jsonl --plot latency.svg"""
 
+_FILES = {"history": "history", "junit": "JUnit file", "markdown": "text file", "plot": "SVG drawing"}
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 
@@ -45,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
     results = parser.add_argument_group("history and CI")
     flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
-    flags.text(results, "--label", "TEXT", "of the result in the history, such as a commit", default="")
+    flags.sentence(results, "--label", "of the result in the history, such as a commit", default="")
     flags.text(results, "--junit", "FILE", "write JUnit XML", type=Path)
     flags.text(results, "--markdown", "FILE", "write a Markdown summary", type=Path)
     flags.text(results, "--plot", "FILE.svg", "draw the history", type=Path)
@@ -56,11 +57,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     gate, alone = gate_of(args), args.base is None
-    for flag in ("junit", "markdown", "plot") if alone else ("history", "junit", "markdown", "plot"):
-        if (file := getattr(args, flag)) is not None:
-            if file.is_dir():
-                raise InputError(f"--{flag} {file} is a folder: name a file")
-            check_writable(file, f"--{flag}")
+    for flag, what in _FILES.items():
+        if (file := getattr(args, flag)) is not None and not (alone and flag == "history"):
+            check_new_file(file, what, f"--{flag}")
     if alone and args.history is not None:
         return _show(args, gate)
     if args.base is None or args.candidate is None:

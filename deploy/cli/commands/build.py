@@ -8,10 +8,9 @@ from pathlib import Path
 from deploy.artifacts import build_folder
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
-from deploy.cli.outputs import check_folder
+from deploy.cli.outputs import check_apart, check_folder
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
-from slimdiff.storage.manifest import LOCK
 
 DESCRIPTION = """Calibrate, plan, slim, export, build the engine, validate, compare, bench, report. Finished stages
 with unchanged inputs are skipped, an interrupted build goes on where it was. The recipe's gates decide the exit
@@ -49,8 +48,10 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
     recipe = load_recipe(source)
     find_model(recipe.model)
+    read = [recipe.model, recipe.prompts] if isinstance(recipe.prompts, str) else [recipe.model]
     out = Path(args.out) if args.out else Path(source.stem)
-    check_folder(out, LOCK, build_folder.BUILD)
+    check_apart({"--out": out}, read)
+    check_folder(out, "build")
 
     calm_libraries()
     from deploy.build import run_build

@@ -9,7 +9,7 @@ from typing import Any
 from deploy.artifacts.numbers import size
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import artifact_folder, check_artifact, check_runnable
+from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, check_runnable
 from exporters.registry import names
 from exporters.settings import parse_sizes
 from slimdiff.errors import InputError, require
@@ -48,13 +48,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
     parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
+    unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
+    parser.add_argument("--no-safety-checker", dest="safety_checker", action="store_false", help=unchecked)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
-    check_artifact(out)
+    check_artifact(out, "bundle")
+    if args.archive:
+        check_new_file(_archive(out), "archive of a bundle")
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
     require("onnx", "onnx")
@@ -64,20 +68,20 @@ def run(args: argparse.Namespace) -> int:
         require("tritonclient", "triton")
 
     calm_libraries()
-    from deploy.bundle.archive import SUFFIX, pack
+    from deploy.bundle.archive import pack
     from deploy.bundle.contents import choose, write_bundle
     from deploy.bundle.sources import Selection, open_source
 
-    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime)
+    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime, args.safety_checker)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
     if left:
         log.info("bundle: left out are %s", ", ".join(c.name for c in left))
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "bundle") as temporary:
         description = write_bundle(source, taken, temporary, selection, triton=args.triton)
         files = manifest.read_manifest(temporary)["files"]
-    archive = out.parent / f"{out.resolve().name}{SUFFIX}" if args.archive else None
+    archive = _archive(out) if args.archive else None
     if archive:
         pack(out, archive)
     value = {
@@ -91,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
     return result(args, value, _text(value, description))
+
+
+def _archive(out: Path) -> Path:
+    from deploy.bundle.archive import SUFFIX
+
+    return out.parent / f"{out.resolve().name}{SUFFIX}"
 
 
 def _shape(spec: str) -> tuple[int, int, int]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from deploy.artifacts.numbers import size
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_file, check_writable
+from deploy.cli.outputs import check_file, check_new_file
 from deploy.recipe.prompts import described
 from slimdiff.errors import InputError
-from slimdiff.settings import CalibrationSettings
+from slimdiff.settings import CalibrationSettings, WeightSettings
 from slimdiff.storage.lock import locked, remove_empty
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
     parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
+    flags.add(parser, WeightSettings, "variant")
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 
@@ -47,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.model is None and not args.merge:
         raise InputError("name a MODEL to calibrate, or statistics to --merge")
-    check_writable(out.absolute().parent)
+    check_new_file(out, "statistics file")
     for name in args.merge:
         check_file(name, "--merge")
-    calibration = flags.read_calibration(args)
+    calibration, variant = flags.read_calibration(args), flags.read(args, WeightSettings).variant
     source, prompts = flags.read_prompts(args, calibration.samples) if args.model is not None else ("", [])
 
     from slimdiff.statistics import Statistics, read_metadata
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             read_metadata(out)
         except InputError:
-            raise InputError(f"--out {out} is there and no statistics file: name another") from None
+            raise InputError(f"--out {out} is there and no statistics file: name another file") from None
     others = [Statistics.load(Path(name)) for name in args.merge]
     started = time.perf_counter()
     if args.model is None:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(args.model, variant=variant)
     first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
     with ExitStack() as until_written:
         if first:

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import compare, load_pipeline
 
     value = compare(
-        load_pipeline(args.dense),
-        load_pipeline(args.slim),
+        load_pipeline(args.dense, "fp32"),
+        load_pipeline(args.slim, "fp32"),
         prompts,
         sampling,
         images=args.images,

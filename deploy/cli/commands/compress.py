@@ -13,7 +13,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact, check_file
 from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
 from slimdiff.errors import InputError
-from slimdiff.settings import PlanSettings
+from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
@@ -36,12 +36,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
+    flags.add(parser, WeightSettings, *WeightSettings.model_fields)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_artifact(out)
-    budget, table = flags.read_budget(args), flags.read(args, TableSettings)
+    check_artifact(out, "slim-model")
+    budget, table, weights = flags.read_budget(args), flags.read(args, TableSettings), flags.read(args, WeightSettings)
     by_latency = budget is not None and budget.kind == "speedup"
     if not by_latency and table.model_fields_set:
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
@@ -60,17 +61,18 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed
-    from slimdiff.loading.pipelines import load_pipeline
+    from slimdiff.denoising.precision import in_dtype, in_float32
+    from slimdiff.loading.pipelines import load_pipeline, read_dtype
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    pipeline, latency = load_pipeline(args.model), None
+    pipeline, latency = load_pipeline(args.model, variant=weights.variant), None
     one_call = cache(partial(example_call, pipeline, height=sampling.height, width=sampling.width))
     Compressor(pipeline, prompts, calibration, planning).check([budget] if budget else [], call=one_call)
     if by_latency:
         from exporters.latency.table import measure_latency
 
-        latency = measure_latency(denoiser_of(pipeline), one_call(), planning, table)
+        latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
     dense_costs = costs(denoiser_of(pipeline), one_call())
     log.info("compress: %d prompts %s, %d steps each", len(used), described(source), sampling.steps)
     slim = compress(
@@ -86,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if distributed.world()[0] > 0:  # every process has made the same model
         return 0
-    slim_costs = costs(denoiser_of(slim.pipeline), one_call())
+    dtype = read_dtype(weights.dtype)
+    written = slim.pipeline if dtype is None else in_dtype(slim.pipeline, dtype)
+    slim_costs = costs(denoiser_of(written), one_call())
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     made_from = {
         "model_hash": slim.plan.model_hash,
@@ -96,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
     }
-    with artifact_folder(out) as temporary:
-        save_pipeline(slim.pipeline, temporary)
+    with artifact_folder(out, "slim-model") as temporary:
+        save_pipeline(written, temporary, weights)
         copy_licenses(args.model, temporary)
         slim.plan.save(temporary / "plan.json")
         manifest.write_manifest(temporary, "slim-model", made_from)

@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy.cli.console import calm_libraries, log, result
 from exporters.registry import installable
+from slimdiff.progress import AFTER, bar
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Say which runtimes, devices and versions are here, what each missing one would need, and which folder
@@ -44,13 +45,14 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.figures import machine
 
     here = machine()
+    runtimes = [_runtime(*entry) for entry in bar((*installable(), *TOOLS), "runtimes", delay=AFTER, leave=False)]
     value = {
         "python": platform.python_version(),
         "versions": manifest.versions(),
         "imported_from": {name: folder for name in PACKAGES if (folder := _folder(name)) is not None},
         "machine": here,
         "devices": ["cpu", *here["gpus"]],
-        "runtimes": [_runtime(*entry) for entry in (*installable(), *TOOLS)],
+        "runtimes": runtimes,
     }
     return result(args, value, _text(value))
 

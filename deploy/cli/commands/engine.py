@@ -12,6 +12,7 @@ from deploy.cli.console import log, result
 from deploy.cli.outputs import artifact_folder, check_folder
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError
+from slimdiff.settings import MOST_AT_ONCE
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, EngineSettings, "backend")
     flags.add(parser, EngineSettings, "targets", flag="--target", action="append", metavar="SM")
     shapes = parser.add_argument_group("shapes", "for graphs that leave dimensions open; inputs not named follow")
-    flags.several(shapes, "--batch", "N", "of an engine", type=int)
+    flags.several(shapes, "--batch", "N", "of an engine", type=flags.whole_number(MOST_AT_ONCE))
     flags.several(shapes, "--shapes", "SPEC", "of an engine, as in sample:2x4x64x64")
     for end in ENDS:
         flags.several(shapes, f"--{end}-shapes", "SPEC", "of an engine's optimisation profile")
@@ -57,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.kinds import graph_of, plan_beside
-    from exporters.layout import ENGINE_PIPELINE, GRAPHS
+    from exporters.layout import ENGINE_PIPELINE
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--whole makes one pipeline: ask for one shape, or for several profiles of it (--min-shapes)")
     if out.is_dir():
         clear_leftovers(out)  # a folder with nothing else in it looks like somebody else's
-    _check_out(out, kind, GRAPHS if args.whole else tuple(settings))
+    check_folder(out, kind)
     graph = graph_of(args.onnx)
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
@@ -119,19 +120,6 @@ def _shapes(spec: str) -> dict[str, str]:
     return {name: shape for name, _, shape in parts}
 
 
-def _check_out(out: Path, kind: str, names: tuple[str, ...]) -> None:
-    """Refuse a folder that holds other things, be it another kind of ours."""
-    marks = (manifest.MANIFEST, manifest.LOCK, *(f"{name}/{manifest.MANIFEST}" for name in names if name))
-    check_folder(out, *marks)
-    try:
-        there = manifest.read_manifest(out)["kind"]
-    except InputError:  # none, or a damaged one: what it belongs to is built again
-        return
-    if there != kind:
-        what = {"engine": "an engine", "engines": "a set of engines"}.get(kind, "a pipeline of engines")
-        raise InputError(f"--out {out} is of the kind {there!r}, and {what} would take its place: name another folder")
-
-
 def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, Any]:
     """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
     from exporters.engine.check import read_engine
@@ -142,7 +130,7 @@ def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, An
         log.info("engine: %s is unchanged, not built again", out)
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "engine") as temporary:
         report = request.build(temporary)
         if part:
             mark_unfinished(out.parent)

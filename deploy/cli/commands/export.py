@@ -12,7 +12,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import Sampling
+from slimdiff.settings import MOST_AT_ONCE, Sampling, WeightSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
@@ -28,19 +28,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
-    flags.whole(parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2)
+    flags.add(parser, WeightSettings, "variant")
+    flags.whole(
+        parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
+    )
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
+    unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
+    flags.add(parser, ExportSettings, "safety_checker", flag="--no-safety-checker", const=False, help=unchecked)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_artifact(out)
+    check_artifact(out, "onnx")
     open_dims = args.dynamic.split(",") if args.dynamic else []
     if not set(open_dims) <= {"batch", "size"}:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
     settings, image = flags.read(args, ExportSettings, **dynamic), flags.read(args, Sampling)
+    weights = flags.read(args, WeightSettings)
     find_model(args.model)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
@@ -53,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.precision import fp32_islands
     from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant)
     call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
     log.info("export: %s, %s", args.model, settings.precision)
-    with artifact_folder(out) as temporary:
+    with artifact_folder(out, "onnx") as temporary:
         files = export_pipeline(pipeline, temporary, settings, call=call)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_runnable, check_writable
+from deploy.cli.outputs import check_new_file, check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
@@ -23,7 +24,7 @@ EXAMPLE = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "artifact", "ARTIFACT", "a model (dense or slim), an ONNX folder, an engine, or a bundle")
-    flags.text(parser, "--prompt", "TEXT", "what to show", required=True)
+    flags.sentence(parser, "--prompt", "what to show", required=True)
     flags.text(parser, "--out", "PNG", "the image file to write", required=True)
     flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
@@ -33,11 +34,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.suffix.lower() != ".png" or out.is_dir():
+    if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: name a file that ends in .png")
-    check_writable(out)
-    if not args.prompt.strip():
-        raise InputError("--prompt is empty: say what to show")
+    check_new_file(out, "PNG image")
+    check_inputs(args.prompt, where="--prompt")
     asked = flags.read(args, Sampling, batch=1)
     check_runnable(args.artifact, args.pipeline)
     calm_libraries()
@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     opened = open_denoiser(args.artifact, args.runtime, height=asked.height, width=asked.width)
     pipeline = whole_pipeline(opened, args.artifact, args.pipeline)
-    sampling = opened.sampling(asked).model_copy(update=opened.pixels(pipeline))
+    fixed = opened.pixels(pipeline)
+    if any(getattr(asked, side) not in (None, size) for side, size in fixed.items()):
+        sides = " x ".join(map(str, fixed.values()))
+        raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
+    sampling = opened.sampling(asked).model_copy(update=fixed)
     log.info("generate: %d steps", sampling.steps)
     start = time.perf_counter()
     image = sample_images(pipeline, [args.prompt] * sampling.batch, sampling)[0]

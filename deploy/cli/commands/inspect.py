@@ -8,11 +8,11 @@ from typing import Any
 
 from deploy.artifacts.kinds import kind_of
 from deploy.cli import flags
-from deploy.cli.console import SHOWN, calm_libraries, log, result
+from deploy.cli.console import LABELS, SHOWN, calm_libraries, log, result
 from slimdiff.errors import InputError
 
-DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs where they can be counted, bytes,
-provenance. What has a manifest is checked against it first."""
+DESCRIPTION = """Say what an artifact is: dims per site, parameters, MACs per sample where they can be counted,
+bytes, provenance. What has a manifest is checked against it first."""
 EXAMPLE = """examples:
   slimdiff inspect demo-slim
   slimdiff inspect slim-onnx --json"""
@@ -42,7 +42,7 @@ def _text(value: dict[str, Any]) -> str:
         if isinstance(entry, list) and entry and all(isinstance(item, dict) for item in entry):
             lines += [f"{name}:", *(f"  {_plain(item)}" for item in entry)]
         else:
-            lines.append(f"{name:14} {SHOWN.get(name, _plain)(entry)}")
+            lines.append(f"{LABELS.get(name, name):14} {SHOWN.get(name, _plain)(entry)}")
     if sites := value.get("sites"):
         width = max(len(site["site"]) for site in sites)
         lines += ["", f"{'site':{width}}  dims"]

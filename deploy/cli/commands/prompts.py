@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_writable
+from deploy.cli.outputs import check_new_file
 from deploy.recipe.prompts import all_prompts
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_model
@@ -31,9 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder: name a text file")
-    check_writable(out)
+    check_new_file(out, "text file")
     prompts = list(dict.fromkeys(all_prompts(args.file)))
     if args.count > len(prompts):
         raise InputError(f"--count {args.count}: {args.file} holds {len(prompts)} different prompts, ask for 1 to that")
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.prompts.selection import embed, moment_error, select
 
     start = time.perf_counter()
-    pipeline = load_pipeline(args.model, without=("unet", "transformer", "vae"))
+    pipeline = load_pipeline(args.model, "fp32", without=("unet", "transformer", "vae"))
     embeddings = embed(pipeline, prompts)
     log.info("prompts: selecting %d of %d", args.count, len(prompts))
     chosen = sorted(select(embeddings, args.count))

@@ -12,8 +12,7 @@ from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
 from deploy.recipe.recipe import Recipe, SweepStage
 from exporters.settings import BenchSettings
-from slimdiff.settings import PlanSettings
-from slimdiff.storage.manifest import LOCK
+from slimdiff.settings import PlanSettings, WeightSettings
 
 DESCRIPTION = """Make a slim model at each of several budgets, measure its noise-prediction error on unseen calls, its
 images against the dense model's and its latency, and draw the frontier. Calibration is done once."""
@@ -31,13 +30,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
+    flags.add(parser, WeightSettings, "variant")
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    check_folder(out, LOCK, "sweep.json")
+    check_folder(out, "sweep")
     calibration = flags.read_calibration(args)
     sweep = flags.read(args, SweepStage)
     bench = flags.read(args, BenchSettings, **({"threads": sweep.threads} if sweep.threads else {}))
@@ -47,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import run_sweep
 
-    recipe = Recipe(
-        model=args.model, prompts=args.prompts, calibration=calibration, plan=planning, bench=bench, sweep=sweep
-    )
+    variant = flags.read(args, WeightSettings).variant
+    chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
+    recipe = Recipe(model=args.model, prompts=args.prompts, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
     predicted = value["by"] == "speedup"  # else there is no table of latencies
-    lines = [f"{'budget':>10}{'parameters':>13}{'MACs':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
+    lines = [f"{'budget':>10}{'parameters':>13}{'MACs/sample':>12}{'speedup':>10}{'noise error':>14}{'PSNR':>10}"]
     lines[0] += f"{'predicted':>12}" * predicted
     for point in value["points"]:
         psnr = point["images"]["psnr_db"] if point["images"] else None

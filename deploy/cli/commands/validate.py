@@ -10,6 +10,7 @@ from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError, require
+from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
@@ -31,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
-    flags.text(parser, "--prompt", "TEXT", "of the trajectory (default: 'a photo')", default="a photo")
+    flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
     parser.add_argument(
         "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
     )
@@ -40,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     asked = flags.read(args, Sampling, batch=1)
+    check_inputs(args.prompt, where="--prompt")
     check_runnable(args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--every-module holds the inside of a graph against its model: BASE a model, CANDIDATE ONNX in onnxruntime"
         )
-    pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline) if args.pipeline else None)
+    pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline, "fp32") if args.pipeline else None)
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
     sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))

@@ -18,7 +18,7 @@ def build(results: Mapping[str, Any]) -> dict[str, Any]:
     times = [tuple(1 / p["speedup"][key] for key in ("median", "high", "low")) for p in points]
     charts = [
         _chart("Size", "parameters kept, % of dense", points, sizes),
-        _chart("Work", "MACs kept, % of dense", points, work),
+        _chart("Work", "MACs per sample kept, % of dense", points, work),
         _chart("Latency", "time of one denoiser call, % of dense", points, times),
     ]
     return {"charts": [chart for chart in charts if chart]}

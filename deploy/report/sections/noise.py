@@ -25,14 +25,14 @@ def _chart(noise: Mapping[str, Any], bound: float | None) -> dict[str, Any] | No
 
     first, last = max(t for t, _ in values), min(t for t, _ in values)
     x = Scale(first, min(0, last) if first > 0 else last - 1)  # in the order of sampling: from noise to image
-    points = [(x.at(t), y.below(v), f"t = {t}: {numbers.digits(v)}") for t, v in drawn]
+    points = [(x.at(t), y.below(v), f"t = {t:g}: {numbers.digits(v)}") for t, v in drawn]
     rising = Scale(x.high, x.low)
     ends = [extreme(drawn, key=lambda p: p[1]) for extreme in (min, max)]
-    least, most = (f"at t{numbers.NBSP}={numbers.NBSP}{t} ({numbers.digits(v)})" for t, v in ends)
+    least, most = (f"at t{numbers.NBSP}={numbers.NBSP}{t:g} ({numbers.digits(v)})" for t, v in ends)
     return {
         "path": line((px, py) for px, py, _ in points),
         "points": points,
-        "rows": [(str(t), numbers.digits(v)) for t, v in values],
+        "rows": [(f"{t:g}", numbers.digits(v)) for t, v in values],
         "x": [Tick(round(100 - tick.at, 2), tick.label) for tick in reversed(rising.ticks())],
         "y": [Tick(100 - tick.at, tick.label) for tick in y.ticks()],
         "overall": y.below(overall) if overall else None,

@@ -26,7 +26,10 @@ Infer = Callable[[str, dict[str, np.ndarray], list[str]], dict[str, np.ndarray]]
 COMPONENTS = "components.json"
 """By model: `batch` (of its graph; null where it is open), `inputs` and `outputs`, both name -> `dtype`, `shape`."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-PARTS = {"scheduler": "diffusers", "tokenizer": "transformers", "tokenizer_2": "transformers"}
+PARTS = {
+    "scheduler": "diffusers",
+    **dict.fromkeys(("tokenizer", "tokenizer_2", "feature_extractor"), "transformers"),
+}
 """Components that are not models, and the library that has their class: no other code is imported."""
 _ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -57,7 +60,8 @@ class TextToImage:
         if name not in PIPELINES:
             raise ValueError(f"{name} is no pipeline that is served: {' and '.join(PIPELINES)} are")
         kind = getattr(diffusers, name)
-        makers: dict[str, Callable[..., Any]] = {"unet": _UNet, "vae": _VAE, **dict.fromkeys(_ENCODERS, _TextEncoder)}
+        makers: dict[str, Callable[..., Any]] = {"unet": _UNet, "vae": _VAE, "safety_checker": _SafetyChecker}
+        makers |= dict.fromkeys(_ENCODERS, _TextEncoder)
         parts: dict[str, Any] = {}
         for part in inspect.signature(kind).parameters:
             value = index.get(part)
@@ -100,7 +104,8 @@ class TextToImage:
             uint8 `[height, width, 3]`.
 
         Raises:
-            ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole.
+            ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole
+                where the UNet takes whole ones.
             Cancelled: once `is_cancelled` says so.
         """
         if not prompt.strip():
@@ -198,11 +203,13 @@ class _UNet(_Remote):
         return_dict: bool = True,
         **_others: Any,
     ) -> tuple[Tensor]:
-        if float(timestep) != int(timestep):
+        timesteps = torch.full((len(sample),), timestep.item(), dtype=timestep.dtype)
+        whole = self.graph["inputs"]["timestep"]["dtype"].startswith("int")
+        if whole and not float(timestep).is_integer():
             raise ValueError(
-                f"the UNet takes whole timesteps, not {float(timestep)}: set timestep_spacing to 'leading'"
+                f"the UNet takes whole timesteps, not {float(timestep):g}: export the model again with this scheduler "
+                "in its pipeline, or serve one whose timesteps are whole"
             )
-        timesteps = torch.full((len(sample),), int(timestep))
         given = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": encoder_hidden_states}
         (noise,) = self.ask(["out_sample"], **given, **(added_cond_kwargs or {}))
         return (noise.to(sample.dtype),)
@@ -213,6 +220,17 @@ class _VAE(_Remote):
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> tuple[Tensor]:
         return (self.ask(["sample"], latent_sample=z)[0],)
+
+
+class _SafetyChecker(_Remote):
+    dtype_of = "clip_input"
+
+    def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
+        """Blacken images `[B, ...]` that are not to be shown, in place; and say of each whether it was."""
+        found: list[bool] = self.ask(["has_nsfw_concepts"], clip_input=clip_input)[0].flatten().tolist()
+        for image in (image for image, unsafe in zip(images, found, strict=True) if unsafe):
+            image[...] = 0
+        return images, found
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_numbers_have_units_and_true_signs():
     assert numbers.duration(204) == "3\u00a0min 24\u00a0s" and numbers.duration(3725) == "1\u00a0h 02\u00a0min"
     assert numbers.duration(59.97) == "1\u00a0min 00\u00a0s"
     assert numbers.measured(0.99999998) == "0.99999998" and numbers.measured(1.0) == "1.00"
-    assert numbers.measured(None) == "\u2013" and numbers.measured([2, 4]) == "2 \u00d7 4"
+    assert numbers.measured(None) == "undefined" and numbers.measured([2, 4]) == "2 \u00d7 4"
 
 
 @pytest.mark.parametrize(("count", "amount", "size"), [(5_923_844, "5.92 M", "5.9 MB"), (999, "999", "999 bytes")])

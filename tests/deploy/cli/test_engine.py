@@ -125,5 +125,6 @@ def test_an_engine_is_no_place_for_several(graph, tmp_path, capsys):
 
 
 def test_other_peoples_folders_are_left_alone(graph, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("four years")
-    assert "did not write" in engine(capsys, graph, "--out", tmp_path, "--batch", 1, "--batch", 2, code=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("four years")
+    assert "did not write" in engine(capsys, graph, "--out", tmp_path / "mine", "--batch", 1, "--batch", 2, code=2)

@@ -168,7 +168,11 @@ def test_other_runtimes_and_bundles(whole, exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["onnx", "--whole", "--out", "onnx"], "is of the kind 'onnx', and a pipeline of engines would take its place"),
+        (["onnx", "--whole", "--out", "onnx"], "--out onnx is onnx, which is read"),
+        (
+            ["onnx", "--whole", "--out", "dense"],
+            "is of the kind 'onnx', and a pipeline of engines would take its place",
+        ),
         (["onnx", "--whole", "--out", "engine"], "is of the kind 'engine', and a pipeline"),
         (["onnx", "--out", "whole"], "is of the kind 'engine-pipeline', and an engine would take its place"),
         (["onnx", "--whole", "--out", "new", "--batch", "2", "--batch", "4"], "--whole makes one pipeline"),
@@ -179,6 +183,7 @@ def test_other_runtimes_and_bundles(whole, exported, tmp_path, capsys):
 def test_what_cannot_be(whole, exported, engine, tmp_path, capsys, monkeypatch, argv, told):
     for name, place in (("onnx", exported), ("engine", engine), ("whole", whole)):
         (tmp_path / name).symlink_to(place)
+    shutil.copytree(exported, tmp_path / "dense")
     monkeypatch.chdir(tmp_path)
     assert told in refused(["engine", *argv, *ENGINES], capsys)
     assert not (tmp_path / "new").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from command_line import refused
+from command_line import actions_of, refused
 
 from deploy.cli import flags
 from deploy.cli.app import COMMANDS, make_parser
@@ -14,14 +14,6 @@ from exporters import settings as of_exporters
 from exporters.settings import BenchSettings, EngineSettings
 from slimdiff import settings as of_slimdiff
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
-
-
-def actions_of(command: str) -> list[argparse.Action]:
-    parser = make_parser()
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    with pytest.raises(SystemExit):
-        parser.parse_args([command, "--help"])
-    return subparsers.choices[command]._actions
 
 
 def test_the_help_of_a_field_is_its_docstring():
@@ -80,7 +72,7 @@ def test_every_kind_of_budget_has_a_flag(kind):
         ("compress demo --out x --reduce 5% --groups keys", "--groups: there is no group 'keys'"),
         ("compress demo --out x --reduce 5% --allocation best", "--allocation: invalid choice: 'best'"),
         ("compress demo --out x --reduce 5x", "--reduce: budget '5x': write a count such as 100M"),
-        ("compress demo --out x --reduce 100%", "--reduce: '100%' must lie between nothing and all"),
+        ("compress demo --out x --reduce 100%", "--reduce: budget '100%' must lie between nothing and all"),
         ("compress demo --out x --speedup 0.5", "--speedup: a speedup is dense latency over slim latency"),
         ("engine x --out y --target ampere", "--targets: a target is named like sm89"),
         ("compare demo demo --images 0", "--images: must be a whole number of at least 1"),

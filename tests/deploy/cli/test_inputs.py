@@ -114,7 +114,7 @@ def test_a_budget_beyond_the_sites_is_refused_before_the_long_work(tmp_path, wor
     ("budget", "says"),
     [
         (["--speedup", "0.9"], "1.35"),
-        (["--max-error", "0"], "above 0"),
+        (["--max-error", "0"], "greater than 0"),
         (["--macs", "some"], "50G"),
         (["--reduce", "5%", "--runtime", "torch"], "--speedup"),
     ],

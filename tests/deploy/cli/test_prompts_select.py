@@ -38,7 +38,7 @@ def test_select_text_for_people(workspace, tmp_path, capsys):
         ("one\ntwo\none", [], "2 different prompts"),
         ("one\ntwo\nthree", ["--model", "nowhere"], "no such directory"),
         ("one\ntwo\nthree", ["--count", "0"], "--count: must be"),
-        ("one\ntwo\nthree", ["--out", "."], "is a folder"),
+        ("one\ntwo\nthree", ["--out", "tests"], "is a folder"),
     ],
 )
 def test_bad_selections(tmp_path, capsys, content, more, says):

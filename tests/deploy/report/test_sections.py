@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 
 import numpy as np
@@ -11,6 +13,7 @@ from reports import edit, fake_build, report_of, save, text_of
 
 from deploy.artifacts import build_folder
 from deploy.report.page import write_report
+from deploy.report.sections import noise
 from deploy.report.sections.gates import gate_bound, gate_value
 from slimdiff.errors import InputError
 
@@ -59,6 +62,40 @@ def test_latency_says_when_it_is_inconclusive(build, changes, said):
     assert said in text_of(report_of(build))
 
 
+# --- noise --------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_is_drawn_over_times_that_are_not_whole(build):
+    times = [1.0954999923706055, 0.5686483383178711, -0.18877407908439636, -1.553699016571045]
+    before = build_folder.read(build, "compare")["noise_error"]
+    edit(build, "compare", noise_error=before | {"by_timestep": [[t, 0.001 * (3 - t)] for t in times]})
+    chart = noise.build({"compare": build_folder.read(build, "compare"), "build": build_folder.read(build, "build")})[
+        "noise"
+    ]
+    assert [row[0] for row in chart["rows"]] == ["1.0955", "0.568648", "-0.188774", "-1.5537"]
+    places = [x for x, _, _ in chart["points"]]
+    assert places == sorted(places) and (places[0], places[-1]) == (0.0, 100.0)
+    assert all(0 <= tick.at <= 100 for tick in chart["x"]) and len({tick.label for tick in chart["x"]}) > 2
+    assert "largest at t = -1.5537" in chart["summary"].replace("\u00a0", " ")
+    assert "t = 1.0955:" in report_of(build)
+
+
+# --- engine -------------------------------------------------------------------------------------------------------
+
+
+def test_the_size_of_an_engine_is_explained_and_that_it_was_not_run(build):
+    edit(build, "engine", weights=10_400_000, precision="fp16")
+    text = text_of(report_of(build))
+    assert "compiled network for all 2 targets, kernels and constants beside the weights in fp16" in text
+    assert "20.87 MB as float32 and 10.40 MB in the graph that the engine was built from" in text
+    assert "Built here, not run (no such GPU on this machine)" in text
+    edit(build, "engine", weights=None, targets=[])  # an older build's engine, for the GPU of its machine
+    edit(build, "build", machine={"gpus": ["NVIDIA L4"]})
+    text = text_of(report_of(build))
+    assert "compiled network, kernels" in text and "as float32." in text
+    assert "Built here, not run (the GPU here is NVIDIA L4" in text
+
+
 # --- sites --------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +122,24 @@ def test_sites_that_were_not_asked_for_are_counted_and_not_drawn(build):
 def test_no_pictures(build):
     edit(build, "compare", pictures=[])
     assert "compare.shown is 0" in text_of(report_of(build))
+
+
+def test_the_difference_of_dense_and_slim_is_beside_them_and_its_factor_is_named(tmp_path):
+    folder = fake_build(tmp_path, pictures=2)
+    flat = np.full((64, 64, 3), 100, dtype=np.uint8)
+    for number, step in enumerate((20, 5)):
+        off = flat.copy()
+        off[0, 0, 1] -= step
+        Image.fromarray(flat).save(folder / build_folder.IMAGES / f"{number:02d}-dense.png")
+        Image.fromarray(off).save(folder / build_folder.IMAGES / f"{number:02d}-slim.png")
+    pages = report_of(folder)
+    assert pages.count("difference, dense to slim, \u00d78: ") == 2 and "made 8 times as bright" in pages
+    encoded = re.findall(r'data:image/png;base64,([^"]+)"[^>]*alt="difference', pages)
+    for uri, step in zip(encoded, (20, 5), strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
+        assert shown[0, 0].tolist() == [0, 8 * step, 0] and shown.sum() == 8 * step
+    Image.fromarray(flat).save(folder / build_folder.IMAGES / "01-slim.png")
+    assert "no difference: " in report_of(folder)
 
 
 def test_large_images_are_embedded_smaller(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import EulerDiscreteScheduler
 from families.images import xl
 from pydantic import ValidationError
 
@@ -167,22 +168,18 @@ def test_a_prompt_becomes_diffusers_image(repositories, sources, batch, options,
 
 def test_sdxl_becomes_diffusers_image(tmp_path):
     pipeline = xl()
+    pipeline.scheduler = EulerDiscreteScheduler()  # the second of three steps is at 499.5
     export_pipeline(pipeline, tmp_path / "onnx", ExportSettings(dynamic_batch=True))
     write_repository(tmp_path / "onnx", tmp_path / "out", CPU)
-    server = Server(tmp_path / "out" / "models")
+    server = Server(models := tmp_path / "out" / "models")
     assert "text_encoder_2" in server.sessions
-    text_to_image = TextToImage(tmp_path / "out" / "models" / "text_to_image" / "1" / "pipeline", server)
+    serves = TextToImage(models / "text_to_image" / "1" / "pipeline", server)
     for negative_prompt in ("", "a blue star"):
-        found = text_to_image("a red circle", negative_prompt, seed=3, steps=3, guidance=4.0)
-        expected = pipeline(
-            "a red circle",
-            negative_prompt=negative_prompt or None,
-            num_inference_steps=3,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(3),
-            output_type="np",
-        ).images[0]
-        assert image_psnr(expected, found / 255) >= 50 and np.ptp(found) > 25
+        found = serves("a red circle", negative_prompt, seed=3, steps=3, guidance=4.0)
+        noise, options = torch.Generator().manual_seed(3), {"num_inference_steps": 3, "guidance_scale": 4.0}
+        negative = negative_prompt or None
+        same = pipeline("a red circle", negative_prompt=negative, generator=noise, output_type="np", **options)
+        assert image_psnr(same.images[0], found / 255) >= 50 and np.ptp(found) > 25
 
 
 def test_an_engine_of_the_served_graph_has_a_timestep_per_sample(repositories):
@@ -217,6 +214,12 @@ def test_a_cancelled_request_stops_after_the_step(text_to_image):
     with pytest.raises(Cancelled):
         text_to_image("a circle", steps=5, is_cancelled=lambda: True)
     assert len(text_to_image.pipeline.unet.infer.batches["unet"]) == before + 1
+
+
+def test_a_scheduler_of_fractions_is_refused_where_the_graph_takes_whole_timesteps(text_to_image, monkeypatch):
+    monkeypatch.setattr(text_to_image.pipeline, "scheduler", EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="takes whole timesteps, not 499.5: export the model again"):
+        text_to_image("a circle", steps=3)
 
 
 def test_seeds_make_different_images_and_the_same_one_the_same(text_to_image):

@@ -28,12 +28,13 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm89", "580.65.06")
 onnx = pytest.importorskip("onnx", reason="the ONNX export needs the extra onnx")
 
 
-def test_engine_and_report_are_written_and_nothing_else(slim_engine):
+def test_engine_and_report_are_written_and_nothing_else(slim_engine, exported):
     folder, report = slim_engine
     assert {p.name for p in folder.iterdir()} == {"model.engine", "engine.json", "config.json", "manifest.json"}
     assert json.loads((folder / "engine.json").read_text()) == report
     assert (folder / "model.engine").stat().st_size == report["bytes"] > 0
     assert report["backend"] == "tensorrt-rtx" and report["targets"] == ["sm89"] and report["seconds"] > 0
+    assert report["weights"] == (exported["slim-fp16"].parent / "model.onnx.data").stat().st_size > 0
     assert 2**28 < report["peak_memory"] < 2**33
     for name in ("engine.json", "manifest.json"):
         assert str(folder.parent) not in (folder / name).read_text()

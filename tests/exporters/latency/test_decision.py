@@ -16,7 +16,7 @@ from exporters.settings import BenchSettings
 from slimdiff.errors import InputError
 
 GATE = Gate.parse("latency<=1.05")
-FOREVER = BenchSettings(max_seconds=1e9)
+FOREVER = BenchSettings(max_seconds=1e8)
 
 
 def pair(log_ratio: float, cpu_log_ratio: float | None = None, preempted: int = 0) -> PairTimes:
@@ -122,6 +122,10 @@ def test_without_a_gate_the_first_look_is_enough():
         ([pair(s) for s in (0.0, 0.001, -0.001, 0.002)], ""),
         ([pair(0.2 + s, s) for s in (0.0, 0.001, -0.001, 0.002)], "by CPU time the speedup is 1.000x"),
         ([pair(s, preempted=1) for s in (0.0, 0.001, -0.001, 0.002)], "50% of the runs lost their core"),
+        (
+            [pair(s, preempted=1) for s in (0.0, 0.001, -0.001, 0.002)],
+            "speedup is of the rounds that kept their core",
+        ),
         ([pair(log(1.05) + s) for s in (-0.03, 0.03, -0.02, 0.02)], "it sits on the bound"),
         ([pair(s) for s in (-0.1, 0.1, -0.05, 0.05)], "more --max-seconds"),
     ],
@@ -153,13 +157,15 @@ def test_verdict_is_where_the_whole_interval_lies():
     assert latency.verdict(0.96, 1.02) == "inconclusive"
 
 
-@pytest.mark.parametrize("text", ["", "latency", "latency>=1.03", "speedup<=1.1", "latency<=x", "latency<=0", "fps>=3"])
+@pytest.mark.parametrize(
+    "text", ["", "latency", "latency>=1.03", "speedup<=1.1", "latency<=x", "latency<=0", "fps>=3", "speedup>=1e6"]
+)
 def test_a_gate_that_says_something_else_is_refused(text):
     with pytest.raises(InputError, match=r"latency<=1.03 or speedup>=1.1"):
         Gate.parse(text)
 
 
-@pytest.mark.parametrize("bound", [1e-6, 0.5, 1.1, 20.0, 1e6])
+@pytest.mark.parametrize("bound", [1e-6, 0.5, 1.1, 20.0, 1e3])
 def test_a_gate_is_read_as_it_is_written(bound):
     gate = Gate("speedup", bound)
     assert Gate.parse(str(gate)) == gate

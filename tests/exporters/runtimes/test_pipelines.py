@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -18,9 +21,11 @@ from diffusers import (
 )
 from PIL import Image
 
+from exporters.graphs.pipeline import export_pipeline
 from exporters.runtimes.pipeline import load_pipeline
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.vae import VAE
+from exporters.settings import ExportSettings
 from exporters.validation.parity import image_psnr
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -114,6 +119,40 @@ def test_another_scheduler(pipeline, loaded, scheduler):
         finally:
             source.scheduler = before
     assert_same(*made)
+
+
+@pytest.fixture(scope="module")
+def fractions_folder(pipeline, tmp_path_factory):
+    """The same pipeline, exported with a scheduler of fractions."""
+    folder, before = tmp_path_factory.mktemp("fractions"), pipeline.scheduler
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(before.config, use_karras_sigmas=True)
+    try:
+        export_pipeline(pipeline, folder, ExportSettings(dynamic_batch=True))
+    finally:
+        pipeline.scheduler = before
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes"),
+    [
+        (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+        (EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+        (EDMEulerScheduler, {}),
+        (KDPM2DiscreteScheduler, {}),
+        (DDIMScheduler, {}),
+    ],
+)
+def test_a_graph_of_float_timesteps_takes_any_scheduler_and_one_of_whole_ones_refuses(
+    pipeline, loaded, fractions_folder, runtime, scheduler, changes, monkeypatch
+):
+    other = load_pipeline(fractions_folder, runtime, threads=1)
+    for source in (pipeline, loaded, other):
+        monkeypatch.setattr(source, "scheduler", scheduler.from_config(loaded.scheduler.config, **changes))
+    assert_same(images(pipeline), images(other))
+    if scheduler is not DDIMScheduler:
+        with pytest.raises(InputError, match="model.onnx takes whole timesteps, and the scheduler gave "):
+            images(loaded)
 
 
 def test_a_step_callback_sees_every_step_and_what_it_changes_counts(pipeline, loaded):

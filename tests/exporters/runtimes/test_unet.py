@@ -93,8 +93,11 @@ def test_open_batch_takes_any_batch_that_is_one(exported, runtime, tiny, dense):
         ({"sample": torch.zeros(2, 4, 16, 16)}, r"takes sample \(2, 4, 8, 8\)"),
         ({"encoder_hidden_states": torch.zeros(2, 77, 32)}, r"encoder_hidden_states \(2, 7, 32\)"),
         ({"encoder_hidden_states": torch.zeros(2, 32)}, r"encoder_hidden_states \(2, 7, 32\)"),
-        ({"timestep": torch.tensor(946.4)}, "whole timestep"),
-        ({"timestep": torch.tensor([3, 4])}, "whole timestep"),
+        (
+            {"timestep": torch.tensor(946.4)},
+            "takes whole timesteps, and the scheduler gave 946.4: export the model again",
+        ),
+        ({"timestep": torch.tensor([3, 4])}, r"one timestep for all samples, given were \[3, 4\]"),
         ({"class_labels": torch.zeros(2)}, "class_labels"),
         ({"added_cond_kwargs": {"time_ids": torch.zeros(2, 6)}}, "time_ids"),
     ],

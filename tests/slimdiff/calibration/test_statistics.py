@@ -185,7 +185,7 @@ def test_timestep_weights_weigh_calls(pipeline, calls):
         expected = (one * alone[0].mean(name) + other * alone[1].mean(name)) / (one + other)
         torch.testing.assert_close(found.mean(name), expected, atol=1e-5, rtol=1e-4)
     flow = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(InputError, match="min_snr needs a scheduler with alphas_cumprod"):
+    with pytest.raises(InputError, match="min_snr needs a scheduler whose timesteps are those of its alphas_cumprod"):
         calibrate_on_calls(pipeline.unet, chosen, StatisticsSettings(timestep_weights="min_snr"), scheduler=flow)
 
 

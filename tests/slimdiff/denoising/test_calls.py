@@ -41,4 +41,4 @@ def test_what_cannot_be_had_is_named(pipeline):
     with pytest.raises(InputError, match=r"max_error is measured on recorded denoiser calls: give some .*of\(held="):
         ready.held  # noqa: B018
     with pytest.raises(InputError, match="fitted and errors compensated on .* give at least one non-empty prompt"):
-        Calls(pipeline, [" "], CalibrationSettings()).fitting  # noqa: B018
+        Calls(pipeline, [], CalibrationSettings()).fitting  # noqa: B018

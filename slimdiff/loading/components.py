@@ -1,0 +1,104 @@
+"""One component of a pipeline, loaded so that every weight of it comes from its files, in the dtype that they have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import ModelMixin
+from torch import nn
+
+from slimdiff.denoising.precision import refuse_overflow
+from slimdiff.errors import InputError
+from slimdiff.loading.weights import DTYPES, Weights, float_dtypes, read_headers
+
+_SHAPES = re.compile(r"because (?P<name>\S+) expected shape (?P<model>.*?), but got (?P<file>.*?)\. ")
+_SHOWN = 3
+
+
+def load_component(
+    folder: Path, kind: Any, weights: Weights, dtype: torch.dtype | None = None, variant: str | None = None
+) -> nn.Module:
+    """A model of diffusers or transformers, with every weight from its files.
+
+    Args:
+        kind: its class.
+        weights: `find_weights` of the folder.
+        dtype: of all its floating-point weights; each keeps that of its file if not given. What its class keeps in
+            float32 on purpose stays so.
+        variant: see `Weights.choose`.
+
+    Raises:
+        InputError: naming the component and the tensors that are missing, unknown or of another shape, or that `dtype`
+            is too narrow for.
+    """
+    chosen = weights.choose(variant)
+    headers = read_headers(weights.files[chosen])
+    own = float_dtypes(headers, folder) if dtype is None else {}
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ()) if issubclass(kind, ModelMixin) else set()
+    there = {d for name, d in own.items() if kept.isdisjoint(name.split("."))} or {torch.float32}
+    loaded_as = dtype or next(d for d in DTYPES.values() if d in there)  # the widest of them: nothing is rounded
+    model = _load(folder, kind, loaded_as, chosen)
+    if len(there) > 1:
+        narrow = {plain_name(name): d for name, d in own.items()}
+        for name, tensor in model.named_parameters():
+            if kept.isdisjoint(name.split(".")):
+                tensor.data = tensor.data.to(narrow.get(plain_name(name), tensor.dtype))
+    if dtype == torch.float16:
+        refuse_overflow(model, folder.name)
+    return model.eval()
+
+
+def _load(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None) -> Any:
+    common = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, "variant": variant}
+    if issubclass(kind, ModelMixin):
+        try:
+            model, info = kind.from_pretrained(folder, torch_dtype=dtype, **common)
+        except ValueError as error:
+            if (found := _SHAPES.search(str(error))) is None:
+                raise
+            sides = (str(list(map(int, re.findall("[0-9]+", found[side])))) for side in ("file", "model"))
+            what = f"{found['name']} is {' in the files and '.join(sides)} in the model"
+            raise InputError(_fault(folder, kind, what)) from error
+    else:
+        more = {"key_mapping": mapping} if (mapping := _key_mapping(kind)) else {}
+        model, info = kind.from_pretrained(folder, dtype=dtype, ignore_mismatched_sizes=True, **common, **more)
+    buffers = {plain_name(name) for name, _ in model.named_buffers()}  # older files hold those that are computed now
+    unknown = [name for name in info["unexpected_keys"] if plain_name(name) not in buffers]
+    other = [f"{name[0]} ({list(name[1])} in the files)" for name in info["mismatched_keys"]]
+    for names, what in ((info["missing_keys"], "lack"), (other, "have another shape of"), (unknown, "also have")):
+        if names:
+            raise InputError(_fault(folder, kind, f"its files {what} {_listed(names)}"))
+    return model
+
+
+def _fault(folder: Path, kind: Any, what: str) -> str:
+    return f"the {folder.name} in {folder.parent} is no whole {kind.__name__}: {what}; copy or save it again"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without the parts that transformers 4 has in CLIP and transformers 5 has not."""
+    return re.sub(r"\b(text_model|vision_model)\.", "", name)
+
+
+def _key_mapping(kind: Any) -> dict[str, str]:
+    """Names of CLIP's weights as transformers 5 writes them -> as 4 needs them; 5 reads both by itself."""
+    if int(transformers.__version__.split(".")[0]) > 4:
+        return {}
+    if kind is transformers.CLIPTextModel:
+        return {r"^(?!text_model\.)": "text_model."}
+    if kind is transformers.CLIPVisionModel:
+        return {r"^(?!vision_model\.)": "vision_model."}
+    if kind.__name__ == "StableDiffusionSafetyChecker":
+        return {r"^vision_model\.(?!vision_model\.)": "vision_model.vision_model."}
+    return {}

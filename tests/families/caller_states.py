@@ -1,0 +1,67 @@
+"""States that the caller may have left torch and numpy in, by name: a context of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _rough_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def _other_noise() -> Iterator[None]:
+    torch.manual_seed(12345)
+    yield
+
+
+CALLER_STATES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "default dtype float64": lambda: _default_dtype(torch.float64),
+    "default dtype bfloat16": lambda: _default_dtype(torch.bfloat16),
+    "default device meta": lambda: torch.device("meta"),
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "rough products": _rough_products,
+    "deterministic algorithms": _deterministic,
+    "another seed": _other_noise,
+    "numpy raises": lambda: np.errstate(all="raise"),
+}
+
+
+def seen_from_outside() -> tuple[object, ...]:
+    """What of torch's state a caller would notice."""
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
+    return (*modes, *products, torch.get_default_dtype(), torch.get_default_device(), str(np.geterr()))

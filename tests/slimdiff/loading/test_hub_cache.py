@@ -1,0 +1,63 @@
+"""The hub's local cache: snapshots whose files are links into the blobs of the same repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deploy.artifacts.files import save_pipeline
+from slimdiff import InputError
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.storage import manifest
+
+
+def cached(source: Path, cache: Path, name: str) -> Path:
+    """A snapshot of a folder as the hub's cache keeps it."""
+    repository, revision = cache / f"models--{name.replace('/', '--')}", "a" * 40
+    snapshot, blobs = repository / "snapshots" / revision, repository / "blobs"
+    blobs.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        blob, place = blobs / hashlib.sha256(file.read_bytes()).hexdigest(), snapshot / file.relative_to(source)
+        shutil.copyfile(file, blob)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    return snapshot
+
+
+@pytest.fixture
+def snapshot(pipeline, tmp_path, monkeypatch) -> Path:
+    save_pipeline(pipeline, tmp_path / "model")
+    manifest.write_manifest(tmp_path / "model", "slim-model", {})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return cached(tmp_path / "model", tmp_path / "hub", "org/model")
+
+
+def test_a_cached_model_opens_by_its_id_and_by_its_folder(snapshot):
+    assert type(load_pipeline("org/model")) is type(load_pipeline(snapshot))
+
+
+def test_a_cached_model_is_found_below_the_librarys_home(snapshot, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    load_pipeline("org/model")
+
+
+def test_what_is_not_in_the_cache_is_said_in_one_line(snapshot):
+    with pytest.raises(InputError, match=r"org/other is not in the hub's cache .*hub, and HF_HUB_OFFLINE is set"):
+        load_pipeline("org/other")
+
+
+def test_links_to_other_places_are_refused_as_ever(snapshot, tmp_path):
+    file = snapshot / "vae" / "config.json"
+    outside = Path(shutil.copyfile(file, tmp_path / "config.json"))
+    file.unlink()
+    file.symlink_to(outside)
+    with pytest.raises(InputError, match="outside the artifact"):
+        load_pipeline(snapshot)
