@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -44,6 +46,13 @@ def _other_noise() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 CALLER_STATES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
@@ -56,6 +65,9 @@ CALLER_STATES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "rough products": _rough_products,
     "deterministic algorithms": _deterministic,
     "another seed": _other_noise,
+    "attention by plain products": lambda: sdpa_kernel(SDPBackend.MATH),
+    "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "warnings are errors": _warnings_are_errors,
     "numpy raises": lambda: np.errstate(all="raise"),
 }
 

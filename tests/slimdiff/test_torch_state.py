@@ -13,7 +13,7 @@ from slimdiff.fidelity import compare
 
 SETTINGS = CalibrationSettings(samples=2, sampling=SAMPLING)
 PLANNING = PlanSettings(align=4, sensitivity_calls=2)
-QUICK = {"autocast to bfloat16", "default dtype float64", "inference mode"}
+QUICK = {"autocast to bfloat16", "default dtype float64", "inference mode", "attention by plain products"}
 
 
 def outcome(pipeline):
