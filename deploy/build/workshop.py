@@ -24,7 +24,6 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.precision import held_like, in_dtype
 from slimdiff.denoising.trajectory import Call, record_calls
 from slimdiff.loading.pipelines import load_pipeline, read_dtype
-from slimdiff.planning.costs import count_bytes
 from slimdiff.settings import Sampling, WeightSettings
 from slimdiff.storage import manifest
 
@@ -56,9 +55,12 @@ class Workshop:
     def dense(self) -> DiffusionPipeline:
         return load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant)
 
-    def finish(self, slim: Any) -> DiffusionPipeline:
-        """The dense pipeline as its files have it with a slim denoiser, in their dtypes or the recipe's."""
-        held = load_pipeline(self.recipe.model, variant=self.recipe.variant)
+    def load_held(self) -> DiffusionPipeline:
+        """The dense pipeline in the dtypes of its files."""
+        return load_pipeline(self.recipe.model, variant=self.recipe.variant)
+
+    def finish(self, slim: Any, held: DiffusionPipeline) -> DiffusionPipeline:
+        """The pipeline as it is `held` with a slim denoiser, in its dtypes or the recipe's."""
         whole = with_denoiser(held, held_like(slim, denoiser_of(held)))
         dtype = read_dtype(self.recipe.dtype)
         return whole if dtype is None else in_dtype(whole, dtype)
@@ -120,11 +122,6 @@ class Workshop:
         sampling = self.recipe.calibration.sampling
         call = partial(example_call, self.dense, height=sampling.height, width=sampling.width)
         self.new_compressor().check(self.budgets, call=call)
-
-    @cached_property
-    def dense_bytes(self) -> int:
-        """Of the dense denoiser's weights, in the dtypes that its files have."""
-        return count_bytes(denoiser_of(load_pipeline(self.recipe.model, variant=self.recipe.variant)))
 
     @property
     def weight_settings(self) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSett
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
 """What a model may be, in the help."""
-"""What `--variant` is where a model is only read, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""
 _ARTIFACTS = ("MODEL", "ARTIFACT", "BASE", "CANDIDATE", "DENSE", "SLIM", "DIR_OR_FILE")

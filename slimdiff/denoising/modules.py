@@ -18,13 +18,14 @@ from slimdiff.errors import InputError
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def plain(module: Any) -> Any:
     """What `torch.compile`, `DataParallel` or `DistributedDataParallel` was put around; else the module itself."""
-    while type(module).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        module = getattr(module, "_orig_mod", None) or module.module
+    while (inside := _INSIDE.get(type(module).__name__)) is not None:
+        module = getattr(module, inside)
     return module
 
 

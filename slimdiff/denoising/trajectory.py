@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import walk_tb
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline
@@ -152,10 +151,12 @@ def sample_images(
         InputError: if the pipeline needs or refuses an argument, saying which.
     """
     pipeline, prompts = in_float32(pipeline), check_inputs(prompts, blank=True)
+    if not checked:
+        pipeline = copy.copy(pipeline)
+        after = {"safety_checker", "watermark", "watermarker"} & vars(pipeline).keys()
+        vars(pipeline).update(dict.fromkeys(after))
     batches = bar(_batches(prompts, sampling), "images", "batch")
-    after = () if checked else ("safety_checker", "watermark", "watermarker")
-    with patch.dict(vars(pipeline), {name: None for name in after if name in vars(pipeline)}):
-        return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
+    return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
 
 
 def _batches(prompts: Sequence[Inputs], sampling: Sampling) -> list[range]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -36,24 +35,25 @@ def find_model(model: str | Path) -> Path | None:
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The folder of a hub id in the local cache (`HF_HUB_CACHE`, `HF_HOME`) where `HF_HUB_OFFLINE` is set.
+    """The folder of a hub id in the local cache where `HF_HUB_OFFLINE` is set.
 
     None for what is no hub id, and where the hub may be asked.
 
     Raises:
         InputError: if it is not in the cache.
     """
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if name == "demo" or Path(name).exists() or not _HUB_ID.fullmatch(name) or name.startswith(".") or not offline:
+    if name == "demo" or Path(name).exists() or not _HUB_ID.fullmatch(name) or name.startswith("."):
         return None
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    repository = cache / f"models--{name.replace('/', '--')}"
-    revision = repository / "refs" / "main"
-    snapshot = repository / "snapshots" / (revision.read_text().strip() if revision.is_file() else "")
-    if not revision.is_file() or not snapshot.is_dir():
-        raise InputError(f"{name} is not in the hub's cache {cache}, and HF_HUB_OFFLINE is set: fetch it first")
-    return snapshot
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    for file in (INDEX, manifest.MANIFEST):  # a model, and any artifact of ours
+        if isinstance(found := try_to_load_from_cache(name, file, constants.HF_HUB_CACHE), str):
+            return Path(found).parent
+    raise InputError(
+        f"{name} is not in the hub's cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: fetch it first"
+    )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,32 +13,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _set(change: Callable[[Any], object], value: Any, now: Any) -> Iterator[None]:
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        change(now)
 
 
-@contextmanager
-def _rough_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return _set(torch.set_default_dtype, dtype, torch.get_default_dtype())
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def _rough_products() -> AbstractContextManager[None]:
+    return _set(torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision())
+
+
+def _deterministic() -> AbstractContextManager[None]:
+    return _set(torch.use_deterministic_algorithms, True, torch.are_deterministic_algorithms_enabled())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from deploy.artifacts.figures import compression_result, costs, denoiser_of
 from deploy.artifacts.files import copy_licenses, save_pipeline
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from slimdiff.planning.costs import count_bytes
 from slimdiff.storage import manifest
 
 
@@ -17,11 +18,12 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     slim = shop.compressor.slim(shop.plan)
     seconds = round(time.perf_counter() - start, 3)
-    whole = shop.finish(slim)
+    held = shop.load_held()
+    whole = shop.finish(slim, held)
     save_pipeline(whole, folder, shop.recipe)
     copy_licenses(shop.recipe.model, folder)
     call = shop.trajectory[0]
-    dense = {**costs(denoiser_of(shop.dense), call), "bytes": shop.dense_bytes}
+    dense = {**costs(denoiser_of(shop.dense), call), "bytes": count_bytes(denoiser_of(held))}
     calibrated, sensitivity, planned = (
         manifest.read_manifest(shop.folder / stage)["made_from"]["seconds"]
         for stage in ("calibrate", "sensitivity", "plan")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from deploy.artifacts.files import save_pipeline
 from slimdiff import InputError
@@ -34,8 +37,8 @@ def cached(source: Path, cache: Path, name: str) -> Path:
 def snapshot(pipeline, tmp_path, monkeypatch) -> Path:
     save_pipeline(pipeline, tmp_path / "model")
     manifest.write_manifest(tmp_path / "model", "slim-model", {})
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return cached(tmp_path / "model", tmp_path / "hub", "org/model")
 
 
@@ -43,10 +46,13 @@ def test_a_cached_model_opens_by_its_id_and_by_its_folder(snapshot):
     assert type(load_pipeline("org/model")) is type(load_pipeline(snapshot))
 
 
-def test_a_cached_model_is_found_below_the_librarys_home(snapshot, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    load_pipeline("org/model")
+def test_a_cached_model_is_found_below_the_librarys_home(snapshot, tmp_path):
+    """What the environment says is read by the hub's library when it is first imported."""
+    asked = "from slimdiff.loading.naming import find_model; print(find_model('org/model'))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == snapshot
 
 
 def test_what_is_not_in_the_cache_is_said_in_one_line(snapshot):
