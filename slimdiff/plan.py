@@ -103,7 +103,8 @@ class Plan(BaseModel):
             f"parameters {counts['dense']} -> {counts['slim']}, allocation {self.allocation})"
         )
 
-    __str__ = __repr__
+    def __str__(self) -> str:
+        return repr(self)
 
     def save(self, path: Path) -> None:
         with replacing(path, is_file=True) as temporary:
