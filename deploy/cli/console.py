@@ -53,15 +53,15 @@ class _LogFile:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.next = time.monotonic() + SECONDS_BETWEEN_BARS
-        self.in_bar = False
+        self.begun = False  # a line that is not a bar's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        ends = self.in_bar and text == "\n"
-        self.in_bar = text.startswith("\r")
-        if not self.in_bar and not ends:
+        moves = not text.strip("\n") or not text.replace("\x1b[A", "")  # to the line of a bar inside a bar, or its end
+        if not text.startswith("\r") and (self.begun or not moves):
+            self.begun = not text.endswith("\n")
             return self.stream.write(text)
         line, now = text.strip(), time.monotonic()
         if line and now >= self.next:

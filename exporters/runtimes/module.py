@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -75,13 +78,26 @@ class NotInRuntimeError(InputError, AttributeError):
     """A method or attribute of torch's module that a graph cannot have. Whoever asks by `hasattr` is told no."""
 
 
-def refuse_saving(pipeline: Any) -> None:
-    """diffusers would leave out what it cannot save, with a warning."""
+def refuse_torchs_own(pipeline: Any) -> None:
+    """diffusers would leave out what it cannot save, with a warning, and looks for LoRA layers in a text encoder."""
 
     def save_pretrained(*_: Any, **__: Any) -> None:
         raise InputError("this pipeline runs graphs, which save_pretrained does not know: copy the folder it is from")
 
     pipeline.save_pretrained = save_pretrained
+    encode = getattr(type(pipeline), "encode_prompt", None)
+    if encode is None:
+        return
+
+    @wraps(encode)
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if inspect.signature(encode).bind(self, *args, **kwargs).arguments.get("lora_scale") is not None:
+            raise InputError(
+                "cross_attention_kwargs has a scale, of LoRA layers, and this pipeline's graphs have none: leave it out"
+            )
+        return encode(self, *args, **kwargs)
+
+    pipeline.encode_prompt = MethodType(encode_prompt, pipeline)
 
 
 def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_invisible_watermark_available
 
 from exporters.layout import CONFIGURED, INDEX, SAFETY_CHECKER, TEXT_ENCODERS, check_carried
-from exporters.runtimes.module import refuse_saving
+from exporters.runtimes.module import refuse_torchs_own
 from exporters.runtimes.safety_checker import SafetyChecker, exact_runtime
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
@@ -75,7 +75,7 @@ def load_pipeline(
                 parts[name] = _from_library(folder, name, value)
     with _explained(folder, kind.__name__):
         pipeline = kind(**parts)
-    refuse_saving(pipeline)
+    refuse_torchs_own(pipeline)
     return pipeline
 
 

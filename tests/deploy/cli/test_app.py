@@ -181,6 +181,19 @@ def test_progress_in_a_log_file_is_a_line_at_times(monkeypatch):
     assert all(line.startswith("images") for line in lines[:-1]) and "\r" not in written.getvalue()
 
 
+def test_a_bar_inside_a_bar_leaves_no_marks_in_a_log_file(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    with console.on_stderr(quiet=False, verbose=False):
+        for _ in bar(range(5), name="tables", mininterval=0, miniters=1):
+            for _ in bar(range(5), name="graphs", mininterval=0, miniters=1):
+                now[0] += 3
+        print("after", "it", file=sys.stderr)
+    lines = written.getvalue().splitlines()
+    assert lines[-1] == "after it" and {line[:6] for line in lines[:-1]} <= {"tables", "graphs"} and len(lines) > 4
+
+
 def test_quiet_shows_no_progress(monkeypatch):
     monkeypatch.setattr(sys, "stderr", written := io.StringIO())
     with console.on_stderr(quiet=True, verbose=False):

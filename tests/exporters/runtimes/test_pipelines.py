@@ -233,6 +233,8 @@ def test_what_is_torchs_alone_is_one_line_and_the_rest_works(loaded):
             torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 154, 32), cross_attention_kwargs=None, return_dict=False
         ),
         lambda: images(loaded, cross_attention_kwargs={"other": 1}),
+        lambda: images(loaded, cross_attention_kwargs={"scale": 0.5}),
+        lambda: images(other, cross_attention_kwargs={"scale": 0.5}),
     ):
         with pytest.raises(InputError) as caught:
             asked()
