@@ -257,6 +257,8 @@ def _arguments(
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own
         offered["batch_size"] = len(batch)
+    if "max_area" in parameters and sampling.height and sampling.width:  # Flux Kontext's, which goes before both
+        offered["max_area"] = sampling.height * sampling.width
     return {**offered, **inputs}
 
 

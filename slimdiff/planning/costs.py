@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.denoising.modules import twin
+from slimdiff.denoising.trajectory import Call
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.progress import working
 
 CostName = Literal["parameters", "macs", "latency_ms"]
+_Count = TypeVar("_Count")
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,34 @@ def count_bytes(module: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(denoiser: nn.Module, call: Call) -> int:
     """Multiply-accumulates of one call, for its whole batch: linears, convolutions and attention products."""
-    counter = FlopCounterMode(display=False)
+
+    def count(run: Callable[[], Any], _model: nn.Module) -> int:
+        counter = FlopCounterMode(display=False)
+        # The counter knows attention by its plain products; which kernel runs does not change how many there are.
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+        return counter.get_total_flops() // 2
+
+    return _counted(denoiser, call, count)
+
+
+def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any], nn.Module], _Count]) -> _Count:
+    """What `count` counts of a call to a model, which it runs.
+
+    Shapes are all that counts, so nothing is computed; but where a model's numbers decide on its shapes, all is.
+    """
     parameter = next(denoiser.parameters())
-    # The counter knows attention by its plain products; which kernel runs does not change how many there are.
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)
-    return counter.get_total_flops() // 2
+    arguments = call.to(parameter.device, parameter.dtype)
+
+    def count_in(model: nn.Module) -> _Count:
+        return count(lambda: model(**arguments, return_dict=False), model)
+
+    try:
+        other = twin(denoiser)  # what a model keeps of its first call would have no numbers
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return count_in(other)
+    except Exception:
+        return count_in(denoiser)
 
 
 def batch_of(call: Call) -> int:
@@ -89,21 +114,27 @@ def parameter_costs(denoiser: nn.Module, sites: Sequence[Site]) -> CostTable:
 
 
 @working("count multiply-accumulates by rank")
+@torch.no_grad()
 def mac_costs(denoiser: nn.Module, sites: Sequence[Site], call: Call) -> CostTable:
     """Multiply-accumulates by rank, of one sample with the shapes of `call`.
 
     Exactly what `count_macs` counts of the slim model: projections, convolutions, and attention's two products.
     """
-    per_rank: dict[str, int] = {site.path: 0 for site in sites}
-    with ExitStack() as stack:
-        for site in sites:
 
-            def add(macs: int, path: str = site.path) -> None:
-                per_rank[path] += macs
+    def count(run: Callable[[], Any], model: nn.Module) -> dict[str, int]:
+        per_rank = {site.path: 0 for site in sites}
+        with ExitStack() as stack:
+            for site in sites:
 
-            for handle in GROUPS[site.group].macs(denoiser.get_submodule(site.path), site, add):
-                stack.enter_context(handle)
-        predict(denoiser, call)
+                def add(macs: int, path: str = site.path) -> None:
+                    per_rank[path] += macs
+
+                for handle in GROUPS[site.group].macs(model.get_submodule(site.path), site, add):
+                    stack.enter_context(handle)
+            run()
+        return per_rank
+
+    per_rank = _counted(denoiser, call, count)
     batch = batch_of(call)
     ranks = {site.path: site.dense_rank for site in sites}
     layers = {path: {0: 0.0, ranks[path]: macs * ranks[path] / batch} for path, macs in per_rank.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from pathlib import Path
 
@@ -41,11 +42,15 @@ def run(args: argparse.Namespace) -> int:
     asked = flags.read(args, Sampling, batch=1)
     check_runnable(args.artifact, args.pipeline)
     calm_libraries()
+    from PIL.Image import Image
+
     from deploy.opening.openers import open_denoiser, whole_pipeline
     from slimdiff.denoising.trajectory import sample_images
 
     opened = open_denoiser(args.artifact, args.runtime, height=asked.height, width=asked.width)
     pipeline = whole_pipeline(opened, args.artifact, args.pipeline)
+    if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
+        raise InputError(f"{args.artifact} makes videos, and generate writes one image: call the pipeline from Python")
     fixed = opened.pixels(pipeline)
     if any(getattr(asked, side) not in (None, size) for side, size in fixed.items()):
         sides = " x ".join(map(str, fixed.values()))
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     image = sample_images(pipeline, [args.prompt] * sampling.batch, sampling)[0]
     seconds = round(time.perf_counter() - start, 3)
+    if not isinstance(image, Image):
+        raise InputError(f"{args.artifact} makes a {type(image).__name__} and no image: call the pipeline from Python")
     with manifest.replacing(out.absolute(), is_file=True) as temporary:
         image.save(temporary, format="PNG")
     value = {

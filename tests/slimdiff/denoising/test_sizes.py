@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import call, refused
+from every_pipeline.members import make_member
 from families.images import unconditional, xl
 from families.transformers import pixart
 from families.videos import animate, image_to_video, text_to_video
@@ -39,6 +40,12 @@ def _fault(pipeline, **sizes) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def test_a_pipeline_that_makes_its_own_size_of_an_area_gets_the_area_that_was_asked_for():
+    kontext = make_member("FluxKontextPipeline")
+    image = sample_images(kontext, ["a cat"], Sampling(steps=1, batch=1, height=32, width=16))[0]
+    assert image.size == (16, 32)
 
 
 def test_a_unet_that_does_not_resize_needs_its_down_scaling_and_patches_are_whole():
