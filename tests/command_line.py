@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 import pytest
 
 from deploy.cli.app import main, make_parser
 
+_SAID = re.compile(r"^slimdiff: error: |^\[ *[0-9.]+ s\] warning: ")
+
 
 def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
-    """What a command answers as JSON."""
-    assert main([*(str(a) for a in argv), "--json"]) == code
-    return json.loads(capsys.readouterr().out)
+    """What a command answers as JSON; asked to be quiet, it says nothing else but warnings and an error."""
+    capsys.readouterr()
+    assert main([*(str(a) for a in argv), "--json", "--quiet"]) == code
+    seen = capsys.readouterr()
+    assert all(_SAID.search(line) for line in seen.err.splitlines()), seen.err
+    return json.loads(seen.out)
 
 
 def refused(argv: list[Any], capsys, code: int = 2) -> str:

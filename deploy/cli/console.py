@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 
 from deploy.artifacts.build_folder import strict
 from deploy.artifacts.numbers import amount, relative, size
-from slimdiff.progress import show_progress
+from slimdiff.progress import show_progress, working
 
 log = logging.getLogger("slimdiff")
 """Where every command says what it is doing."""
@@ -95,9 +96,11 @@ def on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
         log.handlers[:], log.propagate = [], True
 
 
+@working("load torch, diffusers and transformers")
 def calm_libraries() -> None:
-    """Import diffusers and transformers with their own chatter turned down; for commands that are about to use them."""
+    """Import torch, diffusers and transformers, with their own chatter turned down, for commands that use them."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the result
+        importlib.import_module("slimdiff.loading.pipelines")
         import diffusers.utils.logging as diffusers_logging
         import transformers.utils.logging as transformers_logging
     for library in (diffusers_logging, transformers_logging):

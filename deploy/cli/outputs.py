@@ -200,10 +200,17 @@ def check_file(path: str, flag: str) -> None:
 
 
 def check_runnable(*names: str | None) -> None:
-    """Refuse artifacts to open that are neither here nor on the hub, or nothing that slimdiff knows."""
+    """Refuse artifacts to open that are neither here nor on the hub, nothing that slimdiff knows, or broken graphs."""
     for name in names:
-        if name is not None and kind_of(name) == "model":
+        if name is None:
+            continue
+        kind = kind_of(name)
+        if kind == "model":
             find_model(name)
+        elif kind == "onnx" and Path(name).is_file():
+            from exporters.graphs.reading import read_graph, weight_files
+
+            weight_files(Path(name), read_graph(name))
 
 
 def check_artifact(out: Path, kind: str) -> None:

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from traceback import walk_tb
 from typing import Any
 
@@ -156,7 +157,8 @@ def sample_images(
         after = {"safety_checker", "watermark", "watermarker"} & vars(pipeline).keys()
         vars(pipeline).update(dict.fromkeys(after))
     batches = bar(_batches(prompts, sampling), "images", "batch")
-    return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
+    one = partial(sample_batch, pipeline, prompts, sampling=sampling, output_type="pil", shown=True)
+    return [image for numbers in batches for image in one(numbers)]
 
 
 def _batches(prompts: Sequence[Inputs], sampling: Sampling) -> list[range]:
@@ -172,11 +174,13 @@ def sample_batch(
     numbers: Sequence[int],
     sampling: Sampling,
     output_type: str = "latent",
+    shown: bool = False,
 ) -> Sequence[Any]:
     """Run the pipeline once, on the prompts of these numbers; see `sample_images`.
 
     Args:
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
+        shown: whether a bar counts its steps.
 
     Raises:
         InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
@@ -184,6 +188,8 @@ def sample_batch(
     """
     pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
+    if shown:
+        vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
     if getattr(pipeline, "scheduler", None) is not None:
         pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]

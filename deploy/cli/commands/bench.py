@@ -86,13 +86,17 @@ def gate_of(args: argparse.Namespace) -> Gate | None:
 
 
 def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
+    from deploy.artifacts.kinds import kind_of
     from deploy.history import results, summary
     from exporters.latency.measure import bench
 
     chosen = flags.read(args, BenchSettings)
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
-        base = job_of(args.base, args.base_runtime or args.runtime, chosen.batch, Path(scratch) / "base")
-        candidate = job_of(args.candidate, args.runtime, chosen.batch, Path(scratch) / "candidate")
+        asked = {"base": (args.base, args.base_runtime or args.runtime), "candidate": (args.candidate, args.runtime)}
+        # Exports come last: what else is wrong shows before them.
+        order = sorted(asked, key=lambda place: kind_of(asked[place][0]) == "model")
+        jobs = {place: job_of(*asked[place], chosen.batch, Path(scratch) / place) for place in order}
+        base, candidate = jobs["base"], jobs["candidate"]
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
         value = bench(base, candidate, chosen, gate=gate)
     code = result(args, value, summary.text(value), EXIT_CODE[value["verdict"]])  # first: a full disk does not lose it

@@ -28,6 +28,13 @@ ROOT = Path(cli.__file__).parents[2]
         ("validate none demo", "no such directory"),
         ("compare demo none", "no such directory"),
         ("bench demo none", "no such directory"),
+        ("bench demo {broken}", "is no ONNX model"),
+        ("validate {broken} demo", "is no ONNX model"),
+        ("validate demo {empty}", "empty.json"),
+        ("bench demo {empty}", "empty.json"),
+        ("compare demo {broken}", "broken.onnx"),
+        ("bundle {broken} --target edge --out {out}", "broken.onnx"),
+        ("generate {broken} --prompt x --out {out}.png", "is no ONNX model"),
         ("bundle none --target edge --out {out}", "no such directory"),
         ("generate none --prompt x --out {out}.png", "no such directory"),
         ("inspect none", "no such file or folder"),
@@ -35,13 +42,17 @@ ROOT = Path(cli.__file__).parents[2]
     ],
 )
 def test_what_is_cheap_to_see_is_seen_before_torch_is_loaded(argv, says, tmp_path):
+    broken, empty = tmp_path / "broken.onnx", tmp_path / "empty.json"
+    broken.write_bytes(b"no graph")
+    empty.write_text("{}")
+    words = argv.format(out=tmp_path / "out", broken=broken, empty=empty).split()
     script = (
-        f"import sys; from deploy.cli.app import main; code = main({argv.format(out=tmp_path / 'out').split()!r})\n"
+        f"import sys; from deploy.cli.app import main; code = main({words!r})\n"
         "sys.exit(f'torch was loaded, code {code}' if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and says in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert done.stderr.count("\n") == 1 and set(tmp_path.iterdir()) == {broken, empty}
 
 
 def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
