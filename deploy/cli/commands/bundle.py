@@ -35,7 +35,7 @@ server  every graph and engine of the source (or those that --precision, --shape
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     source = "a model, an ONNX folder, an engine or several, or the folder of a finished build"
-    flags.text(parser, "source", "DIR", source)
+    flags.text(parser, "source", "ARTIFACT", source)
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
     flags.text(parser, "--out", "DIR", "where the bundle goes", required=True)
     parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
