@@ -194,10 +194,10 @@ def main() -> None:
     folder, kinds = arguments.out, arguments.kinds.split(",")
     dense = folder / "dense" / "model.onnx"
     if not dense.is_file():
-        from deploy.cli.commands.bench import exported
+        from deploy.cli.commands.bench import written
 
         with manifest.replacing(folder / "dense") as temporary:
-            exported("demo", "onnxruntime", 2, temporary)
+            written("demo", "onnxruntime", 2, temporary)
     if "slower" in kinds:
         calibrated(dense, folder, arguments.slowdown, arguments.pairs)
     file = folder / "runs.jsonl"

@@ -50,8 +50,8 @@ class WeightSettings(Settings):
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Of the weights; each component keeps that of its files if not given."""
     variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_]+$")
-    """Of the weights that are read, and written, such as fp16 for model.fp16.safetensors; if not given, the files
-    without a variant's name are read, or the only ones that there are, and what is written has none."""
+    """Of the weights, such as fp16 for model.fp16.safetensors; if not given, the files without a variant's name are
+    read, or the only ones that there are. The files of a model that is written are named for what was asked."""
     max_shard_size: str | None = Field(None, pattern=_SIZE)
     """Weights beyond this are written as several files, such as 5GB or 500MB (of 1000 each); diffusers' own default if
     not given."""

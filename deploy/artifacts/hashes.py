@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from slimdiff.loading.naming import find_model
 from slimdiff.progress import working
 from slimdiff.storage import manifest
 
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
+
 
 def public_name(model: str) -> str:
-    """A model's name without a path of this machine, for what others read."""
+    """A model's name without a path of this machine, for what others read; the hub's id of a snapshot in its cache."""
+    if cached := _SNAPSHOT.search(Path(model).as_posix()):
+        return cached[1].replace("--", "/", 1)
     return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
 
 

@@ -56,6 +56,11 @@ def kind_of(name: str) -> str:
     return kind
 
 
+def not_runnable(name: str, kind: str) -> InputError:
+    """What to say of an artifact that holds no denoiser."""
+    return InputError(f"{name} is {kind if kind == 'statistics' else f'a {kind}'}: name a model or an ONNX folder")
+
+
 def is_archive(path: Path) -> bool:
     """Whether a file begins like the archive of a bundle."""
     try:

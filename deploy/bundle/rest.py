@@ -87,14 +87,14 @@ def _other_files(folder: str, names: list[str]) -> list[str]:
 class TorchRest:
     """A model in torch, whose components are exported for every size that is needed."""
 
-    def __init__(self, model: str, safety_checker: bool = True) -> None:
-        self.model, self.safety_checker = model, safety_checker
+    def __init__(self, model: str, safety_checker: bool = True, variant: str | None = None) -> None:
+        self.model, self.safety_checker, self.variant = model, safety_checker, variant
 
     @cached_property
     def pipeline(self) -> Any:
         from slimdiff.loading.pipelines import load_pipeline
 
-        return load_pipeline(self.model, "fp32")
+        return load_pipeline(self.model, "fp32", variant=self.variant)
 
     @cached_property
     def scale(self) -> int:

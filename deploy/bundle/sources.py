@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,12 @@ class Selection:
     runtime: str | None = None
     safety_checker: bool = True
     """Whether the pipeline's safety checker goes along, where it has one."""
+    variants: Mapping[str | None, str | None] = field(default_factory=dict)
+    """Which weights are read of a model in torch, by its name."""
+
+    def rest(self, model: str) -> TorchRest:
+        """The other components of a model in torch."""
+        return TorchRest(model, self.safety_checker, self.variants.get(model))
 
 
 class Candidate(Model):
@@ -79,12 +85,13 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         return _model(name, selection)
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
-    checked = selection.safety_checker
     if kind == "build":
-        checked &= build_folder.read_verdict(path)["recipe"]["export"].get("safety_checker", True)
+        checked = selection.safety_checker and build_folder.read_verdict(path)["recipe"]["export"].get(
+            "safety_checker", True
+        )
         rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked)
     else:
-        rest = _rest(name, pipeline, checked)
+        rest = _rest(name, pipeline, selection)
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
@@ -136,7 +143,7 @@ def _model(name: str, selection: Selection) -> Source:
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
 
-    rest = TorchRest(name, selection.safety_checker)
+    rest = selection.rest(name)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
@@ -158,7 +165,7 @@ def _model(name: str, selection: Selection) -> Source:
     return Source("model", folders, candidates, rest, {"model": model_hash(name)})
 
 
-def _rest(name: str, pipeline: str | None, safety_checker: bool) -> ExportedRest | TorchRest:
+def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest | TorchRest:
     whole = Path(pipeline or name)
     if kind_of(str(whole)) == ENGINE_PIPELINE:
         raise InputError(
@@ -166,13 +173,13 @@ def _rest(name: str, pipeline: str | None, safety_checker: bool) -> ExportedRest
             "exported folder they were built from"
         )
     if (whole / INDEX).is_file() and (whole / "vae_decoder").is_dir():
-        return ExportedRest(whole, safety_checker)
+        return ExportedRest(whole, selection.safety_checker)
     if pipeline is None:
         raise InputError(
             f"{name} is a denoiser alone: say with --pipeline which model, or which exported folder, has the other "
             "components that go with it"
         )
-    return TorchRest(pipeline, safety_checker)
+    return selection.rest(pipeline)
 
 
 def _build(folder: Path, rest: TorchRest | ExportedRest) -> list[Candidate]:

@@ -49,12 +49,16 @@ class _Elapsed(logging.Formatter):
 
 
 class _LogFile:
-    """stderr that is no terminal: of a progress bar, which writes its line over and over, it takes a line at times."""
+    """stderr that is no terminal: of a progress bar, which writes its line over and over, it takes a line at times.
+
+    Of a bar inside a bar it does so where the outer one has had its chance.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.next = time.monotonic() + SECONDS_BETWEEN_BARS
         self.begun = False  # a line that is not a bar's
+        self.inside = False  # on the line of a bar inside a bar
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -64,8 +68,11 @@ class _LogFile:
         if not text.startswith("\r") and (self.begun or not moves):
             self.begun = not text.endswith("\n")
             return self.stream.write(text)
+        if moves:
+            self.inside = text.startswith("\n")
+            return len(text)
         line, now = text.strip(), time.monotonic()
-        if line and now >= self.next:
+        if line and now >= self.next + SECONDS_BETWEEN_BARS * self.inside:
             self.next = now + SECONDS_BETWEEN_BARS
             self.stream.write(f"{line}\n")
         return len(text)

@@ -21,8 +21,17 @@ from deploy.recipe.prompts import calibration_prompts, default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import cached_snapshot, find_model
-from slimdiff.settings import BUDGETS, MOST, Budget, BudgetKind, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.loading.naming import cached_snapshot, choose_variants, find_model
+from slimdiff.settings import (
+    BUDGETS,
+    MOST,
+    Budget,
+    BudgetKind,
+    CalibrationSettings,
+    PlanSettings,
+    Sampling,
+    WeightSettings,
+)
 
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, or a hub id"
@@ -107,6 +116,16 @@ def whole_number(most: int = MOST) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def add_variant(parser: Any) -> None:
+    """Which weights are read, for `read_variants`."""
+    add(parser, WeightSettings, "variant")
+
+
+def read_variants(args: argparse.Namespace, *models: str | None) -> dict[str | None, str | None]:
+    """The variant to read of each of the models that the command opens (`choose_variants`)."""
+    return choose_variants(read(args, WeightSettings).variant, *models)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 from deploy.artifacts import build_folder
-from deploy.artifacts.kinds import kind_of
+from deploy.artifacts.kinds import kind_of, not_runnable
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, INDEX
 from slimdiff import embedded
 from slimdiff.errors import InputError
@@ -207,6 +207,8 @@ def check_runnable(*names: str | None) -> None:
         kind = kind_of(name)
         if kind == "model":
             find_model(name)
+        elif kind in ("plan", "statistics"):
+            raise not_runnable(name, kind)
         elif kind == "onnx" and Path(name).is_file():
             from exporters.graphs.reading import read_graph, weight_files
 

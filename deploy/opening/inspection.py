@@ -25,9 +25,9 @@ from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.storage import manifest as manifests
 
 
-def model(name: str) -> dict[str, Any]:
+def model(name: str, variant: str | None = None) -> dict[str, Any]:
     """A diffusers pipeline, dense or slim."""
-    pipeline = load_pipeline(name)
+    pipeline = load_pipeline(name, variant=variant)
     denoiser = denoiser_of(pipeline)
     plan = plan_of(denoiser)
     if plan is not None:
@@ -165,7 +165,7 @@ def build(name: str) -> dict[str, Any]:
     return {**kept, "gates": gates, "stages": stages, "provenance": provenance}
 
 
-LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
+LOOK: dict[str, Callable[..., dict[str, Any]]] = {
     "model": model,
     "onnx": onnx,
     "engine": engine,
@@ -176,7 +176,7 @@ LOOK: dict[str, Callable[[str], dict[str, Any]]] = {
     "plan": plan,
     "build": build,
 }
-"""How each kind of `kind_of` is looked at."""
+"""How each kind of `kind_of` is looked at: by its name, and a model by the variant of its weights, too."""
 
 
 def sites_of(plan: Plan) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of
+from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of, not_runnable
 from exporters.dtypes import PRECISIONS
 from exporters.layout import ENGINE_PIPELINE
 from exporters.registry import names
@@ -65,7 +65,12 @@ class Opened:
 
 
 def open_denoiser(
-    name: str, runtime: str | None = None, *, height: int | None = None, width: int | None = None
+    name: str,
+    runtime: str | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    variant: str | None = None,
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -73,6 +78,7 @@ def open_denoiser(
         runtime: of `exporters.runtimes`; for ONNX `onnxruntime` if not given, for a bundle the best that is here; an
             engine has but one.
         height, width: of the images, pixels, where a bundle has denoisers for several sizes.
+        variant: of a model's weights.
 
     Raises:
         InputError: if it is none of them, or that runtime does not take it.
@@ -90,7 +96,7 @@ def open_denoiser(
         from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(name, "fp32")
+        pipeline = load_pipeline(name, "fp32", variant=variant)
         denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
     from exporters.runtimes.unet import UNet
@@ -113,7 +119,7 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
         there = ", ".join(sorted(p.parent.name for p in Path(name).glob(f"*/{ENGINE_REPORT}")))
         raise InputError(f"{name} holds several engines: name one of them ({there})")
     if kind not in ("onnx", "engine", ENGINE_PIPELINE):
-        raise InputError(f"{name} is {'a' if kind != 'statistics' else ''} {kind}: name a model or an ONNX folder")
+        raise not_runnable(name, kind)
     takes = names("graph")
     if kind != "onnx":
         from exporters.engine.check import read_engine
@@ -131,12 +137,13 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
     raise InputError(f"{name} is {'ONNX' if kind == 'onnx' else 'an engine'}, which {chosen} does not run: {remedy}")
 
 
-def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
+def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | None = None) -> Any:
     """A pipeline that makes images with what was opened.
 
     Args:
         rest: the model, or the folder of a whole pipeline in ONNX or of engines, that gives the other components to a
             graph or an engine; without one, the folder's own.
+        variant: of that model's weights.
 
     Raises:
         InputError: for a lone graph or engine and no `rest`.
@@ -152,7 +159,7 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None) -> Any:
         from slimdiff.compression import with_denoiser
         from slimdiff.loading.pipelines import load_pipeline
 
-        return with_denoiser(load_pipeline(rest, "fp32"), opened.denoiser)
+        return with_denoiser(load_pipeline(rest, "fp32", variant=variant), opened.denoiser)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
     return load_graphs(folder, opened.runtime if opened.kind == "onnx" else "onnxruntime", unet=opened.denoiser)

@@ -179,7 +179,7 @@ def _in_process(request: EngineRequest, engine: Path) -> dict[str, Any]:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         job = {
             "backend": request.backend,
-            "onnx_file": str(request.onnx_file.resolve()),
+            "onnx_file": str(request.onnx_file.absolute()),
             "engine_file": str(engine.resolve()),
             "result_file": str(result),
             "targets": [[int(t[2:-1]), int(t[-1])] for t in settings.targets],

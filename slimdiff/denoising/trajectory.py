@@ -23,7 +23,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from traceback import walk_tb
 from typing import Any
 
@@ -157,8 +156,7 @@ def sample_images(
         after = {"safety_checker", "watermark", "watermarker"} & vars(pipeline).keys()
         vars(pipeline).update(dict.fromkeys(after))
     batches = bar(_batches(prompts, sampling), "images", "batch")
-    one = partial(sample_batch, pipeline, prompts, sampling=sampling, output_type="pil", shown=True)
-    return [image for numbers in batches for image in one(numbers)]
+    return [image for numbers in batches for image in sample_batch(pipeline, prompts, numbers, sampling, "pil")]
 
 
 def _batches(prompts: Sequence[Inputs], sampling: Sampling) -> list[range]:
@@ -174,13 +172,11 @@ def sample_batch(
     numbers: Sequence[int],
     sampling: Sampling,
     output_type: str = "latent",
-    shown: bool = False,
 ) -> Sequence[Any]:
     """Run the pipeline once, on the prompts of these numbers; see `sample_images`.
 
     Args:
         output_type: `pil`, or `latent` for tensors where the pipeline has that.
-        shown: whether a bar counts its steps.
 
     Raises:
         InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
@@ -188,8 +184,7 @@ def sample_batch(
     """
     pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
-    if shown:
-        vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
+    vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
     if getattr(pipeline, "scheduler", None) is not None:
         pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
@@ -215,6 +210,11 @@ def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: E
     advice = "another number of steps, scheduler or argument may do"
     if images:
         advice = f"it takes {images}: commands give prompts alone, `slimdiff.compress` takes mappings of arguments"
+    expected = [
+        name for name, part in vars(pipeline).items() if part is None and re.match("text_encoder|tokenizer", name)
+    ]
+    if expected and isinstance(error, AttributeError) and "'NoneType'" in str(error):
+        advice = f"it has no {' and no '.join(expected)}, which prompts need: save the model with them"
     return f"{_title(pipeline)} does not run{steps}: {type(error).__name__}: {reason[0]} ({advice})"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def load_component(
         kind: its class.
         weights: `find_weights` of the folder.
         dtype: of all its floating-point weights; each keeps that of its file if not given. What its class keeps in
-            float32 on purpose stays so.
+            float32 on purpose is computed with in float32, and saved as its file has it.
         variant: see `Weights.choose`.
 
     Raises:
@@ -43,14 +44,30 @@ def load_component(
     there = {d for name, d in own.items() if kept.isdisjoint(name.split("."))} or {torch.float32}
     loaded_as = dtype or next(d for d in DTYPES.values() if d in there)  # the widest of them: nothing is rounded
     model = _load(folder, kind, loaded_as, chosen)
-    if len(there) > 1:
-        narrow = {plain_name(name): d for name, d in own.items()}
-        for name, tensor in model.named_parameters():
-            if kept.isdisjoint(name.split(".")):
-                tensor.data = tensor.data.to(narrow.get(plain_name(name), tensor.dtype))
+    _keep_dtypes(model, {plain_name(name): d for name, d in own.items()})
     if dtype == torch.float16:
         refuse_overflow(model, folder.name)
     return model.eval()
+
+
+def _keep_dtypes(model: Any, own: Mapping[str, torch.dtype]) -> None:
+    """Give each tensor the dtype that its file has, by `own`; what is kept in float32 on purpose is saved in it."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    saved = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dtype = own.get(plain_name(name), tensor.dtype)
+        if kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+        elif dtype != tensor.dtype:
+            saved[name] = dtype
+    if saved:
+        model.register_state_dict_post_hook(partial(_cast_saved, saved))
+
+
+def _cast_saved(saved: Mapping[str, torch.dtype], model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Cast tensors of a model's state, as long as the model has others of that dtype: it may have been cast since."""
+    there = {tensor.dtype for tensor in model.parameters()}
+    state.update({prefix + name: state[prefix + name].to(dtype) for name, dtype in saved.items() if dtype in there})
 
 
 def _load(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None) -> Any:

@@ -12,6 +12,7 @@ from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_VARIANT = re.compile(r"\.(\w+)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def find_model(model: str | Path) -> Path | None:
@@ -54,6 +55,32 @@ def cached_snapshot(name: str) -> Path | None:
     raise InputError(
         f"{name} is not in the hub's cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: fetch it first"
     )
+
+
+def choose_variants(asked: str | None, *models: str | None) -> dict[str | None, str | None]:
+    """The variant to read of each model: the one that was asked for where the model has it, else None.
+
+    Args:
+        models: names; what is no model has no variants, and a hub id that is not here may have any.
+
+    Raises:
+        InputError: if none of them has it, naming the variants that there are.
+    """
+    if asked is None:
+        return dict.fromkeys(models)
+    folders = {name: embedded.path() if name == "demo" else Path(name) for name in models if name is not None}
+    there = {name: _variants(folder) if folder.exists() else {asked} for name, folder in folders.items()}
+    known = sorted(set().union(*there.values()))
+    if asked not in known:
+        only = f"there is {', '.join(known)}" if known else "there is none but the unnamed one"
+        raise InputError(f"no weights of the variant {asked!r} are in {' or '.join(there)}: {only}")
+    return {None: None} | {name: asked if asked in found else None for name, found in there.items()}
+
+
+def _variants(folder: Path) -> set[str]:
+    """The variants of weights in a model's folder, by the names of files alone."""
+    files = (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
+    return {found[1] for file in files if (found := _VARIANT.search(file.name))}
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def measure_sensitivities(
     modules = dict(denoiser.named_modules())
 
     def measure() -> dict[str, float]:
-        reference = [predict(denoiser, call) for call in calls]
+        reference = [predict(denoiser, call) for call in bar(calls, "dense outputs", "call")]
         energy = sum(float(r.double().square().sum()) for r in reference)
         if not 0 < energy < math.inf:
             what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"

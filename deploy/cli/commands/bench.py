@@ -43,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     bound = parser.add_mutually_exclusive_group()
     flags.text(bound, "--gate", "BOUND", "such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'")
     flags.text(bound, "--tolerance", "SHARE", "slowdown that is allowed: 5% is --gate 'latency<=1.05'")
+    flags.add_variant(parser)
     flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
     results = parser.add_argument_group("history and CI")
     flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
@@ -90,12 +91,15 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from deploy.history import results, summary
     from exporters.latency.measure import bench
 
-    chosen = flags.read(args, BenchSettings)
+    chosen, variants = flags.read(args, BenchSettings), flags.read_variants(args, args.base, args.candidate)
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         asked = {"base": (args.base, args.base_runtime or args.runtime), "candidate": (args.candidate, args.runtime)}
         # Exports come last: what else is wrong shows before them.
         order = sorted(asked, key=lambda place: kind_of(asked[place][0]) == "model")
-        jobs = {place: job_of(*asked[place], chosen.batch, Path(scratch) / place) for place in order}
+        jobs = {
+            place: job_of(*asked[place], chosen.batch, Path(scratch) / place, variants[asked[place][0]])
+            for place in order
+        }
         base, candidate = jobs["base"], jobs["candidate"]
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
         value = bench(base, candidate, chosen, gate=gate)
@@ -106,8 +110,11 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     return code
 
 
-def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
+def job_of(name: str, runtime: str | None, batch: int, scratch: Path, variant: str | None = None) -> Job:
     """An artifact as it is to be run: in the runtime that was asked for, exported if that takes graphs.
+
+    Args:
+        variant: of a model's weights.
 
     Raises:
         InputError: if it is nothing that can be run, or that runtime does not take it.
@@ -118,27 +125,26 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path) -> Job:
     from exporters.latency.pair import Job
 
     kind = kind_of(name)
-    if kind == "model" and (runtime is None or runtime in names("graph")):
-        runtime = runtime or "onnxruntime"
-        return Job(name, str(exported(name, runtime, batch, scratch)), runtime)
+    if kind == "model" and (runtime is None or runtime in names("graph") or (runtime == "torch" and variant)):
+        return written(name, runtime or "onnxruntime", batch, scratch, variant)
     runtime = runtime_for(name, kind, runtime)
     if kind == "model":
         return Job(name, name, runtime)
     return Job(name, str(graph_of(name) if kind == "onnx" else engine_of(name, kind)), runtime)
 
 
-def exported(name: str, runtime: str, batch: int, folder: Path) -> Path:
-    """The graph of a model's denoiser."""
+def written(name: str, runtime: str, batch: int, folder: Path, variant: str | None = None) -> Job:
+    """A model's denoiser as that runtime takes it: its graph, or its weights."""
     from deploy.opening.openers import open_denoiser
-    from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
+    from exporters.latency.pair import write_job
     from exporters.runtimes.opening import version_of
 
     version_of(runtime)  # whether it is here shows before the export
     calm_libraries()
     log.info("bench: exporting %s", name)
-    opened = open_denoiser(name)
-    return export_unet(opened.denoiser, folder, example_call(opened.pipeline, batch=batch))
+    opened = open_denoiser(name, variant=variant)
+    return write_job(name, opened.denoiser, example_call(opened.pipeline, batch=batch), runtime, folder)
 
 
 def _show(args: argparse.Namespace, gate: Gate | None) -> int:

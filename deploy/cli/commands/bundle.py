@@ -35,7 +35,7 @@ server  every graph and engine of the source (or those that --precision, --shape
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     source = "a model, an ONNX folder, an engine or several, or the folder of a finished build"
-    flags.text(parser, "source", "DIR", source)
+    flags.text(parser, "source", "ARTIFACT", source)
     parser.add_argument("--target", required=True, choices=("edge", "server"), help="the kind of machine; see below")
     flags.text(parser, "--out", "DIR", "where the bundle goes", required=True)
     parser.add_argument("--archive", choices=("tar.zst",), help="write DIR.tar.zst, too")
@@ -43,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--triton", action="store_true", help="for servers: a Triton model repository, compose file and client, too"
     )
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.add_variant(parser)
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         check_new_file(_archive(out), "archive of a bundle")
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
+    variants = flags.read_variants(args, args.source, args.pipeline)
     require("onnx", "onnx")
     if args.archive:
         require("zstandard", "bundle")
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from deploy.bundle.contents import choose, write_bundle
     from deploy.bundle.sources import Selection, open_source
 
-    selection = Selection(args.target, shapes, args.precision, args.capability, args.runtime, args.safety_checker)
+    denoisers = (shapes, args.precision, args.capability, args.runtime)
+    selection = Selection(args.target, *denoisers, args.safety_checker, variants)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)

@@ -26,6 +26,7 @@ CAPTIONS_SEED = 1
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "dense", "DENSE", "a model")
     flags.text(parser, "slim", "SLIM", "a model")
+    flags.add_variant(parser)
     by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.whole(parser, "--images", "images of each", default=16)
@@ -38,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for model in (args.dense, args.slim):
         find_model(model)
-    sampling = flags.read(args, Sampling)
+    sampling, variants = flags.read(args, Sampling), flags.read_variants(args, args.dense, args.slim)
     source = args.prompts or default_source(args.dense)
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import compare, load_pipeline
 
     value = compare(
-        load_pipeline(args.dense, "fp32"),
-        load_pipeline(args.slim, "fp32"),
+        load_pipeline(args.dense, "fp32", variant=variants[args.dense]),
+        load_pipeline(args.slim, "fp32", variant=variants[args.slim]),
         prompts,
         sampling,
         images=args.images,

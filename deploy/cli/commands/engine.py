@@ -41,7 +41,7 @@ ENDS = ("min", "opt", "max")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    flags.text(parser, "onnx", "DIR", "what `slimdiff export` wrote, or a folder with model.onnx")
+    flags.text(parser, "onnx", "ARTIFACT", "what `slimdiff export` wrote, or a folder with model.onnx")
     flags.text(parser, "--out", "DIR", "where the engine goes", required=True)
     whole = "text encoders and VAE too, an engine each in its graph's place; batches follow the UNet's"
     parser.add_argument("--whole", action="store_true", help=whole)  # --pipeline names a model in other commands

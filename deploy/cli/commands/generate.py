@@ -31,6 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
     parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.add_variant(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,18 +42,20 @@ def run(args: argparse.Namespace) -> int:
     check_inputs(args.prompt, where="--prompt")
     asked = flags.read(args, Sampling, batch=1)
     check_runnable(args.artifact, args.pipeline)
+    variants = flags.read_variants(args, args.artifact, args.pipeline)
     calm_libraries()
     from PIL.Image import Image
 
     from deploy.opening.openers import open_denoiser, whole_pipeline
     from slimdiff.denoising.trajectory import sample_images
 
-    opened = open_denoiser(args.artifact, args.runtime, height=asked.height, width=asked.width)
-    pipeline = whole_pipeline(opened, args.artifact, args.pipeline)
+    size = {"height": asked.height, "width": asked.width}
+    opened = open_denoiser(args.artifact, args.runtime, **size, variant=variants[args.artifact])
+    pipeline = whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline])
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
         raise InputError(f"{args.artifact} makes videos, and generate writes one image: call the pipeline from Python")
     fixed = opened.pixels(pipeline)
-    if any(getattr(asked, side) not in (None, size) for side, size in fixed.items()):
+    if any(size[side] not in (None, pixels) for side, pixels in fixed.items()):
         sides = " x ".join(map(str, fixed.values()))
         raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
     sampling = opened.sampling(asked).model_copy(update=fixed)

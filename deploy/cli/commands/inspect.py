@@ -20,17 +20,22 @@ EXAMPLE = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "artifact", "DIR_OR_FILE", "what to look at")
+    flags.add_variant(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.artifact != "demo" and not Path(args.artifact).exists():
         raise InputError(f"{args.artifact}: there is no such file or folder")
-    kind = kind_of(args.artifact)
+    kind, variant = kind_of(args.artifact), flags.read_variants(args, args.artifact)[args.artifact]
     log.info("inspect: %s, %s", args.artifact, kind)
     calm_libraries()
     from deploy.opening.inspection import LOOK
 
-    value = {"artifact": args.artifact, "kind": kind, **LOOK[kind](args.artifact)}
+    value = {
+        "artifact": args.artifact,
+        "kind": kind,
+        **LOOK[kind](args.artifact, **({"variant": variant} if variant else {})),
+    }
     return result(args, value, _text(value))
 
 

@@ -27,6 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--count", "how many to select", required=True)
     flags.text(parser, "--out", "FILE", "the text file to write, one prompt a line", required=True)
     flags.text(parser, "--model", "MODEL", "whose text encoders: 'demo', a directory, or a hub id", required=True)
+    flags.add_variant(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.count > len(prompts):
         raise InputError(f"--count {args.count}: {args.file} holds {len(prompts)} different prompts, ask for 1 to that")
     find_model(args.model)
+    variant = flags.read_variants(args, args.model)[args.model]
 
     calm_libraries()
     import torch
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.prompts.selection import embed, moment_error, select
 
     start = time.perf_counter()
-    pipeline = load_pipeline(args.model, "fp32", without=("unet", "transformer", "vae"))
+    pipeline = load_pipeline(args.model, "fp32", variant=variant, without=("unet", "transformer", "vae"))
     embeddings = embed(pipeline, prompts)
     log.info("prompts: selecting %d of %d", args.count, len(prompts))
     chosen = sorted(select(embeddings, args.count))

@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
     parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
+    flags.add_variant(parser)
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add(parser, Sampling, "steps")
     flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     asked = flags.read(args, Sampling, batch=1)
     check_inputs(args.prompt, where="--prompt")
     check_runnable(args.base, args.candidate, args.pipeline)
+    variants = flags.read_variants(args, args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
     from deploy.build import spread
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
-    base, candidate = open_denoiser(args.base), open_denoiser(args.candidate, args.runtime)
+    base = open_denoiser(args.base, variant=variants[args.base])
+    candidate = open_denoiser(args.candidate, args.runtime, variant=variants[args.candidate])
     if base.precision != "fp32":
         raise InputError(
             f"{args.base} computes in {base.precision}: BASE is the reference and has to be fp32; name the model itself"
@@ -64,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--every-module holds the inside of a graph against its model: BASE a model, CANDIDATE ONNX in onnxruntime"
         )
-    pipeline = base.pipeline or candidate.pipeline or (load_pipeline(args.pipeline, "fp32") if args.pipeline else None)
+    pipeline = base.pipeline or candidate.pipeline
+    if pipeline is None and args.pipeline:
+        pipeline = load_pipeline(args.pipeline, "fp32", variant=variants[args.pipeline])
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
     sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))

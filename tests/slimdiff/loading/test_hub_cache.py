@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -10,27 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_cache import cached
 from huggingface_hub import constants
 
 from deploy.artifacts.files import save_pipeline
 from slimdiff import InputError
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.storage import manifest
-
-
-def cached(source: Path, cache: Path, name: str) -> Path:
-    """A snapshot of a folder as the hub's cache keeps it."""
-    repository, revision = cache / f"models--{name.replace('/', '--')}", "a" * 40
-    snapshot, blobs = repository / "snapshots" / revision, repository / "blobs"
-    blobs.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    for file in (path for path in source.rglob("*") if path.is_file()):
-        blob, place = blobs / hashlib.sha256(file.read_bytes()).hexdigest(), snapshot / file.relative_to(source)
-        shutil.copyfile(file, blob)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(blob, place.parent))
-    return snapshot
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
@@ -215,10 +216,39 @@ def test_a_component_that_the_index_says_is_none(pipeline, tmp_path):
     assert load_pipeline(tmp_path / "again").text_encoder_3 is None
 
 
-def test_layers_that_a_class_keeps_in_float32_stay_so(tmp_path):
-    T5EncoderModel(
-        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    ).half().save_pretrained(tmp_path)
-    encoder = load_component(tmp_path, T5EncoderModel, find_weights(tmp_path, T5EncoderModel))
-    assert {t.dtype for n, t in encoder.named_parameters() if ".wo." in n} == {torch.float32}
-    assert {t.dtype for n, t in encoder.named_parameters() if ".wo." not in n} == {torch.float16}
+def held_t5(folder, dtype) -> tuple[T5EncoderModel, dict[str, torch.Tensor]]:
+    """A T5 encoder loaded from files of a dtype, and what the files hold."""
+    T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).to(
+        dtype
+    ).save_pretrained(folder)
+    encoder = load_component(folder, T5EncoderModel, find_weights(folder, T5EncoderModel))
+    return encoder, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_a_class_keeps_in_float32_is_computed_so_and_saved_as_its_file_has_it(tmp_path, dtype, copied):
+    encoder, files = held_t5(tmp_path / "in", dtype)
+    wide = {t.dtype for n, t in encoder.named_parameters() if ".wo." in n}
+    assert wide == ({torch.float32} if dtype == torch.float16 else {dtype})
+    assert {t.dtype for n, t in encoder.named_parameters() if ".wo." not in n} == {dtype}
+    (copy.deepcopy(encoder) if copied else encoder).save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == files.keys()
+    assert all(saved[name].dtype == dtype and torch.equal(saved[name], tensor) for name, tensor in files.items())
+
+
+def test_what_diffusers_keeps_in_float32_is_saved_as_its_file_has_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "_keep_in_fp32_modules", ["conv_in"])
+    rewrite(weights(model, "vae"), lambda t: {k: v.half() for k, v in t.items()})
+    vae = load_pipeline(model).vae
+    assert {t.dtype for n, t in vae.named_parameters() if "conv_in" in n} == {torch.float32}
+    vae.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float16}
+
+
+def test_a_model_that_was_cast_after_loading_is_saved_as_it_was_cast(tmp_path):
+    encoder, _ = held_t5(tmp_path / "in", torch.float16)
+    encoder.float().save_pretrained(tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
