@@ -37,6 +37,7 @@ from exporters.machine import machine_name, usable_cores
 from exporters.runtimes.opening import open_session, version_of
 from exporters.runtimes.unet import UNet
 from exporters.settings import ExportSettings, TableSettings
+from slimdiff.denoising.torch_state import on_threads, own_threads
 from slimdiff.denoising.trajectory import Call, predict, watch_calls
 from slimdiff.errors import require
 from slimdiff.groups import GROUPS, find_sites
@@ -157,7 +158,7 @@ def _conditions(settings: TableSettings) -> dict[str, Any]:
 
 
 def _threads(settings: TableSettings) -> int:
-    return settings.threads or (torch.get_num_threads() if settings.runtime == "torch" else usable_cores())
+    return settings.threads or (own_threads() if settings.runtime == "torch" else usable_cores())
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -255,12 +256,14 @@ class _Measurement:
         self.others = np.zeros(min(weights, MOST_BYTES) // 8 + 1)
 
     def __enter__(self) -> None:
-        self.threads = torch.get_num_threads()
-        if self.settings.runtime == "torch" and self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        self.stack = ExitStack()
+        if self.settings.runtime == "torch":
+            self.stack.enter_context(on_threads(self.settings.threads))
+            self.stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(own_threads())
 
     def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.threads)
+        self.stack.close()
 
     def estimate(
         self, layers: Mapping[str, Layer], ranks: Mapping[str, Sequence[int]], models: bool, pace: _Pace

@@ -12,6 +12,7 @@ from torch import nn
 import slimdiff.models
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.pipeline import example_call
+from slimdiff.denoising.torch_state import on_threads
 from slimdiff.denoising.trajectory import Call, denoiser_name, predict
 from slimdiff.errors import InputError
 from slimdiff.loading.components import load_component
@@ -55,8 +56,7 @@ class TorchModel:
         dtype: str = "float32",
         compiled: bool = False,
     ):
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = threads
         if (Path(path) / CALL).is_file():
             denoiser, self._call = _saved(Path(path))
         else:
@@ -71,7 +71,8 @@ class TorchModel:
 
     def run(self) -> Any:
         """One call."""
-        return predict(self._denoiser, self._call)
+        with on_threads(self._threads):
+            return predict(self._denoiser, self._call)
 
 
 def _saved(folder: Path) -> tuple[Any, Call]:

@@ -33,6 +33,11 @@ def _deterministic() -> AbstractContextManager[None]:
     return _set(torch.use_deterministic_algorithms, True, torch.are_deterministic_algorithms_enabled())
 
 
+def _another_thread_count() -> AbstractContextManager[None]:
+    now = torch.get_num_threads()
+    return _set(torch.set_num_threads, 2 if now == 1 else 1, now)
+
+
 @contextmanager
 def _other_noise() -> Iterator[None]:
     torch.manual_seed(12345)
@@ -57,6 +62,7 @@ CALLER_STATES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference mode": torch.inference_mode,
     "rough products": _rough_products,
     "deterministic algorithms": _deterministic,
+    "another number of threads": _another_thread_count,
     "another seed": _other_noise,
     "attention by plain products": lambda: sdpa_kernel(SDPBackend.MATH),
     "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
@@ -69,4 +75,5 @@ def seen_from_outside() -> tuple[object, ...]:
     """What of torch's state a caller would notice."""
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
     products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
-    return (*modes, *products, torch.get_default_dtype(), torch.get_default_device(), str(np.geterr()))
+    usual = (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads())
+    return (*modes, *products, *usual, str(np.geterr()))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import PROMPTS, tiny_pipeline
 from families.caller_states import CALLER_STATES, seen_from_outside
 from families.family import SAMPLING, TWO_LEVELS
 
+from exporters.runtimes import torch_model
 from slimdiff import Budget, CalibrationSettings, PlanSettings, compress, load_pipeline
+from slimdiff.denoising.torch_state import on_threads, own_threads, own_torch_state
 from slimdiff.fidelity import compare
 
 SETTINGS = CalibrationSettings(samples=2, sampling=SAMPLING)
 PLANNING = PlanSettings(align=4, sensitivity_calls=2)
-QUICK = {"autocast to bfloat16", "default dtype float64", "inference mode", "attention by plain products"}
+QUICK = {
+    "another number of threads",
+    "attention by plain products",
+    "autocast to bfloat16",
+    "default dtype float64",
+    "inference mode",
+}
 
 
 def outcome(pipeline):
@@ -54,3 +64,23 @@ def test_a_model_is_loaded_as_its_files_are(name, tmp_path):
         expected = getattr(pipeline, part).state_dict()
         for key, weight in getattr(loaded, part).state_dict().items():
             assert weight.dtype == expected[key].dtype and torch.equal(weight, expected[key]), key
+
+
+def test_threads_are_the_processs_own_or_those_asked_for(monkeypatch):
+    now = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    with own_torch_state():
+        assert torch.get_num_threads() == 3
+    with on_threads(2), own_torch_state():
+        assert torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= own_threads() <= (os.cpu_count() or 1) and torch.get_num_threads() == now
+
+
+def test_a_timed_model_runs_on_the_threads_asked_for(tmp_path, monkeypatch):
+    tiny_pipeline(**TWO_LEVELS).save_pretrained(tmp_path)
+    seen = []
+    monkeypatch.setattr(torch_model, "predict", own_torch_state()(lambda *_: seen.append(torch.get_num_threads())))
+    for threads in (1, 2, 3):
+        torch_model.TorchModel(tmp_path, threads).run()
+    assert seen == [1, 2, 3]
