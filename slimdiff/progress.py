@@ -24,6 +24,11 @@ def show_progress(shown: bool) -> None:
     _shown = shown
 
 
+def progress_is_shown() -> bool:
+    """Whether this process shows progress bars."""
+    return _shown
+
+
 def bar(over: Iterable[Any] | None = None, name: str = "", unit: str = "it", **more: Any) -> tqdm:
     """A progress bar over things, or over `total` steps that are counted by `update`.
 

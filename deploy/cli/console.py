@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from deploy.artifacts.build_folder import strict
 from deploy.artifacts.numbers import amount, relative, size
-from slimdiff.progress import show_progress, working
+from slimdiff.progress import progress_is_shown, show_progress, working
 
 log = logging.getLogger("slimdiff")
 """Where every command says what it is doing."""
@@ -110,6 +110,8 @@ def calm_libraries() -> None:
         importlib.import_module("slimdiff.loading.pipelines")
         import diffusers.utils.logging as diffusers_logging
         import transformers.utils.logging as transformers_logging
+        from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    (enable_progress_bars if progress_is_shown() else disable_progress_bars)()  # of downloads
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 from deploy.artifacts import build_folder
-from deploy.artifacts.kinds import kind_of, not_runnable
+from deploy.artifacts.kinds import graph_of, kind_of, not_runnable
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, INDEX
 from slimdiff import embedded
 from slimdiff.errors import InputError
@@ -209,10 +209,11 @@ def check_runnable(*names: str | None) -> None:
             find_model(name)
         elif kind in ("plan", "statistics"):
             raise not_runnable(name, kind)
-        elif kind == "onnx" and Path(name).is_file():
+        elif kind == "onnx":
             from exporters.graphs.reading import read_graph, weight_files
 
-            weight_files(Path(name), read_graph(name))
+            graph = graph_of(name, verified=False)
+            weight_files(graph, read_graph(graph))
 
 
 def check_artifact(out: Path, kind: str) -> None:

@@ -16,6 +16,7 @@ from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
 from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
 from slimdiff.errors import InputError
+from slimdiff.progress import working
 from slimdiff.settings import (
     BUDGETS,
     LAST_SEED,
@@ -311,7 +312,8 @@ def _name_of_file(text: str) -> str:
 def check_groups(plan: PlanSettings, where: str) -> None:
     """Refuse groups that there are not, or that do not go together; `where` says what named them."""
     if plan.groups != TRANSFORMER_GROUPS:
-        from slimdiff.groups import fault_in  # with torch and diffusers, which most recipes are read without
+        with working("load torch and diffusers"):  # which most recipes are read without
+            from slimdiff.groups import fault_in
 
         if fault := fault_in(plan.groups):
             raise InputError(f"{where}: {fault}")

@@ -9,6 +9,7 @@ from deploy.artifacts import build_folder
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
+from deploy.recipe.prompts import all_prompts
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
 
@@ -52,6 +53,8 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path(source.stem)
     check_apart({"--out": out}, read)
     check_folder(out, "build")
+    if recipe.prompts is not None:
+        all_prompts(recipe.prompts)
 
     calm_libraries()
     from deploy.build import run_build

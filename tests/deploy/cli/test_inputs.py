@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,20 +40,30 @@ ROOT = Path(cli.__file__).parents[2]
         ("generate none --prompt x --out {out}.png", "no such directory"),
         ("inspect none", "no such file or folder"),
         ("build none.yaml --out {out}", "no such recipe"),
+        ("build {recipe} --out {out}", "no such prompt file"),
+        ("engine none --out {out}", "none"),
+        ("bench demo {folder}", "is no ONNX model"),
+        ("compress demo --out {out} --reduce 120%", "budget '120%'"),
+        ("compress demo --out {out} --reduce 5% --steps 0", "--steps"),
     ],
 )
 def test_what_is_cheap_to_see_is_seen_before_torch_is_loaded(argv, says, tmp_path):
     broken, empty = tmp_path / "broken.onnx", tmp_path / "empty.json"
     broken.write_bytes(b"no graph")
     empty.write_text("{}")
-    words = argv.format(out=tmp_path / "out", broken=broken, empty=empty).split()
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "folder"
+    recipe.write_text("model: demo\nbudget: {reduce: 5%}\nprompts: none.txt\n")
+    (folder / "unet").mkdir(parents=True)
+    shutil.copy(broken, folder / "unet" / "model.onnx")
+    before = set(tmp_path.rglob("*"))
+    words = argv.format(out=tmp_path / "out", broken=broken, empty=empty, recipe=recipe, folder=folder).split()
     script = (
         f"import sys; from deploy.cli.app import main; code = main({words!r})\n"
         "sys.exit(f'torch was loaded, code {code}' if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and says in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and set(tmp_path.iterdir()) == {broken, empty}
+    assert done.stderr.count("\n") == 1 and set(tmp_path.rglob("*")) == before
 
 
 def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
