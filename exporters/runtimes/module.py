@@ -110,7 +110,7 @@ def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         InputError: for other inputs than the session has, or a shape that it was not made for.
     """
     text, takes = tensors.get("encoder_hidden_states"), session.inputs.get("encoder_hidden_states", ())
-    if text is not None and len(takes) == 3 and isinstance(takes[1], int) and text.shape[1] != takes[1]:
+    if text is not None and text.ndim == len(takes) == 3 and isinstance(takes[1], int) and text.shape[1] != takes[1]:
         raise InputError(
             f"the prompt has {text.shape[1]} tokens, and {session.source} takes {takes[1]}: give that many"
         )
