@@ -17,6 +17,9 @@ from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
+from exporters.graphs.int8 import processors_for
+from exporters.graphs.reading import read_graph
+from exporters.layout import GRAPH
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
@@ -94,7 +97,8 @@ def write_bundle(
             _make_lean(folder / place)
         runtimes, vae = _runtimes(candidate, selection), place_of(candidate.latents, sizes)
         about = candidate.model_dump(include=set(Model.model_fields))
-        denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
+        processors = None if candidate.is_engine else processors_for(read_graph(folder / place / GRAPH))
+        denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, processors=processors, **about))
     source.rest.write(folder, taken[0].precision, sizes, not edge)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})

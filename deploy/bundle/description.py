@@ -57,6 +57,8 @@ class Denoiser(Model):
     runtimes: list[SessionRuntime] = Field(min_length=1)
     """What it is meant to run in, best first."""
     precision: Literal["fp32", "fp16"]
+    processors: str | None = None
+    """That compute it as it is written; None: every one. See `exporters/graphs/int8.py`."""
 
     def __str__(self) -> str:
         where = f" for {', '.join(self.capabilities)}" if self.is_engine else ""

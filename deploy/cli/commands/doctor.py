@@ -98,12 +98,20 @@ def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str)
     return runtime
 
 
+_BYTES = {
+    True: "computed as they are written",
+    False: "overflow here, so such graphs are refused on the CPU; with weights of 7 bits they run",
+    None: "this system does not say whether they overflow",
+}
+
+
 def _text(value: dict[str, Any]) -> str:
     machine = value["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     lines = [
         f"{machine['system']}, {machine['processor']}, {machine['cpus']} cores, {machine['memory_gib']} GiB, {gpus}",
         f"Python {value['python']}, " + ", ".join(f"{name} {version}" for name, version in value["versions"].items()),
+        f"8-bit weights and activations: {_BYTES[machine['multiplies_bytes']]}",
         "",
     ]
     for runtime in value["runtimes"]:

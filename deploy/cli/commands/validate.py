@@ -47,8 +47,11 @@ def run(args: argparse.Namespace) -> int:
     variants = flags.read_variants(args, args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
+    from deploy.artifacts.kinds import graph_of
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
+    from exporters.graphs.int8 import processors_for
+    from exporters.graphs.reading import read_graph
     from exporters.validation.graph import check_parity
     from exporters.validation.parity import check_trajectory
     from slimdiff.compression import with_denoiser
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
         value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
+    value["processors"] = processors_for(read_graph(graph_of(args.candidate))) if candidate.kind == "onnx" else None
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 
 
@@ -95,6 +99,8 @@ def _text(value: dict[str, Any], precision: str) -> str:
     ]
     same = f"the same, within the bounds of {precision}"
     lines.append(same if value["passed"] else f"they differ, first at {value['first_diverging']}")
+    if value["processors"]:
+        lines.append(f"its 8-bit products are right on {value['processors']} alone")
     place = value["divergence"] or {"kind": None}
     if place["kind"] == "own error":
         size = place["problem"] or f"{place['not_finite']} values are not finite"
