@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exporters.graphs.export import unet_inputs
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.fragments import OnnxFragments
+from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
@@ -249,7 +250,7 @@ def _values_within(
     outputs = {other.place: other.output for other in parts if other.output in part.reads}
     values = {name: value for name, value in graph_inputs(call).items() if name in part.reads}
     # The attention kernels show nothing of their inside; the plain one computes what the graph does.
-    with sdpa_kernel(SDPBackend.MATH), _Record() as record:
+    with own_torch_state(), sdpa_kernel(SDPBackend.MATH), _Record() as record:
 
         def see(place: Place, value: Tensor) -> None:
             if place == part.place:

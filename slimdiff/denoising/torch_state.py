@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Whichever of these kernels the caller allows, attention chooses among all.
 _KERNELS: list[Any] = [kernel for name, kernel in SDPBackend.__members__.items() if name != "ERROR"]
 _asked: ContextVar[int | None] = ContextVar("threads", default=None)
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 def own_threads() -> int:
@@ -48,10 +49,14 @@ def own_torch_state() -> Iterator[None]:
 
     Full precision of float32 products, all kernels of attention, oneDNN, numpy's usual handling of floating-point
     errors and a number of threads (see `own_threads`) belong to it too. Deterministic algorithms stay the caller's: on
-    the CPU they give the same bits.
+    the CPU they give the same bits. A block inside such a block changes nothing: what is set between them is ours.
     """
+    if _inside.get():
+        yield
+        return
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     with ExitStack() as stack:
+        stack.callback(_inside.reset, _inside.set(True))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -84,3 +84,8 @@ def test_a_timed_model_runs_on_the_threads_asked_for(tmp_path, monkeypatch):
     for threads in (1, 2, 3):
         torch_model.TorchModel(tmp_path, threads).run()
     assert seen == [1, 2, 3]
+
+
+def test_a_block_inside_keeps_what_was_set_between():
+    with own_torch_state(), torch.autocast("cpu", torch.bfloat16), own_torch_state():
+        assert torch.is_autocast_enabled("cpu")

@@ -89,6 +89,7 @@ from test_table import IN_TORCH, PLANNING
 from exporters.latency import table
 from slimdiff.denoising.trajectory import record_calls
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 alone, seen = table._Measurement.alone, []
 def third_is_killed(self, layer, ranks):
     seen.append(layer.path)
