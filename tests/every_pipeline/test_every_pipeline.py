@@ -6,10 +6,12 @@ for; the others are seen by the commands alone, which look at the classes that a
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
+from families.caller_states import CALLER_STATES
 
 from every_pipeline.members import CannotBeMadeError, inputs_of, make_member, pipeline_names, sampling_of
 from slimdiff import Budget, CalibrationSettings, PlanSettings, SlimdiffError, compress, load_pipeline
@@ -45,7 +47,13 @@ QUICK = {
     "StableDiffusionPipeline",
     "StableDiffusionXLImg2ImgPipeline",
 }
-EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in pipeline_names()]
+
+
+def slowly(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+EVERY = [name if name in QUICK else slowly(name) for name in pipeline_names()]
 
 
 def is_one_line(error: BaseException) -> bool:
@@ -86,6 +94,34 @@ def test_a_pipeline_is_slimmed_right_or_refused_in_one_line(name, tmp_path):
     assert_same({part: state for part, state in parts.items() if part != own}, loaded)
     assert_same({own: state_of(slim.pipeline.components[own])}, loaded)
     assert type(loaded) is type(pipeline)
+
+
+STATES = ("autocast to bfloat16", "default dtype float64", "another number of threads")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("StableDiffusionPipeline", "FluxPipeline") else slowly(name) for name in pipeline_names()]
+)
+def test_a_pipeline_gives_the_same_bits_whatever_state_the_caller_is_in(name):
+    def slim() -> Any:
+        pipeline = made(name)
+        calibration = CalibrationSettings(samples=2, sampling=sampling_of(pipeline))
+        inputs = inputs_of(pipeline)
+        with ExitStack() as stack:
+            for state in states:
+                stack.enter_context(CALLER_STATES[state]())
+            return compress(pipeline, inputs, Budget("2%"), calibration=calibration, planning=PlanSettings(align=4))
+
+    states: tuple[str, ...] = ()
+    try:
+        usual = slim()
+    except SlimdiffError as error:
+        pytest.skip(str(error))
+    states = STATES
+    other = slim()
+    assert other.plan == usual.plan
+    own = denoiser_name(usual.pipeline)
+    assert_same({own: state_of(usual.pipeline.components[own])}, other.pipeline)
 
 
 def state_of(part: Any) -> Any:
