@@ -17,6 +17,9 @@ from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
+from exporters.graphs.int8 import processors_for
+from exporters.graphs.reading import read_graph
+from exporters.layout import GRAPH
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
@@ -98,7 +101,9 @@ def write_bundle(
     source.rest.write(folder, taken[0].precision, sizes, not edge)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})
-    description = Description(target=selection.target, python=python, packages=packages, denoisers=denoisers)
+    processors = processors_for(*(read_graph(file) for file in folder.rglob(GRAPH)))
+    about = {"packages": packages, "processors": processors, "denoisers": denoisers}
+    description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
     (folder / "README.md").write_text(_readme(description), encoding="utf-8")
     if triton:

@@ -72,6 +72,8 @@ class Description(BaseModel):
     python: str
     packages: dict[str, str]
     """What must be installed, with the versions that will do."""
+    processors: str | None = None
+    """That all its graphs are right on in every runtime, for people; opening a graph checks it. None: not looked at."""
     denoisers: list[Denoiser] = Field(min_length=1)
     """The first is the one that is taken where nothing else decides."""
 

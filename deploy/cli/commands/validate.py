@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
+    from exporters.graphs.int8 import processors_for
+    from exporters.graphs.reading import read_graph
     from exporters.validation.graph import check_parity
     from exporters.validation.parity import check_trajectory
     from slimdiff.compression import with_denoiser
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
         value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
+    if candidate.runtime in names("graph"):
+        value["processors"] = processors_for(read_graph(candidate.denoiser.session.source))
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 
 
@@ -90,6 +94,8 @@ def _text(value: dict[str, Any], precision: str) -> str:
     ]
     same = f"the same, within the bounds of {precision}"
     lines.append(same if value["passed"] else f"they differ, first at {value['first_diverging']}")
+    if "processors" in value:
+        lines.append(f"right on processors: {value['processors']}")
     place = value["divergence"] or {"kind": None}
     if place["kind"] == "own error":
         size = place["problem"] or f"{place['not_finite']} values are not finite"
