@@ -18,6 +18,10 @@ import psutil
 
 _HARDWARE = ("cpu", "architecture", "cores", "memory_gib", "governor", "gpus")
 _PACKAGES = ("slimdiff", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
+EXACT_INT8 = "SLIMDIFF_EXACT_INT8"
+"""The environment variable that says `exact_int8` in the system's place: 1 or 0."""
+_CPUINFO = Path("/proc/cpuinfo")
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -64,6 +68,20 @@ def fingerprint() -> dict[str, Any]:
     return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], **facts}
 
 
+def exact_int8() -> bool | None:
+    """Whether this processor adds products of bytes exactly; None where the system does not tell.
+
+    x86 does with VNNI (AMX-int8 has its own sums); without, see `exporters.graphs.int8`. Other architectures have no
+    such instruction: ONNX Runtime's page on quantisation says so of Arm. Only Linux lists an x86 processor's flags.
+    """
+    if (said := os.environ.get(EXACT_INT8)) in ("0", "1"):
+        return said == "1"
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686", "x86"):
+        return True
+    flags = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text() if _CPUINFO.is_file() else "", re.MULTILINE)
+    return not _DOT_PRODUCTS.isdisjoint(flags[1].split()) if flags else None
+
+
 def peak_memory() -> int | None:
     """Most bytes that this process has had; None where the system does not tell.
 
@@ -77,8 +95,7 @@ def peak_memory() -> int | None:
 
 
 def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+    if _CPUINFO.is_file() and (match := re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)):
         return match[1].strip()
     return platform.processor() or platform.machine()
 

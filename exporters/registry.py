@@ -15,6 +15,8 @@ from typing import Any, Literal
 from slimdiff.errors import InputError, require
 
 Takes = Literal["model", "graph", "engine"]
+Int8Format = Literal["Q/DQ", "dynamic", "QOperator"]
+"""How a graph writes integer products: floats between quantisers, MatMulInteger, or QLinearMatMul and its like."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Runtime:
     options: Mapping[str, Any] = field(default_factory=dict)
     distributions: tuple[str, ...] = ()
     """That bring the module; by default one that is called like it."""
+    clips: tuple[Int8Format, ...] = ()
+    """Products by 8-bit weights that it computes wrongly where the processor has no VNNI: `exporters.graphs.int8`."""
     remedy: str = ""
     """What to do where it is missing; by default to install the extra."""
 
@@ -73,6 +77,7 @@ _ONNXRUNTIME = Runtime(
     rank=7,
     options={"provider": "cpu"},
     distributions=("onnxruntime", "onnxruntime-gpu"),
+    clips=("QOperator",),  # on a GPU too: what its provider does not take runs on the CPU
 )
 _ON_GPU = replace(_ONNXRUNTIME, extra="gpu", device="gpu")
 _OPENVINO = Runtime(  # bf16 by itself where the CPU has that, which is the fastest
@@ -83,6 +88,7 @@ _OPENVINO = Runtime(  # bf16 by itself where the CPU has that, which is the fast
     "OpenVINO",
     "openvino",
     rank=5,
+    clips=("Q/DQ", "QOperator"),
 )
 _TENSORRT = Runtime(
     "tensorrt",

@@ -70,21 +70,16 @@ def source_commit(package: Path) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What this machine is: system, processor, cores that may be used, memory, GPUs.
-
-    `multiplies_bytes` says whether 8-bit products come out as they are written; None where nothing here says so.
-    """
+    """What this machine is: system, processor, cores that may be used, memory, GPUs."""
     import psutil
     import torch
 
-    from exporters.graphs.int8 import multiplies_bytes
     from exporters.machine import machine_name, usable_cores
 
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": machine_name().split(",")[0],
         "cpus": usable_cores(),
-        "multiplies_bytes": multiplies_bytes(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

@@ -97,12 +97,13 @@ def write_bundle(
             _make_lean(folder / place)
         runtimes, vae = _runtimes(candidate, selection), place_of(candidate.latents, sizes)
         about = candidate.model_dump(include=set(Model.model_fields))
-        processors = None if candidate.is_engine else processors_for(read_graph(folder / place / GRAPH))
-        denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, processors=processors, **about))
+        denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
     source.rest.write(folder, taken[0].precision, sizes, not edge)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})
-    description = Description(target=selection.target, python=python, packages=packages, denoisers=denoisers)
+    processors = processors_for(*(read_graph(file) for file in folder.rglob(GRAPH)))
+    about = {"packages": packages, "processors": processors, "denoisers": denoisers}
+    description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
     (folder / "README.md").write_text(_readme(description), encoding="utf-8")
     if triton:

@@ -57,8 +57,6 @@ class Denoiser(Model):
     runtimes: list[SessionRuntime] = Field(min_length=1)
     """What it is meant to run in, best first."""
     precision: Literal["fp32", "fp16"]
-    processors: str | None = None
-    """That compute it as it is written; None: every one. See `exporters/graphs/int8.py`."""
 
     def __str__(self) -> str:
         where = f" for {', '.join(self.capabilities)}" if self.is_engine else ""
@@ -74,6 +72,8 @@ class Description(BaseModel):
     python: str
     packages: dict[str, str]
     """What must be installed, with the versions that will do."""
+    processors: str | None = None
+    """That all its graphs are right on in every runtime, for people; opening a graph checks it. None: not looked at."""
     denoisers: list[Denoiser] = Field(min_length=1)
     """The first is the one that is taken where nothing else decides."""
 

@@ -1,123 +1,159 @@
-"""Products of 8-bit integers in a graph, which overflow on x86 processors without VNNI, and nobody says so.
+"""Products of bytes whose sums do not fit: which graphs have them, and which processors they come out right on.
 
-There, both ONNX Runtime and OpenVINO multiply unsigned by signed bytes and add two neighbours in 16 bits (VPMADDUBSW),
-which saturates: 2 x 255 x 127 is more than 32,767. Weights of 7 bits (NNCF's `OverflowFix.ENABLE`, ONNX Runtime's
-`reduce_range`) cannot reach it. VNNI and AMX add in 32 bits, and so does ARM. Weights that are stored in 8 bits and
-multiplied as floating-point numbers do not overflow anywhere.
+An x86 processor without VNNI multiplies bytes by VPMADDUBSW: it adds two products of an unsigned activation and a
+signed weight and clips the sum to 16 bits. It fits while weights are within 64 of zero, 7 bits: 2 * 255 * 64 < 2**15.
+Beyond that the result is wrong without a word: in ONNX Runtime (its page "Quantize ONNX models", section on U8S8) and
+in OpenVINO ("Saturation (overflow) Issue Workaround"). Tried in ONNX Runtime 1.32 and OpenVINO 2026 as on AVX2, as on
+AVX-512 without VNNI and as on AVX2 with VNNI, on convolutions and linears whose weights have one sign (30 % of the
+result are lost):
+
+    written as                            ONNX Runtime                      OpenVINO
+    Q/DQ around a product                 right, as U8U8 is asked of it     wrong
+    MatMulInteger, ConvInteger            right, as U8U8 is asked of it     right: computes in floats
+    QLinearConv, QLinearMatMul, QGemm     wrong, or not opened with U8U8    wrong
+
+Right everywhere: weights of 7 bits or uint8, weights alone in int8, and two activations with one another.
 """
 
 from __future__ import annotations
 
-import platform
-from functools import cache
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimdiff.errors import InputError
+from exporters.graphs.reading import read_graph
+from exporters.machine import EXACT_INT8, exact_int8
+from exporters.registry import Int8Format, Runtime
+from slimdiff.errors import MissingPackageError, require
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PROCESSORS = "x86 with VNNI or AMX-INT8, or ARM"
-"""That compute 8-bit products as they are written."""
-_SEVEN_BITS = 64
-_X86 = ("x86_64", "amd64", "i386", "i686")
-_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
-_INTEGER = {"MatMulInteger": (0, 1), "ConvInteger": (0, 1), "QLinearMatMul": (0, 3), "QLinearConv": (0, 3)}
-_FLOATING = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
+EXACT_PROCESSORS = "x86 with VNNI or AMX, or another architecture"
+"""Where products of 8-bit weights are exact."""
+SEVEN_BITS = 64
+"""The largest magnitude of a weight that overflows nowhere."""
+
+_FORMATS: dict[str, Int8Format] = {
+    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger"), "dynamic"),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "QAttention", "DynamicQuantizeLSTM"), "QOperator"),
+}
+_FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+# What runtimes move quantisation across: the values stay, or are chosen or averaged among.
+_MOVES = (
+    *("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Concat", "Split", "Slice"),
+    *("Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Resize", "MaxPool", "AveragePool", "Relu", "LeakyRelu", "Clip"),
+)
 
 
-@cache
-def multiplies_bytes() -> bool | None:
-    """Whether this processor computes 8-bit products as they are written; None where nothing here says so."""
-    if platform.machine().lower() not in _X86:
-        return True
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
-    return None if flags is None else not _INSTRUCTIONS.isdisjoint(flags)
+def wide_products(model: ir.Model) -> dict[Int8Format, str]:
+    """The integer products of a graph whose int8 weights take more than 7 bits, by how they are written.
+
+    Returns:
+        by format, the first node's name. Weights are read until one is found of each format.
+    """
+    ir, found = require("onnx_ir", "onnx"), dict[Int8Format, str]()
+    for graph in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            kind: Int8Format = _FORMATS.get(node.op_type, "Q/DQ")
+            if kind in found or not (node.op_type in _FORMATS or node.op_type in _FLOAT_PRODUCTS):
+                continue
+            if _between_dequantised(node) if kind == "Q/DQ" else any(map(_is_wide_weight, node.inputs)):
+                found[kind] = f"{node.op_type} {node.name}".strip()
+    return found
 
 
-def overflowing(model: ir.Model) -> list[str]:
-    """Nodes whose 8-bit products can overflow, by name: signed weights beyond 7 bits, times quantised activations."""
-    return [node.name or node.op_type for node in model.graph.all_nodes() if _overflows(node)]
+def processors_for(*models: ir.Model) -> str:
+    """The processors that graphs are right on in every runtime, for people and manifests."""
+    return EXACT_PROCESSORS if any(map(wide_products, models)) else "any"
 
 
-def processors_for(model: ir.Model) -> str | None:
-    """The processors that compute a graph as it is written; None: every one."""
-    return PROCESSORS if overflowing(model) else None
+def check_int8(graph: Path | str, runtime: Runtime, model: ir.Model | None = None) -> None:
+    """Refuse a graph that a runtime on this host computes wrongly, or perhaps so where the system does not tell.
 
+    It is no warning: nobody sees from an image, or a latency, that a third of a layer's sums was clipped. Whoever knows
+    better says so in the environment, `SLIMDIFF_EXACT_INT8=1`.
 
-def check_bytes(onnx_file: Path, model: ir.Model) -> None:
-    """Refuse a graph that this processor would compute wrongly, for a runtime on the CPU.
+    Args:
+        graph: its file.
+        model: what `read_graph` made of it.
 
     Raises:
-        InputError: naming the first of its nodes, and what would be right.
+        MissingPackageError: naming the product, the processor and what would be right.
     """
-    if multiplies_bytes() is False and (nodes := overflowing(model)):
-        raise InputError(
-            f"{onnx_file} multiplies 8-bit integers ({nodes[0]}), which overflow on this processor, for it has no "
-            f"VNNI: run it on {PROCESSORS}, or quantise it again with weights of 7 bits (NNCF: "
-            "overflow_fix=OverflowFix.ENABLE, ONNX Runtime: reduce_range=True)"
-        )
+    if not runtime.clips or (exact := exact_int8()):
+        return
+    found = wide_products(model or read_graph(graph))
+    node = next((found[kind] for kind in runtime.clips if kind in found), None)
+    if node is None:
+        return
+    lacks = "has no VNNI" if exact is False else f"may lack VNNI (if it does not, set {EXACT_INT8}=1)"
+    others = "" if "QOperator" in found else "; ONNX Runtime computes it exactly (--runtime onnxruntime)"
+    raise MissingPackageError(
+        f"{graph} multiplies by 8-bit weights ({node}), and this processor {lacks}: {runtime.title} would clip the sums"
+        f" without a word. Quantise again in the Q/DQ format with 7-bit weights (reduce_range=True, or overflow_fix in"
+        f" NNCF), or run it on {EXACT_PROCESSORS}{others}"
+    )
 
 
-def _overflows(node: ir.Node) -> bool:
-    if node.op_type in _INTEGER:
-        weight = node.inputs[_INTEGER[node.op_type][1]]
-        return weight is not None and _is_signed(weight) and not _has_seven_bits(weight)
-    if node.op_type not in _FLOATING:
-        return False
-    pair = [_quantised(value) for value in node.inputs[:2]]
-    if any(value is None for value in pair):
-        return False
-    constant = [value for value in pair if value is not None and _values(value) is not None]
-    weights = constant or [value for value in pair if value is not None]
-    return len(constant) < 2 and any(_is_signed(value) and not _has_seven_bits(value) for value in weights)
+def _between_dequantised(node: ir.Node) -> bool:
+    """Whether a float product is written for integers: a wide int8 weight on one side, 8-bit activations on the other.
+
+    Weights alone in int8 are multiplied as floats.
+    """
+    sides = [list(_dequantised(value)) for value in node.inputs[:2]]
+    wide = [any(map(_is_wide_weight, side)) for side in sides]
+    active = [any(_weight(value) is None and _is_byte(value) for value in side) for side in sides]
+    return any(wide[i] and active[1 - i] for i in range(len(sides)))
 
 
-def _quantised(value: ir.Value | None) -> ir.Value | None:
-    """The integers behind a tensor that was quantised; None if it is computed in floating point."""
-    while value is not None and (node := value.producer()) is not None:
+def _dequantised(value: ir.Value | None) -> Iterator[ir.Value]:
+    """The quantised tensors that a float tensor comes from, itself or across moves."""
+    stack, seen = [value], set[int]()
+    while stack:
+        node = value.producer() if (value := stack.pop()) is not None else None
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
         if node.op_type == "DequantizeLinear":
-            return node.inputs[0]
-        if node.op_type not in _MOVES:
-            return None
-        value = node.inputs[0]
-    return None
+            yield from node.inputs[:1]  # type: ignore[misc]  # which it has
+        elif node.op_type in _MOVES:
+            stack += node.inputs
 
 
-def _is_signed(value: ir.Value) -> bool:
-    """Whether these are int8. Of a QuantizeLinear its zero point says so; without one they are uint8."""
-    node = value.producer()
-    if node is None or node.op_type != "QuantizeLinear":
-        return value.dtype is not None and value.dtype.name == "INT8"
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    return zero is not None and zero.dtype is not None and zero.dtype.name == "INT8"
+def _is_byte(value: ir.Value) -> bool:
+    """Of activations, which need not say their dtype: those that ONNX quantises to by default are bytes."""
+    return value.dtype is None or value.dtype.name in ("UINT8", "INT8")
 
 
-def _values(value: ir.Value) -> np.ndarray | None:
-    """The integers, where they are constants: as they are stored, or as a QuantizeLinear makes them of a weight."""
-    if value.const_value is not None:
-        return value.const_value.numpy()
+def _is_wide_weight(value: ir.Value | None) -> bool:
+    weight = None if value is None else _weight(value)
+    if weight is None or weight.dtype != np.int8 or weight.ndim < 2:  # zero points have fewer dims
+        return False
+    return bool(weight.max(initial=0) > SEVEN_BITS or weight.min(initial=0) < -SEVEN_BITS)
+
+
+def _weight(value: ir.Value) -> np.ndarray | None:
+    """A quantised tensor that is known without running: constant, or a constant that the graph itself quantises."""
+    constant = partial(require("onnx_ir", "onnx").convenience.get_const_tensor, propagate_shape_type=False)
+    if (tensor := constant(value)) is not None:
+        return np.asarray(tensor.numpy())
     node = value.producer()
     if node is None or node.op_type != "QuantizeLinear":
         return None
-    weight, scale = (v.const_value if v is not None else None for v in node.inputs[:2])
-    if weight is None or scale is None:
+    given: list[Any] = [one and constant(one) for one in node.inputs]
+    if given[0] is None or given[1] is None:
         return None
-    steps = scale.numpy()
-    if steps.ndim == 1 and steps.size > 1:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        steps = steps.reshape([-1 if i == axis % len(weight.shape) else 1 for i in range(len(weight.shape))])
-    return np.round(weight.numpy() / steps)
-
-
-def _has_seven_bits(value: ir.Value) -> bool:
-    values = _values(value)
-    return values is not None and bool(np.abs(values.astype(np.float32)).max(initial=0) <= _SEVEN_BITS)
+    floats, scale = given[0].numpy(), given[1].numpy()
+    zero = given[2].numpy() if len(given) > 2 and given[2] is not None else np.zeros_like(scale, dtype=np.uint8)
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    if scale.ndim == 1 and scale.size > 1:  # per channel
+        shape = [-1 if dim == axis % floats.ndim else 1 for dim in range(floats.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    if zero.dtype != np.int8 or scale.ndim not in (0, 1, floats.ndim):
+        return zero  # neither a weight in int8 nor of a rank that counts
+    limits = np.iinfo(np.int8)
+    return np.clip(np.rint(floats / scale) + zero, limits.min, limits.max).astype(np.int8)

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from exporters.graphs.int8 import check_int8
 from exporters.latency.decision import ERROR, LOOKS, Gate, Interval, Look, Verdict, interval
 from exporters.latency.pair import FEW, Job, PairTimes, SideTimes, measure_pair
 from exporters.machine import fingerprint, machine_name
+from exporters.registry import runtime_of
 from exporters.settings import BenchSettings
 from slimdiff.progress import bar
 
@@ -55,6 +57,8 @@ def bench(
         InputError, MissingPackageError, SlimdiffError: `measure_pair`'s.
     """
     settings = settings or BenchSettings()
+    for job in (baseline, candidate):
+        check_int8(job.path, runtime_of(job.runtime))
     start = time.perf_counter()
     turn = partial(measure_pair, baseline, candidate, settings)
     pairs, judged = sample(turn, settings, gate, time.perf_counter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.graphs.int8 import check_bytes
+from exporters.graphs.int8 import check_int8
 from exporters.graphs.reading import read_graph, weight_files
 from exporters.layout import GRAPH
 from exporters.registry import Runtime, runtime_of
@@ -19,19 +19,18 @@ def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threa
         threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
-        InputError: for an unknown runtime, a graph that is not there, is no graph, lacks its weights or would overflow
-            on this processor, or an engine for something else than is here.
-        MissingPackageError: if the runtime, its provider or its GPU is not here; it never takes another instead.
+        InputError: for an unknown runtime, a graph that is not there, is no graph or lacks its weights, or an engine
+            for something else than is here.
+        MissingPackageError: if the runtime, its provider, its GPU or a processor that the graph comes out right on is
+            not here; it never takes another instead.
     """
     path = Path(path)
     row = runtime if isinstance(runtime, Runtime) else runtime_of(runtime, "graph", "engine")
     if row.takes == "graph":
         path = path / GRAPH if path.is_dir() else path
         row.require()
-        graph = read_graph(path)
-        weight_files(path, graph)
-        if row.device == "cpu":
-            check_bytes(path, graph)
+        weight_files(path, graph := read_graph(path))
+        check_int8(path, row, graph)
     return row.load()(path, threads, **row.options)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from exporters.dtypes import DTYPES, PRECISIONS
-from exporters.machine import usable_cores
+from exporters.machine import exact_int8, usable_cores
 from exporters.runtimes.session import Shape
 from slimdiff.errors import InputError, MissingPackageError, require
 
@@ -65,6 +65,8 @@ def inference_session(graph: Path | bytes, provider: str = "cpu", threads: int |
         threads = usable_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not exact_int8():  # then products of bytes in Q/DQ or dynamic graphs are computed by slower kernels, exactly
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # What TensorRT does not take runs in CUDA.
     providers = [needed] if provider != "tensorrt" else [needed, PROVIDERS["cuda"]]
     try:

@@ -35,9 +35,14 @@ class OnnxFragments:
         self.model = read_graph(onnx_file)
         self.nodes: list[ir.Node] = list(self.model.graph)
         self.inputs, self.outputs = list(inputs_of(self.model)), list(outputs_of(self.model))
-        if any(value.dtype is None for node in self.nodes for value in node.outputs if value.name):
+        if self._untyped():  # quantisers leave theirs out
+            require("onnx_ir.passes.common", "onnx").ShapeInferencePass()(self.model)
+        if self._untyped():
             raise InputError(f"{onnx_file} does not say the dtype of every tensor: export it again")
         self._makers: dict[str, ir.Node] = {name_of(value): node for node in self.nodes for value in node.outputs}
+
+    def _untyped(self) -> bool:
+        return any(value.dtype is None for node in self.nodes for value in node.outputs if value.name)
 
     def reads(self, node: ir.Node) -> list[str]:
         """Names of the node's inputs that are not weights."""

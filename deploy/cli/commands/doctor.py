@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli.console import calm_libraries, log, result
+from exporters.machine import exact_int8
 from exporters.registry import installable
 from slimdiff.progress import AFTER, bar
 from slimdiff.storage import manifest
@@ -33,6 +34,11 @@ PACKAGES = (
 """Packages whose folder is named: one of the same name in the working directory may come before the one meant."""
 
 _TYPES = ("FP32", "FP16", "BF16", "INT8")
+_INT8 = {
+    True: "exact",
+    False: "clipped: no VNNI; graphs whose int8 weights take more than 7 bits are refused where they come out wrong",
+    None: "unknown: the system does not say whether the processor has VNNI, and is taken for one without",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "imported_from": {name: folder for name in PACKAGES if (folder := _folder(name)) is not None},
         "machine": here,
         "devices": ["cpu", *here["gpus"]],
+        "int8_products": _INT8[exact_int8()].partition(":")[0],
         "runtimes": runtimes,
     }
     return result(args, value, _text(value))
@@ -98,20 +105,13 @@ def _runtime(name: str, module: str, distributions: tuple[str, ...], needs: str)
     return runtime
 
 
-_BYTES = {
-    True: "computed as they are written",
-    False: "overflow here, so such graphs are refused on the CPU; with weights of 7 bits they run",
-    None: "this system does not say whether they overflow",
-}
-
-
 def _text(value: dict[str, Any]) -> str:
     machine = value["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     lines = [
         f"{machine['system']}, {machine['processor']}, {machine['cpus']} cores, {machine['memory_gib']} GiB, {gpus}",
+        f"int8 products {_INT8[exact_int8()]}",
         f"Python {value['python']}, " + ", ".join(f"{name} {version}" for name, version in value["versions"].items()),
-        f"8-bit weights and activations: {_BYTES[machine['multiplies_bytes']]}",
         "",
     ]
     for runtime in value["runtimes"]:

@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     variants = flags.read_variants(args, args.base, args.candidate, args.pipeline)
     require("polygraphy", "onnx")
     calm_libraries()
-    from deploy.artifacts.kinds import graph_of
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser
     from exporters.graphs.int8 import processors_for
@@ -88,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
         value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
-    value["processors"] = processors_for(read_graph(graph_of(args.candidate))) if candidate.kind == "onnx" else None
+    if candidate.runtime in names("graph"):
+        value["processors"] = processors_for(read_graph(candidate.denoiser.session.source))
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
 
 
@@ -99,8 +99,8 @@ def _text(value: dict[str, Any], precision: str) -> str:
     ]
     same = f"the same, within the bounds of {precision}"
     lines.append(same if value["passed"] else f"they differ, first at {value['first_diverging']}")
-    if value["processors"]:
-        lines.append(f"its 8-bit products are right on {value['processors']} alone")
+    if "processors" in value:
+        lines.append(f"right on processors: {value['processors']}")
     place = value["divergence"] or {"kind": None}
     if place["kind"] == "own error":
         size = place["problem"] or f"{place['not_finite']} values are not finite"

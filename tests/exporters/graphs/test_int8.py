@@ -1,150 +1,199 @@
-"""A graph whose 8-bit products overflow on a processor is refused there, and no other."""
+"""Products by 8-bit weights: found as they are written, right where they are opened, refused where sums are clipped."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import platform
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from exporters.graphs import int8
-from exporters.graphs.reading import read_graph
-from exporters.runtimes.opening import open_session
-from slimdiff.errors import InputError
+onnx = pytest.importorskip("onnx", reason="graphs need the extra onnx")
+pytest.importorskip("onnxruntime", reason="quantises graphs, and runs them")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnxruntime.quantization import (  # noqa: E402
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from exporters import machine  # noqa: E402
+from exporters.graphs.int8 import EXACT_PROCESSORS, processors_for, wide_products  # noqa: E402
+from exporters.graphs.reading import read_graph  # noqa: E402
+from exporters.latency.measure import bench  # noqa: E402
+from exporters.latency.pair import Job  # noqa: E402
+from exporters.machine import EXACT_INT8, exact_int8  # noqa: E402
+from exporters.runtimes.opening import open_session  # noqa: E402
+from slimdiff.errors import MissingPackageError  # noqa: E402
 
 RNG = np.random.default_rng(0)
-IMAGE = RNG.standard_normal((1, 16, 8, 8)).astype(np.float32)
+BYTE, SIGNED = QuantType.QUInt8, QuantType.QInt8
+# Activations, weights, format, further options -> the format that must be found, or nothing.
+STATIC = {
+    "Q/DQ": (BYTE, SIGNED, QuantFormat.QDQ, {}, "Q/DQ"),
+    "Q/DQ, signed activations": (SIGNED, SIGNED, QuantFormat.QDQ, {}, "Q/DQ"),
+    "Q/DQ per channel": (BYTE, SIGNED, QuantFormat.QDQ, {"per_channel": True}, "Q/DQ"),
+    "Q/DQ, weights as floats": (
+        *(BYTE, SIGNED, QuantFormat.QDQ),
+        {"per_channel": True, "extra_options": {"AddQDQPairToWeight": True}},
+        "Q/DQ",
+    ),
+    "Q/DQ, 7 bits": (BYTE, SIGNED, QuantFormat.QDQ, {"reduce_range": True}, None),
+    "Q/DQ, weights as floats, 7 bits": (
+        *(BYTE, SIGNED, QuantFormat.QDQ),
+        {"reduce_range": True, "extra_options": {"AddQDQPairToWeight": True}},
+        None,
+    ),
+    "Q/DQ, unsigned weights": (BYTE, BYTE, QuantFormat.QDQ, {}, None),
+    "operators": (BYTE, SIGNED, QuantFormat.QOperator, {}, "QOperator"),
+    "operators, 7 bits": (BYTE, SIGNED, QuantFormat.QOperator, {"reduce_range": True}, None),
+}
+DYNAMIC = {
+    "dynamic": (SIGNED, {}, "dynamic"),
+    "dynamic, 7 bits": (SIGNED, {"reduce_range": True}, None),
+    "dynamic, unsigned weights": (BYTE, {}, None),
+}
+WAYS = {name: way[-1] for name, way in (STATIC | DYNAMIC).items()}
+REFUSED = {"onnxruntime": {"QOperator"}, "openvino-fp32": {"Q/DQ", "QOperator"}}
 
 
-class Images(CalibrationDataReader):
-    def __init__(self) -> None:
-        self.rest = iter([{"x": IMAGE}])
+class Noise(CalibrationDataReader):
+    """Two inputs, of one sign as after an activation: sums get large."""
+
+    def __init__(self, shape):
+        self.feeds = iter([{"x": RNG.uniform(0.5, 1.05, shape).astype(np.float32)} for _ in range(2)])
 
     def get_next(self):
-        return next(self.rest, None)
+        return next(self.feeds, None)
 
 
-@pytest.fixture(scope="module")
-def floating(tmp_path_factory) -> Path:
-    """A convolution and a linear."""
-    weights = {
-        "kernel": RNG.standard_normal((16, 16, 3, 3)).astype(np.float32),
-        "matrix": RNG.standard_normal((8, 8)).astype(np.float32),
-    }
-    nodes = [
-        helper.make_node("Conv", ["x", "kernel"], ["h"], name="conv", pads=[1, 1, 1, 1]),
-        helper.make_node("MatMul", ["h", "matrix"], ["y"], name="linear"),
-    ]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 16, 8, 8)) for name in "xy"]
-    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "two", values[:1], values[1:], tensors)
-    file = tmp_path_factory.mktemp("int8") / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), file)
-    return file
+def graph_of(nodes, weights, shape):
+    """A graph `x -> y`; weights have one sign, so that sums of products get large."""
+    drawn = {n: (RNG.uniform(0.6, 1, s) / np.prod(s[1:])).astype(np.float32) for n, s in weights.items()}
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in drawn.items()]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def static(floating: Path, out: Path, form=QuantFormat.QDQ, **options) -> Path:
-    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True} | options
-    quantize_static(floating, out, Images(), quant_format=form, **options)
-    return out
+@pytest.fixture(scope="module", params=["convolutions", "linears"])
+def quantised(request, tmp_path_factory):
+    """Files of one model, quantised in every way, and what its inputs look like."""
+    folder, node = tmp_path_factory.mktemp("int8"), onnx.helper.make_node
+    if request.param == "convolutions":
+        shape, sizes = (2, 16, 8, 8), {"first": (16, 16, 3, 3), "second": (16, 16, 1, 1)}
+        ends = node("Conv", ["x", "first"], ["a"], pads=[1] * 4), node("Conv", ["b", "second"], ["y"])
+    else:
+        shape, sizes = (2, 8, 64), {"first": (64, 64), "second": (64, 64)}
+        ends = node("MatMul", ["x", "first"], ["a"]), node("MatMul", ["b", "second"], ["y"])
+    model = graph_of([ends[0], node("Relu", ["a"], ["b"]), ends[1]], sizes, shape)
+    onnx.save(model, folder / "model.onnx")
+    files = {name: folder / f"{i}.onnx" for i, name in enumerate(WAYS)}
+    for name, (activations, weights, how, options, _) in STATIC.items():
+        types = {"activation_type": activations, "weight_type": weights}
+        quantize_static(folder / "model.onnx", files[name], Noise(shape), quant_format=how, **types, **options)
+    for name, (weights, options, _) in DYNAMIC.items():
+        quantize_dynamic(folder / "model.onnx", files[name], weight_type=weights, **options)
+    return files, {"x": RNG.uniform(0.8, 1, shape).astype(np.float32)}
 
 
-def dynamic(floating: Path, out: Path, **options) -> Path:
-    quantize_dynamic(floating, out, weight_type=options.pop("weight_type", QuantType.QInt8), **options)
-    return out
+def error(file, runtime, feed):
+    """Against the graph, node by node in numpy."""
+    expected = ReferenceEvaluator(str(file)).run(None, feed)[0]
+    found = open_session(file, runtime, threads=1).run(feed)["y"]
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def weights_alone(floating: Path, out: Path) -> Path:
-    """The linear's weight in 8 bits, multiplied as floating-point numbers."""
-    model = onnx.load(floating)
-    matrix = model.graph.initializer[1]
-    integers = np.full((8, 8), 127, np.int8)
-    matrix.CopyFrom(numpy_helper.from_array(integers, "integers"))
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "scale"))
-    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["integers", "scale"], ["matrix"]))
-    onnx.save(model, out)
-    return out
+@pytest.mark.parametrize("way", WAYS)
+def test_wide_weights_are_found_as_they_are_written(quantised, way, tmp_path):
+    files, _ = quantised
+    expected = [WAYS[way]] if WAYS[way] else []
+    assert list(wide_products(read_graph(files[way]))) == expected
+    assert processors_for(read_graph(files[way])) == (EXACT_PROCESSORS if expected else "any")
+    beside = tmp_path / "model.onnx"
+    onnx.save(onnx.load(files[way]), beside, save_as_external_data=True, location="w.data", size_threshold=0)
+    assert (tmp_path / "w.data").stat().st_size and list(wide_products(read_graph(beside))) == expected
 
 
-WRITTEN = {
-    "static Q/DQ": (static, {}, True),
-    "static Q/DQ of signed activations": (static, {"activation_type": QuantType.QInt8}, True),
-    "static operators": (static, {"form": QuantFormat.QOperator}, True),
-    "dynamic": (dynamic, {}, True),
-    "static Q/DQ of 7 bits": (static, {"reduce_range": True}, False),
-    "dynamic of 7 bits": (dynamic, {"reduce_range": True}, False),
-    "dynamic of unsigned weights": (dynamic, {"weight_type": QuantType.QUInt8}, False),
-    "weights alone": (weights_alone, {}, False),
-}
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_graph_that_would_overflow_is_refused_where_it_would(name, floating, tmp_path, monkeypatch):
-    write, options, overflows = WRITTEN[name]
-    file = write(floating, tmp_path / "model.onnx", **options)
-    assert int8.processors_for(read_graph(file)) == (int8.PROCESSORS if overflows else None)
-    for right in (True, None):
-        monkeypatch.setattr(int8, "multiplies_bytes", lambda right=right: right)
-        assert open_session(file).run({"x": IMAGE})["y"].shape == IMAGE.shape
-    monkeypatch.setattr(int8, "multiplies_bytes", lambda: False)
-    if not overflows:
-        open_session(file)
+@pytest.mark.parametrize("runtime", REFUSED)
+@pytest.mark.parametrize("way", WAYS)
+def test_without_vnni_a_graph_is_computed_right_or_refused(quantised, way, runtime, monkeypatch):
+    if runtime != "onnxruntime":
+        pytest.importorskip("openvino", reason="openvino is an extra")
+    monkeypatch.setenv(EXACT_INT8, "0")
+    files, feed = quantised
+    if WAYS[way] not in REFUSED[runtime]:
+        assert error(files[way], runtime, feed) < 2e-2
         return
-    for runtime in ("onnxruntime", "openvino"):
-        with pytest.raises(InputError, match=r"overflow on this processor.*7 bits") as caught:
-            open_session(file, runtime)
-        assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+    with pytest.raises(MissingPackageError, match="multiplies by 8-bit weights .*no VNNI: .* 7-bit weights") as refusal:
+        open_session(files[way], runtime)
+    assert "\n" not in str(refusal.value) and str(files[way]) in str(refusal.value)
+    with pytest.raises(MissingPackageError, match="multiplies by 8-bit weights"):
+        bench(Job("graph", str(files[way]), runtime), Job("graph", str(files[way]), runtime))
 
 
-def test_a_floating_point_graph_runs_on_every_processor(floating):
-    assert int8.processors_for(read_graph(floating)) is None
+@pytest.mark.skipif(not exact_int8(), reason="this processor has no VNNI: 8-bit sums are clipped on it")
+@pytest.mark.parametrize("runtime", REFUSED)
+@pytest.mark.parametrize("way", WAYS)
+def test_with_vnni_8_bit_products_are_right(quantised, way, runtime):
+    if runtime != "onnxruntime":
+        pytest.importorskip("openvino", reason="openvino is an extra")
+    files, feed = quantised
+    assert error(files[way], runtime, feed) < 2e-2
 
 
-def test_weights_in_a_file_of_their_own_are_looked_at(floating, tmp_path):
-    for name, options in (("eight", {}), ("seven", {"reduce_range": True})):
-        model = onnx.load(static(floating, tmp_path / f"{name}.onnx", **options))
-        (tmp_path / name).mkdir()
-        onnx.save(model, tmp_path / name / "model.onnx", save_as_external_data=True, size_threshold=0)
-        overflows = int8.processors_for(read_graph(tmp_path / name / "model.onnx")) is not None
-        assert overflows == (name == "eight")
+def test_what_moves_between_quantiser_and_product_hides_nothing():
+    """Dequantised weights that are transposed, activations that are reshaped; weights alone in int8 count as floats."""
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[2, 3, 4] x) => (float[6, 4] y) <float s = {0.1}, uint8 z = {0}, int8[4, 4] w = {
+        100, -3, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4}, int64[2] to = {6, 4}> {
+        wide = DequantizeLinear(w, s)
+        weight = Transpose <perm = [1, 0]> (wide)
+        INPUT
+        flat = Reshape(input, to)
+        y = MatMul(flat, weight)
+    }"""
+    import onnx_ir as ir
 
-
-@pytest.mark.skipif(int8.multiplies_bytes() is not True, reason="this processor has no VNNI, or does not say so")
-def test_a_processor_that_multiplies_bytes_gives_what_the_graph_says(tmp_path):
-    """The largest bytes there are, whose neighbours add up to 64,770."""
-    nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["y"])]
-    inputs = [helper.make_tensor_value_info("a", TensorProto.UINT8, (1, 64))]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.INT32, (1, 64))]
-    weight = numpy_helper.from_array(np.full((64, 64), 127, np.int8), "b")
-    graph = helper.make_graph(nodes, "bytes", inputs, outputs, [weight])
-    file = tmp_path / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), file)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    product = session.run(None, {"a": np.full((1, 64), 255, np.uint8)})[0]
-    assert (product == 64 * 255 * 127).all()
+    for into, found in (
+        ("bytes = QuantizeLinear(x, s, z) input = DequantizeLinear(bytes, s, z)", ["Q/DQ"]),
+        ("input = Identity(x)", []),
+    ):
+        assert list(wide_products(ir.from_onnx_text(text.replace("INPUT", into)))) == found
 
 
 @pytest.mark.parametrize(
-    ("machine", "cpuinfo", "expected"),
+    ("architecture", "flags", "exact"),
     [
-        ("x86_64", "flags\t\t: fpu avx2 avx512_vnni\n", True),
-        ("AMD64", "flags\t\t: fpu avx2 avx_vnni\n", True),
-        ("x86_64", "flags\t\t: fpu avx2 avx512f\n", False),
+        ("x86_64", "fpu avx2", False),
+        ("x86_64", "fpu avx512f avx512_vnni", True),
+        ("AMD64", "fpu avx_vnni", True),
+        ("x86_64", "amx_tile amx_int8", True),
         ("x86_64", None, None),
+        ("arm64", None, True),
         ("aarch64", None, True),
     ],
 )
-def test_what_a_processor_does_is_read_off_its_flags(machine, cpuinfo, expected, monkeypatch):
-    def read(_self, **_options):
-        if cpuinfo is None:
-            raise FileNotFoundError
-        return cpuinfo
+def test_what_a_processor_does_is_read_off_it(architecture, flags, exact, monkeypatch, tmp_path):
+    monkeypatch.delenv(EXACT_INT8, raising=False)
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"model name\t: X\nflags\t\t: {flags}\n")
+    assert exact_int8() is exact
+    monkeypatch.setenv(EXACT_INT8, "1")
+    assert exact_int8() is True
 
-    monkeypatch.setattr(int8.platform, "machine", lambda: machine)
-    monkeypatch.setattr(int8.Path, "read_text", read)
-    assert int8.multiplies_bytes.__wrapped__() is expected
+
+def test_where_the_system_does_not_tell_the_user_can(quantised, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    files, _ = quantised
+    with pytest.raises(MissingPackageError, match=f"may lack VNNI .*{EXACT_INT8}=1"):
+        open_session(files["operators"])
+    monkeypatch.setenv(EXACT_INT8, "1")
+    assert open_session(files["operators"]).precision == "fp32"
