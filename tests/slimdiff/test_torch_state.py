@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from conftest import PROMPTS, tiny_pipeline
-from families.caller_states import CALLER_STATES, seen_from_outside
+from families.caller_states import ASKED_FOR, CALLER_STATES, seen_from_outside
 from families.family import SAMPLING, TWO_LEVELS
 
 from exporters.runtimes import torch_model
@@ -23,6 +23,7 @@ QUICK = {
     "autocast to bfloat16",
     "default dtype float64",
     "inference mode",
+    "TF32 everywhere",
 }
 
 
@@ -52,6 +53,20 @@ def test_the_same_bits_whatever_state_the_caller_is_in(name, usual):
     for key, weight in slim.pipeline.unet.state_dict().items():
         assert weight.dtype == expected[key].dtype and torch.equal(weight, expected[key]), key
         assert not weight.is_inference()
+
+
+@pytest.mark.parametrize("name", CALLER_STATES)
+def test_inside_torch_computes_as_it_starts_and_outside_it_is_as_it_was(name):
+    def inside():
+        with own_torch_state():
+            return {key: value for key, value in seen_from_outside().items() if key not in ASKED_FOR}
+
+    expected = inside()
+    assert expected["products"] == "highest" and not expected["cudnn.allow_tf32"] and not expected["gradients"]
+    with CALLER_STATES[name]():
+        before = seen_from_outside()
+        assert inside() == expected
+        assert seen_from_outside() == before
 
 
 @pytest.mark.parametrize("name", ["default dtype float64", "autocast to bfloat16", "default device meta"])
