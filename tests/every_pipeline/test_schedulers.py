@@ -20,6 +20,20 @@ from slimdiff.denoising.trajectory import map_tensors, predict, record_calls, sa
 
 SAMPLING = Sampling(steps=4, batch=2, guidance=3.0, seed=1)
 PLANNING = PlanSettings(groups=("feed_forward",), align=4, sensitivity_calls=3, fitting_calls=6)
+# One of each kind: whole times and others, several calls a step, steps of its own, flows, and one that is refused.
+QUICK = {
+    "BlockRefinementScheduler",
+    "CMStochasticIterativeScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
 NAMES = [name for name, kind in every_scheduler().items() if can_be_made(kind, {})]
 MODES = [(name, mode) for name, kind in every_scheduler().items() for mode in modes_of(kind)]
 
@@ -114,7 +128,7 @@ def check_scheduler(pipeline, graphs) -> None:
             torch.testing.assert_close(unet.predict(call), predict(pipeline.unet, call), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_a_pipeline_with_any_scheduler_is_slimmed_compared_and_exported(name, tiny, accepted, graphs):
     own = tiny.scheduler
     try:

@@ -81,7 +81,11 @@ def test_every_component_comes_back_whole(name, how, tmp_path):
 
 
 # T5, which Stable Diffusion 3 has, computes with some weights in float32 whatever its files hold.
-HELD = [*(("StableDiffusionPipeline", how) for how in FORMATS), ("StableDiffusion3Pipeline", "fp16")]
+SLOWLY = {"fp32", "bf16", "mixed", "both variants"}
+HELD = [
+    *(pytest.param("StableDiffusionPipeline", how, marks=pytest.mark.slow if how in SLOWLY else ()) for how in FORMATS),
+    ("StableDiffusion3Pipeline", "fp16"),
+]
 
 
 @pytest.mark.parametrize(("name", "how"), HELD)
