@@ -9,7 +9,7 @@ from deploy.artifacts import build_folder
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
-from deploy.recipe.prompts import all_prompts
+from deploy.recipe.prompts import calibration_prompts
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
 
@@ -54,7 +54,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     check_apart({"--out": out}, read)
     check_folder(out, "build")
     if recipe.prompts is not None:
-        all_prompts(recipe.prompts)
+        calibration_prompts(recipe.prompts, recipe.calibration.samples)
 
     calm_libraries()
     from deploy.build import run_build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from command_line import refused
 
 from deploy import cli
+from slimdiff import InputError
 
 ROOT = Path(cli.__file__).parents[2]
 
@@ -64,6 +66,21 @@ def test_what_is_cheap_to_see_is_seen_before_torch_is_loaded(argv, says, tmp_pat
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("prompts", [None, "embedded", "general", ["a circle"], "file.txt"])
+def test_a_recipe_with_prompts_from_anywhere_is_built(prompts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file.txt").write_text("a circle\n")
+    recipe = {"model": "demo", "budget": {"reduce": "5%"}} | ({} if prompts is None else {"prompts": prompts})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+
+    def run_build(*_: object) -> None:
+        raise InputError("it was begun")
+
+    monkeypatch.setattr("deploy.build.run_build", run_build)
+    assert "it was begun" in refused(["build", tmp_path / "recipe.yaml", "--out", tmp_path / "out"], capsys)
+    if prompts is None:
+        assert "it was begun" in refused(["demo", "--out", tmp_path / "out"], capsys)
 
 
 def test_not_a_diffusers_directory(tmp_path, workspace, capsys):
