@@ -210,11 +210,11 @@ def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: E
     advice = "another number of steps, scheduler or argument may do"
     if images:
         advice = f"it takes {images}: commands give prompts alone, `slimdiff.compress` takes mappings of arguments"
-    expected = [
+    absent = [
         name for name, part in vars(pipeline).items() if part is None and re.match("text_encoder|tokenizer", name)
     ]
-    if expected and isinstance(error, AttributeError) and "'NoneType'" in str(error):
-        advice = f"it has no {' and no '.join(expected)}, which prompts need: save the model with them"
+    if absent and isinstance(error, AttributeError) and "'NoneType'" in str(error):
+        advice = f"it has no {' and no '.join(absent)}, which prompts need: save the model with them"
     return f"{_title(pipeline)} does not run{steps}: {type(error).__name__}: {reason[0]} ({advice})"
 
 
