@@ -23,6 +23,8 @@ $(OPTIMUM)/.ready: requirements/optimum.txt
 demo: $(READY)  ## the main job on the embedded model; the report is runs/demo/report.html
 	$(RUN)/slimdiff demo --out runs/demo
 
+# A core for each process: with two threads each, two of them take a quarter longer.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)  ## the test suite, a file at a time on each core
 	$(RUN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 

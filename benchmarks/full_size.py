@@ -29,6 +29,7 @@ from slimdiff import Budget, PlanSettings, Statistics, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import split_into_turns
+from slimdiff.denoising.torch_state import own_threads
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.costs import count_bytes, count_parameters
@@ -235,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"Measuring them takes {r['sensitivity']:.1f} s a site and call: {hours:.1f} h for all. "
                 f"Solving projections again takes {fitting:.0f} min on {PlanSettings().fitting_calls} calls."
             )
-    return "\n".join([*lines, f"{machine_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}"])
+    return "\n".join([*lines, f"{machine_name()}; {own_threads()} threads; torch {torch.__version__}"])
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from exporters.graphs.reading import read_graph, shape_of
 from exporters.graphs.shapes import leftover_dims
 from exporters.machine import machine_name
 from exporters.settings import ExportSettings
+from slimdiff.denoising.torch_state import own_threads
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
@@ -163,7 +164,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         shape = "x".join(map(str, r["sample"]))
         lines.append(f"{r['model']}, {r['variant']}, {r['precision']}: sample {shape}; {'; '.join(seen)}.")
     lines.append("Random weights; slim UNets are cut to given ranks without calibration.")
-    return "\n".join([*lines, f"{machine_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}"])
+    return "\n".join([*lines, f"{machine_name()}; {own_threads()} threads; torch {torch.__version__}"])
 
 
 def _gib(size: float) -> str:

@@ -32,7 +32,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("tables")
 
 
-@pytest.mark.parametrize("runtime", ["torch", "torch-bf16", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "runtime", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch-bf16", "onnxruntime"))]
+)
 def test_a_row_is_measured_and_told(cache, tmp_path, runtime):
     row = measure("tiny", 1, runtime, FEW, cache, tmp_path)
     assert list(row["variants"]) == ["-10%", "1.03x by table"]
