@@ -15,6 +15,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
+from deploy.artifacts.usage import said_of
 from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
 from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
@@ -98,7 +99,7 @@ class Workshop:
 
     @cached_property
     def trajectory(self) -> list[Call]:
-        """The denoiser calls of the dense model for one image, or `images`, both branches of guidance together."""
+        """The denoiser calls of the dense model for one image, or `images`; the branches of guidance go together."""
         return record_calls(self.dense, *self.together)
 
     @property
@@ -120,7 +121,8 @@ class Workshop:
             InputError: saying how much can go.
         """
         sampling = self.recipe.calibration.sampling
-        call = partial(example_call, self.dense, height=sampling.height, width=sampling.width)
+        size = {"height": sampling.height, "width": sampling.width}
+        call = partial(example_call, self.dense, **size, guidance=sampling.guidance)
         self.new_compressor().check(self.budgets, call=call)
 
     @property
@@ -132,6 +134,11 @@ class Workshop:
     def trajectory_settings(self) -> dict[str, Any]:
         """For stages whose result depends on the trajectory."""
         return {"trajectory": self.recipe.compare.sampling.model_dump()}
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """How the recipe says that the model is used, for the manifests of what is made of it."""
+        return said_of(self.recipe.calibration.sampling, self.recipe.compare.sampling)
 
     @cached_property
     def plan(self) -> Plan:

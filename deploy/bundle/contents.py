@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import slimdiff
 from deploy.artifacts.files import license_files
+from deploy.artifacts.usage import SAMPLING, usage_of
 from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model, describe
 from deploy.bundle.rest import place_of
 from deploy.bundle.sources import Candidate, Selection, Source
@@ -108,10 +109,11 @@ def write_bundle(
     (folder / "README.md").write_text(_readme(description), encoding="utf-8")
     if triton:
         write_repository(folder, folder / TRITON)
-    made_from = source.made_from
+    made_from, used = source.made_from, usage_of(*map(str, source.folders))
     if edge:  # what ties it to its source, without the settings that made that
         made_from = {k: v for k, v in made_from.items() if k in ("manifest", "build", "model") and isinstance(v, str)}
-    manifest = manifests.write_manifest(folder, KIND, {"source": source.kind, **made_from}, description.model_dump())
+    made_from = {"source": source.kind, **({SAMPLING: used} if used else {}), **made_from}
+    manifest = manifests.write_manifest(folder, KIND, made_from, description.model_dump())
     return describe(manifest, str(folder / manifests.MANIFEST))  # what would be refused later is refused now
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.usage import usage_of
 from deploy.bundle.archive import unpack
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from exporters.registry import names, runtime_of
@@ -62,7 +63,8 @@ def load(
         unpack_to: a folder that an archive is unpacked into, to stay there; by default one that goes with the pipeline.
 
     Returns:
-        the pipeline; its attribute `chosen` (`Chosen`) says the runtime and the reason.
+        the pipeline; its attribute `chosen` (`Chosen`) says the runtime and the reason, and `usage` the `steps` and the
+        `guidance` that it was calibrated with, where that is known.
 
     Raises:
         InputError: if it is no bundle, not what its manifest says, or has nothing for that runtime or size.
@@ -107,7 +109,7 @@ def _open(
         pipeline: Any = load_pipeline(bundle.folder, beside, threads=threads, unet=unet, vae=vae, checked=True)
         chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, runtime, failed), tuple(passed_over))
         log.info("bundle: %s in %s, %s", denoiser, chosen.title, chosen.why)
-        pipeline.chosen = chosen
+        pipeline.chosen, pipeline.usage = chosen, usage_of(str(bundle.folder))
         return pipeline
     raise MissingPackageError(f"nothing of {bundle.folder} runs here: {'; '.join(passed_over)}")
 

@@ -19,6 +19,7 @@ from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
 from slimdiff.progress import working
+from slimdiff.settings import Sampling
 from slimdiff.storage import manifest as manifests
 
 
@@ -36,6 +37,8 @@ class Selection:
     runtime: str | None = None
     safety_checker: bool = True
     """Whether the pipeline's safety checker goes along, where it has one."""
+    guidance: float = Sampling().guidance
+    """That the pipeline is used with: how many samples a model is exported for, where `shapes` do not say."""
     variants: Mapping[str | None, str | None] = field(default_factory=dict)
     """Which weights are read of a model in torch, by its name."""
 
@@ -142,6 +145,7 @@ def _model(name: str, selection: Selection) -> Source:
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
+    from slimdiff.planning.costs import batch_of
 
     rest = selection.rest(name)
     pipeline, scale = rest.pipeline, rest.scale
@@ -155,8 +159,9 @@ def _model(name: str, selection: Selection) -> Source:
         settings = ExportSettings(precision=precision)
         export_unet(pipeline.unet, folder, call, settings, scheduler=pipeline.scheduler)
 
+    own = 0 if selection.shapes else batch_of(example_call(pipeline, guidance=selection.guidance))
     candidates = []
-    for batch, high, wide in selection.shapes or [(2, height * scale, width * scale)]:
+    for batch, high, wide in selection.shapes or [(own, height * scale, width * scale)]:
         for precision in selection.precisions or ["fp32"]:
             label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)

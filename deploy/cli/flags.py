@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from deploy.artifacts.usage import usage_of, use
 from deploy.recipe.prompts import calibration_prompts, default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
@@ -126,6 +127,28 @@ def add_variant(parser: Any) -> None:
 def read_variants(args: argparse.Namespace, *models: str | None) -> dict[str | None, str | None]:
     """The variant to read of each of the models that the command opens (`choose_variants`)."""
     return choose_variants(read(args, WeightSettings).variant, *models)
+
+
+def add_usage(parser: Any, *names: str, **otherwise: Any) -> None:
+    """Flags of `steps` and `guidance` that an artifact may know itself, for `read_usage`.
+
+    Args:
+        otherwise: their values where it does not, if they are not those of `Sampling`.
+    """
+    for name in names:
+        default = otherwise.get(name, Sampling.model_fields[name].default)
+        text = _help(Sampling.model_fields[name].description or "", None)
+        add(parser, Sampling, name, help=f"{text} (default: what it was calibrated with, else {default:g})")
+
+
+def read_usage(args: argparse.Namespace, *artifacts: str | None, **otherwise: Any) -> Sampling:
+    """How the artifacts are used: by the flags that were given, else as the first that knows was calibrated.
+
+    Args:
+        otherwise: in the place of the defaults of `Sampling`, where neither says so.
+    """
+    said = use(read(args, Sampling), usage_of(*artifacts))
+    return said.model_copy(update={k: v for k, v in otherwise.items() if k not in said.model_fields_set})
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

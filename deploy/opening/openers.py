@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of, not_runnable
+from deploy.artifacts.usage import usage_of
 from exporters.dtypes import PRECISIONS
 from exporters.layout import ENGINE_PIPELINE
 from exporters.registry import names
@@ -33,6 +34,8 @@ class Opened:
     """Its name."""
     pipeline: Any = None
     """The whole pipeline, for a model or a bundle."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """What it was calibrated with; see `usage_of`."""
 
     @property
     def precision(self) -> str:
@@ -89,7 +92,7 @@ def open_denoiser(
         from deploy.bundle.load import load
 
         whole: Any = load(name, runtime, height=height, width=width)
-        return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole)
+        return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole, whole.usage)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
         from deploy.artifacts.figures import denoiser_of
@@ -98,11 +101,11 @@ def open_denoiser(
 
         pipeline = load_pipeline(name, "fp32", variant=variant)
         denoiser = denoiser_of(pipeline)
-        return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline)
+        return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet
 
     unet = UNet.open(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen)
-    return Opened(kind, unet, unet.predict, chosen)
+    return Opened(kind, unet, unet.predict, chosen, usage=usage_of(name))
 
 
 def runtime_for(name: str, kind: str, runtime: str | None) -> str:

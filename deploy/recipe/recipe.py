@@ -258,6 +258,20 @@ class Recipe(WeightSettings, Settings, frozen=True):
     gates: Gates = Gates()
     """What decides the exit code."""
 
+    @model_validator(mode="after")
+    def _used_as_calibrated(self) -> Recipe:
+        """Graphs and comparisons have the steps and the guidance that the calibration says, unless they say others.
+
+        A model that is distilled for few steps is not right at any others.
+        """
+        calibrated, compared = self.calibration.sampling, self.compare.sampling
+        said = self.compare.sampling.model_fields_set if "sampling" in self.compare.model_fields_set else set()
+        same = {k: getattr(calibrated, k) for k in ({"steps", "guidance"} & calibrated.model_fields_set) - said}
+        if same:
+            compare = self.compare.model_copy(update={"sampling": compared.model_copy(update=same)})
+            object.__setattr__(self, "compare", compare)
+        return self
+
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, value: Any) -> Any:

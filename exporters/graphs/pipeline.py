@@ -181,7 +181,12 @@ def export_pipeline(
 
 @own_torch_state()
 def example_call(
-    pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, batch: int = 2
+    pipeline: DiffusionPipeline,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int | None = None,
+    guidance: float = Sampling().guidance,
 ) -> Call:
     """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on empty prompts.
 
@@ -189,7 +194,9 @@ def example_call(
 
     Args:
         height, width: of the image in pixels; the pipeline's default if not given.
-        batch: samples in the denoiser call; with guidance, that is two per image.
+        batch: samples in the denoiser call; if not given, as many as one image takes at that guidance: two with
+            classifier-free guidance, one without, as for a model that is distilled for few steps.
+        guidance: that the pipeline is used with; see `Sampling.guidance`.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
 
@@ -198,11 +205,12 @@ def example_call(
         return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
 
     refused: list[InputError] = []
+    asked = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
         for steps in FEW_STEPS:
-            sampling = Sampling(steps=steps, guidance=1.0, batch=batch, seed=0, height=height, width=width)
+            sampling = Sampling(steps=steps, seed=0, height=height, width=width, **asked)
             try:
-                return record_calls(pipeline, [""] * batch, sampling)[0]
+                return record_calls(pipeline, [""] * sampling.batch, sampling)[0]
             except InputError as error:
                 refused.append(error)
     raise refused[0]

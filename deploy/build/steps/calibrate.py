@@ -10,6 +10,7 @@ from typing import Any
 from deploy.artifacts import build_folder
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from deploy.opening.distilled import warn_of_steps
 from deploy.recipe.prompts import described
 
 log = logging.getLogger("slimdiff")
@@ -19,6 +20,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings, source = shop.recipe.calibration, shop.prompts_from
     sampling = settings.sampling
     shop.refuse_impossible()
+    warn_of_steps(shop.dense, shop.recipe.model, sampling)
     start = time.perf_counter()
     log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), described(source), sampling.steps)
     shop.new_compressor().statistics.save(folder / Path(build_folder.STATISTICS).name)

@@ -28,6 +28,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings, scheduler=pipeline.scheduler)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
+        made_from |= shop.usage
         inputs, wide = shapes(shop.trajectory[0]), fp32_islands(folder / name / "model.onnx")
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)

@@ -40,7 +40,7 @@ STAGE = Stage(
     "slim",
     run,
     needs=("plan",),
-    settings=lambda shop: {**shop.trajectory_settings, **shop.weight_settings},
+    settings=lambda shop: {**shop.trajectory_settings, **shop.weight_settings, **shop.usage},
     inputs=lambda shop: shop.core,
     kind="slim-model",
     figures=_figures,

@@ -43,8 +43,9 @@ class Sweep:
 
     @cached_property
     def call(self) -> Any:
-        """The call whose latency is measured, one image, both branches of guidance; MACs are of one of its samples."""
-        return example_call(self.shop.dense, height=self.sampling.height, width=self.sampling.width)
+        """The call whose latency is measured: one image at calibration's guidance. MACs are of one sample."""
+        size = {"height": self.sampling.height, "width": self.sampling.width}
+        return example_call(self.shop.dense, **size, guidance=self.sampling.guidance)
 
     @cached_property
     def compressor(self) -> Compressor:

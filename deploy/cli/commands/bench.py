@@ -44,7 +44,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(bound, "--gate", "BOUND", "such as 'latency<=1.03' (candidate over base) or 'speedup>=1.1'")
     flags.text(bound, "--tolerance", "SHARE", "slowdown that is allowed: 5% is --gate 'latency<=1.05'")
     flags.add_variant(parser)
-    flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads", "batch")
+    flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads")
+    flags.add_usage(parser, "guidance")
+    samples = "samples in a call, where the artifact does not fix it (default: 2, and 1 for guidance up to 1)"
+    flags.add(parser, BenchSettings, "batch", help=samples)
     results = parser.add_argument_group("history and CI")
     flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
     flags.sentence(results, "--label", "of the result in the history, such as a commit", default="")
@@ -92,6 +95,8 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from exporters.latency.measure import bench
 
     chosen, variants = flags.read(args, BenchSettings), flags.read_variants(args, args.base, args.candidate)
+    if "batch" not in chosen.model_fields_set and flags.read_usage(args, args.candidate, args.base).guidance <= 1:
+        chosen = chosen.model_copy(update={"batch": 1})
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         asked = {"base": (args.base, args.base_runtime or args.runtime), "candidate": (args.candidate, args.runtime)}
         # Exports come last: what else is wrong shows before them.

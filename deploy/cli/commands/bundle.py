@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
+    flags.add_usage(parser, "guidance")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from deploy.bundle.sources import Selection, open_source
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
-    selection = Selection(args.target, *denoisers, args.safety_checker, variants)
+    used = flags.read_usage(args, args.source, args.pipeline)
+    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)

@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
         return _write(out, others, args, started)
 
     calm_libraries()
+    from deploy.opening.distilled import warn_of_steps
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
 
     pipeline = load_pipeline(args.model, variant=variant)
+    warn_of_steps(pipeline, args.model, calibration.sampling)
     first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
     with ExitStack() as until_written:
         if first:

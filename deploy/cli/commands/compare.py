@@ -19,6 +19,7 @@ EXAMPLE = """examples:
   slimdiff compare my-checkpoint slim --images 8
   slimdiff compare my-checkpoint slim --prompts prompts.txt --json"""
 
+STEPS = 25
 CAPTIONS_SEED = 1
 """Which of the embedded model's held-out captions."""
 
@@ -31,15 +32,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
-    flags.add(parser, Sampling, "steps", default=25)
-    flags.add(parser, Sampling, "guidance", "batch")
+    flags.add_usage(parser, "steps", "guidance", steps=STEPS)
+    flags.add(parser, Sampling, "batch")
     flags.add(parser, Sampling, "seed", default=10_000)
 
 
 def run(args: argparse.Namespace) -> int:
     for model in (args.dense, args.slim):
         find_model(model)
-    sampling, variants = flags.read(args, Sampling), flags.read_variants(args, args.dense, args.slim)
+    sampling, variants = (
+        flags.read_usage(args, args.slim, args.dense, steps=STEPS),
+        flags.read_variants(args, args.dense, args.slim),
+    )
     source = args.prompts or default_source(args.dense)
     prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact, check_file
@@ -15,6 +16,9 @@ from exporters.settings import TableSettings
 from slimdiff.errors import InputError
 from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
+
+if TYPE_CHECKING:
+    from slimdiff import Plan
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     calm_libraries()
     from deploy.artifacts.figures import compression_result, costs, denoiser_of
-    from deploy.artifacts.files import copy_licenses, save_pipeline
+    from deploy.opening.distilled import warn_of_steps
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed
@@ -67,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     pipeline, latency = load_pipeline(args.model, variant=weights.variant), None
-    one_call = cache(partial(example_call, pipeline, height=sampling.height, width=sampling.width))
+    warn_of_steps(pipeline, args.model, sampling)
+    one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     Compressor(pipeline, prompts, calibration, planning).check([budget] if budget else [], call=one_call)
     if by_latency:
         from exporters.latency.table import measure_latency
@@ -93,20 +98,29 @@ def run(args: argparse.Namespace) -> int:
     slim_costs = costs(denoiser_of(written), one_call())
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     made_from = {
-        "model_hash": slim.plan.model_hash,
-        "budget": slim.plan.budget,
         "latency": dict(latency.made_from) if latency else None,
         "prompts": manifest.fingerprint(used),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
+        **said_of(sampling),
     }
-    with artifact_folder(out, "slim-model") as temporary:
-        save_pipeline(written, temporary, weights)
-        copy_licenses(args.model, temporary)
-        slim.plan.save(temporary / "plan.json")
-        manifest.write_manifest(temporary, "slim-model", made_from)
-    log.info("compress: written to %s", out)
+    _write(args, out, written, slim.plan, weights, made_from)
     return result(args, value, _text(value))
+
+
+def _write(
+    args: argparse.Namespace, out: Path, pipeline: Any, plan: Plan, weights: WeightSettings, made_from: dict[str, Any]
+) -> None:
+    """Write the slim model with its plan; `made_from` is what the manifest says of it beside what the plan knows."""
+    from deploy.artifacts.files import copy_licenses, save_pipeline
+
+    with artifact_folder(out, "slim-model") as temporary:
+        save_pipeline(pipeline, temporary, weights)
+        copy_licenses(args.model, temporary)
+        plan.save(temporary / "plan.json")
+        planned = {"model_hash": plan.model_hash, "budget": plan.budget}
+        manifest.write_manifest(temporary, "slim-model", planned | made_from)
+    log.info("compress: written to %s", out)
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deploy.artifacts.numbers import size
+from deploy.artifacts.numbers import size as in_bytes
+from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact
@@ -29,9 +30,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
     flags.add(parser, WeightSettings, "variant")
-    flags.whole(
-        parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
-    )
+    flags.add_usage(parser, "guidance")
+    samples = "samples in a denoiser call (default: what one image takes: two with guidance above 1, one without)"
+    flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
     unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if not set(open_dims) <= {"batch", "size"}:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
-    settings, image = flags.read(args, ExportSettings, **dynamic), flags.read(args, Sampling)
+    settings, image = flags.read(args, ExportSettings, **dynamic), flags.read_usage(args, args.model)
     weights = flags.read(args, WeightSettings)
     find_model(args.model)
     require("onnx", "onnx")
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.loading.pipelines import load_pipeline
 
     pipeline = load_pipeline(args.model, "fp32", variant=weights.variant)
-    call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
+    size = {"height": image.height, "width": image.width}
+    call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
         files = export_pipeline(pipeline, temporary, settings, call=call)
@@ -69,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
         islands = fp32_islands(temporary / "unet" / "model.onnx")
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
-        manifest.write_manifest(temporary, "onnx", {"model": model_hash(args.model), **settings.model_dump()}, runs_on)
+        made_from = {"model": model_hash(args.model), **said_of(image), **settings.model_dump()}
+        manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
-    lines = [f"{out}: {len(names)} graphs, {settings.precision}, {size(written)}", *(f"  {name}" for name in names)]
+    lines = [f"{out}: {len(names)} graphs, {settings.precision}, {in_bytes(written)}", *(f"  {name}" for name in names)]
     return result(args, value, "\n".join(lines))

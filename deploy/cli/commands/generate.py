@@ -7,6 +7,7 @@ import inspect
 import time
 from pathlib import Path
 
+from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_new_file, check_runnable
@@ -27,7 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "artifact", "ARTIFACT", "a model (dense or slim), an ONNX folder, an engine, or a bundle")
     flags.sentence(parser, "--prompt", "what to show", required=True)
     flags.text(parser, "--out", "PNG", "the image file to write", required=True)
-    flags.add(parser, Sampling, "seed", "steps", "guidance", "height", "width")
+    flags.add_usage(parser, "steps", "guidance")
+    flags.add(parser, Sampling, "seed", "height", "width")
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
     parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if any(size[side] not in (None, pixels) for side, pixels in fixed.items()):
         sides = " x ".join(map(str, fixed.values()))
         raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
+    asked = use(asked, opened.usage or usage_of(args.pipeline))
     sampling = opened.sampling(asked).model_copy(update=fixed)
     log.info("generate: %d steps", sampling.steps)
     start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_runnable
@@ -32,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.add_variant(parser)
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
-    flags.add(parser, Sampling, "steps")
+    flags.add_usage(parser, "steps", "guidance")
     flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
     parser.add_argument(
         "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         pipeline = load_pipeline(args.pipeline, "fp32", variant=variants[args.pipeline])
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
+    asked = use(asked, base.usage or candidate.usage or usage_of(args.pipeline))
     sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))
     sampling = sampling.model_copy(update=base.pixels(pipeline) | candidate.pixels(pipeline))
     prompts = [args.prompt] * sampling.batch

@@ -52,9 +52,12 @@ def test_values_come_back_as_settings():
 
 
 def test_a_command_may_have_another_default():
-    assert flags.read(parsed("compare", "a", "b"), Sampling) == Sampling(steps=25, seed=10_000)
-    help_of_steps = next(a.help for a in actions_of("compare") if a.dest == "Sampling.steps")
-    assert help_of_steps.endswith("(default: 25)")
+    arguments = parsed("compare", "a", "b")
+    assert flags.read(arguments, Sampling) == Sampling(seed=10_000)
+    assert flags.read_usage(arguments, "a", steps=25) == Sampling(steps=25, seed=10_000)
+    helps = {action.dest: action.help for action in actions_of("compare")}
+    assert helps["Sampling.seed"].endswith("(default: 10000)")
+    assert helps["Sampling.steps"].endswith("(default: what it was calibrated with, else 25)")
 
 
 @pytest.mark.parametrize("kind", flags.BUDGETS)

@@ -73,7 +73,7 @@ def test_the_unet_is_not_run_for_an_example(pipeline, monkeypatch):
     expected = record_calls(pipeline, ["", ""], Sampling(steps=1, guidance=1.0, batch=2))[0]
     with monkeypatch.context() as patched:
         patched.setattr(pipeline.unet.mid_block, "forward", None)
-        found = example_call(pipeline)
+        found = example_call(pipeline, batch=2)
     assert "forward" not in vars(pipeline.unet)
     assert found.timestep == expected.timestep and found.arguments.keys() == expected.arguments.keys()
     assert all(torch.equal(tensor, expected.arguments[name]) for name, tensor in found.arguments.items())
