@@ -107,9 +107,10 @@ def write_bundle(
     description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
     (folder / "README.md").write_text(_readme(description), encoding="utf-8")
+    used = usage_of(*map(str, source.folders))
     if triton:
-        write_repository(folder, folder / TRITON)
-    made_from, used = source.made_from, usage_of(*map(str, source.folders))
+        write_repository(folder, folder / TRITON, usage=used)
+    made_from = source.made_from
     if edge:  # what ties it to its source, without the settings that made that
         made_from = {k: v for k, v in made_from.items() if k in ("manifest", "build", "model") and isinstance(v, str)}
     made_from = {"source": source.kind, **({SAMPLING: used} if used else {}), **made_from}

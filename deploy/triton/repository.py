@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from deploy.artifacts.usage import usage_of
 from deploy.triton.components import Component, find_components
 from deploy.triton.config import FILES, PIPELINE, component_config, pipeline_config
 from deploy.triton.server import text_to_image
@@ -23,7 +25,9 @@ from slimdiff.storage import manifest
 _SERVER = Path(text_to_image.__file__).parent
 
 
-def write_repository(source: Path, out: Path, settings: TritonSettings | None = None) -> list[Path]:
+def write_repository(
+    source: Path, out: Path, settings: TritonSettings | None = None, *, usage: Mapping[str, Any] | None = None
+) -> list[Path]:
     """Write what a Triton server needs to turn prompts into images.
 
         models/unet/             `config.pbtxt`, and the graph or engine in `1/`; so are the text encoders,
@@ -35,6 +39,7 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
     Args:
         source: a pipeline that `slimdiff export` wrote; engines, where there are some, lie in its models' folders.
         out: a folder, made if need be, with no repository in it.
+        usage: `steps` and `guidance` of requests that do not say; what the source knows (`usage_of`) if not given.
 
     Returns:
         every file written.
@@ -54,6 +59,8 @@ def write_repository(source: Path, out: Path, settings: TritonSettings | None = 
     for component in components:
         _write_component(component, models / component.name, settings)
     _write_pipeline(source, index, components, models / PIPELINE, settings)
+    usage = usage_of(str(source)) if usage is None else usage
+    manifest.write_json(models / PIPELINE / "1" / "pipeline" / text_to_image.USAGE, dict(usage))
     templates = Environment(
         loader=PackageLoader("deploy.triton"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )

@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="(default: the server's)")
+    parser.add_argument("--guidance", type=float, help="(default: the server's)")
     parser.add_argument("--out", required=True, metavar="PNG")
     parser.add_argument("--url", default="localhost:8000")
-    values = vars(parser.parse_args())
+    values = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     out, url = values.pop("out"), values.pop("url")
     Image.fromarray(generate(url, **values)).save(out)
 

@@ -25,6 +25,8 @@ Infer = Callable[[str, dict[str, np.ndarray], list[str]], dict[str, np.ndarray]]
 
 COMPONENTS = "components.json"
 """By model: `batch` (of its graph; null where it is open), `inputs` and `outputs`, both name -> `dtype`, `shape`."""
+USAGE = "usage.json"
+"""`steps` and `guidance` of requests that do not say, as far as they are known."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 PARTS = {
     "scheduler": "diffusers",
@@ -42,8 +44,8 @@ class TextToImage:
     """Makes images of the one size that the models are for.
 
     Args:
-        folder: `model_index.json`, `components.json`, the scheduler's and tokenizers' folders, and a `config.json` per
-            model.
+        folder: `model_index.json`, `components.json`, `usage.json`, the scheduler's and tokenizers' folders, and a
+            `config.json` per model.
         infer: calls a model. It is given the model's own shapes and dtypes, with one more axis of 1 where a tensor has
             nothing but a batch (Triton has no scalars).
         max_steps: more than these are refused.
@@ -74,7 +76,7 @@ class TextToImage:
                 parts[part] = value
             elif part in ("safety_checker", "feature_extractor", "image_encoder"):
                 parts[part] = None
-        self.max_steps = max_steps
+        self.max_steps, self.usage = max_steps, _read(folder / USAGE)
         self.pipeline = kind(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
         height, width = graphs["unet"]["inputs"]["sample"]["shape"][-2:]
@@ -87,7 +89,7 @@ class TextToImage:
         negative_prompt: str = "",
         seed: int = 0,
         steps: int | None = None,
-        guidance: float = 5.0,
+        guidance: float | None = None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
         """Make one image.
@@ -96,8 +98,10 @@ class TextToImage:
             prompt: what to show.
             negative_prompt: what not to show; without guidance it says nothing.
             seed: of the noise; with the same one, diffusers makes the same image of the same model on the CPU.
-            steps: of the scheduler, 1 to `max_steps`; 20 if not given, or as many as are allowed.
+            steps: of the scheduler, 1 to `max_steps`; if not given, those that the model was calibrated with, else 20,
+                or as many as are allowed.
             guidance: classifier-free guidance scale, 0 to 100; up to 1 there is none, and the UNet has half the work.
+                If not given, that which the model was calibrated with, else 5.
             is_cancelled: asked after every step.
 
         Returns:
@@ -110,7 +114,8 @@ class TextToImage:
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty: say what to show")
-        steps = min(20, self.max_steps) if steps is None else steps
+        steps = min(self.usage.get("steps", 20), self.max_steps) if steps is None else steps
+        guidance = self.usage.get("guidance", 5.0) if guidance is None else guidance
         if not 1 <= steps <= self.max_steps:
             raise ValueError(f"steps must be 1 to {self.max_steps}, not {steps}")
         if not 0 <= guidance <= 100:

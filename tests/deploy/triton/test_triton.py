@@ -209,6 +209,14 @@ def test_requests_out_of_range_are_refused(text_to_image, values, told):
         text_to_image(**{"prompt": "a circle", "steps": 3, **values})
 
 
+def test_requests_that_do_not_say_are_served_as_the_model_was_calibrated(sources, tmp_path):
+    write_repository(sources["fixed"], tmp_path, usage={"steps": 1, "guidance": 0.0})
+    models = tmp_path / "models"
+    serves = TextToImage(models / "text_to_image" / "1" / "pipeline", Server(models))
+    assert np.array_equal(serves("a circle"), serves("a circle", steps=1, guidance=0.0))
+    assert not np.array_equal(serves("a circle"), serves("a circle", steps=2, guidance=5.0))
+
+
 def test_a_cancelled_request_stops_after_the_step(text_to_image):
     before = len(text_to_image.pipeline.unet.infer.batches.get("unet", []))
     with pytest.raises(Cancelled):
