@@ -72,6 +72,9 @@ class Sampling(Settings):
     """Image height in pixels; the width if that is given alone, else the pipeline's own default."""
     width: int | None = Field(None, ge=1, le=MOST_PIXELS)
     """Image width in pixels; the height if that is given alone, else the pipeline's own default."""
+    scheduler: str | None = None
+    """In the place of the pipeline's own: a class of diffusers such as EulerDiscreteScheduler, or euler for short. It
+    gets the settings of the pipeline's own."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
 

@@ -126,7 +126,7 @@ class Job:
 
     def for_elsewhere(self) -> Job:
         """The same for a process that works in another folder, and beside others: its latencies would mean nothing."""
-        paths = {"model": self.recipe.model, "prompts": self.recipe.prompts}
+        paths = {name: getattr(self.recipe, name) for name in ("model", "prompts", "images", "masks")}
         own = {k: p for k, p in paths.items() if isinstance(p, str) and p not in ("demo", EMBEDDED, GENERAL)}
         here = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
         return replace(self, recipe=self.recipe.model_copy(update=here), folder=self.folder.resolve(), timed=False)

@@ -23,6 +23,7 @@ from deploy.build.cells import CellWorkshop, build_cells, cells_of
 from deploy.build.stages import Done, Stage, forced, keys, run_stages
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
+from deploy.recipe.material import hash_of
 from deploy.recipe.recipe import Recipe
 from deploy.report.page import write_sweep_page
 from slimdiff.errors import MissingPackageError, require
@@ -110,7 +111,7 @@ def run_sweep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         value = steps.sweep.frontier(shop, points)
         manifest.write_json(folder / "sweep.json", value)
         write_sweep_page(value, folder / "sweep.html")
-        prompts = manifest.fingerprint([shop.prompts_and_more, steps.sweep.captions(shop)])
+        prompts = manifest.fingerprint([hash_of(shop.material), hash_of(steps.sweep.compared(shop))])
         made_from = {**shop.model_inputs, "prompts": prompts, "points": recipe.sweep.texts}
         manifest.write_manifest(folder, "sweep", made_from, {"runtime": value["runtime"]})
     return value

@@ -37,8 +37,8 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     verdict = overall(gates)
     calibrated = manifest.read_manifest(folder / "calibrate")["made_from"]["inputs"]
     settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
-    if isinstance(recipe.prompts, str):
-        settings["prompts"] = Path(recipe.prompts).name
+    named = {name: getattr(recipe, name) for name in ("prompts", "images", "masks")}
+    settings |= {name: Path(value).name for name, value in named.items() if isinstance(value, str)}
     return build_folder.strict(
         {
             "schema": manifest.SCHEMA,

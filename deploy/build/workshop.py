@@ -16,16 +16,19 @@ from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.artifacts.usage import said_of
-from deploy.recipe.prompts import EMBEDDED, calibration_prompts, comparison_prompts, default_source
+from deploy.recipe.material import calibration_material, comparison_material, hash_of
+from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
 from exporters.registry import runtime_of
 from slimdiff import Budget, Compressor, Plan, Statistics
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.precision import held_like, in_dtype
-from slimdiff.denoising.trajectory import Call, record_calls
+from slimdiff.denoising.tasks import for_task, make_inputs
+from slimdiff.denoising.trajectory import Call, Inputs, record_calls
 from slimdiff.loading.pipelines import load_pipeline, read_dtype
-from slimdiff.settings import Sampling, WeightSettings
+from slimdiff.prompts.material import Material
+from slimdiff.settings import CalibrationSettings, Sampling, WeightSettings
 from slimdiff.storage import manifest
 
 _CORE = ("torch", "diffusers", "transformers")
@@ -54,7 +57,7 @@ class Workshop:
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
-        return load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant)
+        return for_task(load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant), self.material)
 
     def load_held(self) -> DiffusionPipeline:
         """The dense pipeline in the dtypes of its files."""
@@ -68,25 +71,57 @@ class Workshop:
 
     @cached_property
     def slim(self) -> DiffusionPipeline:
-        return load_pipeline(self.shared / "slim", "fp32", variant=self.recipe.variant)
+        return for_task(load_pipeline(self.shared / "slim", "fp32", variant=self.recipe.variant), self.material)
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """The prompts of the calibration."""
-        return calibration_prompts(self.prompts_from, self.recipe.calibration.samples)
-
-    @cached_property
-    def prompts_and_more(self) -> list[str]:
-        """The same, and after them a batch that calibration does not see, if there are more prompts."""
+    def material(self) -> Material:
+        """What the calibration's images are made from; after them a batch that it does not see, if there is more."""
         calibration = self.recipe.calibration
-        return calibration_prompts(self.prompts_from, calibration.samples + calibration.sampling.batch)
+        return calibration_material(self.prompts_from, calibration.samples, calibration.sampling.batch, **self._folders)
 
     @cached_property
-    def captions(self) -> list[str]:
+    def compared(self) -> Material:
         """What dense and slim are compared on."""
         compare = self.recipe.compare
-        count = max(compare.images, compare.trajectories)
-        return comparison_prompts(self.prompts_from, self.recipe.calibration.samples, count, compare.captions_seed)
+        return self.unseen(max(compare.images, compare.trajectories), compare.captions_seed)
+
+    def unseen(self, count: int, seed: int) -> Material:
+        """What `count` images are made from, as far as possible unseen by calibration."""
+        return comparison_material(self.prompts_from, self.recipe.calibration.samples, count, seed, **self._folders)
+
+    @property
+    def _folders(self) -> dict[str, Any]:
+        recipe = self.recipe
+        said = {"images": recipe.images, "masks": recipe.masks, "classes": recipe.classes}
+        return {**said, "default": self.prompts_from in (GENERAL, EMBEDDED)}
+
+    @cached_property
+    def _calibrated(self) -> tuple[list[Inputs], Sampling]:
+        return make_inputs(self.dense, self.material, self.recipe.calibration.sampling)
+
+    @cached_property
+    def _captioned(self) -> tuple[list[Inputs], Sampling]:
+        return make_inputs(self.dense, self.compared, self.recipe.compare.sampling)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        """The recipe's, with the size that its images have."""
+        return self.recipe.calibration.model_copy(update={"sampling": self._calibrated[1]})
+
+    @property
+    def samples(self) -> int:
+        """How many images the calibration makes."""
+        return min(len(self._calibrated[0]), self.recipe.calibration.samples)
+
+    @property
+    def captions(self) -> list[Inputs]:
+        """What dense and slim are compared on, as their pipeline takes it."""
+        return self._captioned[0]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the compared images are made."""
+        return self._captioned[1]
 
     @property
     def prompts_from(self) -> str | list[str]:
@@ -103,10 +138,10 @@ class Workshop:
         return record_calls(self.dense, *self.together)
 
     @property
-    def together(self) -> tuple[list[str], Sampling]:
+    def together(self) -> tuple[list[Inputs], Sampling]:
         """What is sampled through a graph: as many captions as go through it together, and how."""
         captions = (self.captions * self.images)[: self.images]
-        return captions, self.recipe.compare.sampling.model_copy(update={"batch": self.images})
+        return captions, self.sampling.model_copy(update={"batch": self.images})
 
     @cached_property
     def budgets(self) -> list[Budget]:
@@ -120,7 +155,7 @@ class Workshop:
         Raises:
             InputError: saying how much can go.
         """
-        sampling = self.recipe.calibration.sampling
+        sampling = self.calibration.sampling
         size = {"height": sampling.height, "width": sampling.width}
         call = partial(example_call, self.dense, **size, guidance=sampling.guidance)
         self.new_compressor().check(self.budgets, call=call)
@@ -160,7 +195,7 @@ class Workshop:
 
     def new_compressor(self) -> Compressor:
         """The same before calibration."""
-        return Compressor(self.dense, self.prompts_and_more, self.recipe.calibration, self.recipe.plan)
+        return Compressor(self.dense, self._calibrated[0], self.calibration, self.recipe.plan)
 
     @cached_property
     def core(self) -> dict[str, str]:
@@ -179,13 +214,22 @@ class Workshop:
 
     @cached_property
     def captions_hash(self) -> dict[str, str]:
-        return {"captions": manifest.fingerprint(self.captions)}
+        return {"captions": hash_of(self.compared)}
 
     @cached_property
     def model_inputs(self) -> dict[str, str]:
         """What decides statistics: the model and the prompts."""
         chosen = {"variant": self.recipe.variant} if self.recipe.variant else {}
-        return {"model": model_hash(self.recipe.model), **chosen, "prompts": manifest.fingerprint(self.prompts)}
+        return {
+            "model": model_hash(self.recipe.model),
+            **chosen,
+            "prompts": hash_of(self.material, self.recipe.calibration.samples),
+        }
+
+    @cached_property
+    def held_hash(self) -> dict[str, str]:
+        """What decides sensitivities and plans: the same, with what calibration does not see."""
+        return {"held": hash_of(self.material)}
 
 
 def packages_of(runtime: str) -> tuple[tuple[str, str], ...]:

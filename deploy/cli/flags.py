@@ -8,6 +8,7 @@ InputError that names the flag and says what would be right.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploy.artifacts.usage import usage_of, use
-from deploy.recipe.prompts import calibration_prompts, default_source
+from deploy.recipe.material import calibration_material, parse_classes
+from deploy.recipe.prompts import default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import cached_snapshot, choose_variants, find_model
+from slimdiff.prompts.material import Material
 from slimdiff.settings import (
     BUDGETS,
     MOST,
@@ -147,28 +150,81 @@ def read_usage(args: argparse.Namespace, *artifacts: str | None, **otherwise: An
     Args:
         otherwise: in the place of the defaults of `Sampling`, where neither says so.
     """
-    said = use(read(args, Sampling), usage_of(*artifacts))
+    said = use(read_sampling(args), usage_of(*artifacts))
     return said.model_copy(update={k: v for k, v in otherwise.items() if k not in said.model_fields_set})
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """What the denoiser is watched doing, for `read_calibration`, and the prompts."""
+def add_calibration(parser: argparse.ArgumentParser, pictures: str = "") -> None:
+    """What the denoiser is watched doing, for `read_calibration`, and making from what, for `read_material`.
+
+    Args:
+        pictures: see `add_material`.
+    """
     by_default = "'general', the 500 built-in ones; for demo its own"
     text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
+    add_material(parser, pictures)
     add(parser, CalibrationSettings, "samples")
-    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width")
+    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width", "scheduler")
+    add_arguments(parser)
+
+
+def add_material(parser: Any, pictures: str = "") -> None:
+    """What images are made from, besides prompts.
+
+    Args:
+        pictures: goes before the names of the flags for folders, where `--images` is a number of images.
+    """
+    made = "images that images are made from (image to image, inpainting, InstructPix2Pix, upscaling), by name in order"
+    text(parser, f"--{pictures}images", "DIR", made, dest="input_images")
+    painted = "masks of these images, of their names or in their order; white is painted"
+    text(parser, f"--{pictures}masks", "DIR", painted, dest="input_masks")
+    text(parser, "--classes", "LIST", "of a class-conditional model, such as 207,360 or 0-999", type=classes)
+
+
+def add_arguments(parser: Any) -> None:
+    """More arguments of the pipeline's call, for `read_sampling`."""
+    several(parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as strength=0.8", type=_argument)
+
+
+def read_sampling(args: argparse.Namespace, **more: Any) -> Sampling:
+    """The flags of `Sampling`, with the `--argument`s."""
+    arguments = dict(getattr(args, "argument", []))
+    return read(args, Sampling, **({"arguments": arguments} if arguments else {}), **more)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"is like strength=0.8, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def classes(text: str) -> str:
+    """What checks a flag of classes."""
+    try:
+        parse_classes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
     """What `add_calibration` takes, and every other flag of `CalibrationSettings`."""
-    return read(args, CalibrationSettings, sampling=read(args, Sampling))
+    return read(args, CalibrationSettings, sampling=read_sampling(args))
 
 
-def read_prompts(args: argparse.Namespace, count: int) -> tuple[str, list[str]]:
-    """Where the prompts of `add_calibration` come from, and up to `count` of them; also refuses what is no model."""
+def read_material(args: argparse.Namespace, samples: int, more: int = 0) -> tuple[str, Material]:
+    """Where the prompts of `add_calibration` come from, and what up to `samples + more` images are made from.
+
+    It also refuses what is no model.
+    """
     find_model(args.model)
     source = args.prompts or default_source(args.model)
-    return source, calibration_prompts(source, count)
+    folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
+    return source, calibration_material(source, samples, more, **folders, default=args.prompts is None)
 
 
 def read_planning(args: argparse.Namespace) -> PlanSettings:

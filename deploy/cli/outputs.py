@@ -23,7 +23,7 @@ from slimdiff.storage import manifest
 
 READ = (
     *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "pipeline"),
-    *("recipe", "file", "prompts", "statistics", "plan", "merge"),
+    *("recipe", "file", "prompts", "input_images", "input_masks", "statistics", "plan", "merge"),
 )
 """Arguments, by their names in the namespace, that may be places to read."""
 WRITTEN = ("out", "history", "junit", "markdown", "plot")

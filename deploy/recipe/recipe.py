@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deploy.recipe.errors import explain, nearest
+from deploy.recipe.material import parse_classes
 from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
@@ -235,6 +236,13 @@ class Recipe(WeightSettings, Settings, frozen=True):
     prompts: str | list[str] | None = None
     """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
     the default, or `embedded`: the demo model's own, the default for it."""
+    images: str | None = None
+    """A folder of images (relative to the recipe) that images are made from: image to image, inpainting,
+    InstructPix2Pix, upscaling. They go with the prompts by order, and the last of them serve the comparison."""
+    masks: str | None = None
+    """A folder of their masks, of the same names or in the same order; white is painted."""
+    classes: str | None = Field(None, coerce_numbers_to_str=True)
+    """Of a class-conditional model, such as `207,360` or `0-999`."""
     calibration: CalibrationSettings = CalibrationSettings()
     """The runs in which the denoiser is watched."""
     budget: BudgetSettings = BudgetSettings()
@@ -272,6 +280,14 @@ class Recipe(WeightSettings, Settings, frozen=True):
             object.__setattr__(self, "compare", compare)
         return self
 
+    @field_validator("classes")
+    @classmethod
+    def _classes(cls, value: Any) -> Any:
+        try:
+            return value if value is None or parse_classes(value) else None
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
@@ -307,7 +323,8 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     check_groups(recipe.plan, f"{source}: plan.groups")
-    resolved: dict[str, Any] = {}
+    folders = {name: getattr(recipe, name) for name in ("images", "masks")}
+    resolved: dict[str, Any] = {k: str(folder / _name_of_file(v)) for k, v in folders.items() if v is not None}
     model = _name_of_file(recipe.model)
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ from exporters.layout import (
     without_safety_checker,
 )
 from exporters.settings import ExportSettings
+from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
@@ -188,7 +190,7 @@ def example_call(
     batch: int | None = None,
     guidance: float = Sampling().guidance,
 ) -> Call:
-    """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on empty prompts.
+    """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on neutral inputs.
 
     A UNet on images is not run for it: of an export, that would be a large part.
 
@@ -205,12 +207,15 @@ def example_call(
         return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
 
     refused: list[InputError] = []
-    asked = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
+    asked: Any = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
+    inputs = neutral_inputs(pipeline, asked["batch"], height, width)
+    takes_size = "height" in inspect.signature(pipeline.__call__).parameters or isinstance(inputs[0], str)
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
         for steps in FEW_STEPS:
-            sampling = Sampling(steps=steps, seed=0, height=height, width=width, **asked)
+            size = {"height": height, "width": width} if takes_size else {}
+            sampling = Sampling(steps=steps, seed=0, **size, **asked)
             try:
-                return record_calls(pipeline, [""] * sampling.batch, sampling)[0]
+                return record_calls(pipeline, inputs, sampling)[0]
             except InputError as error:
                 refused.append(error)
     raise refused[0]

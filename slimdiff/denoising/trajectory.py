@@ -30,8 +30,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff.denoising.long_prompts import encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
+from slimdiff.denoising.schedulers import make_scheduler
 from slimdiff.denoising.sizes import check_size
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
@@ -186,11 +188,13 @@ def sample_batch(
     pipeline.set_progress_bar_config(disable=True)
     vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
     if getattr(pipeline, "scheduler", None) is not None:
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        pipeline.scheduler = copy.deepcopy(with_scheduler(pipeline, sampling).scheduler)
     noise = [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
     arguments = _arguments(pipeline, [prompts[number] for number in numbers], sampling, output_type)
     try:
         with evaluating(*(part for part in vars(pipeline).values() if isinstance(part, nn.Module))):
+            takes = inspect.signature(pipeline.__call__).parameters
+            arguments = encode_long_prompts(pipeline, arguments, takes)
             images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     except (SlimdiffError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -202,6 +206,22 @@ def sample_batch(
     return images
 
 
+def with_scheduler(pipeline: DiffusionPipeline, sampling: Sampling) -> DiffusionPipeline:
+    """The pipeline with the scheduler that the sampling names, if it names one.
+
+    Raises:
+        InputError: if it takes no other scheduler, or not that one.
+    """
+    if sampling.scheduler is None:
+        return pipeline
+    own = getattr(pipeline, "scheduler", None)
+    if own is None:
+        raise InputError(f"{type(pipeline).__name__} has no scheduler to exchange: leave out the scheduler")
+    other = copy.copy(pipeline)
+    other.scheduler = make_scheduler(own, sampling.scheduler)
+    return other
+
+
 def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: Exception) -> str:
     steps = f" in {arguments['num_inference_steps']} steps" if "num_inference_steps" in arguments else ""
     reason = str(error).strip().splitlines() or [""]
@@ -209,7 +229,7 @@ def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: E
     images = ", ".join(name for name in names if _IMAGES.match(name) and name not in arguments)
     advice = "another number of steps, scheduler or argument may do"
     if images:
-        advice = f"it takes {images}: commands give prompts alone, `slimdiff.compress` takes mappings of arguments"
+        advice = f"it takes {images}: give some (--images; `slimdiff.compress` takes mappings of arguments)"
     absent = [
         name for name, part in vars(pipeline).items() if part is None and re.match("text_encoder|tokenizer", name)
     ]

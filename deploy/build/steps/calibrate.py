@@ -17,17 +17,16 @@ log = logging.getLogger("slimdiff")
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
-    settings, source = shop.recipe.calibration, shop.prompts_from
-    sampling = settings.sampling
+    source, sampling = shop.prompts_from, shop.calibration.sampling
     shop.refuse_impossible()
     warn_of_steps(shop.dense, shop.recipe.model, sampling)
     start = time.perf_counter()
-    log.info("calibrate: %d prompts %s, %d steps each", len(shop.prompts), described(source), sampling.steps)
+    log.info("calibrate: %d prompts %s, %d steps each", shop.samples, described(source), sampling.steps)
     shop.new_compressor().statistics.save(folder / Path(build_folder.STATISTICS).name)
     return {
-        "prompts": len(shop.prompts),
+        "prompts": shop.samples,
         "prompts_from": Path(source).name if isinstance(source, str) else "recipe",
-        "calls": -(-len(shop.prompts) // sampling.batch) * sampling.steps,
+        "calls": -(-shop.samples // sampling.batch) * sampling.steps,
         "sampling": sampling.model_dump(),
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -11,27 +11,28 @@ from deploy.build.workshop import Workshop, packages_of
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.tasks import text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
-    settings = shop.recipe.compare
+    settings, sampling = shop.recipe.compare, shop.sampling
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
-    noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
+    noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
     images = {
-        name: sample_images(pipeline, captions, settings.sampling, checked=False)
+        name: sample_images(pipeline, captions, sampling, checked=False)
         for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
     }
     if shown:  # the graph has the shapes of one image
-        one = settings.sampling.model_copy(update={"batch": 1})
+        one = sampling.model_copy(update={"batch": 1})
         exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, checked=False)
     (folder / "images").mkdir()
     pictures = []
     for i, caption in enumerate(captions[:shown]):
-        picture: dict[str, Any] = {"caption": caption, "seed": settings.sampling.seed + i}
+        picture: dict[str, Any] = {"caption": text_of(caption), "seed": sampling.seed + i}
         for name, sampled in images.items():
             sampled[i].save(folder / "images" / f"{i:02d}-{name}.png")
             picture[name] = f"{build_folder.IMAGES}/{i:02d}-{name}.png"
@@ -42,7 +43,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         "images": image_fidelity(images["dense"], images["slim"]),
         "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
         "quality": scores,
-        "sampling": settings.sampling.model_dump(),
+        "sampling": sampling.model_dump(),
         "pictures": pictures,
     }
 

@@ -30,7 +30,7 @@ def _by_latency(shop: Workshop) -> bool:
 
 
 def _inputs(shop: Workshop) -> dict[str, str]:
-    inputs = shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)}
+    inputs = shop.core | shop.held_hash
     if _by_latency(shop):
         inputs |= shop.exporting | shop.machine | shop.captions_hash
     return inputs

@@ -11,7 +11,6 @@ from typing import Any
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from slimdiff.planning.planner import keeps_measured
-from slimdiff.storage import manifest
 
 _DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls"}
 """The settings of the plan that the result depends on."""
@@ -36,6 +35,6 @@ STAGE = Stage(
     run,
     needs=("calibrate",),
     settings=lambda shop: shop.recipe.plan.model_dump(include=_DECIDING),
-    inputs=lambda shop: shop.core | {"held": manifest.fingerprint(shop.prompts_and_more)},
+    inputs=lambda shop: shop.core | shop.held_hash,
     kind="sensitivity",
 )

@@ -15,7 +15,7 @@ from deploy.artifacts.figures import costs, denoiser_of, made_now
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
-from deploy.recipe.prompts import comparison_prompts
+from deploy.recipe.material import hash_of
 from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
 from exporters.latency.measure import bench
@@ -24,9 +24,11 @@ from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
 from exporters.settings import TableSettings
 from slimdiff.compression import Compressor, with_denoiser
+from slimdiff.denoising.tasks import make_inputs
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import image_fidelity
 from slimdiff.planning.costs import CostTable
+from slimdiff.prompts.material import Material
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
@@ -38,7 +40,7 @@ class Sweep:
 
     def __init__(self, shop: Workshop) -> None:
         assert shop.recipe.sweep is not None
-        self.shop, self.settings, self.sampling = shop, shop.recipe.sweep, shop.recipe.calibration.sampling
+        self.shop, self.settings, self.sampling = shop, shop.recipe.sweep, shop.calibration.sampling
         self.runtime = _table(self.settings)
 
     @cached_property
@@ -66,8 +68,10 @@ class Sweep:
         return self._images(self.shop.dense)
 
     def _images(self, pipeline: Any) -> list[Any]:
-        unseen = self.sampling.model_copy(update={"seed": self.sampling.seed + 10_000})
-        return sample_images(pipeline, captions(self.shop), unseen, checked=False)
+        unseen = self.shop.recipe.calibration.sampling
+        inputs, sampling = make_inputs(pipeline, compared(self.shop), unseen)
+        sampling = sampling.model_copy(update={"seed": unseen.seed + 10_000})
+        return sample_images(pipeline, inputs, sampling, checked=False)
 
     def fidelity(self, slim: Any) -> dict[str, Any] | None:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""
@@ -76,10 +80,10 @@ class Sweep:
         return image_fidelity(self.dense_images, self._images(with_denoiser(self.shop.dense, slim)))
 
 
-def captions(shop: Workshop) -> list[str]:
-    """What the images of all points are made of."""
+def compared(shop: Workshop) -> Material:
+    """What the images of all points are made from."""
     settings: Any = shop.recipe.sweep
-    return comparison_prompts(shop.prompts_from, shop.recipe.calibration.samples, settings.images, _UNSEEN_CAPTIONS)
+    return shop.unseen(settings.images, _UNSEEN_CAPTIONS)
 
 
 def _measure_point(work: Sweep, text: str, folder: Path) -> None:
@@ -138,7 +142,7 @@ def point_stages(settings: SweepStage) -> list[Stage]:
             lambda shop, folder: _measure_point(sweep_in(shop), text, folder),
             needs=("calibrate", "sensitivity"),
             settings=lambda shop: {**_settings(shop), "point": text},
-            inputs=lambda shop: shop.exporting | {"captions": manifest.fingerprint(captions(shop))},
+            inputs=lambda shop: shop.exporting | {"captions": hash_of(compared(shop))},
             kind="sweep-point",
             packages=lambda _: packages_of(settings.runtime),
         )

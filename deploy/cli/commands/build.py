@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
-from deploy.recipe.prompts import calibration_prompts
+from deploy.recipe.material import calibration_material
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
 
@@ -49,12 +50,13 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
     recipe = load_recipe(source)
     find_model(recipe.model)
-    read = [recipe.model, recipe.prompts] if isinstance(recipe.prompts, str) else [recipe.model]
+    read = [name for name in (recipe.model, recipe.prompts, recipe.images, recipe.masks) if isinstance(name, str)]
     out = Path(args.out) if args.out else Path(source.stem)
     check_apart({"--out": out}, read)
     check_folder(out, "build")
     if recipe.prompts is not None:
-        calibration_prompts(recipe.prompts, recipe.calibration.samples)
+        folders: Any = {"images": recipe.images, "masks": recipe.masks, "classes": recipe.classes}
+        calibration_material(recipe.prompts, recipe.calibration.samples, 0, **folders)
 
     calm_libraries()
     from deploy.build import run_build

@@ -15,6 +15,7 @@ from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_file, check_new_file
 from deploy.recipe.prompts import described
 from slimdiff.errors import InputError
+from slimdiff.prompts.material import Material
 from slimdiff.settings import CalibrationSettings, WeightSettings
 from slimdiff.storage.lock import locked, remove_empty
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.merge:
         check_file(name, "--merge")
     calibration, variant = flags.read_calibration(args), flags.read(args, WeightSettings).variant
-    source, prompts = flags.read_prompts(args, calibration.samples) if args.model is not None else ("", [])
+    source, material = flags.read_material(args, calibration.samples) if args.model is not None else ("", Material())
 
     from slimdiff.statistics import Statistics, read_metadata
 
@@ -70,9 +71,12 @@ def run(args: argparse.Namespace) -> int:
     from deploy.opening.distilled import warn_of_steps
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
+    from slimdiff.denoising.tasks import for_task, make_inputs
 
-    pipeline = load_pipeline(args.model, variant=variant)
+    pipeline = for_task(load_pipeline(args.model, variant=variant), material)
     warn_of_steps(pipeline, args.model, calibration.sampling)
+    prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
+    calibration = calibration.model_copy(update={"sampling": sampling})
     first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
     with ExitStack() as until_written:
         if first:

@@ -8,7 +8,8 @@ from typing import Any
 
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
-from deploy.recipe.prompts import EMBEDDED, comparison_prompts, default_source
+from deploy.recipe.material import comparison_material
+from deploy.recipe.prompts import EMBEDDED, default_source
 from slimdiff.loading.naming import find_model
 from slimdiff.settings import Sampling
 
@@ -30,10 +31,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_variant(parser)
     by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
+    flags.add_material(parser, "input-")
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
     flags.add_usage(parser, "steps", "guidance", steps=STEPS)
-    flags.add(parser, Sampling, "batch")
+    flags.add(parser, Sampling, "batch", "height", "width", "scheduler")
+    flags.add_arguments(parser)
     flags.add(parser, Sampling, "seed", default=10_000)
 
 
@@ -45,16 +48,23 @@ def run(args: argparse.Namespace) -> int:
         flags.read_variants(args, args.dense, args.slim),
     )
     source = args.prompts or default_source(args.dense)
-    prompts = comparison_prompts(source, 0, max(args.images, args.trajectories), CAPTIONS_SEED)
+    folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
+    count = max(args.images, args.trajectories)
+    material = comparison_material(source, 0, count, CAPTIONS_SEED, **folders, default=args.prompts is None)
 
     calm_libraries()
     from deploy.build import quality
     from slimdiff import compare, load_pipeline
+    from slimdiff.denoising.tasks import for_task, make_inputs
 
+    dense, slim = (
+        for_task(load_pipeline(name, "fp32", variant=variants[name]), material) for name in (args.dense, args.slim)
+    )
+    inputs, sampling = make_inputs(dense, material, sampling)
     value = compare(
-        load_pipeline(args.dense, "fp32", variant=variants[args.dense]),
-        load_pipeline(args.slim, "fp32", variant=variants[args.slim]),
-        prompts,
+        dense,
+        slim,
+        inputs,
         sampling,
         images=args.images,
         trajectories=args.trajectories,

@@ -11,6 +11,7 @@ from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact, check_file
+from deploy.recipe.material import hash_of
 from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
 from slimdiff.errors import InputError
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
             check_file(getattr(args, flag), f"--{flag}")
     calibration = flags.read_calibration(args)
     sampling = calibration.sampling
-    source, prompts = flags.read_prompts(args, calibration.samples + sampling.batch)
-    used = prompts[: calibration.samples]  # what is left over is for measuring an error on
+    # What is left over is for measuring an error on.
+    source, material = flags.read_material(args, calibration.samples, sampling.batch)
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -66,11 +67,16 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.calibration import distributed
     from slimdiff.denoising.precision import in_dtype, in_float32
+    from slimdiff.denoising.tasks import for_task, make_inputs
+    from slimdiff.denoising.trajectory import with_denoiser
     from slimdiff.loading.pipelines import load_pipeline, read_dtype
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    pipeline, latency = load_pipeline(args.model, variant=weights.variant), None
+    held, latency = load_pipeline(args.model, variant=weights.variant), None
+    pipeline = for_task(held, material)
+    prompts, sampling = make_inputs(pipeline, material, sampling)
+    calibration = calibration.model_copy(update={"sampling": sampling})
     warn_of_steps(pipeline, args.model, sampling)
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     Compressor(pipeline, prompts, calibration, planning).check([budget] if budget else [], call=one_call)
@@ -79,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
         latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
     dense_costs = costs(denoiser_of(pipeline), one_call())
-    log.info("compress: %d prompts %s, %d steps each", len(used), described(source), sampling.steps)
+    count = min(len(prompts), calibration.samples)
+    log.info("compress: %d prompts %s, %d steps each", count, described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -94,12 +101,13 @@ def run(args: argparse.Namespace) -> int:
     if distributed.world()[0] > 0:  # every process has made the same model
         return 0
     dtype = read_dtype(weights.dtype)
-    written = slim.pipeline if dtype is None else in_dtype(slim.pipeline, dtype)
+    written = with_denoiser(held, denoiser_of(slim.pipeline))  # which may run in the pipeline of another task
+    written = written if dtype is None else in_dtype(written, dtype)
     slim_costs = costs(denoiser_of(written), one_call())
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     made_from = {
         "latency": dict(latency.made_from) if latency else None,
-        "prompts": manifest.fingerprint(used),
+        "prompts": hash_of(material, calibration.samples),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
         **said_of(sampling),

@@ -11,25 +11,43 @@ from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_new_file, check_runnable
+from deploy.recipe.material import parse_classes
 from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.prompts import check_inputs
+from slimdiff.prompts.material import Material, find_pictures
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
-DESCRIPTION = "Make one image. The same seed gives the same starting noise, whatever the artifact."
+DESCRIPTION = """Make images. The same seed gives the same starting noise, whatever the artifact. A text-to-image model
+makes them from an image, too (image to image), or paints what a mask says of it (inpainting)."""
 EXAMPLE = """examples:
   slimdiff generate demo --prompt "a large red circle top left, on a gray background" --out circle.png
+  slimdiff generate demo --prompt "a blue star" --count 4 --scheduler euler --negative-prompt "red" --out stars.png
   slimdiff generate demo-onnx --runtime openvino --prompt "..." --out openvino.png
+  slimdiff generate my-checkpoint --image photo.png --mask sky.png --prompt "..." --argument strength=0.8 --out new.png
   slimdiff generate demo-build/export/slim --pipeline demo --prompt "..." --out onnx.png --seed 3"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "artifact", "ARTIFACT", "a model (dense or slim), an ONNX folder, an engine, or a bundle")
-    flags.sentence(parser, "--prompt", "what to show", required=True)
-    flags.text(parser, "--out", "PNG", "the image file to write", required=True)
+    flags.sentence(parser, "--prompt", "what to show, of any length where the text encoder is CLIP")
+    flags.sentence(parser, "--negative-prompt", "what not to show; without guidance it says nothing")
+    flags.text(parser, "--image", "FILE", "that the image is made from", dest="input_images")
+    flags.text(parser, "--mask", "FILE", "what of it is painted: white", dest="input_masks")
+    flags.text(
+        parser,
+        "--class",
+        "CLASS",
+        "the number of a class, of a class-conditional model",
+        dest="classes",
+        type=flags.classes,
+    )
+    flags.text(parser, "--out", "PNG", "the image file to write; of several, out-0.png and on", required=True)
+    flags.whole(parser, "--count", "images, of the seeds from --seed on", default=1)
     flags.add_usage(parser, "steps", "guidance")
-    flags.add(parser, Sampling, "seed", "height", "width")
+    flags.add(parser, Sampling, "seed", "height", "width", "scheduler")
+    flags.add_arguments(parser)
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
     parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
@@ -37,49 +55,86 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: name a file that ends in .png")
-    check_new_file(out, "PNG image")
-    check_inputs(args.prompt, where="--prompt")
-    asked = flags.read(args, Sampling, batch=1)
+    outs = _outs(args)
+    material = _material(args)
+    asked = flags.read_sampling(args, batch=1)
+    if args.negative_prompt is not None:
+        check_inputs(args.negative_prompt, blank=True, where="--negative-prompt")
+        asked = asked.model_copy(update={"arguments": {"negative_prompt": args.negative_prompt, **asked.arguments}})
     check_runnable(args.artifact, args.pipeline)
     variants = flags.read_variants(args, args.artifact, args.pipeline)
     calm_libraries()
     from PIL.Image import Image
 
     from deploy.opening.openers import open_denoiser, whole_pipeline
+    from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import sample_images
 
     size = {"height": asked.height, "width": asked.width}
     opened = open_denoiser(args.artifact, args.runtime, **size, variant=variants[args.artifact])
-    pipeline = whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline])
+    pipeline = for_task(whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline]), material)
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
-        raise InputError(f"{args.artifact} makes videos, and generate writes one image: call the pipeline from Python")
+        raise InputError(f"{args.artifact} makes videos, and generate writes images: call the pipeline from Python")
     fixed = opened.pixels(pipeline)
     if any(size[side] not in (None, pixels) for side, pixels in fixed.items()):
         sides = " x ".join(map(str, fixed.values()))
         raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
     asked = use(asked, opened.usage or usage_of(args.pipeline))
-    sampling = opened.sampling(asked).model_copy(update=fixed)
+    inputs, sampling = make_inputs(pipeline, material, opened.sampling(asked).model_copy(update=fixed))
     log.info("generate: %d steps", sampling.steps)
     start = time.perf_counter()
-    image = sample_images(pipeline, [args.prompt] * sampling.batch, sampling)[0]
+    filled = -(-len(inputs) // sampling.batch) * sampling.batch  # a graph's batch is fixed
+    images = sample_images(pipeline, [inputs[i % len(inputs)] for i in range(filled)], sampling)[: len(inputs)]
     seconds = round(time.perf_counter() - start, 3)
-    if not isinstance(image, Image):
-        raise InputError(f"{args.artifact} makes a {type(image).__name__} and no image: call the pipeline from Python")
-    with manifest.replacing(out.absolute(), is_file=True) as temporary:
-        image.save(temporary, format="PNG")
+    for out, image in zip(outs, images, strict=True):
+        if not isinstance(image, Image):
+            kind = type(image).__name__
+            raise InputError(f"{args.artifact} makes a {kind} and no image: call the pipeline from Python")
+        with manifest.replacing(out.absolute(), is_file=True) as temporary:
+            image.save(temporary, format="PNG")
     value = {
-        "out": str(out),
+        "out": str(outs[0]),
+        "outs": [str(out) for out in outs],
         "artifact": args.artifact,
         "kind": opened.kind,
         "runtime": opened.runtime,
+        "pipeline": type(pipeline).__name__,
         "prompt": args.prompt,
-        **{k: getattr(sampling, k) for k in ("seed", "steps", "guidance")},
-        "width": image.width,
-        "height": image.height,
+        **{k: getattr(sampling, k) for k in ("seed", "steps", "guidance", "scheduler")},
+        "width": images[0].width,
+        "height": images[0].height,
         "seconds": seconds,
         "why": getattr(getattr(pipeline, "chosen", None), "why", None),
     }
-    return result(args, value, f"{out}: {image.width} x {image.height}, {sampling.steps} steps in {seconds:.1f} s")
+    made = f"{outs[0]}" if len(outs) == 1 else f"{outs[0]} to {outs[-1].name}"
+    return result(
+        args, value, f"{made}: {value['width']} x {value['height']}, {sampling.steps} steps in {seconds:.1f} s"
+    )
+
+
+def _outs(args: argparse.Namespace) -> list[Path]:
+    """The files to write."""
+    out = Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: name a file that ends in .png")
+    outs = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(args.count)]
+    for one in outs:
+        check_new_file(one, "PNG image")
+    return outs
+
+
+def _material(args: argparse.Namespace) -> Material:
+    """What the images are made from."""
+    prompts = [] if args.prompt is None else [args.prompt]
+    for prompt in prompts:
+        check_inputs(prompt, where="--prompt")
+    if args.input_masks is not None and args.input_images is None:
+        raise InputError("--mask says what of an image is painted: give --image with it")
+    images, masks = (
+        find_pictures(file, what) if file is not None else []
+        for file, what in ((args.input_images, "images"), (args.input_masks, "masks"))
+    )
+    if len(images) > 1 or len(masks) > 1:
+        raise InputError("--image and --mask name one file each")
+    classes = parse_classes(args.classes) if args.classes is not None else []
+    return Material(prompts, images, masks, classes, args.count)

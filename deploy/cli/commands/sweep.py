@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
     flags.add(parser, WeightSettings, "variant")
-    flags.add_calibration(parser)
+    flags.add_calibration(parser, "input-")
     flags.add(parser, PlanSettings, *flags.PLANNING)
 
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = flags.read_calibration(args)
     sweep = flags.read(args, SweepStage)
     bench = flags.read(args, BenchSettings, **({"threads": sweep.threads} if sweep.threads else {}))
-    flags.read_prompts(args, 1)  # whether there are any
+    flags.read_material(args, calibration.samples)  # whether there is any
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     variant = flags.read(args, WeightSettings).variant
     chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
-    recipe = Recipe(model=args.model, prompts=args.prompts, **chosen)
+    material = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
+    recipe = Recipe(model=args.model, prompts=args.prompts, **material, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 

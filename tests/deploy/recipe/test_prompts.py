@@ -32,4 +32,5 @@ def test_a_recipe_may_name_the_general_prompts(workspace, tmp_path):
 
     content = {"model": "tiny", "prompts": "general", "calibration": {"samples": 9}}
     shop = Workshop(make_recipe(content, "recipe", workspace), tmp_path)
-    assert shop.prompts == prompts.general(9) and not set(shop.prompts) & set(shop.captions)
+    calibrated = list(shop.material.prompts[:9])
+    assert calibrated == prompts.general(9) and not set(calibrated) & set(shop.compared.prompts)

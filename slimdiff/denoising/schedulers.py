@@ -1,0 +1,74 @@
+"""The scheduler that images are made with, where it is not the checkpoint's own: a class of diffusers, by its name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+
+from slimdiff.errors import InputError
+
+SHORT = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_sde": "DPMSolverSDEScheduler",
+    "dpmpp_single": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Names that people use for diffusers' classes."""
+_DECIDING = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+"""Settings that say what a model was trained for: with others, its images are wrong."""
+
+
+def make_scheduler(own: Any, name: str) -> Any:
+    """The scheduler of that name with the settings of a pipeline's own.
+
+    Args:
+        name: a class of diffusers, or one of `SHORT`.
+
+    Raises:
+        InputError: if there is none, the own one cannot be exchanged for it, or it would drop a setting that the model
+            was trained with.
+    """
+    kinds = list(getattr(own, "compatibles", []))
+    if (
+        "beta_schedule" in inspect.signature(type(own).__init__).parameters
+    ):  # noise in the same steps: LCM's says not so
+        kinds += [kind for name in SHORT.values() if (kind := getattr(diffusers, name))]
+    compatible = {kind.__name__: kind for kind in kinds}
+    wanted = SHORT.get(name.lower(), name)
+    kind = compatible.get(wanted)
+    if kind is None:
+        known = inspect.isclass(getattr(diffusers, wanted, None)) and wanted.endswith("Scheduler")
+        what = f"{type(own).__name__} cannot be exchanged for {wanted}" if known else f"there is no scheduler {name!r}"
+        short = [short for short, full in SHORT.items() if full in compatible]
+        raise InputError(f"{what}: give {', '.join([*short, 'or a name such as ' + min(compatible, default='none')])}")
+    takes = inspect.signature(kind.__init__).parameters
+    usual = inspect.signature(type(own).__init__).parameters
+    for key in _DECIDING:
+        value = own.config.get(key)
+        if key not in takes and key in usual and value != usual[key].default:
+            raise InputError(
+                f"{wanted} has no {key}, and the model was trained with {key}={value}: take another scheduler"
+            )
+    return kind.from_config(own.config)

@@ -1,0 +1,157 @@
+"""Tasks: what a pipeline makes an image from besides a prompt, by what its call takes.
+
+| its call takes | task | one image is made from |
+| --- | --- | --- |
+| `prompt` | text to image | a prompt |
+| `prompt`, `image` | image to image, refining, InstructPix2Pix, upscaling | a prompt and an image |
+| `prompt`, `image`, `mask_image` | inpainting | a prompt, an image and a mask |
+| `class_labels` | class-conditional | a class |
+| none of them | unconditional | nothing |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from PIL import Image
+
+from slimdiff.denoising.sizes import check_size
+from slimdiff.errors import InputError
+from slimdiff.prompts import Inputs
+from slimdiff.prompts.material import Material, open_picture, pair_masks
+from slimdiff.settings import Sampling
+
+
+def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeline:
+    """The pipeline that takes what is there: this one, or diffusers' image-to-image or inpainting one of its parts.
+
+    Raises:
+        InputError: if it makes nothing from images, masks or classes, and diffusers has no such pipeline of its model.
+    """
+    takes = _takes(pipeline)
+    if material.classes and "class_labels" not in takes:
+        raise InputError(f"{type(pipeline).__name__} makes no images of classes: leave out --classes")
+    if material.masks and not material.images:
+        raise InputError("masks say what of an image is painted: give images with them")
+    needed = [name for name, files in (("image", material.images), ("mask_image", material.masks)) if files]
+    if set(needed) <= takes:
+        return pipeline
+    kind: Any = AutoPipelineForInpainting if material.masks else AutoPipelineForImage2Image
+    try:
+        return kind.from_pipe(pipeline)
+    except (ValueError, TypeError, AttributeError) as error:
+        what = "inpaints nothing" if material.masks else "makes no images from images"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{type(pipeline).__name__} {what}, and diffusers has no such pipeline ({reason})") from error
+
+
+def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampling) -> tuple[list[Inputs], Sampling]:
+    """One image's inputs each, for `sample_images` and `compress`, and the sampling that goes with them.
+
+    Where `sampling` has a height and a width, pictures are cut to that shape and resized (`open_picture`). A pipeline
+    whose call takes no size then gets none, for its images' is their pictures'.
+
+    Raises:
+        InputError: if the pipeline needs something that is not there, or takes no prompt and was given some; for
+            pictures of different sizes, or of a size that the pipeline would round.
+    """
+    takes = _takes(pipeline)
+    if material.prompts and "prompt" not in takes and not material.default_prompts:
+        raise InputError(f"{type(pipeline).__name__} takes no prompt: leave it out")
+    if "prompt" in takes and not material.prompts and not {"prompt_embeds", "image_embeds"} & sampling.arguments.keys():
+        raise InputError(f"{type(pipeline).__name__} makes images of prompts: say what to show (--prompt)")
+    if "class_labels" in takes and "prompt" not in takes and not material.classes and _has_classes(pipeline):
+        raise InputError(f"{type(pipeline).__name__} makes images of classes: say which (--classes 0,1,2)")
+    lists = (material.prompts, material.images, material.classes)
+    count = material.count or max(map(len, lists), default=0)
+    images, masks = list(material.images)[:count], []
+    if material.masks:
+        masks = pair_masks(images, material.masks)
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, values in (("prompt", material.prompts), ("class_labels", material.classes)):
+        if values and name in takes:
+            for number, row in enumerate(rows):
+                row[name] = values[number % len(values)]
+    size = (sampling.width, sampling.height) if sampling.width and sampling.height else None
+    if images:
+        pictures = [open_picture(file, size) for file in images]
+        _check_sizes(pipeline, images, pictures)
+        painted = [open_picture(m, p.size if size else None, "L") for m, p in zip(masks, pictures, strict=False)]
+        odd = next((i for i, (p, m) in enumerate(zip(pictures, painted, strict=False)) if p.size != m.size), None)
+        if odd is not None:
+            two = (f"{n} x {m}" for n, m in (painted[odd].size, pictures[odd].size))
+            raise InputError(f"the mask {masks[odd]} is {' and its image '.join(two)}: save it in its image's size")
+        for number, row in enumerate(rows):
+            row["image"] = pictures[number % len(pictures)]
+            if painted:
+                row["mask_image"] = painted[number % len(painted)]
+        sampling = _sized(sampling, pictures[0].size, takes)
+    return [row["prompt"] if row.keys() == {"prompt"} else row for row in rows], sampling
+
+
+def neutral_inputs(
+    pipeline: DiffusionPipeline, count: int, height: int | None = None, width: int | None = None
+) -> list[Inputs]:
+    """What the denoiser is called on for its shapes alone: an empty prompt, a grey image, a white mask, class 0.
+
+    Args:
+        height, width: of the images that come out, pixels; the pipeline's default if not given.
+    """
+    whole: Any = pipeline
+    takes, config = _takes(pipeline), getattr(getattr(whole, "unet", None), "config", {})
+    row: dict[str, Any] = {"prompt": ""} if "prompt" in takes else {}
+    if "class_labels" in takes and _has_classes(pipeline):
+        row["class_labels"] = 0
+    scale = getattr(whole, "vae_scale_factor", 1)
+    own = config.get("sample_size")
+    default = own if isinstance(own, list | tuple) else [own, own]
+    size = [n or (d or 64) * scale for n, d in zip((height, width), default, strict=True)]
+    if hasattr(whole, "low_res_scheduler"):  # an upscaler's image is as large as its latents
+        size = [n // scale for n in size]
+    for name, mode in (("image", "RGB"), ("control_image", "RGB"), ("mask_image", "L")):
+        if name in takes:
+            row[name] = Image.new(mode, (size[1], size[0]), "white" if mode == "L" else "grey")
+    return ["" if row == {"prompt": ""} else row] * count
+
+
+def text_of(inputs: Inputs) -> str:
+    """What one image is made from, for people: its prompt, or its class."""
+    if isinstance(inputs, str):
+        return inputs
+    return str(inputs["prompt"]) if "prompt" in inputs else f"class {inputs.get('class_labels', 'none')}"
+
+
+def _takes(pipeline: DiffusionPipeline) -> set[str]:
+    return set(inspect.signature(pipeline.__call__).parameters)
+
+
+def _has_classes(pipeline: Any) -> bool:
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    config = getattr(denoiser, "config", {})
+    return bool(config.get("num_class_embeds") or config.get("num_embeds_ada_norm"))
+
+
+def _check_sizes(pipeline: Any, files: Sequence[Path], pictures: Sequence[Any]) -> None:
+    first = pictures[0].size
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.size != first:
+            raise InputError(
+                f"{files[0]} is {first[0]} x {first[1]} pixels and {file} {picture.size[0]} x {picture.size[1]}: say "
+                "with --height and --width which size they are cut and resized to"
+            )
+    try:
+        check_size(pipeline, {"width": first[0], "height": first[1]})
+    except InputError as error:
+        raise InputError(f"{files[0]}: {error}, or say --height and --width") from error
+
+
+def _sized(sampling: Sampling, picture: tuple[int, int], takes: set[str]) -> Sampling:
+    """Without a size for a pipeline that takes none; with the pictures' for one that would resize them to its own."""
+    size: dict[str, int | None] = {"width": None, "height": None}
+    if {"width", "height"} <= takes:
+        size = {"width": picture[0], "height": picture[1]}
+    return sampling.model_copy(update=size)

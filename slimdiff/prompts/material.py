@@ -1,0 +1,95 @@
+"""What images are made from: prompts, and pictures that are found, looked at before the long work, and opened late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Material:
+    """What images are made from, image by image. Of a shorter list, the front follows its end."""
+
+    prompts: Sequence[str] = ()
+    """None for a pipeline that takes no prompt."""
+    images: Sequence[Path] = ()
+    masks: Sequence[Path] = ()
+    """Of the images, by name or by order (`pair_masks`)."""
+    classes: Sequence[int] = ()
+    count: int | None = None
+    """How many images to make; if not given, as many as the longest list has."""
+    default_prompts: bool = False
+    """Whether nobody chose the prompts: a pipeline that takes none then does without."""
+
+
+def find_pictures(folder: Path | str, what: str = "images", least: int = 1) -> list[Path]:
+    """The pictures of a folder (or one file), sorted by name; hidden files and those of other kinds aside.
+
+    Args:
+        what: what an error calls them.
+        least: how many are needed.
+
+    Raises:
+        InputError: if there is no such folder, it holds fewer, or one of them cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f"{folder}: there is no such folder of {what}")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    files = [f for f in inside if f.is_file() and f.suffix.lower() in endings and not f.name.startswith(".")]
+    if len(files) < least:
+        have = f"holds {len(files)} {what}" if files else f"holds no {what} (such as .png or .jpg)"
+        raise InputError(f"{folder} {have}, and {least} are asked for: add some, or ask for fewer (--samples)")
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                picture.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{file} cannot be read as a picture ({reason}): save it again, or take it out") from error
+    return files
+
+
+def pair_masks(images: Sequence[Path], masks: Sequence[Path]) -> list[Path]:
+    """Each image's mask: the one of its name (whatever its ending) if all images have one, else by their order.
+
+    Raises:
+        InputError: if there are fewer masks than images.
+    """
+    named = {mask.stem: mask for mask in masks}
+    if all(image.stem in named for image in images):
+        return [named[image.stem] for image in images]
+    if len(masks) < len(images):
+        lacking = next(image.name for image in images if image.stem not in named)
+        raise InputError(f"there are {len(masks)} masks for {len(images)} images: {lacking}, for one, has none")
+    return list(masks[: len(images)])
+
+
+def open_picture(file: Path, size: tuple[int, int] | None = None, mode: str = "RGB") -> Image:
+    """A picture, upright as its camera says.
+
+    Args:
+        size: width and height in pixels: it is cut to that shape, at its centre, and resized; its own if not given.
+        mode: `RGB`, or `L` for a mask (white is what is painted).
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} cannot be read as a picture ({error}): save it again") from error
+    return picture if size in (None, picture.size) else ImageOps.fit(picture, size)

@@ -1,0 +1,195 @@
+"""Pipelines of every task on the command line: what their images are made from, beside prompts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from command_line import call, refused
+from conftest import tiny_pipeline
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DModel,
+)
+from families.family import picture
+from PIL import Image
+
+from deploy.recipe.material import parse_classes
+from slimdiff.errors import InputError
+
+STEPS = ["--steps", 2, "--guidance", 3]
+
+
+def _unconditional():
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
+    return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler())
+
+
+def _of(kind, channels):
+    parts = tiny_pipeline(in_channels=channels).components
+    parts = {name: part for name, part in parts.items() if name != "image_encoder"}
+    return kind(**parts, requires_safety_checker=False)
+
+
+TASKS = {
+    "text to image": tiny_pipeline,
+    "inpainting": lambda: _of(StableDiffusionInpaintPipeline, 9),
+    "InstructPix2Pix": lambda: _of(StableDiffusionInstructPix2PixPipeline, 8),
+    "unconditional": _unconditional,
+}
+PICTURES = {
+    "text to image": [],
+    "image to image": ["images"],
+    "inpainting": ["images", "masks"],
+    "InstructPix2Pix": ["images"],
+    "unconditional": [],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of each task, and three pictures with their masks."""
+    made = tmp_path_factory.mktemp("tasks")
+    for name, make in TASKS.items():
+        make().save_pretrained(made / name)
+    for kind in ("images", "masks"):
+        (made / kind).mkdir()
+    for number in range(3):
+        picture(number).save(made / "images" / f"{number}.png")
+        mask = Image.fromarray(np.uint8(255 * (np.indices((16, 16))[0] > 7 + number)))
+        mask.save(made / "masks" / f"{number}.png")
+    (made / "prompts.txt").write_text("a red circle\na blue star\na green ring\n")
+    return made
+
+
+@pytest.mark.parametrize("task", PICTURES)
+def test_a_task_is_calibrated_compressed_compared_and_run(task, folder, tmp_path, capsys):
+    model, slim = folder / {"image to image": "text to image"}.get(task, task), tmp_path / "slim"
+    prompts = [] if task == "unconditional" else ["--prompts", folder / "prompts.txt"]
+    folders = [part for name in PICTURES[task] for part in (f"--{name}", folder / name)]
+    call(
+        ["compress", model, "--out", slim, "--reduce", "4%", "--samples", 2, "--align", 4, *folders, *prompts, *STEPS],
+        capsys,
+    )
+    classes = [json.loads((place / "model_index.json").read_text())["_class_name"] for place in (model, slim)]
+    assert classes[0] == classes[1]
+    inputs = [str(part).replace("--", "--input-") for part in folders]
+    found = call(["compare", model, slim, "--images", 1, "--trajectories", 1, *inputs, *prompts, *STEPS], capsys)
+    assert 0 < found["noise_error"]["relative_mse"] < 1
+    one = [part for name in PICTURES[task] for part in (f"--{name[:-1]}", folder / name / "1.png")]
+    said = [] if task == "unconditional" else ["--prompt", "a red circle"]
+    images = {}
+    for name, more in (("own", []), ("seed", ["--seed", 1]), ("image", [])):
+        flags = [str(part).replace("1.png", "2.png") for part in one] if name == "image" else one
+        answer = call(["generate", slim, "--out", tmp_path / f"{name}.png", *flags, *said, *more, *STEPS], capsys)
+        images[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert (answer["width"], answer["height"]) == (16, 16)
+    assert (images["own"] != images["seed"]).any()
+    assert (images["own"] != images["image"]).any() == bool(PICTURES[task])
+
+
+def test_a_masked_image_keeps_what_is_not_painted(folder, tmp_path, capsys):
+    """A text-to-image model inpaints by keeping the image's latents where the mask is black."""
+    flags = ["--image", folder / "images/0.png", "--prompt", "a red circle", *STEPS, "--out", tmp_path / "a.png"]
+    black = tmp_path / "black.png"
+    Image.new("L", (16, 16)).save(black)
+    answer = call(["generate", folder / "text to image", *flags, "--mask", black], capsys)
+    assert answer["pipeline"] == "StableDiffusionInpaintPipeline"
+
+
+def test_several_images_are_of_seeds_in_order_and_one_is_as_alone(folder, tmp_path, capsys):
+    model = folder / "text to image"
+    flags = ["--prompt", "a red circle", *STEPS, "--scheduler", "euler", "--negative-prompt", "blue"]
+    several = call(["generate", model, *flags, "--count", 3, "--out", tmp_path / "x.png"], capsys)
+    assert several["outs"] == [str(tmp_path / f"x-{i}.png") for i in range(3)]
+    call(["generate", model, *flags, "--seed", 2, "--out", tmp_path / "alone.png"], capsys)
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "x-2.png").read_bytes()
+    plain = [part for part in flags if part not in ("--negative-prompt", "blue")]
+    call(["generate", model, *plain, "--seed", 2, "--out", tmp_path / "plain.png"], capsys)
+    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_long_prompts_end_counts(folder, tmp_path, capsys):
+    """The tokenizer takes 40 tokens: diffusers would cut the words that differ."""
+    start, images = "a large red circle top left, on a gray background, " * 5, []
+    for end in ("a star", "a ring"):
+        flags = ["--prompt", start + end, *STEPS, "--out", tmp_path / "a.png"]
+        call(["generate", folder / "text to image", *flags], capsys)
+        images.append((tmp_path / "a.png").read_bytes())
+    assert images[0] != images[1]
+
+
+PROMPT = ["--prompt", "a circle"]
+REFUSALS = {
+    "no prompt": (["text to image"], "makes images of prompts: say what to show"),
+    "a prompt for none": (["unconditional", *PROMPT], "takes no prompt"),
+    "a mask alone": (["text to image", *PROMPT, "--mask", "masks/0.png"], "give --image with it"),
+    "classes for none": (["text to image", *PROMPT, "--class", "1"], "makes no images of classes"),
+    "an odd class": (["text to image", *PROMPT, "--class", "one"], "classes are numbers such as 207"),
+    "no picture": (["text to image", *PROMPT, "--image", "none.png"], "there is no such"),
+    "a text for a picture": (["text to image", *PROMPT, "--image", "text.png"], "cannot be read as a picture"),
+    "an image for none": (["unconditional", "--image", "images/0.png"], "makes no images from images"),
+    "an odd size": (["text to image", *PROMPT, "--image", "odd.png"], "or say --height and --width"),
+    "a mask of another size": (
+        ["text to image", *PROMPT, "--image", "images/0.png", "--mask", "odd.png"],
+        "odd.png is 15 x 9 and its image 16 x 16",
+    ),
+    "a scheduler that is none": (["text to image", *PROMPT, "--scheduler", "fast"], "there is no scheduler 'fast'"),
+    "a scheduler of other models": (
+        ["text to image", *PROMPT, "--scheduler", "FlowMatchEulerDiscreteScheduler"],
+        "DDIMScheduler cannot be exchanged for FlowMatchEulerDiscreteScheduler",
+    ),
+    "an argument that is none": (["text to image", *PROMPT, "--argument", "strenth=1"], "takes no strenth"),
+    "no argument": (["text to image", *PROMPT, "--argument", "strength"], "is like strength=0.8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_made_is_one_line(case, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    picture(5).resize((15, 9)).save("odd.png")
+    (folder / "text.png").write_text("no picture")
+    flags, message = REFUSALS[case]
+    assert message in refused(["generate", *flags, *STEPS, "--out", tmp_path / "a.png"], capsys)
+    assert not (tmp_path / "a.png").exists()
+
+
+MATERIAL = {
+    "fewer images": (["--images", "images", "--samples", 4], "images holds 3 images, and 4 are asked for"),
+    "no image": (["--images", "empty", "--samples", 1], "empty holds no images (such as .png or .jpg)"),
+    "no folder": (["--images", "none", "--samples", 1], "none: there is no such folder of images"),
+    "fewer masks": (["--images", "images", "--masks", "few", "--samples", 2], "1 masks for 3 images: 0.png, for one"),
+    "masks alone": (["--masks", "masks"], "give --images with them"),
+}
+
+
+@pytest.mark.parametrize("case", MATERIAL)
+def test_material_that_is_not_enough_is_one_line_before_the_model_is_loaded(
+    case, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    for name in ("empty", "few"):
+        (folder / name).mkdir(exist_ok=True)
+    picture(0).save(folder / "few" / "other.png")
+    monkeypatch.setattr("slimdiff.loading.pipelines.load_component", None)
+    flags, message = MATERIAL[case]
+    assert message in refused(["compress", "inpainting", "--out", tmp_path / "slim", "--reduce", "4%", *flags], capsys)
+
+
+def test_classes_are_written_as_numbers_and_ranges():
+    assert parse_classes("207") == [207] and parse_classes("1,3-5, 9") == [1, 3, 4, 5, 9]
+    for text in ("", "a", "1-", "5-3", "1-2-3", "-1"):
+        with pytest.raises(InputError):
+            parse_classes(text)
