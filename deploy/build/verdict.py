@@ -37,6 +37,7 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     verdict = overall(gates)
     calibrated = manifest.read_manifest(folder / "calibrate")["made_from"]["inputs"]
     settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
+    settings["lora"] = [one | {"file": Path(one["file"]).name} for one in settings["lora"]]
     if isinstance(recipe.prompts, str):
         settings["prompts"] = Path(recipe.prompts).name
     return build_folder.strict(

@@ -23,6 +23,7 @@ from slimdiff import Budget, Compressor, Plan, Statistics
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.precision import held_like, in_dtype
 from slimdiff.denoising.trajectory import Call, record_calls
+from slimdiff.loading.lora_files import describe
 from slimdiff.loading.pipelines import load_pipeline, read_dtype
 from slimdiff.settings import Sampling, WeightSettings
 from slimdiff.storage import manifest
@@ -53,11 +54,11 @@ class Workshop:
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
-        return load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant)
+        return load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant, lora=self.recipe.lora)
 
     def load_held(self) -> DiffusionPipeline:
         """The dense pipeline in the dtypes of its files."""
-        return load_pipeline(self.recipe.model, variant=self.recipe.variant)
+        return load_pipeline(self.recipe.model, variant=self.recipe.variant, lora=self.recipe.lora)
 
     def finish(self, slim: Any, held: DiffusionPipeline) -> DiffusionPipeline:
         """The pipeline as it is `held` with a slim denoiser, in its dtypes or the recipe's."""
@@ -176,8 +177,10 @@ class Workshop:
 
     @cached_property
     def model_inputs(self) -> dict[str, str]:
-        """What decides statistics: the model and the prompts."""
+        """What decides statistics: the model with what is fused into it, and the prompts."""
         chosen = {"variant": self.recipe.variant} if self.recipe.variant else {}
+        if self.recipe.lora:
+            chosen["lora"] = manifest.fingerprint([describe(Path(one.file), one.scale) for one in self.recipe.lora])
         return {"model": model_hash(self.recipe.model), **chosen, "prompts": manifest.fingerprint(self.prompts)}
 
 

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -21,13 +22,15 @@ from deploy.recipe.prompts import calibration_prompts, default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import cached_snapshot, choose_variants, find_model
+from slimdiff.loading.naming import cached_snapshot, check_lora, choose_variants, find_model
 from slimdiff.settings import (
     BUDGETS,
     MOST,
     Budget,
     BudgetKind,
     CalibrationSettings,
+    Lora,
+    LoraSettings,
     PlanSettings,
     Sampling,
     WeightSettings,
@@ -116,6 +119,23 @@ def whole_number(most: int = MOST) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def add_lora(parser: Any, flag: str = "--lora", into: str = "the model") -> None:
+    """A flag for LoRA files; the namespace gets a list of `Lora`. What is no file is refused at once."""
+    what = _help(LoraSettings.model_fields["lora"].description or "", ())
+    what = what.replace("the weights", f"{into}'s weights")
+    several(parser, flag, "FILE[:SCALE]", what, type=_lora)
+
+
+def _lora(text: str) -> Lora:
+    try:
+        found = Lora.model_validate(text)
+        check_lora(Path(found.file))
+    except (ValidationError, InputError) as error:
+        number = f", not {text!r}" if isinstance(error, ValidationError) else ""
+        raise argparse.ArgumentTypeError(f"{_reason(error)}{number}") from error
+    return found
 
 
 def add_variant(parser: Any) -> None:

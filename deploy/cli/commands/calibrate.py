@@ -40,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
     parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, load_pipeline
     from slimdiff.calibration import distributed
 
-    pipeline = load_pipeline(args.model, variant=variant)
+    pipeline = load_pipeline(args.model, variant=variant, lora=args.lora)
     first, unfinished = distributed.world()[0] == 0, out.absolute().parent / f".{out.name}.unfinished"
     with ExitStack() as until_written:
         if first:

@@ -27,6 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "dense", "DENSE", "a model")
     flags.text(parser, "slim", "SLIM", "a model")
     flags.add_variant(parser)
+    flags.add_lora(parser, into="DENSE")
+    flags.add_lora(parser, "--slim-lora", into="SLIM")
     by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.whole(parser, "--images", "images of each", default=16)
@@ -48,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import compare, load_pipeline
 
     value = compare(
-        load_pipeline(args.dense, "fp32", variant=variants[args.dense]),
-        load_pipeline(args.slim, "fp32", variant=variants[args.slim]),
+        load_pipeline(args.dense, "fp32", variant=variants[args.dense], lora=args.lora),
+        load_pipeline(args.slim, "fp32", variant=variants[args.slim], lora=args.slim_lora),
         prompts,
         sampling,
         images=args.images,

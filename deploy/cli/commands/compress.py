@@ -23,6 +23,7 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
+  slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json"""
 
 
@@ -36,6 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, *WeightSettings.model_fields)
 
 
@@ -60,13 +62,14 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.files import copy_licenses, save_pipeline
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
+    from slimdiff.adapters import fused_files
     from slimdiff.calibration import distributed
     from slimdiff.denoising.precision import in_dtype, in_float32
     from slimdiff.loading.pipelines import load_pipeline, read_dtype
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    pipeline, latency = load_pipeline(args.model, variant=weights.variant), None
+    pipeline, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora), None
     one_call = cache(partial(example_call, pipeline, height=sampling.height, width=sampling.width))
     Compressor(pipeline, prompts, calibration, planning).check([budget] if budget else [], call=one_call)
     if by_latency:
@@ -99,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": manifest.fingerprint(used),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
+        "lora": fused_files(pipeline),
     }
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(written, temporary, weights)

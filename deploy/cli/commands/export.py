@@ -28,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.whole(
         parser, "--batch", "samples in a denoiser call; two per image with guidance", default=2, most=MOST_AT_ONCE
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build import shapes
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
+    from slimdiff.adapters import fused_files
     from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant)
+    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora)
     call = example_call(pipeline, height=image.height, width=image.width, batch=args.batch)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
@@ -69,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         islands = fp32_islands(temporary / "unet" / "model.onnx")
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
-        manifest.write_manifest(temporary, "onnx", {"model": model_hash(args.model), **settings.model_dump()}, runs_on)
+        fused = {"lora": fused} if (fused := fused_files(pipeline)) else {}
+        made_from = {"model": model_hash(args.model), **fused, **settings.model_dump()}
+        manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
     lines = [f"{out}: {len(names)} graphs, {settings.precision}, {size(written)}", *(f"  {name}" for name in names)]

@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build import run_sweep
 
     variant = flags.read(args, WeightSettings).variant
-    chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
-    recipe = Recipe(model=args.model, prompts=args.prompts, **chosen)
+    chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep}
+    recipe = Recipe(model=args.model, prompts=args.prompts, variant=variant, lora=tuple(args.lora), **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 
