@@ -148,7 +148,7 @@ def read_variants(args: argparse.Namespace, *models: str | None) -> dict[str | N
     return choose_variants(read(args, WeightSettings).variant, *models)
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
+def add_calibration(parser: Any) -> None:
     """What the denoiser is watched doing, for `read_calibration`, and the prompts."""
     by_default = "'general', the 500 built-in ones; for demo its own"
     text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
@@ -161,10 +161,15 @@ def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
     return read(args, CalibrationSettings, sampling=read(args, Sampling))
 
 
-def read_prompts(args: argparse.Namespace, count: int) -> tuple[str, list[str]]:
-    """Where the prompts of `add_calibration` come from, and up to `count` of them; also refuses what is no model."""
-    find_model(args.model)
-    source = args.prompts or default_source(args.model)
+def read_prompts(args: argparse.Namespace, count: int, model: str | None = None) -> tuple[str, list[str]]:
+    """Where the prompts of `add_calibration` come from, and up to `count` of them; also refuses what is no model.
+
+    Args:
+        model: whose prompts they are by default; the command's MODEL if not given.
+    """
+    model = model or args.model
+    find_model(model)
+    source = args.prompts or default_source(model)
     return source, calibration_prompts(source, count)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 
+from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.precision import refuse_overflow
+from slimdiff.denoising.trajectory import denoiser_name
 from slimdiff.errors import InputError, require
 from slimdiff.loading.lora_files import PEFT_METADATA, LoraFile, Update, describe, read_lora, updates_of
 from slimdiff.models import plan_of
@@ -53,19 +56,18 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     """
     files = [(read_lora(Path(lora.file)), lora.scale) for lora in loras]
     require("peft", "lora")
+    for file, _ in files:
+        _check_slim(pipeline, file)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    before = {f"{name}.{path}": (p.dtype, p.requires_grad) for name, path, p in _parameters(models)}
+    before = {f"{name}.{path}": p.dtype for name, path, p in _parameters(models)}
     for name, _, parameter in _parameters(models):
         if name in getattr(pipeline, "_lora_loadable_modules", ()) and parameter.dtype in (torch.half, torch.bfloat16):
             parameter.data = parameter.data.float()
     for file, scale in files:
-        attach(pipeline, file)
-        pipeline.fuse_lora(lora_scale=scale)
-        pipeline.unload_lora_weights()
+        with attached(pipeline, file):
+            pipeline.fuse_lora(lora_scale=scale)
     for name, path, parameter in _parameters(models):
-        dtype, gradient = before[f"{name}.{path}"]
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(gradient)
+        parameter.data = parameter.data.to(before[f"{name}.{path}"])
         if not torch.isfinite(parameter).all():
             refuse_overflow(models[name], name)
             raise InputError(f"with {', '.join(lora.file for lora in loras)} the {name}'s {path} is not finite")
@@ -77,15 +79,38 @@ def _parameters(models: dict[str, nn.Module]) -> list[tuple[str, str, nn.Paramet
     return [(name, path, p) for name, model in models.items() for path, p in model.named_parameters()]
 
 
-def attach(pipeline: Any, file: LoraFile) -> dict[str, dict[str, Attached]]:
-    """Attach a LoRA to a pipeline as a PEFT adapter, and see that all of it is there, at its own scales.
+def _check_slim(pipeline: Any, file: LoraFile) -> None:
+    """Refuse what was converted for one slim model in any other."""
+    own = file.own.get("slim")
+    if own is not None and own != weights_hash(getattr(pipeline, denoiser_name(pipeline))):
+        raise InputError(
+            f"{file.path} was converted for another slim model (its weights differ): convert the LoRA that it was made "
+            "from for this one, with slimdiff lora"
+        )
 
-    Returns:
-        its layers by component and module path.
+
+@contextmanager
+def attached(pipeline: Any, file: LoraFile) -> Iterator[dict[str, dict[str, Attached]]]:
+    """For the length of a block, a LoRA as a PEFT adapter of a pipeline; nothing of it stays but what is fused.
+
+    Yields:
+        its layers by component and module path, all that the file has, at its own scales.
 
     Raises:
         InputError: if a tensor of the file belongs to no layer of the pipeline, or does not fit it.
     """
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    trained = {f"{name}.{path}": p.requires_grad for name, path, p in _parameters(models)}
+    try:
+        yield _attach(pipeline, file)
+    finally:
+        if hasattr(pipeline, "unload_lora_weights"):
+            pipeline.unload_lora_weights()
+        for name, path, parameter in _parameters(models):
+            parameter.requires_grad_(trained[f"{name}.{path}"])
+
+
+def _attach(pipeline: Any, file: LoraFile) -> dict[str, dict[str, Attached]]:
     kind, path = type(pipeline).__name__, file.path
     if not hasattr(pipeline, "load_lora_weights"):
         raise InputError(f"{kind} takes no LoRA in diffusers: {path} cannot be fused into it")

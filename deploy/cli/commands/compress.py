@@ -38,6 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
     flags.add_lora(parser)
+    unkept = "leave out the file by which slimdiff lora converts LoRA of the dense model"
+    parser.add_argument("--no-maps", dest="maps", action="store_false", help=unkept)
     flags.add(parser, WeightSettings, *WeightSettings.model_fields)
 
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.figures import compression_result, costs, denoiser_of
     from deploy.artifacts.files import copy_licenses, save_pipeline
     from exporters.graphs.pipeline import example_call
-    from slimdiff import Compressor, Plan, Statistics, compress
+    from slimdiff import Compressor, Plan, Statistics, compress, save_maps
     from slimdiff.adapters import fused_files
     from slimdiff.calibration import distributed
     from slimdiff.denoising.precision import in_dtype, in_float32
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         save_pipeline(written, temporary, weights)
         copy_licenses(args.model, temporary)
         slim.plan.save(temporary / "plan.json")
+        if args.maps:
+            save_maps(temporary, slim.maps, denoiser_of(written))
         manifest.write_manifest(temporary, "slim-model", made_from)
     log.info("compress: written to %s", out)
     return result(args, value, _text(value))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from command_line import call, refused
-from loras import kohya
+from loras import kohya, peft_layout
 from PIL import Image
 
 from deploy.cli.app import main
@@ -100,3 +100,79 @@ def test_a_recipe_names_files_beside_it(workspace):
         (str(workspace / "style.safetensors"), 0.5),
         (str(workspace / "other.safetensors"), 2),
     ]
+
+
+@pytest.fixture(scope="module")
+def plain(workspace):
+    """The tiny pipeline slim, without any LoRA in it."""
+    argv = ["compress", workspace / "tiny", "--out", workspace / "plain", "--reduce", "8%", "--quiet"]
+    argv += ["--prompts", workspace / "prompts.txt", "--samples", "2", "--steps", "2", "--allocation", "uniform"]
+    assert main([str(a) for a in argv]) == 0
+    return workspace / "plain"
+
+
+def test_a_lora_is_converted_onto_a_slim_model_and_used_there(plain, lora, workspace, capsys):
+    out = workspace / "converted.safetensors"
+    value = call(["lora", lora, "--onto", plain, "--out", out], capsys)
+    assert value["layers"]["converted"] > 10 and value["layers"]["unchanged"] > 0 and value["error"] is None
+    assert value["bytes"] == out.stat().st_size and value["made_from"]["lora"]["file"] == "style.safetensors"
+    argv = ["generate", plain, "--prompt", "a", "--steps", "2", "--out"]
+    call([*argv, workspace / "without.png"], capsys)
+    call([*argv, workspace / "with.png", "--lora", out], capsys)
+    assert Image.open(workspace / "without.png").tobytes() != Image.open(workspace / "with.png").tobytes()
+    assert "does not fit" in (line := refused([*argv, workspace / "no.png", "--lora", lora], capsys))
+    assert "convert it with slimdiff lora" in line
+    assert call(["lora", lora, "--onto", plain, "--out", out], capsys)["out"] == str(out)  # its own is replaced
+
+
+def test_the_errors_of_a_conversion_are_measured_against_the_dense_model(plain, lora, workspace, capsys):
+    argv = ["lora", lora, "--onto", plain, "--out", workspace / "measured.safetensors", "--dense", workspace / "tiny"]
+    argv += ["--prompts", workspace / "prompts.txt", "--samples", "2", "--steps", "2"]
+    error = call(argv, capsys)["error"]
+    assert error.keys() == {"converted", "slim_of_fused", "between", "lora"}
+    assert all(0 < value < 10 for value in error.values())
+    assert main([*map(str, argv), "--quiet"]) == 0
+    assert "slim with the converted LoRA, against dense with the LoRA" in capsys.readouterr().out
+
+
+def test_conversions_that_make_no_sense_are_refused(plain, lora, workspace, capsys):
+    out, tiny = workspace / "refused.safetensors", workspace / "tiny"
+    own = plain / "unet" / "diffusion_pytorch_model.safetensors"
+    copied = workspace / "copied.safetensors"
+    copied.write_bytes(lora.read_bytes())
+    for argv, reason in (
+        ([lora, "--onto", tiny, "--out", out], "is a dense model, which takes the LoRA as it is"),
+        ([workspace / "gone.safetensors", "--onto", plain, "--out", out], "there is no such file"),
+        ([lora, "--onto", workspace / "gone", "--out", out], "no such directory"),
+        ([lora, "--onto", plain, "--out", workspace / "a.bin"], "ends in .safetensors"),
+        ([lora, "--onto", plain, "--out", lora], "is read"),
+        ([lora, "--onto", plain, "--out", own], "lies in"),
+        ([lora, "--onto", plain, "--out", copied], "slimdiff lora did not write it"),
+        ([lora, "--onto", plain, "--out", out, "--samples", "2"], "name the model with --dense"),
+        ([own, "--onto", plain, "--out", out], "that is no LoRA"),
+    ):
+        assert reason in refused(["lora", *argv], capsys)
+    assert not out.exists()
+
+
+def test_maps_are_in_the_manifest_and_can_be_left_out(plain, workspace, capsys):
+    assert "slim_maps.safetensors" in manifest.read_manifest(plain)["files"]
+    argv = ["compress", workspace / "tiny", "--out", workspace / "bare", "--plan", plain / "plan.json", "--no-maps"]
+    argv += ["--prompts", workspace / "prompts.txt", "--samples", "2", "--steps", "2", "--allocation", "uniform"]
+    call(argv, capsys)
+    assert not (workspace / "bare" / "slim_maps.safetensors").exists()
+    line = refused(
+        ["lora", workspace / "style.safetensors", "--onto", workspace / "bare", "--out", "x.safetensors"], capsys
+    )
+    assert "compress the dense model again" in line
+
+
+@pytest.mark.slow
+def test_on_the_embedded_model_a_conversion_is_close_to_slimming_with_it(tmp_path, capsys):
+    """Of rank 4 in every layer of its transformers."""
+    demo = load_pipeline("demo")
+    peft_layout(demo, tmp_path / "a.safetensors", lambda path: "attn" in path or "ff.net" in path, size=0.02)
+    call(["compress", "demo", "--out", tmp_path / "slim", "--reduce", "12%"], capsys)
+    argv = ["lora", tmp_path / "a.safetensors", "--onto", tmp_path / "slim", "--out", tmp_path / "b.safetensors"]
+    error = call([*argv, "--dense", "demo"], capsys)["error"]
+    assert error["between"] < 0.2 * error["lora"] and error["converted"] < 0.2 * error["lora"]
