@@ -2,6 +2,7 @@
 
 from .calibration.calibrate import calibrate
 from .compression import Compression, Compressor, compress
+from .conversion import ConvertedLora, convert_lora
 from .errors import InputError, MissingPackageError, SlimdiffError
 from .fidelity import compare
 from .loading.pipelines import load_pipeline
@@ -9,6 +10,7 @@ from .plan import Plan
 from .planning.planner import make_plan
 from .progress import show_progress
 from .settings import PAPERS, Budget, CalibrationSettings, Forms, PlanSettings, Sampling
+from .slimming.map_file import save_maps
 from .slimming.slim import slim_denoiser
 from .statistics import Statistics
 
@@ -17,6 +19,7 @@ __all__ = [
     "CalibrationSettings",
     "Compression",
     "Compressor",
+    "ConvertedLora",
     "Forms",
     "InputError",
     "MissingPackageError",
@@ -29,8 +32,10 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
+    "convert_lora",
     "load_pipeline",
     "make_plan",
+    "save_maps",
     "show_progress",
     "slim_denoiser",
 ]

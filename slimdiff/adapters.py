@@ -26,6 +26,11 @@ def refuse_adapters(denoiser: nn.Module) -> None:
     )
 
 
+def fused_files(pipeline: Any) -> list[dict[str, Any]]:
+    """The LoRA files that were fused when this pipeline was loaded: `file`, `sha256` and `scale` of each."""
+    return list(getattr(pipeline, "slimdiff_loras", ()))
+
+
 def fused_adapters(pipeline: Any) -> list[str]:
     """Names of the adapters that `fuse_lora` has merged into this pipeline's weights since it was loaded."""
     return sorted(getattr(pipeline, "fused_loras", ()))

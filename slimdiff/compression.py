@@ -22,6 +22,7 @@ from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, with_deno
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
 from slimdiff.groups import find_sites
+from slimdiff.groups.maps import Maps
 from slimdiff.models import slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.planning.budgets import Costs
@@ -43,12 +44,15 @@ class Compression:
         plan: site -> rank, costs, predicted errors.
         statistics: reusable for another budget, with what planning measured.
         seconds: time taken by `calibrate`, `plan` and `slim`.
+        maps: how each slim layer's weight follows from the dense one's; `slimdiff.save_maps` writes them beside the
+            saved pipeline, and `slimdiff.convert_lora` converts LoRA by them.
     """
 
     pipeline: DiffusionPipeline
     plan: Plan
     statistics: Statistics
     seconds: dict[str, float] = field(default_factory=dict)
+    maps: Maps = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Compression({type(self.pipeline).__name__}, {self.plan!r})"
@@ -103,10 +107,11 @@ def compress(
         plan = work.plan(budget, latency)
         work.planner.remember(statistics)
     clock.append(time.perf_counter())
-    slim = work.slim(plan, release_dense=release_dense)
+    maps: Maps = {}
+    slim = work.slim(plan, release_dense=release_dense, maps=maps)
     clock.append(time.perf_counter())
     seconds = dict(zip(("calibrate", "plan", "slim"), (b - a for a, b in pairwise(clock)), strict=True))
-    return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds)
+    return Compression(with_denoiser(pipeline, slim), plan.recount(), statistics, seconds, maps)
 
 
 class Compressor:
@@ -213,23 +218,23 @@ class Compressor:
         return self.planner.plan(budget)
 
     @own_torch_state()
-    def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
+    def slim(self, plan: Plan, *, release_dense: bool = False, maps: Maps | None = None) -> nn.Module:
         """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`).
 
         Its weights are in the dtypes that the dense denoiser came in with.
         """
         held = getattr(self._work, denoiser_name(self._work))
-        slim = held_like(self._slim(plan, release_dense), held)
+        slim = held_like(self._slim(plan, release_dense, maps), held)
         carry_modes(getattr(self.source, denoiser_name(self.source)), slim)
         if release_dense and held is not self.denoiser:
             for tensor in held.parameters():
                 tensor.data = tensor.data.new_empty(0)
         return slim
 
-    def _slim(self, plan: Plan, release_dense: bool) -> nn.Module:
+    def _slim(self, plan: Plan, release_dense: bool, maps: Maps | None) -> nn.Module:
         planner = vars(self).get("planner")
         if planner is not None and planner.knows(plan):
-            return planner.slim(plan, release_dense=release_dense)
+            return planner.slim(plan, release_dense=release_dense, maps=maps)
         return slim_denoiser(
             self.denoiser,
             self.statistics,
@@ -237,6 +242,7 @@ class Compressor:
             fitting_calls=self.calls.fitting if plan.is_fitted() else (),
             resnet_settings=self.planning.resnets,
             release_dense=release_dense,
+            maps=maps,
         )
 
 

@@ -118,7 +118,7 @@ def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise InputError(
                 f"this adapter does not fit {type(self).__name__}, whose layers are smaller than the dense model's: "
-                "fuse it into the dense model and slim that"
+                "convert it with slimdiff lora, or fuse it into the dense model and slim that"
             ) from error
 
     return load_lora_adapter

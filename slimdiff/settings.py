@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
@@ -21,6 +22,8 @@ LAST_SEED = 2**63 - 1
 """With a number of an image added, torch still takes it."""
 MOST_PIXELS = 65536
 """Of an image's side."""
+MOST_SCALE = 1000
+"""Of a LoRA, either way."""
 
 
 class Settings(BaseModel):
@@ -55,6 +58,34 @@ class WeightSettings(Settings):
     max_shard_size: str | None = Field(None, pattern=_SIZE)
     """Weights beyond this are written as several files, such as 5GB or 500MB (of 1000 each); diffusers' own default if
     not given."""
+
+
+class Lora(Settings, frozen=True):
+    """A LoRA that is fused into a model's weights when it is loaded; also written `FILE` or `FILE:SCALE`."""
+
+    file: str = Field(min_length=1)
+    """A safetensors file in diffusers', PEFT's or kohya's layout."""
+    scale: float = Field(1.0, ge=-MOST_SCALE, le=MOST_SCALE)
+    """How much of it is added."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        """A number after the last colon is the scale: other colons belong to the name."""
+        if not isinstance(value, str | PurePath):
+            return value
+        file, _, scale = str(value).rpartition(":")
+        try:
+            return {"file": file, "scale": float(scale)} if file else {"file": scale}
+        except ValueError:
+            return {"file": str(value)}
+
+
+class LoraSettings(Settings):
+    """What is fused into a model."""
+
+    lora: tuple[Lora, ...] = ()
+    """LoRA to fuse into the weights, as FILE or FILE:SCALE, such as style.safetensors:0.8; text encoders' parts too."""
 
 
 class Sampling(Settings):

@@ -316,7 +316,7 @@ def _way(made_from: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in made_from.get("settings", {}).items() if k not in free}
     if "sampling" in settings:
         settings["sampling"] = {k: v for k, v in settings["sampling"].items() if k not in ("seed", "batch")}
-    return {**settings, **{k: made_from[k] for k in ("fused_adapters",) if k in made_from}}
+    return {**settings, **{k: made_from[k] for k in ("fused_adapters", "lora") if k in made_from}}
 
 
 def added(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
     named = {name: getattr(recipe, name) for name in ("prompts", "images", "masks")}
     settings |= {name: Path(value).name for name, value in named.items() if isinstance(value, str)}
+    settings["lora"] = [one | {"file": Path(one["file"]).name} for one in settings["lora"]]
     return build_folder.strict(
         {
             "schema": manifest.SCHEMA,

@@ -26,6 +26,7 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.precision import held_like, in_dtype
 from slimdiff.denoising.tasks import for_task, make_inputs
 from slimdiff.denoising.trajectory import Call, Inputs, record_calls
+from slimdiff.loading.lora_files import describe
 from slimdiff.loading.pipelines import load_pipeline, read_dtype
 from slimdiff.prompts.material import Material
 from slimdiff.settings import CalibrationSettings, Sampling, WeightSettings
@@ -57,11 +58,13 @@ class Workshop:
 
     @cached_property
     def dense(self) -> DiffusionPipeline:
-        return for_task(load_pipeline(self.recipe.model, "fp32", variant=self.recipe.variant), self.material)
+        recipe = self.recipe
+        dense = load_pipeline(recipe.model, "fp32", variant=recipe.variant, lora=recipe.lora)
+        return for_task(dense, self.material)
 
     def load_held(self) -> DiffusionPipeline:
         """The dense pipeline in the dtypes of its files."""
-        return load_pipeline(self.recipe.model, variant=self.recipe.variant)
+        return load_pipeline(self.recipe.model, variant=self.recipe.variant, lora=self.recipe.lora)
 
     def finish(self, slim: Any, held: DiffusionPipeline) -> DiffusionPipeline:
         """The pipeline as it is `held` with a slim denoiser, in its dtypes or the recipe's."""
@@ -218,8 +221,10 @@ class Workshop:
 
     @cached_property
     def model_inputs(self) -> dict[str, str]:
-        """What decides statistics: the model and the prompts."""
+        """What decides statistics: the model with what is fused into it, and the prompts."""
         chosen = {"variant": self.recipe.variant} if self.recipe.variant else {}
+        if self.recipe.lora:
+            chosen["lora"] = manifest.fingerprint([describe(Path(one.file), one.scale) for one in self.recipe.lora])
         return {
             "model": model_hash(self.recipe.model),
             **chosen,

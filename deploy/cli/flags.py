@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -24,7 +25,7 @@ from deploy.recipe.prompts import default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import cached_snapshot, choose_variants, find_model
+from slimdiff.loading.naming import cached_snapshot, check_lora, choose_variants, find_model
 from slimdiff.prompts.material import Material
 from slimdiff.settings import (
     BUDGETS,
@@ -32,6 +33,8 @@ from slimdiff.settings import (
     Budget,
     BudgetKind,
     CalibrationSettings,
+    Lora,
+    LoraSettings,
     PlanSettings,
     Sampling,
     WeightSettings,
@@ -122,6 +125,23 @@ def whole_number(most: int = MOST) -> Callable[[str], int]:
     return convert
 
 
+def add_lora(parser: Any, flag: str = "--lora", into: str = "the model") -> None:
+    """A flag for LoRA files; the namespace gets a list of `Lora`. What is no file is refused at once."""
+    what = _help(LoraSettings.model_fields["lora"].description or "", ())
+    what = what.replace("the weights", f"{into}'s weights")
+    several(parser, flag, "FILE[:SCALE]", what, type=_lora)
+
+
+def _lora(text: str) -> Lora:
+    try:
+        found = Lora.model_validate(text)
+        check_lora(Path(found.file))
+    except (ValidationError, InputError) as error:
+        number = f", not {text!r}" if isinstance(error, ValidationError) else ""
+        raise argparse.ArgumentTypeError(f"{_reason(error)}{number}") from error
+    return found
+
+
 def add_variant(parser: Any) -> None:
     """Which weights are read, for `read_variants`."""
     add(parser, WeightSettings, "variant")
@@ -154,7 +174,7 @@ def read_usage(args: argparse.Namespace, *artifacts: str | None, **otherwise: An
     return said.model_copy(update={k: v for k, v in otherwise.items() if k not in said.model_fields_set})
 
 
-def add_calibration(parser: argparse.ArgumentParser, pictures: str = "") -> None:
+def add_calibration(parser: Any, pictures: str = "") -> None:
     """What the denoiser is watched doing, for `read_calibration`, and making from what, for `read_material`.
 
     Args:
@@ -216,13 +236,19 @@ def read_calibration(args: argparse.Namespace) -> CalibrationSettings:
     return read(args, CalibrationSettings, sampling=read_sampling(args))
 
 
-def read_material(args: argparse.Namespace, samples: int, more: int = 0) -> tuple[str, Material]:
+def read_material(
+    args: argparse.Namespace, samples: int, more: int = 0, model: str | None = None
+) -> tuple[str, Material]:
     """Where the prompts of `add_calibration` come from, and what up to `samples + more` images are made from.
 
     It also refuses what is no model.
+
+    Args:
+        model: whose prompts they are by default; the command's MODEL if not given.
     """
-    find_model(args.model)
-    source = args.prompts or default_source(args.model)
+    model = model or args.model
+    find_model(model)
+    source = args.prompts or default_source(model)
     folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
     return source, calibration_material(source, samples, more, **folders, default=args.prompts is None)
 

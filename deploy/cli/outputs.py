@@ -22,7 +22,7 @@ from slimdiff.loading.naming import find_model
 from slimdiff.storage import manifest
 
 READ = (
-    *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "pipeline"),
+    *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "onto", "pipeline"),
     *("recipe", "file", "prompts", "input_images", "input_masks", "statistics", "plan", "merge"),
 )
 """Arguments, by their names in the namespace, that may be places to read."""
@@ -53,6 +53,7 @@ _BEGINNINGS = {
     "SVG drawing": rb"\s*<(\?xml|!--|svg)",
     "JUnit file": rb"\s*<(\?xml|testsuite)",
     "history": rb"\s*(\{|$)",
+    "LoRA file": rb"(?s:.{8})\{",
     "statistics file": rb"(?s:.{8})\{",
     "archive of a bundle": rb"\x28\xb5\x2f\xfd",
     "text file": rb"[^\0]*\Z",

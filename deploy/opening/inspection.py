@@ -43,6 +43,7 @@ def model(name: str, variant: str | None = None) -> dict[str, Any]:
         "dense_parameters": plan.parameters["dense"] if plan else None,
         "sites": rows,
         "left_dense": left_dense,
+        "lora": plan.calibration.get("lora") if plan else None,
         "provenance": provenance(Path(name)),
     }
 

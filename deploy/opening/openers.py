@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimdiff.denoising.trajectory import Call
-    from slimdiff.settings import Sampling
+    from slimdiff.settings import Lora, Sampling
 
 
 @dataclass
@@ -74,6 +74,7 @@ def open_denoiser(
     height: int | None = None,
     width: int | None = None,
     variant: str | None = None,
+    lora: Sequence[Lora] = (),
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -82,12 +83,18 @@ def open_denoiser(
             engine has but one.
         height, width: of the images, pixels, where a bundle has denoisers for several sizes.
         variant: of a model's weights.
+        lora: fused into a model's weights.
 
     Raises:
-        InputError: if it is none of them, or that runtime does not take it.
+        InputError: if it is none of them, a LoRA is to go into what is no model, or that runtime does not take it.
         MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
+    if lora and kind != "model":
+        raise InputError(
+            f"{name} holds weights that no LoRA can be fused into any more ({kind}): fuse it before the export, with "
+            "slimdiff export MODEL --lora FILE"
+        )
     if kind == "bundle":
         from deploy.bundle.load import load
 
@@ -99,7 +106,7 @@ def open_denoiser(
         from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(name, "fp32", variant=variant)
+        pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora)
         denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet

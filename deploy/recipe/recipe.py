@@ -27,6 +27,7 @@ from slimdiff.settings import (
     TRANSFORMER_GROUPS,
     Budget,
     CalibrationSettings,
+    LoraSettings,
     PlanSettings,
     Sampling,
     WeightSettings,
@@ -228,7 +229,7 @@ class Gates(Settings):
     """Least PSNR of slim images to dense ones."""
 
 
-class Recipe(WeightSettings, Settings, frozen=True):
+class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
     model: str
@@ -332,6 +333,9 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         resolved["model"] = str(folder / model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
+    resolved["lora"] = tuple(
+        one.model_copy(update={"file": str(folder / _name_of_file(one.file))}) for one in recipe.lora
+    )
     return recipe.model_copy(update=resolved)
 
 

@@ -159,6 +159,13 @@ def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(cross, factor).T
 
 
+def closest_to_one(moment: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
+    """`d [r]` with the least E|1 - d^T x|^2 over the kept channels x, from their moment about the mean and the mean."""
+    factor, _ = _cholesky(moment, kept)
+    solution = torch.cholesky_solve(mean[kept, None], factor)[:, 0]
+    return solution / (1 + mean[kept] @ solution)
+
+
 def _scale(moment: Tensor) -> float:
     """The mean diagonal; 1 for a group that is silent, whose moment is zero."""
     return float(moment.diagonal().mean()) or 1.0

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from slimdiff.adapters import fused_adapters
+from slimdiff.adapters import fused_adapters, fused_files
 from slimdiff.calibration import distributed
 from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
@@ -91,6 +91,8 @@ def calibrate(
     made_from: dict[str, Any] = {"prompts": len(chosen), "settings": settings.model_dump()}
     if fused := fused_adapters(pipeline):
         made_from["fused_adapters"] = fused
+    if loras := fused_files(pipeline):
+        made_from["lora"] = loras
     identity = [str(prompt) for prompt in chosen]
     return _collect(denoiser, run, len(chosen), settings, scheduler, made_from, sampling, identity, unfinished)
 

@@ -42,11 +42,15 @@ def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeli
         return pipeline
     kind: Any = AutoPipelineForInpainting if material.masks else AutoPipelineForImage2Image
     try:
-        return kind.from_pipe(pipeline)
+        other = kind.from_pipe(pipeline)
     except (ValueError, TypeError, AttributeError) as error:
         what = "inpaints nothing" if material.masks else "makes no images from images"
         reason = str(error).splitlines()[0]
         raise InputError(f"{type(pipeline).__name__} {what}, and diffusers has no such pipeline ({reason})") from error
+    for name in ("slimdiff_loras", "_merged_adapters"):  # what has been fused into the weights
+        if hasattr(pipeline, name):
+            setattr(other, name, getattr(pipeline, name))
+    return other
 
 
 def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampling) -> tuple[list[Inputs], Sampling]:

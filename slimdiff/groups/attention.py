@@ -12,9 +12,10 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from slimdiff.algebra import low_rank
+from slimdiff.algebra import elimination, low_rank
 from slimdiff.algebra.low_rank import HeadBases
 from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
+from slimdiff.groups.maps import AxisMap, LayerMap, Maps, project
 from slimdiff.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ class QueryKey(_AttentionGroup):
         to_q, to_k = evidence.module.to_q, evidence.module.to_k
         return {**_project("to_q", to_q, left), **_project("to_k", to_k, factor.right[..., :rank])}
 
+    def maps(self, evidence: Evidence, rank: int, factor: HeadBases) -> Maps:
+        left = factor.left[..., :rank] * (rank / evidence.site.dense_rank) ** 0.5
+        return {"to_q": LayerMap(AxisMap(left)), "to_k": LayerMap(AxisMap(factor.right[..., :rank]))}
+
     def emulate(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         left, right = factor.left[..., :rank], factor.right[..., :rank]
         return _project("to_q", evidence.module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
@@ -140,6 +145,22 @@ class ValueOutput(_AttentionGroup):
     def slim(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         basis = factor.left[..., :rank]
         return {**_project("to_v", evidence.module.to_v, basis), **self._output(evidence, basis)}
+
+    def maps(self, evidence: Evidence, rank: int, factor: HeadBases) -> Maps:
+        basis, left = factor.left[..., :rank], factor.left
+        moment, mean = self._received(evidence)
+        joint = moment if moment.ndim == 2 else torch.block_diag(*moment)
+        kept, everything = torch.block_diag(*basis), torch.eye(len(joint), dtype=joint.dtype)
+        solved = low_rank.solve_output(moment, everything, basis)  # of the identity: the map itself
+        # What is kept gives itself back, unless moments are singular: then all of it is a mixture.
+        whole = (project(basis, solved - kept).abs() > 1e-6).any()
+        rest = left if whole else left[..., rank:]
+        into = AxisMap(basis, rest, project(rest, solved - kept))
+        if mean is not None:
+            of_kept = kept.T @ mean
+            into.mean = mean - solved @ of_kept
+            into.ones = elimination.closest_to_one(kept.T @ joint @ kept, of_kept, torch.arange(len(of_kept)))
+        return {"to_v": LayerMap(AxisMap(basis)), "to_out.0": LayerMap(None, into)}
 
     def emulate(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         basis = factor.left[..., :rank]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slimdiff.algebra import elimination
 from slimdiff.algebra.elimination import ChannelOrder
 from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
+from slimdiff.groups.maps import AxisMap, LayerMap, Maps
 
 _GATED = ("GEGLU", "SwiGLU")
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
@@ -45,6 +46,22 @@ class FeedForwardGroup(Group[ChannelOrder]):
         kept = factor.order[:rank].sort().values
         weights = {name: wide(weight) for name, weight in self.cut(evidence.module, evidence.site, kept).items()}
         return weights | _down(evidence, kept)
+
+    def maps(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> Maps:
+        kept, rest = (part.sort().values for part in (factor.order[:rank], factor.order[rank:]))
+        up, down = evidence.module.net[0].proj, evidence.module.net[2]
+        moment, mean = evidence.received(down)
+        unit = torch.zeros(len(rest), len(moment), dtype=torch.float64)
+        unit[torch.arange(len(rest)), rest] = 1.0
+        mixed = elimination.solve_down(moment, unit, kept)  # of the removed channels alone: what is kept stays
+        into = AxisMap(kept.int(), rest.int(), mixed)
+        if mean is not None:
+            into.mean = torch.zeros_like(mean)
+            into.mean[rest] = mean[rest] - mixed @ mean[kept]
+            into.ones = elimination.closest_to_one(moment, mean, kept)
+        parts = torch.arange(up.out_features // evidence.site.dense_rank)[:, None] * evidence.site.dense_rank
+        rows = (kept + parts).flatten().int()
+        return {"net.0.proj": LayerMap(AxisMap(rows)), "net.2": LayerMap(None, into)}
 
     def emulate(self, evidence: Evidence, rank: int, factor: ChannelOrder) -> dict[str, Tensor]:
         kept = factor.order[:rank]

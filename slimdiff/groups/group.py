@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.denoising.trajectory import Call
+from slimdiff.groups.maps import Maps
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.statistics import Statistics, triangle_size
 
@@ -138,6 +139,13 @@ class Group(ABC, Generic[F]):
     def slim(self, evidence: Evidence, rank: int, factor: F) -> dict[str, Tensor]:
         """The site's smaller weights and biases, float64."""
 
+    def maps(self, evidence: Evidence, rank: int, factor: F) -> Maps:
+        """By path of a layer below the module, how its slim weight follows from the dense one; none if nobody knows.
+
+        It agrees with `slim`, up to rounding, and reads no weight: dense ones may be released already.
+        """
+        return {}
+
     def emulate(self, evidence: Evidence, rank: int, factor: F) -> dict[str, Tensor]:
         """Weights with which the dense module computes what it would with this site alone slim.
 
@@ -152,8 +160,12 @@ class Group(ABC, Generic[F]):
         factors: Mapping[str, F],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
+        maps: dict[str, Maps] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """By site name, slim weights of these sites from forward passes of the dense model; none if not `fitted`.
+
+        Args:
+            maps: gets those of each site, by its name.
 
         Raises:
             InputError: if there is no call, or the model gives values that are not finite.

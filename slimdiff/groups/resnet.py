@@ -25,6 +25,7 @@ from slimdiff.algebra.low_rank import roots
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups.group import Evidence, Group, Inner, Site, wide
+from slimdiff.groups.maps import AxisMap, LayerMap, Maps
 from slimdiff.progress import bar
 from slimdiff.settings import ResnetSettings
 
@@ -70,6 +71,7 @@ class Resnet(Group[ChannelOrder]):
         factors: Mapping[str, ChannelOrder],
         calls: Sequence[Call],
         settings: ResnetSettings | None = None,
+        maps: dict[str, Maps] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         settings = settings or ResnetSettings()
         if not calls:
@@ -94,6 +96,8 @@ class Resnet(Group[ChannelOrder]):
                 _pass(denoiser, wave, calls, _Fit.see_patches, "fit convolutions")
                 for fit in wave:
                     fit.solve_patches(settings.ridge)
+        if maps is not None:
+            maps |= {fit.site.name: fit.maps() for fit in fits}
         return {fit.site.name: fit.weights for fit in fits}
 
 
@@ -161,6 +165,8 @@ class _Fit:
     kept: Tensor
     weights: dict[str, Tensor]
     sums: Any = None
+    mixed: Tensor | None = None
+    """How dense channels are made of the kept ones, less the kept ones themselves: `[C, r]`, by `solve_channels`."""
 
     @property
     def sum_bytes(self) -> int:
@@ -219,10 +225,21 @@ class _Fit:
         prior = torch.zeros(len(self.kept), second.in_channels, dtype=torch.float64)
         prior[torch.arange(len(self.kept)), self.kept] = 1.0
         mix, constant = solve(self.sums, prior, ridge)
+        self.mixed = (mix - prior).T
         weight = wide(second.weight)
         self.weights["conv2.weight"] = torch.einsum("rc,ochw->orhw", mix, weight)
         self.weights["conv2.bias"] = wide(second.bias) + torch.einsum("c,ochw->o", constant, weight)
         self.sums = None
+
+    def maps(self) -> Maps:
+        """Of conv2 by its channels, for every pixel alike: what `solve_patches` adds belongs to its weight alone."""
+        kept, out = self.kept.int(), {}
+        for path in ("conv1", "time_emb_proj"):
+            if (layer := getattr(self.block, path)) is not None:
+                parts = torch.arange(len(layer.weight) // self.site.dense_rank)[:, None] * self.site.dense_rank
+                out[path] = LayerMap(AxisMap((self.kept + parts).flatten().int()))
+        every = None if self.mixed is None else torch.arange(len(self.mixed)).int()
+        return out | {"conv2": LayerMap(None, AxisMap(kept, every, self.mixed))}
 
     def see_patches(self, half: int, seen: _Seen) -> None:
         hidden, output = self.hidden(seen), seen.output.float()

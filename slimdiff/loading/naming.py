@@ -12,6 +12,7 @@ from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _VARIANT = re.compile(r"\.(\w+)(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -55,6 +56,20 @@ def cached_snapshot(name: str) -> Path | None:
     raise InputError(
         f"{name} is not in the hub's cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: fetch it first"
     )
+
+
+def check_lora(path: Path) -> None:
+    """See that a file may be a LoRA, by its name.
+
+    Raises:
+        InputError: if there is none, or its name is a pickle's.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the LoRA's safetensors file in it")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; a LoRA is FILE.safetensors, or FILE.safetensors:SCALE")
+    if path.suffix in _PICKLES:
+        raise InputError(f"{path} is a pickle, which can run code when opened: refused; save it as safetensors")
 
 
 def choose_variants(asked: str | None, *models: str | None) -> dict[str | None, str | None]:

@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
 from slimdiff.denoising.torch_state import own_torch_state
-from slimdiff.errors import InputError
+from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.components import load_component
+from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_model_directory
-from slimdiff.loading.naming import find_model
+from slimdiff.loading.naming import check_lora, find_model
 from slimdiff.progress import working
-from slimdiff.settings import DTYPES
+from slimdiff.settings import DTYPES, Lora
 
 
 @working("load the model")
@@ -28,6 +29,7 @@ def load_pipeline(
     *,
     variant: str | None = None,
     without: Sequence[str] = (),
+    lora: Sequence[Lora | str] = (),
 ) -> DiffusionPipeline:
     """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only, and no code but ours.
 
@@ -39,11 +41,16 @@ def load_pipeline(
             given.
         variant: of the weights, such as `fp16`; if not given the unnamed one, or the only one that is there.
         without: components that are not needed, and are neither fetched nor loaded: they become None.
+        lora: files to fuse into the weights, each at its scale, or as text `FILE:SCALE` (see `fuse_loras`).
 
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
-            not that variant, or it asks for code of its own.
+            not that variant, or it asks for code of its own; or a LoRA does not fit it.
+        MissingPackageError: if there is a LoRA and peft is not here.
     """
+    loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
+    for one in loras:
+        check_lora(Path(one.file))
     parts: dict[str, Any] = dict.fromkeys(without)
     try:
         path = find_model(model)
@@ -61,8 +68,10 @@ def load_pipeline(
             **{name: part for name, part in parts.items() if name in takes or name not in without}
         )
         pipeline.register_to_config(_name_or_path=str(path))
+        if loras:
+            fuse_loras(pipeline, loras)
         return pipeline
-    except InputError:
+    except SlimdiffError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory
         reason = str(error).strip().splitlines() or [type(error).__name__]

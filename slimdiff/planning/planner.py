@@ -15,6 +15,7 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, fault_in, find_sites
 from slimdiff.groups.group import Site
+from slimdiff.groups.maps import Maps
 from slimdiff.plan import Plan, SitePlan, site_plan
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
@@ -234,7 +235,7 @@ class Planner:
         return plan.forms.local() == self.settings.forms.local() and cut <= {site.name for site in self.chosen}
 
     @own_torch_state()
-    def slim(self, plan: Plan, *, release_dense: bool = False) -> nn.Module:
+    def slim(self, plan: Plan, *, release_dense: bool = False, maps: Maps | None = None) -> nn.Module:
         """The slim model of a plan that it `knows` (`slim_denoiser`)."""
         fitted = plan.is_fitted()
         return slim_denoiser(
@@ -246,6 +247,7 @@ class Planner:
             resnet_settings=self.settings.resnets,
             dense_outputs=self.dense_outputs if fitted else None,
             release_dense=release_dense,
+            maps=maps,
         )
 
 

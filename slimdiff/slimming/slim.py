@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence, Factor, Site
+from slimdiff.groups.maps import AxisMap, LayerMap, Maps, change_of
 from slimdiff.models import fitting_sites, slim_class_of
 from slimdiff.plan import Plan
 from slimdiff.progress import bar
@@ -63,6 +65,7 @@ def slim_denoiser(
     resnet_settings: ResnetSettings | None = None,
     dense_outputs: DenseOutputs | None = None,
     release_dense: bool = False,
+    maps: Maps | None = None,
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
@@ -77,6 +80,8 @@ def slim_denoiser(
         dense_outputs: on the same calls, if there is more than one slim model to make.
         release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
             together. The dense model cannot be used afterwards, nor if this fails halfway.
+        maps: gets, by path of each layer that changes, how its weight followed from the dense one
+            (`slimdiff.slimming.maps.save_maps` keeps them): by them LoRA updates are converted.
 
     Raises:
         InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
@@ -93,7 +98,8 @@ def slim_denoiser(
         if site.name not in known:
             raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
     ranks = {site: plan.sites[site.name].rank for site in changed}
-    fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings)
+    of_sites: dict[str, Maps] = {}
+    fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, None if maps is None else of_sites)
     mended = stages(denoiser, plan, fitting_calls)
     names = tuple(name for stage in mended for name in stage)
     outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(names) if mended else []
@@ -104,12 +110,23 @@ def slim_denoiser(
         if site.name in fitted:
             return fitted[site.name]
         evidence = Evidence(module, site, statistics, plan.forms)
+        if maps is not None:
+            of_sites[site.name] = GROUPS[site.group].maps(evidence, rank, known[site.name])
         return GROUPS[site.group].slim(evidence, rank, known[site.name])
 
+    dense = [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
     with done:
         slim = assemble(denoiser, plan, weights, release_dense=release_dense)
+    local = [cast(Tensor, slim.get_submodule(name).weight) for name in names]
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
+    if maps is not None:
+        paths = {site.name: site.path for site in changed}
+        maps |= {f"{paths[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
+        for name, (weight, before) in zip(names, zip(dense, local, strict=True), strict=True):
+            own = maps.get(name, LayerMap())
+            change = change_of(weight, before, cast(Tensor, slim.get_submodule(name).weight))
+            maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
     carry_modes(asked, slim)
     if release_dense:
         for name in names:
@@ -124,13 +141,15 @@ def fit_groups(
     ranks: Mapping[Site, int],
     calls: Sequence[Call],
     settings: ResnetSettings | None = None,
+    maps: dict[str, Maps] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """By site name, the weights at these ranks of those sites whose groups are fitted on calls (`Group.fit`)."""
     fitted: dict[str, dict[str, Tensor]] = {}
+    more: dict[str, Any] = {} if maps is None else {"maps": maps}
     for name, group in GROUPS.items():
         own = {site: rank for site, rank in ranks.items() if site.group == name}
         if group.fitted and own:
-            fitted |= group.fit(denoiser, own, factors, calls, settings)
+            fitted |= group.fit(denoiser, own, factors, calls, settings, **more)
     return fitted
 
 

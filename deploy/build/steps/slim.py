@@ -10,17 +10,21 @@ from deploy.artifacts.figures import compression_result, costs, denoiser_of
 from deploy.artifacts.files import copy_licenses, save_pipeline
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
+from slimdiff.groups.maps import Maps
 from slimdiff.planning.costs import count_bytes
+from slimdiff.slimming.map_file import save_maps
 from slimdiff.storage import manifest
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    slim = shop.compressor.slim(shop.plan)
+    maps: Maps = {}
+    slim = shop.compressor.slim(shop.plan, maps=maps)
     seconds = round(time.perf_counter() - start, 3)
     held = shop.load_held()
     whole = shop.finish(slim, held)
     save_pipeline(whole, folder, shop.recipe)
+    save_maps(folder, maps, denoiser_of(whole))
     copy_licenses(shop.recipe.model, folder)
     call = shop.trajectory[0]
     dense = {**costs(denoiser_of(shop.dense), call), "bytes": count_bytes(denoiser_of(held))}

@@ -41,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     measured = "also measure what planning needs of the model: a forward pass for each site and recorded call"
     parser.add_argument("--sensitivities", action="store_true", help=measured)
     flags.add_calibration(parser)
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.calibration import distributed
     from slimdiff.denoising.tasks import for_task, make_inputs
 
-    pipeline = for_task(load_pipeline(args.model, variant=variant), material)
+    pipeline = for_task(load_pipeline(args.model, variant=variant, lora=args.lora), material)
     warn_of_steps(pipeline, args.model, calibration.sampling)
     prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})

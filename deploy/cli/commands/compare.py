@@ -29,6 +29,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "dense", "DENSE", "a model")
     flags.text(parser, "slim", "SLIM", "a model")
     flags.add_variant(parser)
+    flags.add_lora(parser, into="DENSE")
+    flags.add_lora(parser, "--slim-lora", into="SLIM")
     by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.add_material(parser, "input-")
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.tasks import for_task, make_inputs
 
     dense, slim = (
-        for_task(load_pipeline(name, "fp32", variant=variants[name]), material) for name in (args.dense, args.slim)
+        for_task(load_pipeline(name, "fp32", variant=variants[name], lora=lora), material)
+        for name, lora in ((args.dense, args.lora), (args.slim, args.slim_lora))
     )
     inputs, sampling = make_inputs(dense, material, sampling)
     value = compare(

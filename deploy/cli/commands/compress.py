@@ -20,6 +20,7 @@ from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from slimdiff import Plan
+    from slimdiff.groups.maps import Maps
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -28,6 +29,7 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
+  slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json"""
 
 
@@ -41,6 +43,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
+    flags.add_lora(parser)
+    unkept = "leave out the file by which slimdiff lora converts LoRA of the dense model"
+    parser.add_argument("--no-maps", dest="maps", action="store_false", help=unkept)
     flags.add(parser, WeightSettings, *WeightSettings.model_fields)
 
 
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.opening.distilled import warn_of_steps
     from exporters.graphs.pipeline import example_call
     from slimdiff import Compressor, Plan, Statistics, compress
+    from slimdiff.adapters import fused_files
     from slimdiff.calibration import distributed
     from slimdiff.denoising.precision import in_dtype, in_float32
     from slimdiff.denoising.tasks import for_task, make_inputs
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    held, latency = load_pipeline(args.model, variant=weights.variant), None
+    held, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora), None
     pipeline = for_task(held, material)
     prompts, sampling = make_inputs(pipeline, material, sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
@@ -110,22 +116,34 @@ def run(args: argparse.Namespace) -> int:
         "prompts": hash_of(material, calibration.samples),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
+        "lora": fused_files(held),
         **said_of(sampling),
     }
-    _write(args, out, written, slim.plan, weights, made_from)
+    maps = slim.maps if args.maps else None
+    _write(args, out, written, slim.plan, maps, weights, made_from)
     return result(args, value, _text(value))
 
 
 def _write(
-    args: argparse.Namespace, out: Path, pipeline: Any, plan: Plan, weights: WeightSettings, made_from: dict[str, Any]
+    args: argparse.Namespace,
+    out: Path,
+    pipeline: Any,
+    plan: Plan,
+    maps: Maps | None,
+    weights: WeightSettings,
+    made_from: dict[str, Any],
 ) -> None:
-    """Write the slim model with its plan; `made_from` is what the manifest says of it beside what the plan knows."""
+    """Write the slim model with its plan and maps; `made_from` is what the manifest says beside what the plan knows."""
+    from deploy.artifacts.figures import denoiser_of
     from deploy.artifacts.files import copy_licenses, save_pipeline
+    from slimdiff import save_maps
 
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(pipeline, temporary, weights)
         copy_licenses(args.model, temporary)
         plan.save(temporary / "plan.json")
+        if maps is not None:
+            save_maps(temporary, maps, denoiser_of(pipeline))
         planned = {"model_hash": plan.model_hash, "budget": plan.budget}
         manifest.write_manifest(temporary, "slim-model", planned | made_from)
     log.info("compress: written to %s", out)

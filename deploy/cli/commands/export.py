@@ -29,6 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_usage(parser, "guidance")
     samples = "samples in a denoiser call (default: what one image takes: two with guidance above 1, one without)"
@@ -58,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from deploy.build import shapes
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
+    from slimdiff.adapters import fused_files
     from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant)
+    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora)
     size = {"height": image.height, "width": image.width}
     call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
     log.info("export: %s, %s", args.model, settings.precision)
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         islands = fp32_islands(temporary / "unet" / "model.onnx")
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
-        made_from = {"model": model_hash(args.model), **said_of(image), **settings.model_dump()}
+        fused = {"lora": fused} if (fused := fused_files(pipeline)) else {}
+        made_from = {"model": model_hash(args.model), **said_of(image), **fused, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}

@@ -52,6 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=names(), help=runs_in)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
+    flags.add_lora(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import sample_images
 
     size = {"height": asked.height, "width": asked.width}
-    opened = open_denoiser(args.artifact, args.runtime, **size, variant=variants[args.artifact])
+    opened = open_denoiser(args.artifact, args.runtime, **size, variant=variants[args.artifact], lora=args.lora)
     pipeline = for_task(whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline]), material)
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
         raise InputError(f"{args.artifact} makes videos, and generate writes images: call the pipeline from Python")

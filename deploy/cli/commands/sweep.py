@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the sweep goes", required=True)
     flags.add(parser, SweepStage, "by", "points", "runtime", "threads", "images")
     flags.add(parser, BenchSettings, "rounds", "processes")
+    flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_calibration(parser, "input-")
     flags.add(parser, PlanSettings, *flags.PLANNING)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     variant = flags.read(args, WeightSettings).variant
     chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
     material = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
-    recipe = Recipe(model=args.model, prompts=args.prompts, **material, **chosen)
+    recipe = Recipe(model=args.model, prompts=args.prompts, lora=tuple(args.lora), **material, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 

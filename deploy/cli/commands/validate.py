@@ -32,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.add_variant(parser)
+    flags.add_lora(parser, into="BASE")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add_usage(parser, "steps", "guidance")
     flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
-    base = open_denoiser(args.base, variant=variants[args.base])
+    base = open_denoiser(args.base, variant=variants[args.base], lora=args.lora)
     candidate = open_denoiser(args.candidate, args.runtime, variant=variants[args.candidate])
     if base.precision != "fp32":
         raise InputError(
