@@ -51,7 +51,7 @@ def by_older_exporter(unet: nn.Module, call: Call, folder: Path) -> Path:
     folder.mkdir()
     file = folder / "model.onnx"
     torch.onnx.export(
-        _UNet(unet),
+        _UNet(unet, list(inputs)),
         tuple(inputs.values()),
         str(file),
         dynamo=False,

@@ -50,7 +50,8 @@ class Opened:
         batch = None if self.kind == "model" else self.denoiser.inputs["sample"][0]
         if not isinstance(batch, int):
             return asked
-        guided = asked.guidance > 1
+        # Models distilled with their guidance (LCM) take it as an input, and no second half.
+        guided = asked.guidance > 1 and self.denoiser.config.get("time_cond_proj_dim") is None
         if guided and batch % 2:
             raise InputError(
                 f"this graph takes batches of {batch}, and guidance needs two samples an image: export with an even "

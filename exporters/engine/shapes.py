@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.reading import inputs_of
+from exporters.graphs.reading import inputs_of, steps_of
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +49,14 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
     sizes: dict[str, tuple[int, str]] = {}
 
     def bind(name: str, dim: str, size: int) -> None:
-        said, by = sizes.setdefault(dim, (size, name))
-        if said != size:
-            raise InputError(f"{dim} is {said} in {by} and {size} in {name}: the graph has it the same in both")
+        step, side = steps_of(dim)
+        if size % step:
+            raise InputError(f"{name} has a side of {size}, and the graph takes multiples of {step}")
+        said, by = sizes.setdefault(side, (size // step, name))
+        if said != size // step:
+            raise InputError(
+                f"{side} is {said} in {by} and {size // step} in {name}: the graph has it the same in both"
+            )
 
     for name, shape in shapes.items():
         if name not in inputs:
@@ -65,12 +70,17 @@ def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -
             elif dims[0] != batch:
                 raise InputError(f"the graph's {name} has batch {dims[0]}, the engine was asked for batch {batch}")
     for name, dims in inputs.items():
-        if any(isinstance(d, str) and d not in sizes for d in dims):
+        if any(isinstance(d, str) and steps_of(d)[1] not in sizes for d in dims):
             raise InputError(
                 f"input {name} has open dims {shape_text(dims)}, and engines are built for fixed shapes: say a batch, "
                 "shapes or profiles, or export with fixed shapes"
             )
-    return {name: [sizes[d][0] if isinstance(d, str) else d for d in dims] for name, dims in inputs.items()}
+    return {name: [_size(d, sizes) if isinstance(d, str) else d for d in dims] for name, dims in inputs.items()}
+
+
+def _size(dim: str, sizes: Mapping[str, tuple[int, str]]) -> int:
+    step, side = steps_of(dim)
+    return step * sizes[side][0]
 
 
 def _pairs(name: str, dims: Sequence[int | str], shape: Sequence[int]) -> list[tuple[str, int]]:

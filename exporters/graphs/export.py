@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from exporters.dtypes import DTYPES
+from exporters.graphs.inputs import NAMES, arguments_from, in_graph_dtype, named_inputs, open_inputs
+from exporters.graphs.inputs import in_steps as in_steps
+from exporters.graphs.inputs import open_size as open_size
 from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
@@ -37,20 +41,16 @@ def dtype_of(settings: ExportSettings) -> torch.dtype:
 class _UNet(nn.Module):
     """The UNet with tensors only, in and out: what a graph can have."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, names: Sequence[str]):
         super().__init__()
         self.unet = unet
+        self.names = tuple(names)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        added = {} if text_embeds is None else {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}}
-        return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        arguments = arguments_from(dict(zip(self.names, inputs, strict=True)))
+        if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
+            arguments.setdefault("encoder_hidden_states", None)
+        return self.unet(**arguments, return_dict=False)[0]
 
 
 @own_torch_state()
@@ -60,11 +60,12 @@ def export_unet(
     """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`.
 
     Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32 where the
-    call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]` and, for SDXL, `text_embeds
-    [B, E]` and `time_ids [B, 6]`; the output is `out_sample [B, C, H, W]`.
+    call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]`, for SDXL `text_embeds [B, E]` and
+    `time_ids [B, 6]`, and whatever else the call has, by `exporters.graphs.inputs`; the output is `out_sample
+    [B, C, H, W]`.
 
     Args:
-        unet: a UNet2DConditionModel; its weights, dtype and training mode are as before afterwards.
+        unet: a UNet2DConditionModel or UNet2DModel; its weights, dtype and training mode are as before afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
         call: whose shapes the graph is for.
         scheduler: that the graph is to run with.
@@ -79,38 +80,19 @@ def export_unet(
     if scheduler is not None and not has_whole_times(scheduler):
         inputs["timestep"] = inputs["timestep"].float()
     dtype = dtype_of(settings)
-    if settings.dynamic_batch and len(inputs["sample"]) == 1:  # torch.export takes a batch of 1 for a constant
-        inputs = {name: v if name == "timestep" else torch.cat([v, v]) for name, v in inputs.items()}
-    opened: dict[str, dict[int, Any]] = {}
-    if settings.dynamic_batch:
-        opened = {name: {0: "batch"} for name in inputs if name != "timestep"}
-    if settings.dynamic_size:
-        step = 2 ** (len(unet.config["block_out_channels"]) - 1)  # type: ignore[index]
-        inputs["sample"] = in_steps(inputs["sample"], step)
-        opened["sample"] = opened.get("sample", {}) | open_size(step)
-    # Half precision has not the digits for a time.
-    examples = {n: v.to(dtype) if v.is_floating_point() and n != "timestep" else v for n, v in inputs.items()}
+    step = 2 ** (len(unet.config["block_out_channels"]) - 1) if settings.dynamic_size else None  # type: ignore[index]
+    inputs, opened = open_inputs(inputs, batch=settings.dynamic_batch, step=step)
+    examples = {name: in_graph_dtype(name, value, dtype) for name, value in inputs.items()}
     keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(unet, dtype, keep)
     with _sizes_in(module, dtype):
-        file = export_module(_UNet(module), examples, ["out_sample"], Path(folder), settings, opened, "unet.")
+        file = export_module(
+            _UNet(module, list(examples)), examples, ["out_sample"], Path(folder), settings, opened, "unet."
+        )
     write_config(unet, Path(folder))
     if plan := plan_of(unet):
         check_leftovers(file, plan)
     return file
-
-
-def open_size(step: int) -> dict[int, Any]:
-    """Open height and width of a tensor `[B, C, H, W]`, as multiples of `step`."""
-    return {axis: step * torch.export.Dim(name, min=2) for axis, name in ((2, "height"), (3, "width"))}
-
-
-def in_steps(example: Tensor, step: int) -> Tensor:
-    """An example `[B, C, H, W]` for open sizes: two steps high and wide or more, for torch takes one for a constant."""
-    height, width = (max(2, -(-size // step)) * step for size in example.shape[-2:])
-    if (height, width) == tuple(example.shape[-2:]):
-        return example
-    return nn.functional.interpolate(example, (height, width))
 
 
 def unet_inputs(call: Call) -> dict[str, Tensor]:
@@ -121,16 +103,10 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     Raises:
         InputError: if the call has arguments that the graph has no input for, or times that differ.
     """
-    arguments = {k: v for k, v in call.arguments.items() if v is not None and v is not False}
-    added = dict(arguments.pop("added_cond_kwargs", None) or {})
-    needed = ("sample", "timestep", "encoder_hidden_states")
-    tensors: dict[str, Tensor] = {k: arguments.pop(k) for k in needed if k in arguments}
-    tensors |= {k: added.pop(k) for k in ("text_embeds", "time_ids") if k in added}
-    unknown = sorted(arguments) + [f"added_cond_kwargs[{k!r}]" for k in sorted(added)]
-    if unknown or not set(needed) <= set(tensors):
+    tensors, unknown = named_inputs(call.arguments)
+    if unknown or not {"sample", "timestep"} <= set(tensors):
         raise InputError(
-            f"the ONNX export takes sample, timestep, encoder_hidden_states and SDXL's text_embeds and time_ids; "
-            f"this call has {', '.join(unknown or call.arguments)}"
+            f"the ONNX export takes {', '.join(NAMES.values())}; this call has {', '.join(unknown or call.arguments)}"
         )
     whole = isinstance(call.timestep, int)
     tensors["timestep"] = graph_time(tensors["timestep"], "int64" if whole else "float32", "the graph")
@@ -165,7 +141,9 @@ def export_module(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / GRAPH
     modes = {m: m.training for m in module.modules()}
-    shapes = tuple(dynamic.get(name) for name in inputs) if dynamic else None
+    shapes: Any = tuple(dynamic.get(name) for name in inputs) if dynamic else None
+    if shapes and isinstance(module, _UNet):  # whose inputs are one argument to torch
+        shapes = (shapes,)
     try:
         module.eval()
         with torch.no_grad(), _quiet():

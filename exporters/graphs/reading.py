@@ -59,6 +59,12 @@ def shape_of(value: ir.Value | None) -> Shape:
     return tuple(d if isinstance(d, int) else d.value or "" for d in (value and value.shape) or ())
 
 
+def steps_of(dim: str) -> tuple[int, str]:
+    """Of an open dim, the factor and what it multiplies: 8 and `height` of `8*height`; 1 and all of it otherwise."""
+    factor, _, name = dim.partition("*")
+    return (int(factor), name) if factor.isdigit() else (1, dim)
+
+
 def name_of(value: ir.Value) -> str:
     """Name of a tensor: every tensor that a node reads has one."""
     return value.name or ""

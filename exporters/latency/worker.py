@@ -41,7 +41,7 @@ for the run is on the same core at times, and takes some hundredths of a millise
 
 
 def noise(inputs: Mapping[str, tuple[Sequence[int | str | None], str]], batch: int) -> dict[str, np.ndarray]:
-    """Arrays for a graph's inputs, its open dims being the batch: noise, and ones where numbers must be whole.
+    """Arrays for a graph's inputs, its open dims being the batch: noise, and zeros where numbers must be whole.
 
     Latency does not depend on the values.
     """
@@ -50,7 +50,7 @@ def noise(inputs: Mapping[str, tuple[Sequence[int | str | None], str]], batch: i
     for name, (shape, dtype) in inputs.items():
         sizes = [size if isinstance(size, int) else batch for size in shape]
         arrays[name] = (
-            generator.standard_normal(sizes).astype(dtype) if dtype.startswith("float") else np.ones(sizes, dtype)
+            generator.standard_normal(sizes).astype(dtype) if dtype.startswith("float") else np.zeros(sizes, dtype)
         )
     return arrays
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from exporters.graphs.reading import steps_of
 from exporters.layout import read_config
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
@@ -123,20 +124,27 @@ def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _check(session: Session, tensors: Mapping[str, Tensor]) -> None:
     if set(tensors) != set(session.inputs):
         raise InputError(f"{session.source} takes {', '.join(session.inputs)}; given were {', '.join(tensors)}")
-    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+
+    def fits(size: int, dim: int | str) -> bool:
+        if isinstance(dim, int):
+            return size == dim
+        step, side = steps_of(dim)
+        return size % step == 0 and counts.setdefault(side, size // step) == size // step
+
     for name, takes in session.inputs.items():
-        shape = tuple(tensors[name].shape)
-        fixed = tuple(d if isinstance(d, int) else sizes.setdefault(d, n) for d, n in zip(takes, shape, strict=False))
-        if len(shape) != len(takes) or shape != fixed or any(n % _step(d) for n, d in zip(shape, takes, strict=True)):
+        value = tensors[name]
+        shape = tuple(value.shape)
+        if (
+            value.is_floating_point()
+            and session.dtypes[name].startswith("int")
+            and bool((value != value.round()).any())
+        ):
+            raise InputError(f"{session.source} takes whole numbers for {name}, given were {value.flatten().tolist()}")
+        if len(shape) != len(takes) or not all(map(fits, shape, takes)):
             raise InputError(
                 f"{name} has shape {shape}, but {session.source} takes "
                 + ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in session.inputs.items())
                 + ": ask for images of that size and number, or export for others (slimdiff export --height --width "
                 "--batch, or --dynamic batch,size)"
             )
-
-
-def _step(dim: int | str) -> int:
-    """What an open dim is a multiple of: 8 for `8*height`."""
-    factor = dim.partition("*")[0] if isinstance(dim, str) else ""
-    return int(factor) if factor.isdigit() else 1

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
+from exporters.graphs.inputs import named_inputs
 from exporters.graphs.timesteps import graph_time
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session, Shape
@@ -31,7 +32,7 @@ class UNet(RuntimeModule):
     tensor = "sample"
 
     def __init__(self, session: Session, config: dict[str, Any]):
-        if not {"sample", "timestep", "encoder_hidden_states"} <= set(session.inputs):
+        if not {"sample", "timestep"} <= set(session.inputs):
             raise InputError(f"{session.source} is no UNet: its inputs are {', '.join(session.inputs)}")
         height, width = session.inputs["sample"][-2:]
         size = {"sample_size": height} if isinstance(height, int) and height == width else {}
@@ -49,8 +50,10 @@ class UNet(RuntimeModule):
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
@@ -59,9 +62,9 @@ class UNet(RuntimeModule):
         Args:
             sample: `[B, C, H, W]`.
             timestep: one for all samples; a whole number where the graph takes int64.
-            encoder_hidden_states: `[B, L, D]`.
-            added_cond_kwargs: SDXL's `text_embeds [B, E]` and `time_ids [B, 6]`.
-            others: must be None; the graph has no input for them.
+            encoder_hidden_states: `[B, L, D]`, but of an unconditional model.
+            class_labels, timestep_cond, added_cond_kwargs, others: by the names and places of
+                `exporters.graphs.inputs`; None where the graph has no input for them.
 
         Returns:
             the noise `[B, C, H, W]`, in sample's dtype, on its device.
@@ -69,12 +72,18 @@ class UNet(RuntimeModule):
         Raises:
             InputError: for a shape that the graph was not exported for, a timestep not whole, or other arguments.
         """
-        unknown = sorted(name for name, value in others.items() if value is not None)
-        if unknown:
+        arguments = {
+            "sample": sample,
+            "timestep": graph_time(timestep, self.session.dtypes["timestep"], self.session.source),
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "added_cond_kwargs": added_cond_kwargs,
+        }
+        inputs, unknown = named_inputs(arguments | others)
+        if unknown := unknown + [name for name in inputs if name not in self.session.inputs]:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
-        time = graph_time(timestep, self.session.dtypes["timestep"], self.session.source)
-        inputs = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep": time}
-        noise = answer(self.session, inputs | (added_cond_kwargs or {}))["out_sample"].to(sample.device, sample.dtype)
+        noise = answer(self.session, inputs)["out_sample"].to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from every_pipeline.members import CannotBeMadeError, make_member, parameters_of
 
 PROMPT = "a large red circle"
 STEPS = ["--steps", "2", "--guidance", "3"]
-DONE = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+DONE = {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"}
 QUICK = {
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",

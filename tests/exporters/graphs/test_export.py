@@ -119,8 +119,8 @@ def test_sdxls_inputs_come_last(calls):
 
 
 def test_arguments_without_an_input_are_refused(calls):
-    call = Call(0, 1, {**calls[0].arguments, "class_labels": torch.zeros(2)})
-    with pytest.raises(InputError, match="class_labels"):
+    call = Call(0, 1, {**calls[0].arguments, "encoder_attention_mask": torch.zeros(2, 7)})
+    with pytest.raises(InputError, match="this call has encoder_attention_mask"):
         unet_inputs(call)
 
 

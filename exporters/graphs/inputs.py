@@ -1,0 +1,172 @@
+"""What a denoiser is called with, and the names that its graph has for it: the one table of both.
+
+A kind of input is a row of `NAMES`. Export, runtimes, validation, latency and engines all read it from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAMES: dict[tuple[str, ...], str] = {
+    ("sample",): "sample",
+    ("timestep",): "timestep",
+    ("encoder_hidden_states",): "encoder_hidden_states",
+    ("class_labels",): "class_labels",
+    ("timestep_cond",): "timestep_cond",
+    ("added_cond_kwargs", "text_embeds"): "text_embeds",
+    ("added_cond_kwargs", "time_ids"): "time_ids",
+    ("added_cond_kwargs", "image_embeds"): "image_embeds",
+    ("added_cond_kwargs", "hint"): "hint",
+    ("down_block_additional_residuals",): "down_block_additional_residuals",
+    ("mid_block_additional_residual",): "mid_block_additional_residual",
+    ("down_intrablock_additional_residuals",): "down_intrablock_additional_residuals",
+    ("controlnet_cond",): "controlnet_cond",
+    ("conditioning_scale",): "conditioning_scale",
+}
+"""Place among the arguments of a denoiser's call (and of a ControlNet's) -> name of the graph's input.
+
+Where a place holds a list, there is an input per item, with its number: `down_block_additional_residuals_0`.
+"""
+
+SCALARS = ("timestep", "conditioning_scale")
+"""Inputs that are one number for all samples."""
+_FIRST = ("sample", "timestep", "encoder_hidden_states")
+_PLACES = {name: place for place, name in NAMES.items()}
+
+Path = tuple[str | int, ...]
+
+
+def named_inputs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of a call by the names of graph inputs, in the graph's order; and those that none is for.
+
+    What is None, False or empty is no input. A value for all samples at once, of batch 1, is spread over sample's batch
+    where torch would spread it.
+    """
+    found: dict[str, Any] = {}
+    unknown: list[str] = []
+    for path, value in _leaves(arguments, ()):
+        place = tuple(key for key in path if isinstance(key, str))
+        numbers = [str(key) for key in path if isinstance(key, int)]
+        if place not in NAMES or len(numbers) > 1 or not (isinstance(value, Tensor) or NAMES[place] in SCALARS):
+            unknown.append(path_text(path))
+        else:
+            found["_".join([NAMES[place], *numbers])] = value
+    batch = len(found["sample"]) if "sample" in found else 1
+    for name, value in found.items():
+        if name not in (*_FIRST, *SCALARS) and value.ndim and len(value) == 1 < batch:
+            found[name] = value.expand(batch, *value.shape[1:])
+    ranks = {name: rank for rank, name in enumerate(NAMES.values())}
+    return {name: found[name] for name in sorted(found, key=lambda n: (ranks[_kind(n)], _number(n)))}, unknown
+
+
+def arguments_from(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way round: a call's arguments, lists being lists, from what `named_inputs` gave, in its order."""
+    arguments: dict[str, Any] = {}
+    for name, value in inputs.items():
+        kind = _kind(name)
+        *around, last = _PLACES[kind]
+        within = arguments
+        for key in around:
+            within = within.setdefault(key, {})
+        if kind == name:
+            within[last] = value
+        else:
+            within.setdefault(last, []).append(value)
+    return arguments
+
+
+def in_graph_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as a graph of that dtype has it: whole numbers as int64, and single numbers as float32.
+
+    Half precision has not the digits for a time, nor for a class that is one.
+    """
+    if not value.is_floating_point():
+        return value.long()
+    if name == "timestep":
+        return value
+    return value.to(torch.float32 if value.ndim <= 1 else dtype)
+
+
+def open_inputs(
+    examples: Mapping[str, Tensor], *, batch: bool, step: int | None
+) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+    """Examples for a graph that is open in the batch, or in the size, and its open dims by input and axis.
+
+    torch.export takes a batch of 1, and a side of one step, for constants: such examples are made larger.
+
+    Args:
+        step: what height and width of `sample` are multiples of, if they are open. Pictures `[B, C, H, W]` whose sides
+            are sample's halved some times, or a multiple, follow them.
+    """
+    values, dims = dict(examples), {name: {} for name in examples}  # type: dict[str, Tensor], dict[str, dict[int, Any]]
+    if batch:
+        if len(values["sample"]) == 1:
+            values = {name: v if name in SCALARS else torch.cat([v, v]) for name, v in values.items()}
+        dims = {name: {} if name in SCALARS else {0: "batch"} for name in values}
+    if step:
+        sample = tuple(values["sample"].shape)
+        for name, value in values.items():
+            if own := _own_step(name, tuple(value.shape), sample, step):
+                values[name] = in_steps(value, own)
+                dims[name] |= open_size(own)
+    return values, {name: opened for name, opened in dims.items() if opened}
+
+
+def open_size(step: int) -> dict[int, Any]:
+    """Open height and width of a tensor `[B, C, H, W]`, as multiples of `step`."""
+    return {axis: step * torch.export.Dim(name, min=2) for axis, name in ((2, "height"), (3, "width"))}
+
+
+def in_steps(example: Tensor, step: int) -> Tensor:
+    """An example `[B, C, H, W]` for open sizes: two steps high and wide or more, for torch takes one for a constant."""
+    height, width = (max(2, -(-size // step)) * step for size in example.shape[-2:])
+    if (height, width) == tuple(example.shape[-2:]):
+        return example
+    return nn.functional.interpolate(example, (height, width))
+
+
+def is_denoiser_input(name: str) -> bool:
+    """Whether a graph's input is one that the table knows."""
+    return _kind(name) in _PLACES
+
+
+def _own_step(name: str, shape: tuple[int, ...], sample: tuple[int, ...], step: int) -> int | None:
+    """What the sides of an input are multiples of where sample's are of `step`; None if they do not follow."""
+    if len(shape) != 4 or _kind(name) == "image_embeds":  # `[B, images, tokens, D]`
+        return None
+    (height, width), (whole_height, whole_width) = shape[-2:], sample[-2:]
+    if height > whole_height:
+        times = height // whole_height
+        return step * times if (times * whole_height, times * whole_width) == (height, width) else None
+    halved = (n for n in range(step.bit_length()) if (-(-whole_height // 2**n), -(-whole_width // 2**n)) == shape[-2:])
+    return next((step // 2**n for n in halved), None)
+
+
+def path_text(path: Path) -> str:
+    """`added_cond_kwargs['hint']`."""
+    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+
+
+def _kind(name: str) -> str:
+    """`down_block_additional_residuals` of the name of one of them."""
+    kind, _, number = name.rpartition("_")
+    return kind if number.isdigit() and kind in _PLACES else name
+
+
+def _number(name: str) -> int:
+    return 0 if _kind(name) == name else int(name.rpartition("_")[2])
+
+
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    elif value is not None and value is not False:
+        yield path, value
