@@ -45,19 +45,27 @@ class Opened:
         name = str(self.denoiser.dtype).removeprefix("torch.")
         return PRECISIONS.get(name, name)
 
-    def sampling(self, asked: Sampling) -> Sampling:
-        """`asked`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once."""
+    def sampling(self, asked: Sampling, pipeline: Any) -> Sampling:
+        """`asked`, as far as a graph's fixed shapes allow: its batch decides how many images go through it at once.
+
+        Args:
+            pipeline: that the denoiser runs in.
+
+        Raises:
+            InputError: if the batch is no whole number of images.
+        """
+        from slimdiff.denoising.tasks import samples_per_image
+
         batch = None if self.kind == "model" else self.denoiser.inputs["sample"][0]
         if not isinstance(batch, int):
             return asked
-        # Models distilled with their guidance (LCM) take it as an input, and no second half.
-        guided = asked.guidance > 1 and self.denoiser.config.get("time_cond_proj_dim") is None
-        if guided and batch % 2:
+        samples = samples_per_image(pipeline, asked)
+        if batch % samples:
             raise InputError(
-                f"this graph takes batches of {batch}, and guidance needs two samples an image: export with an even "
-                "batch, --dynamic batch, or use --guidance 1"
+                f"this graph takes batches of {batch}, and an image with guidance takes {samples} samples: export for "
+                "that guidance (slimdiff export --guidance), with --dynamic batch, or use --guidance 1"
             )
-        return asked.model_copy(update={"batch": batch // 2 if guided else batch})
+        return asked.model_copy(update={"batch": batch // samples})
 
     def pixels(self, pipeline: Any) -> dict[str, int]:
         """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""

@@ -122,6 +122,22 @@ def neutral_inputs(
     return ["" if row == {"prompt": ""} else row] * count
 
 
+def samples_per_image(pipeline: Any, sampling: Sampling) -> int:
+    """How many samples of a denoiser call one image takes: two with classifier-free guidance, one without.
+
+    InstructPix2Pix takes three, for its guidance by the image. Models distilled with their guidance (LCM) take it as an
+    input, and one sample.
+    """
+    takes = _takes(pipeline)
+    config = getattr(getattr(pipeline, "unet", None), "config", {})
+    if "guidance_scale" not in takes or sampling.guidance <= 1 or config.get("time_cond_proj_dim"):
+        return 1
+    by_image = inspect.signature(pipeline.__call__).parameters.get("image_guidance_scale")
+    if by_image is not None and sampling.arguments.get("image_guidance_scale", by_image.default) >= 1:
+        return 3
+    return 2
+
+
 def text_of(inputs: Inputs) -> str:
     """What one image is made from, for people: its prompt, or its class."""
     if isinstance(inputs, str):

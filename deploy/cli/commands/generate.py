@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         sides = " x ".join(map(str, fixed.values()))
         raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
     asked = use(asked, opened.usage or usage_of(args.pipeline))
-    inputs, sampling = make_inputs(pipeline, material, opened.sampling(asked).model_copy(update=fixed))
+    sampling = opened.sampling(asked, pipeline).model_copy(update=fixed)
+    inputs, sampling = make_inputs(pipeline, material, sampling)
     log.info("generate: %d steps", sampling.steps)
     start = time.perf_counter()
     filled = -(-len(inputs) // sampling.batch) * sampling.batch  # a graph's batch is fixed

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if pipeline is None:
         raise InputError("neither artifact is a whole model: say with --pipeline whose trajectory to record")
     asked = use(asked, base.usage or candidate.usage or usage_of(args.pipeline))
-    sampling = candidate.sampling(base.sampling(_unguided(asked, base, candidate)))
+    sampling = _unguided(asked, pipeline, base, candidate)
+    sampling = candidate.sampling(base.sampling(sampling, pipeline), pipeline)
     sampling = sampling.model_copy(update=base.pixels(pipeline) | candidate.pixels(pipeline))
     prompts = [args.prompt] * sampling.batch
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
@@ -121,8 +122,11 @@ def _text(value: dict[str, Any], precision: str) -> str:
     return "\n".join(lines)
 
 
-def _unguided(sampling: Any, *sides: Any) -> Any:
-    """Without guidance where a graph takes one sample at a time, or an odd number."""
+def _unguided(sampling: Any, pipeline: Any, *sides: Any) -> Any:
+    """Without guidance where a graph takes no whole number of guided images at a time."""
+    from slimdiff.denoising.tasks import samples_per_image
+
+    samples = samples_per_image(pipeline, sampling)
     batches = [side.denoiser.inputs["sample"][0] for side in sides if side.kind != "model"]
-    odd = any(isinstance(batch, int) and batch % 2 for batch in batches)
+    odd = any(isinstance(batch, int) and batch % samples for batch in batches)
     return sampling.model_copy(update={"guidance": 1.0}) if odd else sampling

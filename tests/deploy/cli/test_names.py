@@ -25,7 +25,9 @@ def run(argv: list[bytes], folder: Path, locale: dict[str, str]) -> subprocess.C
     return done
 
 
-@pytest.mark.parametrize("locale", [ASCII, UTF8], ids=["ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "locale", [pytest.param(ASCII, id="ascii"), pytest.param(UTF8, id="utf-8", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["gr\u00fcn \u2603".encode(), b"\xff\xfe"], ids=["letters", "no-text"])
 def test_an_output_is_named_as_it_was_said(tmp_path, locale, name):
     make = [b"generate", b"demo", b"--steps", b"1", b"--prompt", "ein gr\u00fcner Kreis".encode(), b"--out"]

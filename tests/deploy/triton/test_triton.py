@@ -166,6 +166,7 @@ def test_a_prompt_becomes_diffusers_image(repositories, sources, batch, options,
     assert server.batches["unet"] == unet_batches and server.batches["vae_decoder"] == [1]
 
 
+@pytest.mark.slow
 def test_sdxl_becomes_diffusers_image(tmp_path):
     pipeline = xl()
     pipeline.scheduler = EulerDiscreteScheduler()  # the second of three steps is at 499.5
@@ -176,9 +177,8 @@ def test_sdxl_becomes_diffusers_image(tmp_path):
     serves = TextToImage(models / "text_to_image" / "1" / "pipeline", server)
     for negative_prompt in ("", "a blue star"):
         found = serves("a red circle", negative_prompt, seed=3, steps=3, guidance=4.0)
-        noise, options = torch.Generator().manual_seed(3), {"num_inference_steps": 3, "guidance_scale": 4.0}
-        negative = negative_prompt or None
-        same = pipeline("a red circle", negative_prompt=negative, generator=noise, output_type="np", **options)
+        options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": negative_prompt or None}
+        same = pipeline("a red circle", generator=torch.Generator().manual_seed(3), output_type="np", **options)
         assert image_psnr(same.images[0], found / 255) >= 50 and np.ptp(found) > 25
 
 

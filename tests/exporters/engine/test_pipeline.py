@@ -106,6 +106,7 @@ def test_diffusers_asks_for_nothing_else(rtx, onnx_folder, pipeline, guidance, p
         choose_profile({"parts": requests[name].parts}, shapes)
 
 
+@pytest.mark.slow
 def test_an_sdxl_pipeline_has_five_engines(rtx, onnx_xl_folder):
     requests = request_pipeline(onnx_xl_folder, RTX.model_copy(update={"batch": 2}), gpu=lambda: None)
     assert tuple(requests) == GRAPHS

@@ -64,6 +64,7 @@ def test_settings_and_recipes_take_its_name(toy):
     assert MatrixStage(targets=(toy,), shapes=({"height": 8, "width": 8},)).targets == (toy,)
 
 
+@pytest.mark.slow
 def test_layers_are_measured_in_it(toy, dense, calls, tmp_path):
     planning = PlanSettings(groups=("feed_forward",))
     settings = TableSettings(runtime=toy, ranks=2, rounds=3)
