@@ -46,6 +46,20 @@ def factorise(
     return factors
 
 
+def _add_changes(maps: Maps, slim: nn.Module, solved: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put what compensation did after them into the maps of layers, by each layer's dense and local weight."""
+    for name, (dense, local) in solved.items():
+        own = maps.get(name, LayerMap())
+        change = change_of(dense, local, cast(Tensor, slim.get_submodule(name).weight))
+        maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
+
+
+def _check_ran(sites: Sequence[Site], factors: Factors) -> None:
+    for site in sites:
+        if site.name not in factors:
+            raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
+
+
 def check_statistics(denoiser: nn.Module, statistics: Statistics) -> None:
     """Raises:
     InputError: if the statistics were taken on other weights.
@@ -80,8 +94,7 @@ def slim_denoiser(
         dense_outputs: on the same calls, if there is more than one slim model to make.
         release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
             together. The dense model cannot be used afterwards, nor if this fails halfway.
-        maps: gets, by path of each layer that changes, how its weight followed from the dense one
-            (`slimdiff.slimming.maps.save_maps` keeps them): by them LoRA updates are converted.
+        maps: gets, by path of each layer that changes, how its weight followed from the dense one (see `save_maps`).
 
     Raises:
         InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
@@ -94,9 +107,7 @@ def slim_denoiser(
     fitting_sites(denoiser, plan)  # refuse before the long work, not after
     changed = _changed(denoiser, plan)
     known = factors or factorise(denoiser, statistics, changed, plan.forms)
-    for site in changed:
-        if site.name not in known:
-            raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
+    _check_ran(changed, known)
     ranks = {site: plan.sites[site.name].rank for site in changed}
     of_sites: dict[str, Maps] = {}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, None if maps is None else of_sites)
@@ -123,10 +134,7 @@ def slim_denoiser(
     if maps is not None:
         paths = {site.name: site.path for site in changed}
         maps |= {f"{paths[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
-        for name, (weight, before) in zip(names, zip(dense, local, strict=True), strict=True):
-            own = maps.get(name, LayerMap())
-            change = change_of(weight, before, cast(Tensor, slim.get_submodule(name).weight))
-            maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
+        _add_changes(maps, slim, dict(zip(names, zip(dense, local, strict=True), strict=True)))
     carry_modes(asked, slim)
     if release_dense:
         for name in names:

@@ -19,8 +19,7 @@ from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
-    from slimdiff import Plan
-    from slimdiff.groups.maps import Maps
+    from slimdiff import Compression
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -91,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
         latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
     dense_costs = costs(denoiser_of(pipeline), one_call())
-    count = min(len(prompts), calibration.samples)
-    log.info("compress: %d prompts %s, %d steps each", count, described(source), sampling.steps)
+    watched = prompts[: calibration.samples]
+    log.info("compress: %d prompts %s, %d steps each", len(watched), described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -106,9 +105,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if distributed.world()[0] > 0:  # every process has made the same model
         return 0
-    dtype = read_dtype(weights.dtype)
     written = with_denoiser(held, denoiser_of(slim.pipeline))  # which may run in the pipeline of another task
-    written = written if dtype is None else in_dtype(written, dtype)
+    written = in_dtype(written, dtype) if (dtype := read_dtype(weights.dtype)) else written
     slim_costs = costs(denoiser_of(written), one_call())
     value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
     made_from = {
@@ -119,31 +117,25 @@ def run(args: argparse.Namespace) -> int:
         "lora": fused_files(held),
         **said_of(sampling),
     }
-    maps = slim.maps if args.maps else None
-    _write(args, out, written, slim.plan, maps, weights, made_from)
+    _write(args, written, slim, weights, made_from)
     return result(args, value, _text(value))
 
 
 def _write(
-    args: argparse.Namespace,
-    out: Path,
-    pipeline: Any,
-    plan: Plan,
-    maps: Maps | None,
-    weights: WeightSettings,
-    made_from: dict[str, Any],
+    args: argparse.Namespace, pipeline: Any, slim: Compression, weights: WeightSettings, made_from: dict[str, Any]
 ) -> None:
     """Write the slim model with its plan and maps; `made_from` is what the manifest says beside what the plan knows."""
     from deploy.artifacts.figures import denoiser_of
     from deploy.artifacts.files import copy_licenses, save_pipeline
     from slimdiff import save_maps
 
+    out, plan = Path(args.out), slim.plan
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(pipeline, temporary, weights)
         copy_licenses(args.model, temporary)
         plan.save(temporary / "plan.json")
-        if maps is not None:
-            save_maps(temporary, maps, denoiser_of(pipeline))
+        if args.maps:
+            save_maps(temporary, slim.maps, denoiser_of(pipeline))
         planned = {"model_hash": plan.model_hash, "budget": plan.budget}
         manifest.write_manifest(temporary, "slim-model", planned | made_from)
     log.info("compress: written to %s", out)
