@@ -85,8 +85,6 @@ def slim_denoiser(
 
     It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled.
 
-    A site at its dense rank keeps its weights untouched.
-
     Args:
         factors: from `factorise`, if they are there already.
         fitting_calls: recorded denoiser calls that slim resnets are fitted on and errors compensated, needed if the

@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
             check_file(getattr(args, flag), f"--{flag}")
     calibration = flags.read_calibration(args)
     sampling = calibration.sampling
-    # What is left over is for measuring an error on.
-    source, material = flags.read_material(args, calibration.samples, sampling.batch)
+    source, material = flags.read_material(args, calibration.samples, sampling.batch)  # a batch more, for errors
     planning = flags.read_planning(args)
 
     calm_libraries()
