@@ -17,7 +17,7 @@ class Measures:
     """Metrics with their networks, opened before the long work, so that what is wrong with one shows then.
 
     Args:
-        weights: the metrics, each with the place of its weights or None.
+        weights: the metrics, each with the place of its weights or None. PSNR and SSIM are always among them.
         reference: a folder of real images, for the metrics of sets.
         count, pixels: how many images there will be, and their shorter side, if it is known.
 
@@ -35,6 +35,7 @@ class Measures:
         pixels: int | None = None,
         how: str = "--weights {name}=PATH",
     ) -> None:
+        weights = {**dict.fromkeys(("psnr", "ssim")), **weights}
         check_names(weights)
         check_weights(weights, how)
         sets = [name for name in weights if METRICS[name].of == "set"]

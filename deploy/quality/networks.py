@@ -99,16 +99,15 @@ def open_lpips(weights: Path | None) -> Callable[[Any, Any], float]:
 
     state = _read_state(weights)
     features = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
-    for net, build in BACKBONES.items():
-        with torch.device("meta"):
-            backbone = build()
-        expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-        if expected == {name: tensor.shape for name, tensor in features.items()}:
-            break
-    else:
+    with torch.device("meta"):
+        backbones = {net: build() for net, build in BACKBONES.items()}
+    shapes = {name: tensor.shape for name, tensor in features.items()}
+    net = next((n for n, b in backbones.items() if shapes == {k: v.shape for k, v in b.state_dict().items()}), None)
+    if net is None:
         raise InputError(
             f"{weights} is no state of torchvision's AlexNet, VGG16 or SqueezeNet 1.1, which lpips needs: name one"
         )
+    backbone = backbones[net]
     backbone.load_state_dict({k: v.float() for k, v in features.items()}, strict=True, assign=True)
     theirs = lpips._get_tv_model_features
     lpips._get_tv_model_features = lambda net, pretrained=False: backbone  # theirs needs torchvision
