@@ -112,7 +112,7 @@ def open_lpips(weights: Path | None) -> Callable[[Any, Any], float]:
     theirs = lpips._get_tv_model_features
     lpips._get_tv_model_features = lambda net, pretrained=False: backbone  # theirs needs torchvision
     try:
-        network = lpips._NoTrainLpips(net=net)
+        network = lpips._NoTrainLpips(net=net)  # type: ignore[arg-type]
     finally:
         lpips._get_tv_model_features = theirs
 
@@ -142,7 +142,7 @@ def open_clip_score(weights: Path | None) -> Callable[[Any, str], float]:
 
     model, processor = _read_clip(weights)
     # Transformers answers with an output where torchmetrics takes the embedding itself.
-    embeds = SimpleNamespace(
+    embeds: Any = SimpleNamespace(
         config=model.config,
         get_image_features=lambda *args: _embedding(model.get_image_features(*args)),
         get_text_features=lambda *args: _embedding(model.get_text_features(*args)),

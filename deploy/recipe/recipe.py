@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from deploy.quality.metrics import METRICS, check_names, check_weights
 from deploy.recipe.errors import explain, nearest
 from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
@@ -32,6 +33,8 @@ from slimdiff.settings import (
 )
 from slimdiff.settings import Settings as Strict
 
+HOW_WEIGHTS = "compare.metrics.{name}.weights"
+"""Where a recipe names a metric's weights."""
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 """Budgets of a sweep, by unit, if none are given."""
 
@@ -113,6 +116,13 @@ class ValidateStage(Settings):
     """How many recorded calls of a trajectory are compared, spread over its timesteps."""
 
 
+class MetricSettings(Settings):
+    """A metric of `deploy.quality.metrics`."""
+
+    weights: str | None = None
+    """Of its network, which are never fetched: a file, or the folder of a CLIP model (relative to the recipe)."""
+
+
 class CompareStage(Settings):
     """Fidelity of the slim model against the dense one."""
 
@@ -126,6 +136,27 @@ class CompareStage(Settings):
     """How their images are made."""
     captions_seed: int = Field(1, ge=0, le=LAST_SEED)
     """Which captions the embedded model is judged on."""
+    metrics: dict[str, MetricSettings] = {}
+    """Metrics of the images beside PSNR and SSIM: `ms_ssim`, `lpips`, `clip`, `fid` or `kid`, each with its weights."""
+    reference: str | None = None
+    """A folder of real images that `fid` and `kid` hold both sides against (relative to the recipe)."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            check_names(map(str, value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return {name: {} if asked is None else asked for name, asked in value.items()}
+
+    @model_validator(mode="after")
+    def _of_sets(self) -> CompareStage:
+        if self.reference is not None and not any(METRICS[name].of == "set" for name in self.metrics):
+            raise ValueError("reference is for fid and kid: ask for one of them in metrics, or leave it out")
+        return self
 
 
 class SweepStage(Settings, coerce_numbers_to_str=True):
@@ -225,6 +256,19 @@ class Gates(Settings):
     """Largest relative mean squared change of the noise prediction."""
     min_psnr_db: float | None = Field(None, gt=0, le=1000)
     """Least PSNR of slim images to dense ones."""
+    min_ssim: float | None = Field(None, gt=0, le=1)
+    """Least SSIM of slim images to dense ones."""
+    max_lpips: float | None = Field(None, gt=0, le=1000)
+    """Largest LPIPS of slim images to dense ones."""
+    min_clip: float | None = Field(None, gt=0, le=100)
+    """Least CLIP score of slim images and their captions."""
+    max_fid: float | None = Field(None, gt=0, le=1e6)
+    """Largest FID of slim images, to the reference where the recipe has one, else to dense ones."""
+
+    def metrics(self) -> dict[str, str]:
+        """The metrics that gates are of, by the gate's key."""
+        keys = (key for key in type(self).model_fields if getattr(self, key) is not None)
+        return {key: name for key in keys if (name := key.partition("_")[2]) in METRICS}
 
 
 class Recipe(WeightSettings, Settings, frozen=True):
@@ -272,6 +316,13 @@ class Recipe(WeightSettings, Settings, frozen=True):
             object.__setattr__(self, "compare", compare)
         return self
 
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        for gate, metric in self.gates.metrics().items():
+            if metric != "ssim" and metric not in self.compare.metrics:
+                raise ValueError(f"gates.{gate} is of {metric}, which is not measured: ask for it in compare.metrics")
+        return self
+
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
@@ -315,7 +366,23 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         resolved["model"] = str(folder / model)
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
+    if recipe.compare.metrics:
+        resolved["compare"] = _resolve_metrics(recipe.compare, source, folder)
     return recipe.model_copy(update=resolved)
+
+
+def _resolve_metrics(compare: CompareStage, source: str, folder: Path) -> CompareStage:
+    """The same with the places of weights and reference taken from `folder`; those not there are refused."""
+
+    def place(name: str | None) -> str | None:
+        return None if name is None else str(folder / _name_of_file(name))
+
+    metrics = {name: MetricSettings(weights=place(metric.weights)) for name, metric in compare.metrics.items()}
+    try:
+        check_weights({name: metric.weights for name, metric in metrics.items()}, HOW_WEIGHTS)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return compare.model_copy(update={"metrics": metrics, "reference": place(compare.reference)})
 
 
 def _name_of_file(text: str) -> str:

@@ -77,21 +77,22 @@ def run(args: argparse.Namespace) -> int:
             if count % sampling.batch:
                 raise InputError(f"{flag} is {count}, and a graph takes {sampling.batch} at a time: give a multiple")
     measures = Measures(weights, args.reference, count=counts["--images"], pixels=slim.shorter_side(sampling))
-    images: list[list[Any]] = []
+    images: dict[str, list[Any]] = {}
 
     def judge(before: list[Any], after: list[Any]) -> dict[str, Any]:
-        images[:] = [before, after]
+        images.update(dense=before, slim=after)
         return quality(before, after, CAPTIONS_SEED) if source == EMBEDDED else {}
 
     place = artifact_folder(Path(args.save_images), "images", "--save-images") if args.save_images else nullcontext()
     with place as folder:
         shown = {"images": args.images, "trajectories": args.trajectories}
         value = compare(dense.pipeline, slim.pipeline, prompts, sampling, **shown, quality=judge)
-        measured = measures(*images, prompts)
+        measured = measures(**images, captions=prompts)
         value["images"]["metrics"] = measured["images"]
         value["quality"] |= measured["quality"]
         if folder is not None:
-            save_images(folder, *images, prompts, {"command": "compare", "sampling": value["sampling"]})
+            made_from = {"command": "compare", "sampling": value["sampling"]}
+            save_images(folder, **images, captions=prompts, made_from=made_from)
             value["saved"] = args.save_images
     return result(args, value, _text(value))
 
