@@ -24,7 +24,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings = shop.recipe.compare
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
-    measures = _measures(shop)
+    measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], settings.sampling)
     images = {
         name: sample_images(pipeline, captions, settings.sampling, checked=False)
@@ -54,12 +54,17 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     }
 
 
-def _measures(shop: Workshop) -> Measures:
-    """The recipe's metrics, opened."""
+def measures_of(shop: Workshop) -> Measures:
+    """The recipe's metrics, opened.
+
+    Raises:
+        InputError: if one cannot be, or there are too few images for it.
+    """
     settings = shop.recipe.compare
     weights = {name: metric.weights for name, metric in settings.metrics.items()}
     count = min(settings.images, len(shop.captions))
-    return Measures(weights, settings.reference, count=count, how=HOW_WEIGHTS)
+    sides = [side for side in (settings.sampling.height, settings.sampling.width) if side]
+    return Measures(weights, settings.reference, count=count, pixels=min(sides, default=None), how=HOW_WEIGHTS)
 
 
 def _inputs(shop: Workshop) -> dict[str, str]:

@@ -8,9 +8,11 @@ import pytest
 from conftest import PROMPTS
 from PIL import Image
 
+from deploy.build import run_build
 from deploy.build.steps.compare import STAGE
 from deploy.build.verdict import judge
 from deploy.recipe.recipe import make_recipe
+from slimdiff.errors import InputError
 
 
 @pytest.fixture
@@ -50,3 +52,11 @@ def test_the_comparison_is_made_again_where_weights_or_real_images_are_others(sh
     assert {key for key in before if before[key] != after[key]} == {"reference"}
     # The place of the weights is none of the result's business.
     assert str(tmp_path) not in str(STAGE.settings(shop))
+
+
+def test_weights_that_cannot_be_read_are_refused_before_a_build_begins(tmp_path):
+    (tmp_path / "odd.pth").write_bytes(b"nothing")
+    content = {"model": "demo", "compare": {"metrics": {"lpips": {"weights": "odd.pth"}}}}
+    with pytest.raises(InputError, match="odd.pth cannot be read as weights"):
+        run_build(make_recipe(content, "recipe.yaml", tmp_path), "name", tmp_path / "build")
+    assert not (tmp_path / "build").exists()
