@@ -21,6 +21,7 @@ from deploy.artifacts import build_folder
 from deploy.build import steps
 from deploy.build.cells import CellWorkshop, build_cells, cells_of
 from deploy.build.stages import Done, Stage, forced, keys, run_stages
+from deploy.build.steps.compare import measures_of
 from deploy.build.verdict import summary
 from deploy.build.workshop import Workshop
 from deploy.recipe.material import hash_of
@@ -60,6 +61,8 @@ def run_build(
     _require_packages(shop, stages)
     for cell in cells:
         _require_packages(cell, cell.stages())
+    if recipe.compare.metrics:
+        measures_of(shop)  # what is wrong with weights or real images shows now, not after hours
     with locked(folder):
         *before, report = stages
         slim = keys(shop, before)["slim"]

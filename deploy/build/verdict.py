@@ -40,6 +40,10 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     named = {name: getattr(recipe, name) for name in ("prompts", "images", "masks")}
     settings |= {name: Path(value).name for name, value in named.items() if isinstance(value, str)}
     settings["lora"] = [one | {"file": Path(one["file"]).name} for one in settings["lora"]]
+    for metric in settings["compare"]["metrics"].values():
+        metric["weights"] = metric["weights"] and Path(metric["weights"]).name
+    if recipe.compare.reference is not None:
+        settings["compare"]["reference"] = Path(recipe.compare.reference).name
     return build_folder.strict(
         {
             "schema": manifest.SCHEMA,
@@ -91,6 +95,7 @@ def judge(
         detail = "slim images against dense ones, same captions and seeds"
         holds = value is None or value >= bound
         judged.append(_gate("psnr_db", "PSNR to dense", value, bound, "higher", "dB", holds, detail))
+    judged += [_metric(key, name, getattr(gates, key), compare) for key, name in gates.metrics().items()]
     if gates.parity:
         judged += [_parity(f"parity/{cell['name']}", cell["name"], cell["parity"]) for cell in cells]
     return judged
@@ -125,6 +130,23 @@ def _speedup(bench: Mapping[str, Any], bound: float) -> dict[str, Any]:
     low, high, value = (bench["speedup"][k] for k in ("low", "high", "median"))
     verdict, detail = Gate("speedup", bound).verdict(low, high), f"95 % interval {low:.3f} to {high:.3f}"
     return _gate("speedup", "Speedup over dense", value, bound, "higher", "x", verdict, detail)
+
+
+def _metric(key: str, name: str, bound: float, compare: Mapping[str, Any]) -> dict[str, Any]:
+    """The gate of one of the metrics of images: of slim against dense, or of the slim side where each is judged."""
+    if name in compare["quality"]:
+        found = compare["quality"][name]
+        value, ends = found["slim"], (found["intervals"]["slim"] or (None, None))
+        detail = f"slim images; {found['dense']:.4g} dense"
+    else:
+        found = compare["images"]["metrics"][name]
+        value, ends = found["value"], (found["low"], found["high"])
+        detail = "slim images against dense ones, same captions and seeds"
+    if ends[0] is not None:
+        detail += f"; 95 % interval {ends[0]:.4g} to {ends[1]:.4g}, {found['count']} images"
+    better = "higher" if key.startswith("min_") else "lower"
+    holds = value is not None and (value >= bound if better == "higher" else value <= bound)
+    return _gate(name, f"{name.upper().replace('_', '-')} of slim images", value, bound, better, "", holds, detail)
 
 
 def _quality(accuracy: Mapping[str, Any] | None, bound: float) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from slimdiff.storage import manifest
 
 READ = (
     *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "onto", "pipeline"),
-    *("recipe", "file", "prompts", "input_images", "input_masks", "statistics", "plan", "merge"),
+    *("recipe", "file", "prompts", "input_images", "input_masks", "statistics", "plan", "merge", "reference"),
 )
 """Arguments, by their names in the namespace, that may be places to read."""
-WRITTEN = ("out", "history", "junit", "markdown", "plot")
+WRITTEN = ("out", "history", "junit", "markdown", "plot", "save_images")
 """And those that are places to write."""
 
 _NO_FILES = ("general", "embedded")  # sources of prompts
@@ -39,6 +39,7 @@ _KINDS = {
     "bundle": "a bundle",
     "build": "a build",
     "sweep": "a sweep",
+    "images": "a set of images",
 }
 _BESIDE_PARTS = {
     "build": (build_folder.BUILD, build_folder.REPORT),
@@ -65,7 +66,9 @@ def check_places(args: argparse.Namespace) -> None:
     """Refuse a command that would write over what it reads; see `check_apart`."""
     values = [value for name in READ if (value := getattr(args, name, None)) is not None]
     read = [str(path) for value in values for path in (value if isinstance(value, list) else [value])]
-    written = {f"--{name}": Path(path) for name in WRITTEN if (path := getattr(args, name, None)) is not None}
+    written = {
+        f"--{name.replace('_', '-')}": Path(path) for name in WRITTEN if (path := getattr(args, name, None)) is not None
+    }
     check_apart(written, read)
 
 
@@ -114,21 +117,21 @@ def _within(inner: Path, outer: Path) -> bool:
     return any(_same(place, outer) for place in inner.parents)
 
 
-def check_folder(folder: Path, kind: str) -> None:
+def check_folder(folder: Path, kind: str, flag: str = "--out") -> None:
     """Refuse a place to write an artifact of a kind into that is a file, cannot be written, or holds anything else.
 
     Another kind of ours is something else, and so is a file of the user's own that would be taken away.
     """
-    check_writable(folder)
+    check_writable(folder, flag)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: name a folder")
+        raise InputError(f"{flag} {folder} is a file: name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    there = _kind_there(folder)
+    there = _kind_there(folder, flag)
     if there not in (None, kind):
         what = _KINDS[kind]
         raise InputError(
-            f"--out {folder} is of the kind {there!r}, and {what} would take its place: name another folder"
+            f"{flag} {folder} is of the kind {there!r}, and {what} would take its place: name another folder"
         )
     if there in ("build", "sweep"):  # what users put beside the stages stays there
         return
@@ -139,19 +142,19 @@ def check_folder(folder: Path, kind: str) -> None:
         return
     if there is None:
         raise InputError(
-            f"--out {folder} holds files that slimdiff did not write ({first}): name another folder, or empty it"
+            f"{flag} {folder} holds files that slimdiff did not write ({first}): name another folder, or empty it"
         )
-    raise InputError(f"--out {folder} holds {first}, which slimdiff did not write: move it, or name another folder")
+    raise InputError(f"{flag} {folder} holds {first}, which slimdiff did not write: move it, or name another folder")
 
 
-def _kind_there(folder: Path) -> str | None:
+def _kind_there(folder: Path, flag: str) -> str | None:
     """The kind of a folder, by its manifest or by what a build ends with; None if it has neither."""
     if (folder / manifest.MANIFEST).is_file():
         try:
             content = manifest.read_manifest(folder)
         except InputError as error:
             raise InputError(
-                f"--out {folder} cannot be replaced, for nobody knows whose files are in it: {error}; "
+                f"{flag} {folder} cannot be replaced, for nobody knows whose files are in it: {error}; "
                 "name another folder, or remove it"
             ) from error
         return "stage of a build" if "stage" in content["made_from"] else content["kind"]
@@ -217,17 +220,17 @@ def check_runnable(*names: str | None) -> None:
             weight_files(graph, read_graph(graph))
 
 
-def check_artifact(out: Path, kind: str) -> None:
+def check_artifact(out: Path, kind: str, flag: str = "--out") -> None:
     """Refuse a place where no artifact can appear: see `check_folder`, and a mount point, which cannot be replaced."""
     if os.path.ismount(out):
-        raise InputError(f"--out {out} is a mount point, which cannot be replaced as a whole: name a folder in it")
-    check_folder(out, kind)
-    check_writable(out.absolute().parent)
+        raise InputError(f"{flag} {out} is a mount point, which cannot be replaced as a whole: name a folder in it")
+    check_folder(out, kind, flag)
+    check_writable(out.absolute().parent, flag)
 
 
 @contextmanager
-def artifact_folder(out: Path, kind: str) -> Iterator[Path]:
+def artifact_folder(out: Path, kind: str, flag: str = "--out") -> Iterator[Path]:
     """A folder to write an artifact into, which takes the place of `out` when the block ends well."""
-    check_artifact(out, kind)
+    check_artifact(out, kind, flag)
     with manifest.replacing(out) as temporary:
         yield temporary

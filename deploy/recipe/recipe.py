@@ -10,7 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from deploy.quality.metrics import METRICS, check_names, check_weights
 from deploy.recipe.errors import explain, nearest
+from deploy.recipe.gates import Gates
 from deploy.recipe.material import parse_classes
 from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
@@ -34,6 +36,8 @@ from slimdiff.settings import (
 )
 from slimdiff.settings import Settings as Strict
 
+HOW_WEIGHTS = "compare.metrics.{name}.weights"
+"""Where a recipe names a metric's weights."""
 POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "speedup": "1.05,1.1,1.15,1.2"}
 """Budgets of a sweep, by unit, if none are given."""
 
@@ -115,6 +119,13 @@ class ValidateStage(Settings):
     """How many recorded calls of a trajectory are compared, spread over its timesteps."""
 
 
+class MetricSettings(Settings):
+    """A metric of `deploy.quality.metrics`."""
+
+    weights: str | None = None
+    """Of its network, which are never fetched: a file, or the folder of a CLIP model (relative to the recipe)."""
+
+
 class CompareStage(Settings):
     """Fidelity of the slim model against the dense one."""
 
@@ -128,6 +139,27 @@ class CompareStage(Settings):
     """How their images are made."""
     captions_seed: int = Field(1, ge=0, le=LAST_SEED)
     """Which captions the embedded model is judged on."""
+    metrics: dict[str, MetricSettings] = {}
+    """Metrics of the images beside PSNR and SSIM: `ms_ssim`, `lpips`, `clip`, `fid` or `kid`, each with its weights."""
+    reference: str | None = None
+    """A folder of real images that `fid` and `kid` hold both sides against (relative to the recipe)."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            check_names(map(str, value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return {name: {} if asked is None else asked for name, asked in value.items()}
+
+    @model_validator(mode="after")
+    def _of_sets(self) -> CompareStage:
+        if self.reference is not None and not any(METRICS[name].of == "set" for name in self.metrics):
+            raise ValueError("reference is for fid and kid: ask for one of them in metrics, or leave it out")
+        return self
 
 
 class SweepStage(Settings, coerce_numbers_to_str=True):
@@ -214,21 +246,6 @@ class MatrixStage(Settings):
         return value
 
 
-class Gates(Settings):
-    """Bounds that must hold for the build to succeed; a gate that is null is left out."""
-
-    parity: bool = True
-    """Whether the exported slim model must agree with the slim model in torch."""
-    min_speedup: float | None = Field(None, gt=0, le=1000)
-    """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
-    max_quality_loss: float | None = Field(None, ge=0, le=100)
-    """Most points of caption accuracy that may be lost (models with an evaluator only)."""
-    max_noise_error: float | None = Field(None, gt=0, le=1000)
-    """Largest relative mean squared change of the noise prediction."""
-    min_psnr_db: float | None = Field(None, gt=0, le=1000)
-    """Least PSNR of slim images to dense ones."""
-
-
 class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
@@ -289,6 +306,13 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
         except InputError as error:
             raise ValueError(str(error)) from None
 
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        for gate, metric in self.gates.metrics().items():
+            if metric != "ssim" and metric not in self.compare.metrics:
+                raise ValueError(f"gates.{gate} is of {metric}, which is not measured: ask for it in compare.metrics")
+        return self
+
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
@@ -336,7 +360,23 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     resolved["lora"] = tuple(
         one.model_copy(update={"file": str(folder / _name_of_file(one.file))}) for one in recipe.lora
     )
+    if recipe.compare.metrics:
+        resolved["compare"] = _resolve_metrics(recipe.compare, source, folder)
     return recipe.model_copy(update=resolved)
+
+
+def _resolve_metrics(compare: CompareStage, source: str, folder: Path) -> CompareStage:
+    """The same with the places of weights and reference taken from `folder`; those not there are refused."""
+
+    def place(name: str | None) -> str | None:
+        return None if name is None else str(folder / _name_of_file(name))
+
+    metrics = {name: MetricSettings(weights=place(metric.weights)) for name, metric in compare.metrics.items()}
+    try:
+        check_weights({name: metric.weights for name, metric in metrics.items()}, HOW_WEIGHTS)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return compare.model_copy(update={"metrics": metrics, "reference": place(compare.reference)})
 
 
 def _name_of_file(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROMPTS
+from metric_weights import weights as weights
 
 from deploy.artifacts.files import save_pipeline
 from deploy.cli.app import main

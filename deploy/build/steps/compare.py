@@ -5,21 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import deploy.quality
 from deploy.artifacts import build_folder
+from deploy.artifacts.hashes import source_hash
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from deploy.quality.measure import Measures
+from deploy.recipe.recipe import HOW_WEIGHTS
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.tasks import text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
+from slimdiff.storage import manifest
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings, sampling = shop.recipe.compare, shop.sampling
     captions = shop.captions[: settings.images]
     shown = min(settings.shown, len(captions))
+    measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
     images = {
         name: sample_images(pipeline, captions, sampling, checked=False)
@@ -38,14 +44,53 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
             picture[name] = f"{build_folder.IMAGES}/{i:02d}-{name}.png"
         pictures.append(picture)
     scores = quality(images["dense"], images["slim"], settings.captions_seed) if shop.has_evaluator else {}
+    measured = measures(images["dense"], images["slim"], list(map(text_of, captions)))
     return {
         "noise_error": noise,
-        "images": image_fidelity(images["dense"], images["slim"]),
+        "images": {**image_fidelity(images["dense"], images["slim"]), "metrics": measured["images"]},
         "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
-        "quality": scores,
+        "quality": scores | measured["quality"],
         "sampling": sampling.model_dump(),
         "pictures": pictures,
     }
+
+
+def measures_of(shop: Workshop) -> Measures:
+    """The recipe's metrics, opened.
+
+    Raises:
+        InputError: if one cannot be, or there are too few images for it.
+    """
+    settings = shop.recipe.compare
+    weights = {name: metric.weights for name, metric in settings.metrics.items()}
+    count = min(settings.images, len(shop.captions))
+    sides = [side for side in (settings.sampling.height, settings.sampling.width) if side]
+    return Measures(weights, settings.reference, count=count, pixels=min(sides, default=None), how=HOW_WEIGHTS)
+
+
+def _inputs(shop: Workshop) -> dict[str, str]:
+    """What decides the comparison beside its settings: code, captions, and what weights and reference hold."""
+    settings = shop.recipe.compare
+    named = {name: metric.weights for name, metric in settings.metrics.items()} | {"reference": settings.reference}
+    contents = {name: _content(Path(place)) for name, place in named.items() if place is not None}
+    return {
+        **shop.exporting,
+        **shop.captions_hash,
+        **contents,
+        "quality": source_hash(Path(deploy.quality.__file__).parent),
+    }
+
+
+def _content(place: Path) -> str:
+    """Of a file, or of all files in a folder."""
+    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+    return manifest.fingerprint({file.relative_to(place).as_posix(): manifest.sha256_of(file) for file in files})
+
+
+def _packages(shop: Workshop) -> tuple[tuple[str, str], ...]:
+    """torchmetrics, too, where a metric is not of slimdiff's own."""
+    theirs = shop.recipe.compare.metrics.keys() - {"psnr", "ssim"}
+    return (*packages_of("onnxruntime"), *([("torchmetrics", "metrics")] if theirs else []))
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
@@ -62,8 +107,10 @@ STAGE = Stage(
     "compare",
     run,
     needs=("slim", "export"),
-    settings=lambda shop: shop.recipe.compare.model_dump(),
-    inputs=lambda shop: shop.exporting | shop.captions_hash,
+    settings=lambda shop: shop.recipe.compare.model_dump(
+        exclude={"metrics": {"__all__": {"weights"}}, "reference": True}
+    ),
+    inputs=_inputs,
     kind="fidelity",
-    packages=lambda _: packages_of("onnxruntime"),
+    packages=_packages,
 )

@@ -1,24 +1,31 @@
-"""`slimdiff compare`: how close a slim model is to its dense one."""
+"""`slimdiff compare`: how close a slim model is to its dense one, or one artifact to another."""
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.kinds import kind_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
+from deploy.cli.outputs import artifact_folder, check_apart, check_artifact, check_runnable
+from deploy.quality.metrics import METRICS, check_names, check_weights
 from deploy.recipe.material import comparison_material
 from deploy.recipe.prompts import EMBEDDED, default_source
-from slimdiff.loading.naming import find_model
+from exporters.registry import names
+from slimdiff.errors import InputError
 from slimdiff.settings import Sampling
 
-DESCRIPTION = """Hold a slim model against the dense one on the dense model's trajectories, and their images of the
-same captions and seeds against each other. The embedded model's images are also judged by its evaluator."""
+DESCRIPTION = """Hold a slim model, or any artifact, against the dense one on the dense one's trajectories, and their
+images of the same captions and seeds against each other. The embedded model's images are also judged by its
+evaluator."""
 EXAMPLE = """examples:
   slimdiff compare demo demo-slim
-  slimdiff compare my-checkpoint slim --images 8
-  slimdiff compare my-checkpoint slim --prompts prompts.txt --json"""
+  slimdiff compare my-checkpoint slim --images 8 --save-images pairs
+  slimdiff compare my-checkpoint slim --metrics lpips,clip --weights lpips=vgg16.pth --weights clip=clip-vit-b
+  slimdiff compare demo-slim demo-onnx --json"""
 
 STEPS = 25
 CAPTIONS_SEED = 1
@@ -26,8 +33,8 @@ CAPTIONS_SEED = 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    flags.text(parser, "dense", "DENSE", "a model")
-    flags.text(parser, "slim", "SLIM", "a model")
+    flags.text(parser, "dense", "DENSE", "a model, an ONNX folder, an engine, or a bundle")
+    flags.text(parser, "slim", "SLIM", "a model, an ONNX folder, an engine, or a bundle")
     flags.add_variant(parser)
     flags.add_lora(parser, into="DENSE")
     flags.add_lora(parser, "--slim-lora", into="SLIM")
@@ -40,40 +47,84 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, Sampling, "batch", "height", "width", "scheduler")
     flags.add_arguments(parser)
     flags.add(parser, Sampling, "seed", default=10_000)
+    parser.add_argument("--runtime", choices=names(), help="what runs ONNX and bundles (default: as for generate)")
+    flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.text(parser, "--save-images", "DIR", "a folder to write the images of both into, with equal names")
+    flags.text(parser, "--metrics", "LIST", f"of {', '.join(METRICS)}", type=lambda said: said.split(","), default=[])
+    weights = "a metric's weights, which are never fetched: a file, or the folder of a CLIP model"
+    flags.several(parser, "--weights", "NAME=PATH", weights)
+    flags.text(parser, "--reference", "DIR", "real images that fid and kid hold both sides against")
 
 
 def run(args: argparse.Namespace) -> int:
-    for model in (args.dense, args.slim):
-        find_model(model)
-    sampling, variants = (
-        flags.read_usage(args, args.slim, args.dense, steps=STEPS),
-        flags.read_variants(args, args.dense, args.slim),
-    )
-    source = args.prompts or default_source(args.dense)
+    weights = _weights(args)
+    if args.save_images is not None:
+        check_apart({"--save-images": Path(args.save_images)}, [path for path in weights.values() if path])
+        check_artifact(Path(args.save_images), "images", "--save-images")
+    both = (args.dense, args.slim)
+    check_runnable(*both, args.pipeline)
+    sampling = flags.read_usage(args, args.slim, args.dense, args.pipeline, steps=STEPS)
+    variants = flags.read_variants(args, *both, args.pipeline)
+    source = args.prompts or default_source(args.dense if kind_of(args.dense) == "model" else args.pipeline or "")
     folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
     count = max(args.images, args.trajectories)
     material = comparison_material(source, 0, count, CAPTIONS_SEED, **folders, default=args.prompts is None)
 
     calm_libraries()
     from deploy.build import quality
-    from slimdiff import compare, load_pipeline
-    from slimdiff.denoising.tasks import for_task, make_inputs
+    from deploy.opening.pairs import open_pair
+    from deploy.quality.folders import save_images
+    from deploy.quality.measure import Measures
+    from slimdiff import compare
+    from slimdiff.denoising.tasks import make_inputs, text_of
 
-    dense, slim = (
-        for_task(load_pipeline(name, "fp32", variant=variants[name], lora=lora), material)
-        for name, lora in ((args.dense, args.lora), (args.slim, args.slim_lora))
-    )
-    inputs, sampling = make_inputs(dense, material, sampling)
-    value = compare(
-        dense,
-        slim,
-        inputs,
-        sampling,
-        images=args.images,
-        trajectories=args.trajectories,
-        quality=partial(quality, seed=CAPTIONS_SEED) if source == EMBEDDED else None,
-    )
+    loras = {"dense": args.lora, "slim": args.slim_lora}
+    dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras)
+    prompts, sampling = make_inputs(dense.pipeline, material, sampling)
+    counts = {"--images": min(args.images, len(prompts)), "--trajectories": min(args.trajectories, len(prompts))}
+    if dense.fixed_batch or slim.fixed_batch:
+        for flag, count in counts.items():
+            if count % sampling.batch:
+                raise InputError(f"{flag} is {count}, and a graph takes {sampling.batch} at a time: give a multiple")
+    measures = Measures(weights, args.reference, count=counts["--images"], pixels=slim.shorter_side(sampling))
+    images: dict[str, list[Any]] = {}
+
+    def judge(before: list[Any], after: list[Any]) -> dict[str, Any]:
+        images.update(dense=before, slim=after)
+        return quality(before, after, CAPTIONS_SEED) if source == EMBEDDED else {}
+
+    place = artifact_folder(Path(args.save_images), "images", "--save-images") if args.save_images else nullcontext()
+    with place as folder:
+        shown = {"images": args.images, "trajectories": args.trajectories}
+        value = compare(dense.pipeline, slim.pipeline, prompts, sampling, **shown, quality=judge)
+        captions = list(map(text_of, prompts))
+        measured = measures(**images, captions=captions)
+        value["images"]["metrics"] = measured["images"]
+        value["quality"] |= measured["quality"]
+        if folder is not None:
+            made_from = {"command": "compare", "sampling": value["sampling"]}
+            save_images(folder, **images, captions=captions, made_from=made_from)
+            value["saved"] = args.save_images
     return result(args, value, _text(value))
+
+
+def _weights(args: argparse.Namespace) -> dict[str, str | None]:
+    """The metrics that were asked for, each with its weights."""
+    metrics = [name.strip() for name in args.metrics]
+    check_names(metrics)
+    places = dict(said.split("=", 1) for said in args.weights if "=" in said)
+    for said in args.weights:
+        name = said.split("=", 1)[0]
+        if "=" not in said:
+            raise InputError(f"--weights {said}: write NAME=PATH, such as clip=clip-vit-base-patch16")
+        check_names([name])
+        if name not in metrics:
+            raise InputError(f"--weights {said} is for a metric that --metrics does not ask for: add {name} there")
+        if sum(other.startswith(f"{name}=") for other in args.weights) > 1:
+            raise InputError(f"--weights {name} is there twice: a metric has one")
+    weights = {name: places.get(name) for name in metrics}
+    check_weights(weights)
+    return weights
 
 
 def _text(value: dict[str, Any]) -> str:
@@ -82,5 +133,13 @@ def _text(value: dict[str, Any]) -> str:
         f"noise-prediction error: {value['noise_error']['relative_mse']:.3g} relative mean squared",
         f"images: PSNR {images['psnr_db']:.1f} dB, SSIM {images['ssim']:.4f}, {images['count']} pairs",
     ]
-    lines += [f"{name}: {q['dense']:.4g} dense, {q['slim']:.4g} slim" for name, q in value["quality"].items()]
+    lines += [f"{name}: {m['value']:.4g}{_between(m)}" for name, m in images["metrics"].items()]
+    for name, q in value["quality"].items():
+        change = f", difference {q['difference']:.4g}{_between(q)}" if "difference" in q else ""
+        lines.append(f"{name}: {q['dense']:.4g} dense, {q['slim']:.4g} slim{change}")
+    lines += [f"images of both: {value['saved']}"] if "saved" in value else []
     return "\n".join(lines)
+
+
+def _between(metric: dict[str, Any]) -> str:
+    return "" if metric["low"] is None else f" (95 % interval {metric['low']:.4g} to {metric['high']:.4g})"

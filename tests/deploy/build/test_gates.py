@@ -16,8 +16,18 @@ def results(**changes: Any) -> dict[str, dict[str, Any]]:
         "validate": {"passed": True, "checks": [check]},
         "compare": {
             "noise_error": {"relative_mse": 1e-3},
-            "images": {"psnr_db": 35.0},
-            "quality": {"caption_accuracy": {"dense": 0.93, "slim": 0.92, "count": 100}},
+            "images": {
+                "psnr_db": 35.0,
+                "metrics": {
+                    "ssim": {"value": 0.9, "low": 0.8, "high": 0.95, "count": 100},
+                    "lpips": {"value": 0.1, "low": 0.08, "high": 0.12, "count": 100},
+                    "fid": {"value": 12.0, "low": 10.0, "high": 14.0, "count": 100},
+                },
+            },
+            "quality": {
+                "caption_accuracy": {"dense": 0.93, "slim": 0.92, "count": 100},
+                "clip": {"dense": 30.0, "slim": 29.0, "count": 100, "intervals": {"slim": [28.0, 29.5]}},
+            },
         },
         "bench": {"speedup": {"median": 1.1, "low": 1.08, "high": 1.12}},
     }
@@ -39,6 +49,14 @@ def results(**changes: Any) -> dict[str, dict[str, Any]]:
         (Gates(min_psnr_db=35), "pass"),
         (Gates(min_psnr_db=36), "fail"),
         (Gates(min_psnr_db=36, min_speedup=1.1), "fail"),
+        (Gates(min_ssim=0.9), "pass"),
+        (Gates(min_ssim=0.91), "fail"),
+        (Gates(max_lpips=0.1), "pass"),
+        (Gates(max_lpips=0.09), "fail"),
+        (Gates(min_clip=29), "pass"),
+        (Gates(min_clip=29.5), "fail"),
+        (Gates(max_fid=12), "pass"),
+        (Gates(max_fid=11), "fail"),
     ],
 )
 def test_verdicts(gates, verdict):
@@ -51,6 +69,13 @@ def test_exit_codes():
 
 def test_only_gates_that_are_asked_for_are_judged():
     assert [g["gate"] for g in judge(Gates(min_speedup=1.0), results())] == ["parity", "speedup"]
+
+
+def test_a_gate_of_a_metric_says_its_interval_and_what_it_is_of():
+    lpips, clip = judge(Gates(parity=False, max_lpips=0.2, min_clip=29.5), results())
+    assert lpips["gate"] == "lpips" and lpips["better"] == "lower" and "against dense" in lpips["detail"]
+    assert clip["verdict"] == "fail" and clip["value"] == 29
+    assert clip["detail"] == "slim images; 30 dense; 95 % interval 28 to 29.5, 100 images"
 
 
 def test_failed_parity_names_the_check():

@@ -110,3 +110,34 @@ def test_a_recipe_that_is_no_text(tmp_path):
     file.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(InputError, match="cannot be read"):
         load_recipe(file)
+
+
+def test_weights_of_metrics_are_the_recipes(tmp_path):
+    (tmp_path / "vgg16.pth").touch()
+    text = "model: demo\ncompare: {metrics: {lpips: {weights: vgg16.pth}, ms_ssim: }}"
+    text += "\ngates: {max_lpips: 0.2, min_ssim: 0.9}"
+    metrics = load_recipe(recipe(tmp_path, text)).compare.metrics
+    assert {name: metric.weights for name, metric in metrics.items()} == {
+        "lpips": str(tmp_path / "vgg16.pth"),
+        "ms_ssim": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "gates: {max_lpips: 0.2}",
+            "gates.max_lpips is of lpips, which is not measured: ask for it in compare.metrics",
+        ),
+        ("gates: {min_clip: 20}", "gates.min_clip is of clip"),
+        ("compare: {metrics: {beauty: }}", "there is no metric 'beauty': metrics are psnr, ssim"),
+        ("compare: {metrics: {lpips: }}", "lpips needs weights, which are never fetched: give compare.metrics.lpips."),
+        ("compare: {metrics: {fid: {weights: none.pt}}}", "compare.metrics.fid.weights: there is no"),
+        ("compare: {metrics: {psnr: }, reference: real}", "reference is for fid and kid"),
+    ],
+)
+def test_metrics_that_cannot_be_measured_are_refused_when_the_recipe_is_read(tmp_path, text, said):
+    with pytest.raises(InputError) as refused:
+        load_recipe(recipe(tmp_path, f"model: demo\n{text}"))
+    assert said in str(refused.value) and "\n" not in str(refused.value)

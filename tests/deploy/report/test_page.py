@@ -113,6 +113,20 @@ def test_optional_parts_may_be_absent(build):
     assert page.count("<img") == 6
 
 
+def test_metrics_are_shown_with_their_intervals(build):
+    compare = build_folder.read(build, "compare")
+    about = {"unit": "", "better": "lower", "count": 24}
+    compare["images"]["metrics"] = {"lpips": {"value": 0.123, "low": 0.101, "high": 0.145, **about}}
+    clip = {"dense": 31.0, "slim": 30.5, "difference": -0.5, "low": -0.81, "high": -0.19, "intervals": {}}
+    compare["quality"]["clip"] = {**clip, **about, "better": "higher"}
+    save(build, "compare", compare)
+    page = report_of(build)
+    text = text_of(page)
+    for said in ("LPIPS lower is better", "0.123", "0.101 to 0.145", "CLIP score", "0.810 to", "Caption accuracy"):
+        assert said in text, said
+    assert not Elements(page).wrong
+
+
 def test_figures_that_seem_to_disagree_are_explained_where_they_stand(build):
     plan = build_folder.read(build, "plan")
     for number, site in enumerate(plan["sites"].values()):

@@ -1,0 +1,108 @@
+"""Two artifacts of any kind as pipelines that make the same images: of one size, and as many at once as both take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts.kinds import kind_of
+from deploy.opening.openers import Opened, open_denoiser, whole_pipeline
+from slimdiff.denoising.tasks import for_task
+from slimdiff.denoising.trajectory import denoiser_name
+from slimdiff.errors import InputError
+from slimdiff.prompts.material import Material
+from slimdiff.settings import Lora, Sampling
+
+_WIDTHS = ("in_channels", "out_channels", "cross_attention_dim")
+"""What two denoisers that are called alike have in common."""
+
+
+@dataclass
+class Side:
+    """One of the two."""
+
+    name: str
+    opened: Opened
+    pipeline: Any
+
+    @property
+    def fixed_batch(self) -> bool:
+        """Whether its graph takes one number of images at once, and no other."""
+        return self.opened.kind != "model" and isinstance(self.opened.denoiser.inputs["sample"][0], int)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width of its images where its graph's shapes are fixed, or its configuration says so."""
+        if fixed := self.opened.pixels(self.pipeline):
+            return fixed
+        denoiser = getattr(self.pipeline, denoiser_name(self.pipeline))
+        side, scale = getattr(denoiser.config, "sample_size", None), getattr(self.pipeline, "vae_scale_factor", None)
+        return dict.fromkeys(("height", "width"), side * scale) if isinstance(side, int) and scale else {}
+
+    def shorter_side(self, sampling: Sampling) -> int | None:
+        """Of its images, pixels; None if it is not known before there are any."""
+        asked = [side for side in (sampling.height, sampling.width) if side]
+        return min(asked or self.size.values(), default=None)
+
+
+def open_pair(
+    dense: str,
+    slim: str,
+    sampling: Sampling,
+    runtime: str | None,
+    rest: str | None,
+    variants: Mapping[str | None, str | None],
+    material: Material,
+    loras: Mapping[str, Sequence[Lora]],
+) -> tuple[Side, Side, Sampling]:
+    """Open both, and say how they make the same images.
+
+    Args:
+        runtime: of ONNX and bundles.
+        rest: the model that gives the other components to a denoiser alone; the other of the two if it is whole.
+        variants: of the models' weights.
+        material: what their images are made from, which decides the pipelines that they run in.
+        loras: to fuse into `dense` and `slim`.
+
+    Raises:
+        InputError: if they cannot make the same images.
+    """
+    kinds = {name: kind_of(name) for name in (dense, slim)}
+    takes = [name for name, kind in kinds.items() if kind in ("onnx", "bundle")] or [dense]
+    sides = []
+    for name, lora in ((dense, loras["dense"]), (slim, loras["slim"])):
+        opened = open_denoiser(name, runtime if name in takes else None, variant=variants[name], lora=lora)
+        sides.append(Side(name, opened, opened.pipeline))
+    whole = next((side.name for side in sides if side.opened.kind == "model"), None)
+    for side in sides:
+        if side.pipeline is None:
+            place = rest or (None if (Path(side.name) / "model_index.json").is_file() else whole)
+            side.pipeline = whole_pipeline(side.opened, side.name, place, variants.get(place))
+        side.pipeline = for_task(side.pipeline, material)
+    one, other_side = sides
+    _check_alike(one, other_side)
+    for side in sides:
+        sampling = side.opened.sampling(sampling, side.pipeline)
+    if one.opened.sampling(sampling, one.pipeline).batch != sampling.batch:
+        raise InputError(
+            f"{dense} and {slim} take other numbers of images at once: export one as the other, or with --dynamic batch"
+        )
+    sizes = [side.size for side in sides]
+    if all(sizes) and sizes[0] != sizes[1]:
+        said = " and ".join(f"{size['height']} x {size['width']}" for size in sizes)
+        raise InputError(f"{dense} and {slim} make images of {said}, which cannot be compared: name two of one size")
+    fixed = one.opened.pixels(one.pipeline) | other_side.opened.pixels(other_side.pipeline)
+    return one, other_side, sampling.model_copy(update=fixed)
+
+
+def _check_alike(one: Side, other: Side) -> None:
+    """Refuse denoisers that the same call cannot go through."""
+    configs = [getattr(side.pipeline, denoiser_name(side.pipeline)).config for side in (one, other)]
+    for name in _WIDTHS:
+        widths = [getattr(config, name, None) for config in configs]
+        if None not in widths and widths[0] != widths[1]:
+            raise InputError(
+                f"{one.name} has {name} {widths[0]} and {other.name} {widths[1]}: they are no two forms of one model"
+            )

@@ -1,0 +1,1 @@
+"""Metrics of images that people use, on their own checkpoint, with intervals, and the folders that other tools take."""

@@ -1,0 +1,50 @@
+"""Folders of images: those that other tools compare, with equal names on both sides, and those of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slimdiff.errors import InputError
+from slimdiff.storage import manifest
+
+KIND = "images"
+"""What the manifest calls such a folder."""
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def save_images(
+    folder: Path, dense: Sequence[Any], slim: Sequence[Any], captions: Sequence[str], made_from: dict[str, Any]
+) -> None:
+    """Write `dense/00000.png` and so on, `slim/` with equal names, and `captions.txt` with a line for each pair."""
+    for name, images in (("dense", dense), ("slim", slim)):
+        (folder / name).mkdir()
+        for number, image in enumerate(images):
+            image.save(folder / name / f"{number:05d}.png")
+    lines = [" ".join(caption.split()) for caption in captions[: len(slim)]]
+    (folder / "captions.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    manifest.write_manifest(folder, KIND, made_from)
+
+
+def read_images(folder: Path, at_least: int) -> list[Any]:
+    """The images in a folder, in the order of their names, in RGB.
+
+    Raises:
+        InputError: if there is no such folder, one cannot be read, or there are fewer.
+    """
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder} of reference images")
+    images = []
+    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES):
+        try:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{file} cannot be read as an image ({reason}): mend it, or take it out") from error
+    if len(images) < at_least:
+        raise InputError(f"{folder} has {len(images)} images ({', '.join(_SUFFIXES)}), and fid and kid need {at_least}")
+    return images
