@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,14 @@ def write_bundle(
         runtimes, vae = _runtimes(candidate, selection), place_of(candidate.latents, sizes)
         about = candidate.model_dump(include=set(Model.model_fields))
         denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
-    source.rest.write(folder, taken[0].precision, sizes, not edge)
+    source.rest.write(folder, taken[0].precision, sizes, not edge or "image" in source.rest.takes)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})
     processors = processors_for(*(read_graph(file) for file in folder.rglob(GRAPH)))
     about = {"packages": packages, "processors": processors, "denoisers": denoisers}
     description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
-    (folder / "README.md").write_text(_readme(description), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(description, source.rest.takes), encoding="utf-8")
     used = usage_of(*map(str, source.folders))
     if triton:
         write_repository(folder, folder / TRITON, usage=used)
@@ -151,14 +151,16 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     return found
 
 
-def _readme(description: Description) -> str:
+def _readme(description: Description, takes: Collection[str]) -> str:
     """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
     templates = Environment(
         loader=PackageLoader("deploy.bundle"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     packages = [f"'{name}{version}'" for name, version in description.packages.items()]
     runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
-    return templates.get_template("README.md.j2").render(bundle=description, packages=packages, runtimes=runtimes)
+    return templates.get_template("README.md.j2").render(
+        bundle=description, packages=packages, runtimes=runtimes, takes=takes
+    )
 
 
 def _write_licenses(folder: Path, sources: Sequence[Path]) -> None:

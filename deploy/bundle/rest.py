@@ -1,7 +1,8 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, and
-`write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, `takes`, the
+arguments of the pipeline's call, and `write(folder, precision, sizes, encoder)`, which writes
+tokenizers, scheduler and graphs in optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -11,6 +12,7 @@ Both leave a safety checker out unless `safety_checker`, have `scale`, pixels pe
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -31,6 +33,7 @@ from exporters.layout import (
     read_config,
     without_safety_checker,
 )
+from exporters.runtimes.pipeline import check_index
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
 from slimdiff.storage import manifest
@@ -55,6 +58,10 @@ class ExportedRest:
     @cached_property
     def scale(self) -> int:
         return latent_scale(read_config(self.folder / "vae_decoder"))
+
+    @cached_property
+    def takes(self) -> set[str]:
+        return set(inspect.signature(check_index(self.folder)[1].__call__).parameters)
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Copy all; an InputError if a size is not the one that the VAE is for."""
@@ -102,6 +109,10 @@ class TorchRest:
         if vae is None:
             raise InputError(f"{self.model} has no vae: only latent diffusion pipelines are bundled")
         return latent_scale(dict(vae.config))
+
+    @cached_property
+    def takes(self) -> set[str]:
+        return set(inspect.signature(self.pipeline.__call__).parameters)
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Export all for the first size, and VAEs for the others."""

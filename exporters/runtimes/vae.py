@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,16 @@ class VAE(RuntimeModule):
         """
         decoder, encoder = Path(path) / "vae_decoder", Path(path) / "vae_encoder"
         opened = open_session(decoder, runtime, threads)
-        return cls(opened, partial(open_session, encoder, runtime, threads), read_config(decoder))
+
+        def open_encoder() -> Session:
+            if not encoder.is_dir():
+                raise InputError(
+                    f"{path} has the VAE's decoder alone, and starting from an image takes its encoder: bundle it for "
+                    "a server, or name the folder that it was exported to"
+                )
+            return open_session(encoder, runtime, threads)
+
+        return cls(opened, open_encoder, read_config(decoder))
 
     @cached_property
     def encoder(self) -> Session:

@@ -28,7 +28,8 @@ EXAMPLE = """examples:
   slimdiff bundle slim-onnx --target server --triton --out my-server
 
 edge    one denoiser for one runtime: the graph for OpenVINO, or what --runtime, --capability, --precision and
-        --shape name; the VAE's decoder alone; no plans, no layers of engines, no settings of builds
+        --shape name; the VAE's decoder alone, unless images are made from images; no plans, no layers of engines, no
+        settings of builds
 server  every graph and engine of the source (or those that --precision, --shape and --capability name), each for all
         runtimes that may be there; the VAE's encoder too, for image to image; the source's whole provenance"""
 
