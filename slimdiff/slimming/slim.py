@@ -46,6 +46,10 @@ def factorise(
     return factors
 
 
+def _weights(denoiser: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    return [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
+
+
 def _add_changes(maps: Maps, slim: nn.Module, solved: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Put what compensation did after them into the maps of layers, by each layer's dense and local weight."""
     for name, (dense, local) in solved.items():
@@ -83,7 +87,8 @@ def slim_denoiser(
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
-    It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled.
+    It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled. A site
+    at its dense rank keeps its weights untouched.
 
     Args:
         factors: from `factorise`, if they are there already.
@@ -123,10 +128,10 @@ def slim_denoiser(
             of_sites[site.name] = GROUPS[site.group].maps(evidence, rank, known[site.name])
         return GROUPS[site.group].slim(evidence, rank, known[site.name])
 
-    dense = [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
+    dense = _weights(denoiser, names) if maps is not None else []
     with done:
         slim = assemble(denoiser, plan, weights, release_dense=release_dense)
-    local = [cast(Tensor, slim.get_submodule(name).weight) for name in names]
+    local = _weights(slim, names) if maps is not None else []
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
     if maps is not None:

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import tiny_pipeline
+from diffusers import StableDiffusionInpaintPipeline
+from families.family import picture
+from loras import peft_layout
 
 from deploy.cli.app import main
 
@@ -50,6 +54,15 @@ PAGES = {
         8,
         {"--samples 64": "--samples 4 --steps 2", "{samples: 64}": "{samples: 4, sampling: {steps: 2, batch: 2}}"},
     ),
+    "docs/bring-your-checkpoint.md": Page(
+        {"my-checkpoint": "tiny", "my-turbo": "tiny", "my-inpainting": "inpainting"},
+        9,
+        {
+            "--reduce 10%": "--reduce 5% --samples 2 --align 4",
+            "--samples 32": "--steps 2",
+            "512 --width 512": "16 --width 16",
+        },
+    ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),
     "docs/bundles.md": Page(
         {"my-checkpoint": "tiny", "my-slim": "slim", "my-build": "build"},
@@ -77,6 +90,20 @@ def test_every_page_is_tried():
         assert Path(page).name in (Path(__file__).parent / f"{tests}.py").read_text(encoding="utf-8")
 
 
+def _bring(folder: Path) -> None:
+    """An inpainting model, pictures, masks and LoRA files, as people have them."""
+    parts = tiny_pipeline(in_channels=9).components
+    parts.pop("image_encoder", None)
+    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "inpainting")
+    for name, mode in (("photo", "RGB"), ("mask", "L")):
+        (folder / f"{name}s").mkdir()
+        for number in range(2):
+            picture(number).convert(mode).save(folder / f"{name}s" / f"{number}.png")
+        picture(0).convert(mode).save(folder / f"{name}.png")
+    for name in ("style", "detail", "other"):
+        peft_layout(tiny_pipeline(), folder / f"{name}.safetensors", lambda path: path.endswith(("to_q", "to_out.0")))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
@@ -84,7 +111,9 @@ def test_the_commands_of_a_page(page, workspace, tmp_path, monkeypatch, slim_dir
     for module in ("onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "tritonclient"):
         pytest.importorskip(module, reason="needs the extras onnx, openvino, tensorrt-rtx and triton")
     monkeypatch.chdir(tmp_path)
-    ours = {"tiny": workspace / "tiny", "slim": slim_directory, "build": built}
+    if "inpainting" in PAGES[page].given.values():
+        _bring(tmp_path)
+    ours = {"inpainting": tmp_path / "inpainting", "tiny": workspace / "tiny", "slim": slim_directory, "build": built}
     for name, which in PAGES[page].given.items():
         shutil.copytree(ours[which], tmp_path / name)
     shutil.copy(workspace / "prompts.txt", tmp_path)
