@@ -34,9 +34,7 @@ class Side:
 
     @property
     def size(self) -> dict[str, int]:
-        """Height and width of its images where its graph's shapes are fixed, or its configuration says so."""
-        if fixed := self.opened.pixels(self.pipeline):
-            return fixed
+        """Height and width of the images that it makes if nobody says another size; empty if that is not known."""
         denoiser = getattr(self.pipeline, denoiser_name(self.pipeline))
         side, scale = getattr(denoiser.config, "sample_size", None), getattr(self.pipeline, "vae_scale_factor", None)
         return dict.fromkeys(("height", "width"), side * scale) if isinstance(side, int) and scale else {}
@@ -89,12 +87,12 @@ def open_pair(
         raise InputError(
             f"{dense} and {slim} take other numbers of images at once: export one as the other, or with --dynamic batch"
         )
-    sizes = [side.size for side in sides]
+    fixed = [side.opened.pixels(side.pipeline) for side in sides]
+    sizes = fixed if any(fixed) else [side.size for side in sides]
     if all(sizes) and sizes[0] != sizes[1]:
-        said = " and ".join(f"{size['height']} x {size['width']}" for size in sizes)
+        said = " and ".join(" x ".join(map(str, size.values())) for size in sizes)
         raise InputError(f"{dense} and {slim} make images of {said}, which cannot be compared: name two of one size")
-    fixed = one.opened.pixels(one.pipeline) | other_side.opened.pixels(other_side.pipeline)
-    return one, other_side, sampling.model_copy(update=fixed)
+    return one, other_side, sampling.model_copy(update=fixed[0] | fixed[1])
 
 
 def _check_alike(one: Side, other: Side) -> None:

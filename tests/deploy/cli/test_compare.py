@@ -92,3 +92,19 @@ def test_a_slim_model_is_compared_with_its_graph(models, tmp_path, capsys):
         found = call(["compare", *pair, *FEW, *(["--pipeline", models[1]] * (pair[1].name == "unet"))], capsys)
         assert found["noise_error"]["relative_mse"] < 1e-8
         assert found["images"]["psnr_db"] is None or found["images"]["psnr_db"] > 40
+
+
+@pytest.mark.slow
+def test_a_model_makes_images_of_its_graphs_size_and_a_bundle_is_compared_too(models, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    onnx, edge = tmp_path / "onnx", tmp_path / "edge"
+    call(["export", models[1], "--out", onnx, "--height", 32, "--width", 32], capsys)
+    call(["bundle", onnx, "--target", "edge", "--out", edge], capsys)
+    out = tmp_path / "pairs"
+    found = call(["compare", models[1], onnx, *FEW, "--save-images", out], capsys)
+    assert found["noise_error"]["relative_mse"] < 1e-8
+    found = call(["compare", models[1], edge, *FEW, "--runtime", "onnxruntime"], capsys)
+    assert found["noise_error"]["relative_mse"] < 1e-8
+    assert Image.open(out / "dense" / "00001.png").size == (32, 32)
+    line = refused(["compare", onnx / "unet", onnx / "unet", *FEW], capsys)
+    assert "is a denoiser alone: say with --pipeline" in line
