@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -69,9 +69,8 @@ def slim_denoiser(
 ) -> nn.Module:
     """Build the slim model of a plan. Weights that do not change are shared with the dense model, not copied.
 
-    It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled.
-
-    A site at its dense rank keeps its weights untouched.
+    It has the dense model's training mode, hooks, processors and settings such as FreeU's; it is not compiled. A site
+    at its dense rank keeps its weights untouched.
 
     Args:
         factors: from `factorise`, if they are there already.
@@ -80,12 +79,10 @@ def slim_denoiser(
         dense_outputs: on the same calls, if there is more than one slim model to make.
         release_dense: let go of each dense weight when its slim one is made, so that both models never are in memory
             together. The dense model cannot be used afterwards, nor if this fails halfway.
-        maps: gets, by path of each layer that changes, how its weight followed from the dense one
-            (`slimdiff.slimming.maps.save_maps` keeps them): by them LoRA updates are converted.
+        maps: gets, by path of each layer that changes, how its weight followed from the dense one (`save_maps`).
 
     Raises:
-        InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
-            there is no call to fit on.
+        InputError: if statistics or plan are another model's, a slimmed site never ran, or there is no call to fit on.
     """
     asked, denoiser = denoiser, working_copy(denoiser)
     check_statistics(denoiser, statistics)
@@ -94,9 +91,8 @@ def slim_denoiser(
     fitting_sites(denoiser, plan)  # refuse before the long work, not after
     changed = _changed(denoiser, plan)
     known = factors or factorise(denoiser, statistics, changed, plan.forms)
-    for site in changed:
-        if site.name not in known:
-            raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
+    if silent := [site.name for site in changed if site.name not in known]:
+        raise InputError(f"the plan slims {silent[0]}, which never ran in calibration: leave it at its dense rank")
     ranks = {site: plan.sites[site.name].rank for site in changed}
     of_sites: dict[str, Maps] = {}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, None if maps is None else of_sites)
@@ -114,25 +110,33 @@ def slim_denoiser(
             of_sites[site.name] = GROUPS[site.group].maps(evidence, rank, known[site.name])
         return GROUPS[site.group].slim(evidence, rank, known[site.name])
 
-    dense = [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
+    dense = _weights(denoiser, names)
     with done:
         slim = assemble(denoiser, plan, weights, release_dense=release_dense)
-    local = [cast(Tensor, slim.get_submodule(name).weight) for name in names]
+    local = _weights(slim, names)
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
     if maps is not None:
-        paths = {site.name: site.path for site in changed}
-        maps |= {f"{paths[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
-        for name, (weight, before) in zip(names, zip(dense, local, strict=True), strict=True):
-            own = maps.get(name, LayerMap())
-            change = change_of(weight, before, cast(Tensor, slim.get_submodule(name).weight))
-            maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
+        maps |= {f"{site.path}.{path}": own for site in changed for path, own in of_sites.get(site.name, {}).items()}
+        after = [cast(Tensor, slim.get_submodule(name).weight) for name in names]
+        _add_changes(maps, names, zip(dense, local, after, strict=True))
     carry_modes(asked, slim)
-    if release_dense:
-        for name in names:
-            for parameter in denoiser.get_submodule(name).parameters():
-                parameter.data = parameter.data.new_empty(0)
+    for name in names if release_dense else ():
+        for parameter in denoiser.get_submodule(name).parameters():
+            parameter.data = parameter.data.new_empty(0)
     return slim
+
+
+def _weights(denoiser: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    return [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
+
+
+def _add_changes(maps: Maps, names: Sequence[str], weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Add what layers gained when errors were compensated, from their weights: dense, before and after."""
+    for name, (dense, before, after) in zip(names, weights, strict=True):
+        own = maps.get(name, LayerMap())
+        change = change_of(dense, before, after)
+        maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
 
 
 def fit_groups(

@@ -102,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
         "budget": slim.plan.budget,
         "latency": dict(latency.made_from) if latency else None,
         "prompts": manifest.fingerprint(used),
-        "calibration": calibration.model_dump(),
-        "plan": planning.model_dump(),
-        "lora": fused_files(pipeline),
+        **{"calibration": calibration.model_dump(), "plan": planning.model_dump(), "lora": fused_files(pipeline)},
     }
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(written, temporary, weights)
