@@ -1,4 +1,4 @@
-"""How a model is used: the steps and the guidance that were said when it was calibrated, which its artifacts keep.
+"""How a model is used: the steps, guidance and scheduler that were said when it was calibrated, which artifacts keep.
 
 A model distilled for few steps is not right at any others, so its slim model, graphs, engines and bundles are run as it
 was calibrated unless somebody says otherwise.
@@ -20,19 +20,19 @@ _INSIDE = ("settings", "onnx", "made_from")
 
 
 def said_of(*samplings: Sampling) -> dict[str, Any]:
-    """`sampling`, with the `steps` and the `guidance` that somebody set; empty if nobody set any.
+    """`sampling`, with the `steps`, `guidance` and `scheduler` that somebody set; empty if nobody set any.
 
     Args:
         samplings: the first that has one set counts for it.
     """
     known: dict[str, Any] = {}
     for sampling in reversed(samplings):
-        known |= sampling.model_dump(include={"steps", "guidance"} & sampling.model_fields_set)
+        known |= sampling.model_dump(include={"steps", "guidance", "scheduler"} & sampling.model_fields_set)
     return {SAMPLING: known} if known else {}
 
 
 def usage_of(*names: str | None) -> dict[str, Any]:
-    """`steps` and `guidance` of the first of these artifacts that knows any; empty if none does.
+    """`steps`, `guidance` and `scheduler` of the first of these artifacts that knows any; empty if none does.
 
     Args:
         names: of artifacts; what is no folder with a manifest, such as a dense checkpoint, knows none.

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.usage import usage_of, use
 from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import (
@@ -36,6 +37,7 @@ from exporters.layout import (
 from exporters.runtimes.pipeline import check_index
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
+from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
@@ -99,9 +101,11 @@ class TorchRest:
 
     @cached_property
     def pipeline(self) -> Any:
+        from slimdiff.denoising.trajectory import with_scheduler
         from slimdiff.loading.pipelines import load_pipeline
 
-        return load_pipeline(self.model, "fp32", variant=self.variant)
+        pipeline = load_pipeline(self.model, "fp32", variant=self.variant)
+        return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property
     def scale(self) -> int:

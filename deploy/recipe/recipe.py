@@ -292,7 +292,9 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
         """
         calibrated, compared = self.calibration.sampling, self.compare.sampling
         said = self.compare.sampling.model_fields_set if "sampling" in self.compare.model_fields_set else set()
-        same = {k: getattr(calibrated, k) for k in ({"steps", "guidance"} & calibrated.model_fields_set) - said}
+        same = {
+            k: getattr(calibrated, k) for k in ({"steps", "guidance", "scheduler"} & calibrated.model_fields_set) - said
+        }
         if same:
             compare = self.compare.model_copy(update={"sampling": compared.model_copy(update=same)})
             object.__setattr__(self, "compare", compare)

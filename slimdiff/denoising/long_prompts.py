@@ -43,10 +43,9 @@ def encode_long_prompts(pipeline: Any, inputs: Mapping[str, Any], takes: Mapping
         unsaid = name == "negative_prompt" and not inputs.get(name)
         if pooled and unsaid and pipeline.config.get("force_zeros_for_empty_prompt"):
             embeds, summary = torch.zeros_like(embeds), torch.zeros_like(summary)
-        given |= {f"{name}_embeds": embeds} | ({f"pooled_{name}_embeds": summary} if pooled else {})
+        summarised = "negative_pooled_prompt_embeds" if name == "negative_prompt" else "pooled_prompt_embeds"
+        given |= {key: v for key, v in ((f"{name}_embeds", embeds), (summarised, summary)) if key in takes}
         given.pop(name, None)
-        if pooled and name == "negative_prompt":
-            given["negative_pooled_prompt_embeds"] = given.pop("pooled_negative_prompt_embeds")
     return given
 
 

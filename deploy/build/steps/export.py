@@ -13,6 +13,7 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from exporters.graphs.export import export_unet, unet_inputs
 from exporters.graphs.precision import fp32_islands
+from slimdiff.denoising.trajectory import with_scheduler
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
@@ -22,7 +23,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     settings = shop.recipe.export
     result: dict[str, Any] = {"precision": settings.precision}
     for name in shop.exported:
-        pipeline = shop.dense if name == "dense" else shop.slim
+        pipeline = with_scheduler(shop.dense if name == "dense" else shop.slim, shop.sampling)
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
         export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings, scheduler=pipeline.scheduler)

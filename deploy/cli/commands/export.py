@@ -32,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_usage(parser, "guidance")
+    flags.add(parser, Sampling, "scheduler")
     samples = "samples in a denoiser call (default: what one image takes: two with guidance above 1, one without)"
     flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
@@ -60,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
     from slimdiff.adapters import fused_files
+    from slimdiff.denoising.trajectory import with_scheduler
     from slimdiff.loading.pipelines import load_pipeline
 
     pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora)
+    pipeline = with_scheduler(pipeline, image)
     size = {"height": image.height, "width": image.width}
     call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
     log.info("export: %s, %s", args.model, settings.precision)

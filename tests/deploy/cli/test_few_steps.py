@@ -10,6 +10,7 @@ from conftest import tiny_pipeline
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
 
 from deploy.artifacts.usage import said_of, usage_of, use
+from deploy.bundle.rest import TorchRest
 from deploy.cli.app import main
 from deploy.opening.distilled import sign_of_distillation
 from deploy.recipe.recipe import make_recipe
@@ -97,6 +98,19 @@ def test_use_is_found_in_every_kind_of_manifest(made_from, tmp_path):
     content = {"schema": 1, "kind": "onnx", "files": {}, "versions": {}, "runs_on": {}, "made_from": made_from}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     assert usage_of(None, "no-such-folder", str(tmp_path)) == {"guidance": 0.0}
+
+
+def test_a_scheduler_that_was_said_goes_along(turbo, tmp_path, capsys):
+    model, prompts = turbo
+    slim = tmp_path / "slim"
+    call(["compress", model, "--out", slim, *CALIBRATION, prompts, *FEW, "--scheduler", "lcm"], capsys)
+    assert usage_of(str(slim)) == {"steps": 1, "guidance": 0.0, "scheduler": "lcm"}
+    flags = ["generate", slim, "--prompt", "a red circle", "--out", tmp_path / "image.png"]
+    assert call(flags, capsys)["scheduler"] == "lcm"
+    assert call([*flags, "--scheduler", "ddim"], capsys)["scheduler"] == "ddim"
+    rest = TorchRest(str(slim))
+    assert type(rest.pipeline.scheduler) is LCMScheduler
+    assert rest.pipeline.config["scheduler"] == ("diffusers", "LCMScheduler")
 
 
 def test_a_recipe_compares_as_it_calibrates_unless_it_says_otherwise(tmp_path):

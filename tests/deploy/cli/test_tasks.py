@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DModel,
 )
 from families.family import picture
+from families.transformers import dit
 from PIL import Image
 
 from deploy.recipe.material import parse_classes
@@ -48,13 +49,16 @@ TASKS = {
     "inpainting": lambda: _of(StableDiffusionInpaintPipeline, 9),
     "InstructPix2Pix": lambda: _of(StableDiffusionInstructPix2PixPipeline, 8),
     "unconditional": _unconditional,
+    "class-conditional": dit,
 }
+NO_PROMPT = {"unconditional": [], "class-conditional": ["--classes", "3,1-2"]}
 PICTURES = {
     "text to image": [],
     "image to image": ["images"],
     "inpainting": ["images", "masks"],
     "InstructPix2Pix": ["images"],
     "unconditional": [],
+    "class-conditional": [],
 }
 
 
@@ -77,7 +81,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("task", PICTURES)
 def test_a_task_is_calibrated_compressed_compared_and_run(task, folder, tmp_path, capsys):
     model, slim = folder / {"image to image": "text to image"}.get(task, task), tmp_path / "slim"
-    prompts = [] if task == "unconditional" else ["--prompts", folder / "prompts.txt"]
+    prompts = NO_PROMPT.get(task, ["--prompts", folder / "prompts.txt"])
     folders = [part for name in PICTURES[task] for part in (f"--{name}", folder / name)]
     call(
         ["compress", model, "--out", slim, "--reduce", "4%", "--samples", 2, "--align", 4, *folders, *prompts, *STEPS],
@@ -89,7 +93,8 @@ def test_a_task_is_calibrated_compressed_compared_and_run(task, folder, tmp_path
     found = call(["compare", model, slim, "--images", 1, "--trajectories", 1, *inputs, *prompts, *STEPS], capsys)
     assert 0 < found["noise_error"]["relative_mse"] < 1
     one = [part for name in PICTURES[task] for part in (f"--{name[:-1]}", folder / name / "1.png")]
-    said = [] if task == "unconditional" else ["--prompt", "a red circle"]
+    said = [] if task in NO_PROMPT else ["--prompt", "a red circle"]
+    said += ["--class", 1] * bool(NO_PROMPT.get(task))
     images = {}
     for name, more in (("own", []), ("seed", ["--seed", 1]), ("image", [])):
         flags = [str(part).replace("1.png", "2.png") for part in one] if name == "image" else one
