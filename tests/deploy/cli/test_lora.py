@@ -172,7 +172,9 @@ def test_on_the_embedded_model_a_conversion_is_close_to_slimming_with_it(tmp_pat
     """Of rank 4 in every layer of its transformers."""
     demo = load_pipeline("demo")
     peft_layout(demo, tmp_path / "a.safetensors", lambda path: "attn" in path or "ff.net" in path, size=0.02)
-    call(["compress", "demo", "--out", tmp_path / "slim", "--reduce", "12%"], capsys)
+    common = ["--samples", "8", "--steps", "8"]
+    argv = ["compress", "demo", "--out", tmp_path / "slim", "--reduce", "12%", "--allocation", "uniform"]
+    call([*argv, *common], capsys)
     argv = ["lora", tmp_path / "a.safetensors", "--onto", tmp_path / "slim", "--out", tmp_path / "b.safetensors"]
-    error = call([*argv, "--dense", "demo"], capsys)["error"]
-    assert error["between"] < 0.2 * error["lora"] and error["converted"] < 0.2 * error["lora"]
+    error = call([*argv, "--dense", "demo", *common], capsys)["error"]
+    assert error["between"] < 0.5 * error["lora"] and error["converted"] < 0.5 * error["lora"]
