@@ -100,8 +100,7 @@ def slim_denoiser(
         maps: gets, by path of each layer that changes, how its weight followed from the dense one (see `save_maps`).
 
     Raises:
-        InputError: if statistics or plan are another model's, the plan slims a site that never ran in calibration, or
-            there is no call to fit on.
+        InputError: if statistics or plan are another model's, a slimmed site never ran, or there is no call to fit on.
     """
     asked, denoiser = denoiser, working_copy(denoiser)
     check_statistics(denoiser, statistics)
