@@ -1,4 +1,4 @@
-"""Opening the pipeline that a user names: the embedded model, a local diffusers directory, or a hub id."""
+"""Opening the pipeline that a user names: the embedded model, a diffusers directory, a file, or a hub id."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimdiff.errors import InputError
 from slimdiff.loading.components import load_component
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import find_model
+from slimdiff.loading.single_file_weights import load_single_file
 from slimdiff.progress import working
 from slimdiff.settings import DTYPES
 
@@ -29,7 +30,9 @@ def load_pipeline(
     variant: str | None = None,
     without: Sequence[str] = (),
 ) -> DiffusionPipeline:
-    """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only, and no code but ours.
+    """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
+
+    Safetensors only, and no code but ours.
 
     What is loaded is looked through first (`check_model_directory`), and held against its manifest if it has one. Every
     weight comes from the files, or the pipeline is refused.
@@ -50,6 +53,8 @@ def load_pipeline(
         if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
             path = Path(DiffusionPipeline.download(str(model), **safe, **parts))
+        if path.is_file():
+            return load_single_file(path, read_dtype(dtype), without)
         found = check_model_directory(path, variant, without)
         parts = found.values | parts
         for name, (kind, weights) in found.models.items():
