@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -47,31 +46,37 @@ def load_pipeline(
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
             not that variant, or it asks for code of its own.
     """
-    parts: dict[str, Any] = dict.fromkeys(without)
+    absent = dict.fromkeys(without)
     try:
         path = find_model(model)
         if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
-            path = Path(DiffusionPipeline.download(str(model), **safe, **parts))
+            path = Path(DiffusionPipeline.download(str(model), **safe, **absent))
         if path.is_file():
+            if variant is not None:
+                raise InputError(f"{path} is one file, without variants: leave out the variant {variant!r}")
             return load_single_file(path, read_dtype(dtype), without)
-        found = check_model_directory(path, variant, without)
-        parts = found.values | parts
-        for name, (kind, weights) in found.models.items():
-            parts[name] = load_component(weights.folder, kind, weights, read_dtype(dtype), variant)
-        for name, (kind, folder) in found.others.items():
-            parts[name] = kind.from_pretrained(folder, local_files_only=True)
-        takes = inspect.signature(found.pipeline.__init__).parameters
-        pipeline = found.pipeline(
-            **{name: part for name, part in parts.items() if name in takes or name not in without}
-        )
-        pipeline.register_to_config(_name_or_path=str(path))
-        return pipeline
+        return _load_directory(path, read_dtype(dtype), variant, absent)
     except InputError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
+
+
+def _load_directory(
+    path: Path, dtype: torch.dtype | None, variant: str | None, without: Mapping[str, None]
+) -> DiffusionPipeline:
+    found = check_model_directory(path, variant, without)
+    parts = found.values | without
+    for name, (kind, weights) in found.models.items():
+        parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
+    for name, (kind, folder) in found.others.items():
+        parts[name] = kind.from_pretrained(folder, local_files_only=True)
+    takes = inspect.signature(found.pipeline.__init__).parameters
+    pipeline = found.pipeline(**{name: part for name, part in parts.items() if name in takes or name not in without})
+    pipeline.register_to_config(_name_or_path=str(path))
+    return pipeline
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -7,6 +7,7 @@ component comes from the file, or it is refused.
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import logging
 import re
@@ -83,7 +84,9 @@ def load_single_file(
     if dtype == torch.float16:
         for name in configs.keys() - set(without):
             refuse_overflow(parts[name], name)
-    pipeline = getattr(diffusers, kind)(**parts | dict.fromkeys(without))
+    of = getattr(diffusers, kind)
+    takes = inspect.signature(of.__init__).parameters
+    pipeline = of(**parts | {name: None for name in without if name in takes})
     pipeline.register_to_config(_name_or_path=str(file))
     return pipeline
 

@@ -130,7 +130,12 @@ def test_each_weight_keeps_the_dtype_of_the_file_unless_one_is_asked_for(sd1, tm
     loaded = load_pipeline(file)
     assert (loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype) == (torch.half, torch.float, torch.half)
     assert load_pipeline(file, "fp32").unet.dtype == torch.float
-    assert load_pipeline(file, "fp16", without=("unet",)).unet is None
+    assert load_pipeline(file, "fp16", without=("unet", "transformer")).unet is None
+
+
+def test_a_file_has_no_variants(sd1_file):
+    with pytest.raises(InputError, match="is one file, without variants"):
+        load_pipeline(sd1_file, variant="fp16")
 
 
 @pytest.mark.parametrize("said", ["metadata", "yaml", "tensor"])
