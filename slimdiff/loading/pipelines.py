@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def load_pipeline(
 
 
 def _load_directory(
-    path: Path, dtype: torch.dtype | None, variant: str | None, without: Mapping[str, None]
+    path: Path, dtype: torch.dtype | None, variant: str | None, without: dict[str, None]
 ) -> DiffusionPipeline:
     found = check_model_directory(path, variant, without)
     parts = found.values | without
