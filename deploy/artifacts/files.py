@@ -33,7 +33,8 @@ def save_pipeline(pipeline: Any, folder: Path, weights: WeightSettings | None = 
 
 
 def license_files(folder: Path) -> list[Path]:
-    """Files in a folder whose names say that they are licences or notices; none if there is no such folder."""
+    """Files in a folder, or beside a file, whose names say that they are licences or notices; none if it is absent."""
+    folder = folder.parent if folder.is_file() else folder
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [p for p in found if p.is_file() and p.name.lower().startswith(_LICENSES)]
 

@@ -20,13 +20,13 @@ def public_name(model: str) -> str:
 
 
 def model_hash(model: str) -> str:
-    """A hash of a model's files, which are not loaded: it changes when any of them does.
+    """A hash of a model's files, which are not loaded: it changes when any of them does. Of one file its SHA-256.
 
     Raises:
         InputError: if there is no such model.
     """
-    if (folder := find_model(model)) is not None:
-        return folder_hash(folder)
+    if (found := find_model(model)) is not None:
+        return folder_hash(found) if found.is_dir() else manifest.sha256_of(found)
     from deploy.artifacts.figures import denoiser_of
     from slimdiff.calibration.calibrate import weights_hash
     from slimdiff.loading.pipelines import load_pipeline

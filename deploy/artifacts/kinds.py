@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff.errors import InputError
+from slimdiff.loading.single_file import PICKLES, is_weights_file
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -42,16 +43,19 @@ def kind_of(name: str) -> str:
     if name == "demo" or not path.exists():
         return "model"
     if path.is_file():
-        kind = _SUFFIXES.get(path.suffix) or ("bundle" if is_archive(path) else None)
+        weights = path.suffix == ".safetensors" and is_weights_file(path)
+        kind = "model" if weights else _SUFFIXES.get(path.suffix) or ("bundle" if is_archive(path) else None)
     else:
         kind = next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), None)
         # Parts of bundles and of pipelines look like other kinds: only the manifest tells them apart.
         if (path / manifest.MANIFEST).is_file() and (said := manifest.read_manifest(path)["kind"]) in _BY_MANIFEST:
             kind = said
+    if path.suffix in PICKLES and path.is_file():
+        kind = "model"  # and is refused as one
     if kind is None:
         raise InputError(
-            f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, an ONNX file or folder, an engine "
-            "folder, a bundle, statistics, a plan or a build folder"
+            f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, a safetensors file of a whole "
+            "model, an ONNX file or folder, an engine folder, a bundle, statistics, a plan or a build folder"
         )
     return kind
 

@@ -41,7 +41,7 @@ from slimdiff.settings import (
 )
 
 S = TypeVar("S", bound=BaseModel)
-MODEL = "'demo', a diffusers pipeline directory, or a hub id"
+MODEL = "'demo', a diffusers pipeline directory, a safetensors file of a whole model, or a hub id"
 """What a model may be, in the help."""
 PLANNING = ("groups", "align", "allocation")
 """The fields of `PlanSettings` that are flags."""

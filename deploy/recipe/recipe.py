@@ -250,7 +250,7 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     """A build, from a model to a report."""
 
     model: str
-    """`demo`, a diffusers directory (relative to the recipe), or a hub id."""
+    """`demo`, a diffusers directory or safetensors file (relative to the recipe), or a hub id."""
     prompts: str | list[str] | None = None
     """A text file of one prompt a line (relative to the recipe), a list of prompts, `general`: the 500 built-in ones,
     the default, or `embedded`: the demo model's own, the default for it."""

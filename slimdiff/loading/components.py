@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch import nn
 
 from slimdiff.denoising.precision import refuse_overflow
 from slimdiff.errors import InputError
+from slimdiff.loading.single_file import listed
 from slimdiff.loading.weights import DTYPES, Weights, float_dtypes, read_headers
 
 _SHAPES = re.compile(r"because (?P<name>\S+) expected shape (?P<model>.*?), but got (?P<file>.*?)\. ")
-_SHOWN = 3
 
 
 def load_component(
@@ -89,18 +89,12 @@ def _load(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None) -> A
     other = [f"{name[0]} ({list(name[1])} in the files)" for name in info["mismatched_keys"]]
     for names, what in ((info["missing_keys"], "lack"), (other, "have another shape of"), (unknown, "also have")):
         if names:
-            raise InputError(_fault(folder, kind, f"its files {what} {_listed(names)}"))
+            raise InputError(_fault(folder, kind, f"its files {what} {listed(names)}"))
     return model
 
 
 def _fault(folder: Path, kind: Any, what: str) -> str:
     return f"the {folder.name} in {folder.parent} is no whole {kind.__name__}: {what}; copy or save it again"
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def plain_name(name: str) -> str:

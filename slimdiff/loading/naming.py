@@ -8,6 +8,7 @@ from typing import Any
 
 from slimdiff import embedded
 from slimdiff.errors import InputError
+from slimdiff.loading.single_file import check_single_file
 from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
@@ -17,19 +18,23 @@ _VARIANT = re.compile(r"\.(\w+)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def find_model(model: str | Path) -> Path | None:
-    """The directory of `demo` or of a local diffusers pipeline; None for a hub id.
+    """The directory of `demo` or of a local diffusers pipeline, or a file of a whole model; None for a hub id.
 
     Raises:
-        InputError: if it is none of these; see `read_index` too.
+        InputError: if it is none of these; see `read_index` and `check_single_file` too.
     """
     path = embedded.path() if str(model) == "demo" else Path(model)
     if path.is_file():
-        raise InputError(f"{path} is a file: a model is a diffusers pipeline directory (with {INDEX})")
+        check_single_file(path)
+        return path
     if path.is_dir():
         read_index(path)
         return path
     if not _HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
-        raise InputError(f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory or a hub id")
+        raise InputError(
+            f"{model}: no such directory; a model is 'demo', a diffusers pipeline directory, "
+            "a safetensors file of a whole model, or a hub id"
+        )
     snapshot = cached_snapshot(str(model))
     if snapshot is not None:
         read_index(snapshot)

@@ -1,11 +1,10 @@
-"""Opening the pipeline that a user names: the embedded model, a local diffusers directory, or a hub id."""
+"""Opening the pipeline that a user names: the embedded model, a diffusers directory, a file, or a hub id."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +16,7 @@ from slimdiff.loading.components import load_component
 from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import check_lora, find_model
+from slimdiff.loading.single_file_weights import load_single_file
 from slimdiff.progress import working
 from slimdiff.settings import DTYPES, Lora
 
@@ -31,7 +31,9 @@ def load_pipeline(
     without: Sequence[str] = (),
     lora: Sequence[Lora | str] = (),
 ) -> DiffusionPipeline:
-    """Load `demo`, a local diffusers directory (dense or slim), or a hub id; safetensors only, and no code but ours.
+    """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
+
+    Safetensors only, and no code but ours.
 
     What is loaded is looked through first (`check_model_directory`), and held against its manifest if it has one. Every
     weight comes from the files, or the pipeline is refused.
@@ -51,23 +53,18 @@ def load_pipeline(
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
     for one in loras:
         check_lora(Path(one.file))
-    parts: dict[str, Any] = dict.fromkeys(without)
+    absent = dict.fromkeys(without)
     try:
         path = find_model(model)
         if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
-            path = Path(DiffusionPipeline.download(str(model), **safe, **parts))
-        found = check_model_directory(path, variant, without)
-        parts = found.values | parts
-        for name, (kind, weights) in found.models.items():
-            parts[name] = load_component(weights.folder, kind, weights, read_dtype(dtype), variant)
-        for name, (kind, folder) in found.others.items():
-            parts[name] = kind.from_pretrained(folder, local_files_only=True)
-        takes = inspect.signature(found.pipeline.__init__).parameters
-        pipeline = found.pipeline(
-            **{name: part for name, part in parts.items() if name in takes or name not in without}
-        )
-        pipeline.register_to_config(_name_or_path=str(path))
+            path = Path(DiffusionPipeline.download(str(model), **safe, **absent))
+        if path.is_file():
+            if variant is not None:
+                raise InputError(f"{path} is one file, without variants: leave out the variant {variant!r}")
+            pipeline = load_single_file(path, read_dtype(dtype), without)
+        else:
+            pipeline = _load_directory(path, read_dtype(dtype), variant, absent)
         if loras:
             fuse_loras(pipeline, loras)
         return pipeline
@@ -76,6 +73,21 @@ def load_pipeline(
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
+
+
+def _load_directory(
+    path: Path, dtype: torch.dtype | None, variant: str | None, without: dict[str, None]
+) -> DiffusionPipeline:
+    found = check_model_directory(path, variant, without)
+    parts = found.values | without
+    for name, (kind, weights) in found.models.items():
+        parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
+    for name, (kind, folder) in found.others.items():
+        parts[name] = kind.from_pretrained(folder, local_files_only=True)
+    takes = inspect.signature(found.pipeline.__init__).parameters
+    pipeline = found.pipeline(**{name: part for name, part in parts.items() if name in takes or name not in without})
+    pipeline.register_to_config(_name_or_path=str(path))
+    return pipeline
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

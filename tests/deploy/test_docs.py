@@ -13,7 +13,9 @@ import pytest
 from conftest import tiny_pipeline
 from diffusers import StableDiffusionInpaintPipeline
 from families.family import picture
+from families.original_layout import make_pipeline, original_tensors
 from loras import peft_layout
+from safetensors.torch import save_file
 
 from deploy.cli.app import main
 
@@ -100,6 +102,7 @@ def _bring(folder: Path) -> None:
         for number in range(2):
             picture(number).convert(mode).save(folder / f"{name}s" / f"{number}.png")
         picture(0).convert(mode).save(folder / f"{name}.png")
+    save_file(original_tensors(make_pipeline("sd1")), folder / "sd15.safetensors")
     for name in ("style", "detail", "other"):
         peft_layout(tiny_pipeline(), folder / f"{name}.safetensors", lambda path: path.endswith(("to_q", "to_out.0")))
 

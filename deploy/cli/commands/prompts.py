@@ -26,7 +26,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "file", "FILE", "prompts, one a line; what is there twice counts once")
     flags.whole(parser, "--count", "how many to select", required=True)
     flags.text(parser, "--out", "FILE", "the text file to write, one prompt a line", required=True)
-    flags.text(parser, "--model", "MODEL", "whose text encoders: 'demo', a directory, or a hub id", required=True)
+    flags.text(
+        parser, "--model", "MODEL", "whose text encoders: 'demo', a directory, a file or a hub id", required=True
+    )
     flags.add_variant(parser)
 
 
