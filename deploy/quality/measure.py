@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from deploy.quality.folders import read_images
 from deploy.quality.metrics import METRICS, Metric, check_names, check_weights
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
+
+log = logging.getLogger("slimdiff")
 
 
 class Measures:
@@ -87,6 +90,12 @@ class Measures:
             values = distances(rows)
             return values if real is None else [*values, values[1] - values[0]]
 
+        fewest = min(len(slim), self.real_count or len(slim))
+        if name == "fid" and fewest <= dense.shape[1]:
+            log.warning(
+                "fid of %d images by %d features is biased upwards: hold it only against an fid of as many images",
+                *(fewest, dense.shape[1]),
+            )
         values = with_difference(slice(None))
         ends = intervals.of_distances(len(slim), with_difference, values)
         is_clip = Path(self.weights[name] or "").is_dir()

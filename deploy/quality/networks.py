@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -128,9 +126,10 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read as weights: {str(error).strip().splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    except Exception as error:  # torch's unpickler raises anything for what is no pickle, some of it without a word
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} cannot be read as weights: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise InputError(f"{file} holds no state of a module: name a file of weights alone")
     return state
 
@@ -208,13 +207,16 @@ def _read_clip(folder: Path | None) -> tuple[Any, Any]:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != "clip":
             raise ValueError(f"its model_type is {kind}")
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).eval()
+        how: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32, "output_loading_info": True}
+        model, loaded = CLIPModel.from_pretrained(folder, **how)
+        if absent := sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids")):
+            raise ValueError(f"its weights lack {absent[0]}, and {len(absent) - 1} more")
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(folder, local_files_only=True), tokenizer)
     except Exception as error:  # transformers raises anything for odd folders
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder} is no whole CLIP model of transformers with its processor: {reason}") from error
-    return model.requires_grad_(False), processor
+    return model.eval().requires_grad_(False), processor
 
 
 def _embedding(output: Any) -> Tensor:

@@ -50,8 +50,10 @@ def name_by_module(model: ir.Model, prefix: str) -> None:
         path = f"{module}/{node.op_type}"
         seen[path] += 1
         node.name = path if seen[path] == 1 else f"{path}_{seen[path]}"
+    outputs = {name_of(value) for value in graph.outputs}  # a text encoder's are called like its final norm's weights
     for weight in weights:
-        weight.name = name_of(weight).removeprefix(prefix)
+        name = name_of(weight).removeprefix(prefix)
+        weight.name = name_of(weight) if name in outputs else name
         graph.initializers.add(graph.initializers.pop(weight.name))  # a new name moves it to the end: all go there
     _clear_metadata(model)
 

@@ -194,7 +194,8 @@ def sample_batch(
     try:
         with evaluating(*(part for part in vars(pipeline).values() if isinstance(part, nn.Module))):
             takes = inspect.signature(pipeline.__call__).parameters
-            arguments = encode_long_prompts(pipeline, arguments, takes)
+            if sampling.whole_prompts:
+                arguments = encode_long_prompts(pipeline, arguments, takes)
             images: Sequence[Any] = pipeline(generator=noise, **arguments)[0]
     except (SlimdiffError, MemoryError, torch.OutOfMemoryError):
         raise

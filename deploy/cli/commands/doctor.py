@@ -23,6 +23,7 @@ TOOLS = (
     ("onnx export", "onnxscript", ("onnxscript",), "pip install 'slimdiff[onnx]'"),
     ("parity (polygraphy)", "polygraphy", ("polygraphy",), "pip install 'slimdiff[onnx]'"),
     ("optimum", "optimum.onnxruntime", ("optimum-onnx",), "pip install 'slimdiff[optimum]'"),
+    ("metrics of images", "torchmetrics", ("torchmetrics",), "pip install 'slimdiff[metrics]'"),
 )
 """Name, module, the distributions that bring it, and what it needs where it is missing; of what is no runtime."""
 

@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     outs = _outs(args)
     material = _material(args)
-    asked = flags.read_sampling(args, batch=1)
+    asked = flags.read_sampling(args, batch=1, whole_prompts=True)
     if args.negative_prompt is not None:
         check_inputs(args.negative_prompt, blank=True, where="--negative-prompt")
         asked = asked.model_copy(update={"arguments": {"negative_prompt": args.negative_prompt, **asked.arguments}})

@@ -25,8 +25,10 @@ def shop(pipeline, compression, weights, tmp_path):
     compare = {"images": 2, "shown": 0, "trajectories": 1, "sampling": {"steps": 1}, "metrics": metrics}
     gates = {"parity": False, "min_clip": 99, "max_fid": 1000, "min_ssim": 0.001}
     content = {"model": "tiny", "compare": {**compare, "reference": "real"}, "gates": gates}
+    recipe = make_recipe(content, "recipe.yaml", tmp_path)
     return SimpleNamespace(
-        recipe=make_recipe(content, "recipe.yaml", tmp_path),
+        recipe=recipe,
+        sampling=recipe.compare.sampling,
         dense=pipeline,
         slim=compression.pipeline,
         captions=PROMPTS,

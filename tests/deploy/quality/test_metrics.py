@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,9 @@ REFUSED = {
     "not there": ({"clip": "no-such-folder"}, "--weights clip=PATH: there is no no-such-folder"),
     "another network": ({"lpips": "other.pth"}, "other.pth is no state of torchvision's AlexNet, VGG16"),
     "no weights file": ({"lpips": "odd.pth"}, "odd.pth cannot be read as weights"),
+    "an empty file": ({"lpips": "empty.pth"}, "empty.pth cannot be read as weights: EOFError"),
+    "text": ({"lpips": "text.pth"}, "text.pth cannot be read as weights"),
+    "keys that are no names": ({"lpips": "numbers.pth"}, "numbers.pth holds no state of a module"),
     "no TorchScript": ({"fid": "odd.pth"}, "odd.pth is no TorchScript file"),
     "another TorchScript": ({"fid": "linear.pt"}, "linear.pt gives no features of images"),
     "no CLIP": ({"clip": "empty"}, "empty is no whole CLIP model"),
@@ -158,6 +163,9 @@ REFUSED = {
 def test_what_cannot_be_measured_is_refused_in_one_line(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.pth").write_bytes(b"nothing")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_bytes(b"hello world")
+    torch.save({0: torch.zeros(2)}, "numbers.pth")
     (tmp_path / "empty").mkdir()
     torch.save({"features.0.weight": torch.zeros(2, 2)}, "other.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save("linear.pt")
@@ -165,6 +173,26 @@ def test_what_cannot_be_measured_is_refused_in_one_line(case, tmp_path, monkeypa
     with pytest.raises(InputError) as refused:
         Measures(weights, count=8)(pictures(2), pictures(2), CAPTIONS)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_clip_model_without_all_its_weights_is_refused(weights, tmp_path):
+    import safetensors.torch as files
+
+    shutil.copytree(weights["clip"], tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    kept = {k: v for k, v in files.load_file(file).items() if not k.startswith("text_model.")}
+    files.save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="its weights lack text_model.embeddings") as refused:
+        Measures({"clip": str(tmp_path / "clip")}, count=8)
+    assert "\n" not in str(refused.value)
+
+
+def test_fid_of_fewer_images_than_features_is_said_to_be_biased(weights, caplog):
+    measure({"fid": weights["inception"]}, pictures(8), pictures(8))
+    assert "fid of 8 images by 12 features is biased upwards" in caplog.text
+    caplog.clear()
+    measure({"fid": weights["inception"]}, pictures(13), pictures(13))
+    assert not caplog.text
 
 
 def test_too_few_or_too_small_images_are_refused_before_there_are_any(weights):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 from image_checks import images, same
 
-from exporters.graphs.pipeline import example_call, export_pipeline
+from exporters.graphs.pipeline import _export_text_encoder, example_call, export_pipeline
+from exporters.layout import FINAL_NORM
+from exporters.runtimes.opening import open_session
 from exporters.runtimes.pipeline import load_pipeline as runtime_pipeline
 from exporters.runtimes.unet import UNet
+from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.errors import InputError
 from slimdiff.settings import Sampling
@@ -86,3 +90,15 @@ def test_other_pipelines_are_refused(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "unet", None)
     with pytest.raises(InputError, match="no unet"):
         export_pipeline(pipeline, tmp_path)
+
+
+def test_a_trained_text_encoder_is_exported_with_its_final_norm(pipeline, tmp_path):
+    """An untrained norm is ones and zeros, which the exporter folds: its weights then have no names to clash."""
+    encoder = copy.deepcopy(pipeline.text_encoder)
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    for weight in norm.parameters():
+        torch.nn.init.normal_(weight)
+    graph = _export_text_encoder(encoder, tmp_path / "text_encoder", 7, True, ExportSettings())
+    found = open_session(graph).run({"input_ids": np.ones((1, 7), dtype=np.int64)})
+    for name, weight in zip(FINAL_NORM, norm.parameters(), strict=True):
+        np.testing.assert_array_equal(found[name][0], weight.detach().numpy())
