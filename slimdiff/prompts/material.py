@@ -61,13 +61,21 @@ def find_pictures(folder: Path | str, what: str = "images", least: int = 1) -> l
 
 
 def pair_masks(images: Sequence[Path], masks: Sequence[Path]) -> list[Path]:
-    """Each image's mask: the one of its name (whatever its ending) if all images have one, else by their order.
+    """Each image's mask: the one of its name (whatever its ending) if all images have one, by their order if none has.
 
     Raises:
-        InputError: if there are fewer masks than images.
+        InputError: if some images have a mask of their name and others have none, two masks have one name, or there are
+            fewer masks than images.
     """
     named = {mask.stem: mask for mask in masks}
-    if all(image.stem in named for image in images):
+    own = [image for image in images if image.stem in named]
+    if own and len(own) < len(images):
+        other = next(image for image in images if image not in own)
+        raise InputError(f"{own[0].name} has a mask of its name and {other.name} has none: name all masks so, or none")
+    if own:
+        if len(named) < len(masks):
+            twice = next(mask for mask in masks if named[mask.stem] != mask)
+            raise InputError(f"{twice.name} and {named[twice.stem].name} are masks of one name: take one out")
         return [named[image.stem] for image in images]
     if len(masks) < len(images):
         lacking = next(image.name for image in images if image.stem not in named)

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
-from deploy.cli.outputs import check_new_file, check_runnable
+from deploy.cli.outputs import check_apart, check_new_file, check_runnable
 from deploy.recipe.material import parse_classes
 from exporters.registry import names
 from slimdiff.errors import InputError
@@ -120,8 +120,10 @@ def _outs(args: argparse.Namespace) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: name a file that ends in .png")
     outs = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(args.count)]
+    read = [path for path in (args.artifact, args.pipeline, args.input_images, args.input_masks) if path is not None]
     for one in outs:
         check_new_file(one, "PNG image")
+        check_apart({"--out": one}, read)
     return outs
 
 

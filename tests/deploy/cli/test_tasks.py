@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 
 from deploy.recipe.material import parse_classes
 from slimdiff.errors import InputError
+from slimdiff.prompts.material import pair_masks
 
 STEPS = ["--steps", 2, "--guidance", 3]
 
@@ -211,6 +213,26 @@ def test_material_that_is_not_enough_is_one_line_before_the_model_is_loaded(
     monkeypatch.setattr("slimdiff.loading.pipelines.load_component", None)
     flags, message = MATERIAL[case]
     assert message in refused(["compress", "inpainting", "--out", tmp_path / "slim", "--reduce", "4%", *flags], capsys)
+
+
+def test_an_image_that_is_read_is_not_written_over(folder, tmp_path, capsys):
+    picture(0).save(tmp_path / "x-0.png")
+    before = (tmp_path / "x-0.png").read_bytes()
+    flags = ["--image", tmp_path / "x-0.png", *PROMPT, *STEPS, "--count", 2, "--out", tmp_path / "x.png"]
+    assert "--out" in refused(["generate", folder / "text to image", *flags], capsys)
+    assert (tmp_path / "x-0.png").read_bytes() == before
+
+
+def test_masks_go_by_name_for_all_images_or_by_order_for_all():
+    images = [Path(f"images/{name}.png") for name in "abc"]
+    by_name = [Path(f"masks/{name}.jpg") for name in "cba"]
+    assert pair_masks(images, by_name) == by_name[::-1]
+    by_order = [Path(f"masks/{number}.png") for number in range(3)]
+    assert pair_masks(images, by_order) == by_order
+    with pytest.raises(InputError, match="b.png has a mask of its name and a.png has none"):
+        pair_masks(images, [Path(f"masks/{name}.png") for name in "bcd"])
+    with pytest.raises(InputError, match="are masks of one name"):
+        pair_masks(images, [*by_name, Path("masks/a.png")])
 
 
 def test_classes_are_written_as_numbers_and_ranges():
