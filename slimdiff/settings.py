@@ -112,6 +112,14 @@ class Sampling(Settings):
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
 
+    @field_validator("arguments")
+    @classmethod
+    def _no_field(cls, value: dict[str, Any]) -> dict[str, Any]:
+        fields = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+        for name in fields.keys() & value.keys():
+            raise ValueError(f"{name} is set by {fields[name]}")
+        return value
+
     @model_validator(mode="after")
     def _square(self) -> Sampling:
         self.height, self.width = self.height or self.width, self.width or self.height

@@ -40,7 +40,7 @@ def usage_of(*names: str | None) -> dict[str, Any]:
     Raises:
         InputError: for a damaged manifest.
     """
-    folders = [Path(name) for name in names if name is not None]
+    folders = [Path(name) for name in names if name not in (None, "demo")]
     contents = [manifest.read_manifest(f)["made_from"] for f in folders if (f / manifest.MANIFEST).is_file()]
     return next((usage for content in contents if (usage := _inside(content))), {})
 

@@ -128,7 +128,8 @@ class Job:
         """The same for a process that works in another folder, and beside others: its latencies would mean nothing."""
         paths = {name: getattr(self.recipe, name) for name in ("model", "prompts", "images", "masks")}
         own = {k: p for k, p in paths.items() if isinstance(p, str) and p not in ("demo", EMBEDDED, GENERAL)}
-        here = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
+        here: dict[str, Any] = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
+        here["lora"] = tuple(one.model_copy(update={"file": str(Path(one.file).resolve())}) for one in self.recipe.lora)
         return replace(self, recipe=self.recipe.model_copy(update=here), folder=self.folder.resolve(), timed=False)
 
 

@@ -160,8 +160,8 @@ def add_usage(parser: Any, *names: str, **otherwise: Any) -> None:
     """
     for name in names:
         default = otherwise.get(name, Sampling.model_fields[name].default)
-        text = _help(Sampling.model_fields[name].description or "", None)
-        add(parser, Sampling, name, help=f"{text} (default: what it was calibrated with, else {default:g})")
+        what = _help(Sampling.model_fields[name].description or "", None)
+        add(parser, Sampling, name, help=f"{what} (default: what it was calibrated with, else {default:g})")
 
 
 def read_usage(args: argparse.Namespace, *artifacts: str | None, **otherwise: Any) -> Sampling:

@@ -17,7 +17,7 @@ _SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 def sign_of_distillation(pipeline: Any, name: str) -> str | None:
     """What says that a pipeline is distilled for few steps: its denoiser, its scheduler or its name; None if nothing.
 
-    Turbo and Lightning models are told from others by their names alone: no file says what they were trained for.
+    The names alone of Turbo and Lightning models show it: no file says what they were trained for.
     """
     if getattr(getattr(pipeline, "unet", None), "config", {}).get("time_cond_proj_dim"):
         return "its UNet takes the guidance as an input (time_cond_proj_dim)"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from slimdiff.errors import InputError
+from slimdiff.prompts.material import find_pictures, open_picture
 from slimdiff.storage import manifest
 
 KIND = "images"
 """What the manifest calls such a folder."""
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def save_images(
@@ -33,18 +33,6 @@ def read_images(folder: Path, at_least: int) -> list[Any]:
     Raises:
         InputError: if there is no such folder, one cannot be read, or there are fewer.
     """
-    from PIL import Image
-
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} of reference images")
-    images = []
-    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES):
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{file} cannot be read as an image ({reason}): mend it, or take it out") from error
-    if len(images) < at_least:
-        raise InputError(f"{folder} has {len(images)} images ({', '.join(_SUFFIXES)}), and fid and kid need {at_least}")
-    return images
+    return [open_picture(file) for file in find_pictures(folder, "reference images", at_least)]

@@ -23,6 +23,7 @@ class Measures:
         weights: the metrics, each with the place of its weights or None. PSNR and SSIM are always among them.
         reference: a folder of real images, for the metrics of sets.
         count, pixels: how many images there will be, and their shorter side, if it is known.
+        captioned: whether they are made from prompts, which some metrics hold them against.
 
     Raises:
         InputError: naming what is missing, unknown, not readable or too few.
@@ -36,6 +37,7 @@ class Measures:
         *,
         count: int,
         pixels: int | None = None,
+        captioned: bool = True,
         how: str = "--weights {name}=PATH",
     ) -> None:
         weights = {**dict.fromkeys(("psnr", "ssim")), **weights}
@@ -46,6 +48,10 @@ class Measures:
             raise InputError("a reference folder is for fid and kid: ask for one of them, or leave it out")
         for name in weights:
             _check_size(name, METRICS[name], count, pixels)
+            if METRICS[name].of == "image" and not captioned:
+                raise InputError(
+                    f"{name} holds images against their prompts, and these are made from none: leave it out"
+                )
         real = read_images(Path(reference), at_least=2) if reference is not None else None
         self.weights = dict(weights)
         self.opened = {name: METRICS[name].open(Path(path) if path else None) for name, path in weights.items()}

@@ -92,6 +92,13 @@ _BACKBONE = (
     "models), or the same as safetensors"
 )
 
+
+def _of_features(summary: str, distance: str) -> Metric:
+    """A distance of two sets of features, by two functions of `deploy.quality.distances`."""
+    functions: dict[str, Any] = {"summary": partial(_distance, summary), "distance": partial(_distance, distance)}
+    return Metric("set", "lower", _network("open_features"), weights=_FEATURES, fewest=2, **functions)
+
+
 METRICS: Mapping[str, Metric] = {
     "psnr": Metric("pair", "higher", _psnr, unit="dB", of_mean=_in_db),
     "ssim": Metric("pair", "higher", _ssim),
@@ -103,24 +110,8 @@ METRICS: Mapping[str, Metric] = {
         _network("open_clip_score"),
         weights="the folder of a CLIP model of transformers, such as a copy of openai/clip-vit-base-patch16",
     ),
-    "fid": Metric(
-        "set",
-        "lower",
-        _network("open_features"),
-        weights=_FEATURES,
-        summary=partial(_distance, "moments"),
-        distance=partial(_distance, "frechet"),
-        fewest=2,
-    ),
-    "kid": Metric(
-        "set",
-        "lower",
-        _network("open_features"),
-        weights=_FEATURES,
-        summary=partial(_distance, "kernel_sums"),
-        distance=partial(_distance, "kernel_distance"),
-        fewest=2,
-    ),
+    "fid": _of_features("moments", "frechet"),
+    "kid": _of_features("kernel_sums", "kernel_distance"),
 }
 
 

@@ -286,7 +286,7 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
 
     @model_validator(mode="after")
     def _used_as_calibrated(self) -> Recipe:
-        """Graphs and comparisons have the steps and the guidance that the calibration says, unless they say others.
+        """Graphs and comparisons have the steps, guidance and scheduler of the calibration, unless they say others.
 
         A model that is distilled for few steps is not right at any others.
         """

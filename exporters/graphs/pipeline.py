@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -208,14 +207,12 @@ def example_call(
 
     refused: list[InputError] = []
     asked: Any = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
-    inputs = neutral_inputs(pipeline, asked["batch"], height, width)
-    takes_size = "height" in inspect.signature(pipeline.__call__).parameters or isinstance(inputs[0], str)
+    whole = Sampling(seed=0, height=height, width=width, **asked)
+    inputs, sampling = neutral_inputs(pipeline, whole.batch, whole)
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
         for steps in FEW_STEPS:
-            size = {"height": height, "width": width} if takes_size else {}
-            sampling = Sampling(steps=steps, seed=0, **size, **asked)
             try:
-                return record_calls(pipeline, inputs, sampling)[0]
+                return record_calls(pipeline, inputs, sampling.model_copy(update={"steps": steps}))[0]
             except InputError as error:
                 refused.append(error)
     raise refused[0]

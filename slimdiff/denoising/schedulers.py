@@ -51,9 +51,8 @@ def make_scheduler(own: Any, name: str) -> Any:
             was trained with.
     """
     kinds = list(getattr(own, "compatibles", []))
-    if (
-        "beta_schedule" in inspect.signature(type(own).__init__).parameters
-    ):  # noise in the same steps: LCM's says not so
+    usual = inspect.signature(type(own).__init__).parameters
+    if "beta_schedule" in usual:  # the same noise, though LCM's scheduler does not name the others
         kinds += [kind for name in SHORT.values() if (kind := getattr(diffusers, name))]
     compatible = {kind.__name__: kind for kind in kinds}
     wanted = SHORT.get(name.lower(), name)
@@ -64,11 +63,12 @@ def make_scheduler(own: Any, name: str) -> Any:
         short = [short for short, full in SHORT.items() if full in compatible]
         raise InputError(f"{what}: give {', '.join([*short, 'or a name such as ' + min(compatible, default='none')])}")
     takes = inspect.signature(kind.__init__).parameters
-    usual = inspect.signature(type(own).__init__).parameters
     for key in _DECIDING:
         value = own.config.get(key)
         if key not in takes and key in usual and value != usual[key].default:
             raise InputError(
                 f"{wanted} has no {key}, and the model was trained with {key}={value}: take another scheduler"
             )
-    return kind.from_config(own.config)
+    # Where its own scheduler knows no clipping, the model's latents are not to be clipped.
+    unclipped = {"clip_sample": False} if "clip_sample" in takes and "clip_sample" not in own.config else {}
+    return kind.from_config(own.config, **unclipped)

@@ -22,7 +22,7 @@ from PIL import Image
 from slimdiff.denoising.sizes import check_size
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
-from slimdiff.prompts.material import Material, open_picture, pair_masks
+from slimdiff.prompts.material import Material, open_picture
 from slimdiff.settings import Sampling
 
 
@@ -68,24 +68,27 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
         raise InputError(f"{type(pipeline).__name__} takes no prompt: leave it out")
     if "prompt" in takes and not material.prompts and not {"prompt_embeds", "image_embeds"} & sampling.arguments.keys():
         raise InputError(f"{type(pipeline).__name__} makes images of prompts: say what to show (--prompt)")
-    if "class_labels" in takes and "prompt" not in takes and not material.classes and _has_classes(pipeline):
+    if "class_labels" in takes and "prompt" not in takes and not material.classes and _count_classes(pipeline):
         raise InputError(f"{type(pipeline).__name__} makes images of classes: say which (--classes 0,1,2)")
     lists = (material.prompts, material.images, material.classes)
     count = material.count or max(map(len, lists), default=0)
-    images, masks = list(material.images)[:count], []
-    if material.masks:
-        masks = pair_masks(images, material.masks)
+    images, masks = list(material.images)[:count], list(material.masks)[:count]
+    if masks and len(masks) != len(images):
+        raise InputError(f"there are {len(masks)} masks for {len(images)} images: give one for each (`pair_masks`)")
+    _check_classes(pipeline, material)
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, values in (("prompt", material.prompts), ("class_labels", material.classes)):
         if values and name in takes:
             for number, row in enumerate(rows):
                 row[name] = values[number % len(values)]
-    size = (sampling.width, sampling.height) if sampling.width and sampling.height else None
+    size = None
+    if sampling.width and sampling.height:
+        size = (sampling.width // _shrunk(pipeline), sampling.height // _shrunk(pipeline))
     if images:
         pictures = [open_picture(file, size) for file in images]
         _check_sizes(pipeline, images, pictures)
-        painted = [open_picture(m, p.size if size else None, "L") for m, p in zip(masks, pictures, strict=False)]
-        odd = next((i for i, (p, m) in enumerate(zip(pictures, painted, strict=False)) if p.size != m.size), None)
+        painted = [open_picture(mask, size, "L") for mask in masks]
+        odd = next((i for i, mask in enumerate(painted) if mask.size != pictures[i].size), None)
         if odd is not None:
             two = (f"{n} x {m}" for n, m in (painted[odd].size, pictures[odd].size))
             raise InputError(f"the mask {masks[odd]} is {' and its image '.join(two)}: save it in its image's size")
@@ -98,28 +101,30 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
 
 
 def neutral_inputs(
-    pipeline: DiffusionPipeline, count: int, height: int | None = None, width: int | None = None
-) -> list[Inputs]:
-    """What the denoiser is called on for its shapes alone: an empty prompt, a grey image, a white mask, class 0.
+    pipeline: DiffusionPipeline, count: int, sampling: Sampling, prompt: str = ""
+) -> tuple[list[Inputs], Sampling]:
+    """Inputs for shapes, or for parity, and the sampling that goes with them: a grey image, a white mask, class 0.
 
     Args:
-        height, width: of the images that come out, pixels; the pipeline's default if not given.
+        sampling: height and width are of the images that come out; the pipeline's default if it has none.
     """
     whole: Any = pipeline
     takes, config = _takes(pipeline), getattr(getattr(whole, "unet", None), "config", {})
-    row: dict[str, Any] = {"prompt": ""} if "prompt" in takes else {}
-    if "class_labels" in takes and _has_classes(pipeline):
+    row: dict[str, Any] = {"prompt": prompt} if "prompt" in takes else {}
+    if "class_labels" in takes and _count_classes(pipeline):
         row["class_labels"] = 0
     scale = getattr(whole, "vae_scale_factor", 1)
     own = config.get("sample_size")
     default = own if isinstance(own, list | tuple) else [own, own]
-    size = [n or (d or 64) * scale for n, d in zip((height, width), default, strict=True)]
-    if hasattr(whole, "low_res_scheduler"):  # an upscaler's image is as large as its latents
-        size = [n // scale for n in size]
-    for name, mode in (("image", "RGB"), ("control_image", "RGB"), ("mask_image", "L")):
+    size = [n or (d or 64) * scale for n, d in zip((sampling.height, sampling.width), default, strict=True)]
+    size = [n // _shrunk(pipeline) for n in size]
+    pictures = {"image": "RGB", "control_image": "RGB", "mask_image": "L"}
+    for name, mode in pictures.items():
         if name in takes:
             row[name] = Image.new(mode, (size[1], size[0]), "white" if mode == "L" else "grey")
-    return ["" if row == {"prompt": ""} else row] * count
+    if pictures.keys() & row.keys() and not {"height", "width"} <= takes:
+        sampling = sampling.model_copy(update={"height": None, "width": None})
+    return [prompt if row == {"prompt": prompt} else row] * count, sampling
 
 
 def samples_per_image(pipeline: Any, sampling: Sampling) -> int:
@@ -139,20 +144,39 @@ def samples_per_image(pipeline: Any, sampling: Sampling) -> int:
 
 
 def text_of(inputs: Inputs) -> str:
-    """What one image is made from, for people: its prompt, or its class."""
+    """What one image is made from, for people: its prompt, its class, or nothing."""
     if isinstance(inputs, str):
         return inputs
-    return str(inputs["prompt"]) if "prompt" in inputs else f"class {inputs.get('class_labels', 'none')}"
+    if "prompt" in inputs:
+        return str(inputs["prompt"])
+    return f"class {inputs['class_labels']}" if "class_labels" in inputs else ""
+
+
+def has_prompts(inputs: Sequence[Inputs]) -> bool:
+    """Whether all of them have a prompt."""
+    return all(isinstance(one, str) or "prompt" in one for one in inputs)
 
 
 def _takes(pipeline: DiffusionPipeline) -> set[str]:
     return set(inspect.signature(pipeline.__call__).parameters)
 
 
-def _has_classes(pipeline: Any) -> bool:
+def _shrunk(pipeline: Any) -> int:
+    """How many times larger a side of the images is than that of the picture they are made from: an upscaler's."""
+    return getattr(pipeline, "vae_scale_factor", 1) if hasattr(pipeline, "low_res_scheduler") else 1
+
+
+def _count_classes(pipeline: Any) -> int:
+    """How many classes the denoiser knows; 0 if it knows none."""
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     config = getattr(denoiser, "config", {})
-    return bool(config.get("num_class_embeds") or config.get("num_embeds_ada_norm"))
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0
+
+
+def _check_classes(pipeline: Any, material: Material) -> None:
+    classes, known = material.classes, _count_classes(pipeline)
+    if classes and known and max(classes) >= known:
+        raise InputError(f"{type(pipeline).__name__} has classes 0 to {known - 1}, and {max(classes)} is asked for")
 
 
 def _check_sizes(pipeline: Any, files: Sequence[Path], pictures: Sequence[Any]) -> None:

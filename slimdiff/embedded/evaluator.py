@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimdiff.embedded import scenes as world
+from slimdiff.errors import InputError
 
 ATTRIBUTES = ("place", "shape", "colour", "size", "background", "count")
 
@@ -106,7 +107,12 @@ def frechet_distance(evaluator: Evaluator, images: Tensor, reference: Tensor) ->
     """Fréchet distance between two sets of pictures in the evaluator's feature space (mean over places, 96 dims).
 
     The same formula as FID (Heusel et al. 2017, eq. 6) on this evaluator's features; not comparable with FID figures.
+
+    Raises:
+        InputError: for a set of one.
     """
+    if min(len(images), len(reference)) < 2:
+        raise InputError("the distance of two sets of images takes at least two of each: make more")
     moments = []
     for batch in (images, reference):
         f = evaluator.features(batch).mean(1).double().numpy()

@@ -8,12 +8,11 @@ from typing import Any
 
 from slimdiff import embedded
 from slimdiff.errors import InputError
-from slimdiff.loading.single_file import check_single_file
+from slimdiff.loading.single_file import PICKLES, check_single_file
 from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _VARIANT = re.compile(r"\.(\w+)(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -73,7 +72,7 @@ def check_lora(path: Path) -> None:
         raise InputError(f"{path} is a folder: name the LoRA's safetensors file in it")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; a LoRA is FILE.safetensors, or FILE.safetensors:SCALE")
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened: refused; save it as safetensors")
 
 

@@ -114,12 +114,22 @@ def read_header(file: Path) -> Header:
         raise InputError(f"{file} is a pickle ({file.suffix}), which can run code when opened: refused; {WHOLE}")
     if file.suffix != ".safetensors":
         raise InputError(f"{file} is a file, and no safetensors one: {WHOLE}")
+    tensors, metadata = header_of(file)
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    return Header(file, shapes, {name: dtype for name, (dtype, _) in tensors.items()}, metadata)
+
+
+def header_of(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Name of each tensor -> its dtype, as safetensors names it, and its shape; and the file's metadata.
+
+    Raises:
+        InputError: for a file whose header is not sound, or that its tensors do not fill.
+    """
     try:
         with safe_open(file, framework="numpy") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-            dtypes = {name: str(part.get_dtype()) for name, part in parts.items()}
-            return Header(file, shapes, dtypes, dict(opened.metadata() or {}))
+            tensors = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
+            return tensors, dict(opened.metadata() or {})
     except Exception as error:  # safetensors has an exception of its own, below Exception alone
         raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
 

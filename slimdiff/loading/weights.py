@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors import safe_open
 
 from slimdiff.errors import InputError
+from slimdiff.loading.single_file import header_of
 from slimdiff.storage import manifest
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -123,13 +123,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (no mapping)
-                    part = opened.get_slice(name)
-                    found[name] = (part.get_dtype(), tuple(part.get_shape()))
-        except Exception as error:  # safetensors has an exception of its own, below Exception alone
-            raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
+        found |= header_of(file)[0]
     return found
 
 

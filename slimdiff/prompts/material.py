@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimdiff.errors import InputError
+from slimdiff.progress import bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +23,7 @@ class Material:
     """None for a pipeline that takes no prompt."""
     images: Sequence[Path] = ()
     masks: Sequence[Path] = ()
-    """Of the images, by name or by order (`pair_masks`)."""
+    """One of each image, in their order; `pair_masks` finds them."""
     classes: Sequence[int] = ()
     count: int | None = None
     """How many images to make; if not given, as many as the longest list has."""
@@ -39,24 +41,20 @@ def find_pictures(folder: Path | str, what: str = "images", least: int = 1) -> l
     Raises:
         InputError: if there is no such folder, it holds fewer, or one of them cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     folder = Path(folder)
     if not folder.exists():
-        raise InputError(f"{folder}: there is no such folder of {what}")
+        raise InputError(f"{folder}: there is no such file or folder of {what}")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     files = [f for f in inside if f.is_file() and f.suffix.lower() in endings and not f.name.startswith(".")]
     if len(files) < least:
         have = f"holds {len(files)} {what}" if files else f"holds no {what} (such as .png or .jpg)"
-        raise InputError(f"{folder} {have}, and {least} are asked for: add some, or ask for fewer (--samples)")
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                picture.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{file} cannot be read as a picture ({reason}): save it again, or take it out") from error
+        raise InputError(f"{folder} {have}, and {least} are asked for: add some, or ask for fewer")
+    for file in bar(files, f"look at {what}", "picture"):
+        with opened(file):
+            pass
     return files
 
 
@@ -93,11 +91,35 @@ def open_picture(file: Path, size: tuple[int, int] | None = None, mode: str = "R
     Raises:
         InputError: if it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with opened(file) as whole:
+        picture = ImageOps.exif_transpose(whole).convert(mode)
+    return picture if size in (None, picture.size) else ImageOps.fit(picture, size)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Image]:
+    """A picture whose pixels are all there, and are what they seem when they become red, green and blue.
+
+    Raises:
+        InputError: if it cannot be read, has more than 8 bits a channel, or is transparent anywhere.
+    """
+    from PIL import Image
 
     try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert(mode)
+        with Image.open(file) as picture:
+            picture.load()
+            deep = picture.mode.startswith(("I", "F"))
+            clear = (
+                picture.has_transparency_data
+                and picture.convert("RGBA").getchannel("A").histogram()[255] < picture.width * picture.height
+            )
+            if not deep and not clear:
+                yield picture
+                return
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} cannot be read as a picture ({error}): save it again") from error
-    return picture if size in (None, picture.size) else ImageOps.fit(picture, size)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{file} cannot be read as a picture ({reason}): save it again, or take it out") from error
+    what = f"has more than 8 bits a channel ({picture.mode})" if deep else "is transparent in places"
+    raise InputError(f"{file} {what}, and nobody said what that stands for: save it as 8-bit RGB")

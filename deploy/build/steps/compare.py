@@ -15,7 +15,7 @@ from deploy.recipe.recipe import HOW_WEIGHTS
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
-from slimdiff.denoising.tasks import text_of
+from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
 from slimdiff.storage import manifest
@@ -65,7 +65,12 @@ def measures_of(shop: Workshop) -> Measures:
     weights = {name: metric.weights for name, metric in settings.metrics.items()}
     count = min(settings.images, len(shop.captions))
     sides = [side for side in (settings.sampling.height, settings.sampling.width) if side]
-    return Measures(weights, settings.reference, count=count, pixels=min(sides, default=None), how=HOW_WEIGHTS)
+    about: dict[str, Any] = {
+        "count": count,
+        "pixels": min(sides, default=None),
+        "captioned": has_prompts(shop.captions),
+    }
+    return Measures(weights, settings.reference, **about, how=HOW_WEIGHTS)
 
 
 def _inputs(shop: Workshop) -> dict[str, str]:

@@ -50,7 +50,9 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
     recipe = load_recipe(source)
     find_model(recipe.model)
-    read = [name for name in (recipe.model, recipe.prompts, recipe.images, recipe.masks) if isinstance(name, str)]
+    named = (recipe.model, recipe.prompts, recipe.images, recipe.masks, recipe.compare.reference)
+    places = [*named, *(one.file for one in recipe.lora), *(one.weights for one in recipe.compare.metrics.values())]
+    read = [place for place in places if isinstance(place, str)]
     out = Path(args.out) if args.out else Path(source.stem)
     check_apart({"--out": out}, read)
     check_folder(out, "build")

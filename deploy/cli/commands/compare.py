@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from deploy.quality.folders import save_images
     from deploy.quality.measure import Measures
     from slimdiff import compare
-    from slimdiff.denoising.tasks import make_inputs, text_of
+    from slimdiff.denoising.tasks import has_prompts, make_inputs, text_of
 
     loras = {"dense": args.lora, "slim": args.slim_lora}
     dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras)
@@ -86,7 +86,10 @@ def run(args: argparse.Namespace) -> int:
         for flag, count in counts.items():
             if count % sampling.batch:
                 raise InputError(f"{flag} is {count}, and a graph takes {sampling.batch} at a time: give a multiple")
-    measures = Measures(weights, args.reference, count=counts["--images"], pixels=slim.shorter_side(sampling))
+    if source == EMBEDDED and counts["--images"] < 2:
+        raise InputError("the embedded model's evaluator judges sets: make at least two images (--images 2)")
+    about = {"count": counts["--images"], "pixels": slim.shorter_side(sampling), "captioned": has_prompts(prompts)}
+    measures = Measures(weights, args.reference, **about)
     images: dict[str, list[Any]] = {}
 
     def judge(before: list[Any], after: list[Any]) -> dict[str, Any]:

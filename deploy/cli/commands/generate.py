@@ -141,4 +141,6 @@ def _material(args: argparse.Namespace) -> Material:
     if len(images) > 1 or len(masks) > 1:
         raise InputError("--image and --mask name one file each")
     classes = parse_classes(args.classes) if args.classes is not None else []
+    if len(classes) > args.count:
+        raise InputError(f"--class names {len(classes)} classes for {args.count} images: say --count {len(classes)}")
     return Material(prompts, images, masks, classes, args.count)

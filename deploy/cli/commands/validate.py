@@ -35,7 +35,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_lora(parser, into="BASE")
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add_usage(parser, "steps", "guidance")
-    flags.sentence(parser, "--prompt", "of the trajectory (default: 'a photo')", default="a photo")
+    neutral = "of the trajectory, whose image, where one is needed, is grey (default: 'a photo')"
+    flags.sentence(parser, "--prompt", neutral, default="a photo")
     parser.add_argument(
         "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
     )
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from exporters.validation.graph import check_parity
     from exporters.validation.parity import check_trajectory
     from slimdiff.compression import with_denoiser
+    from slimdiff.denoising.tasks import neutral_inputs
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _unguided(asked, pipeline, base, candidate)
     sampling = candidate.sampling(base.sampling(sampling, pipeline), pipeline)
     sampling = sampling.model_copy(update=base.pixels(pipeline) | candidate.pixels(pipeline))
-    prompts = [args.prompt] * sampling.batch
+    prompts, sampling = neutral_inputs(pipeline, sampling.batch, sampling, args.prompt)
     log.info("validate: recording a trajectory of %d steps", sampling.steps)
     calls = spread(record_calls(pipeline, prompts, sampling), args.calls)
     precision: Any = args.precision or candidate.precision

@@ -7,50 +7,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import call, refused
 from conftest import tiny_pipeline
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DModel,
-)
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from families.family import picture
+from families.images import inpainting, instruct_pix2pix, unconditional
 from families.transformers import dit
 from PIL import Image
+from safetensors.torch import load_file
 
 from deploy.recipe.material import parse_classes
+from slimdiff.denoising.schedulers import make_scheduler
+from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.errors import InputError
 from slimdiff.prompts.material import pair_masks
+from slimdiff.settings import Sampling
 
 STEPS = ["--steps", 2, "--guidance", 3]
 
 
-def _unconditional():
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-    )
-    return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler())
-
-
-def _of(kind, channels):
-    parts = tiny_pipeline(in_channels=channels).components
-    parts = {name: part for name, part in parts.items() if name != "image_encoder"}
-    return kind(**parts, requires_safety_checker=False)
-
-
 TASKS = {
     "text to image": tiny_pipeline,
-    "inpainting": lambda: _of(StableDiffusionInpaintPipeline, 9),
-    "InstructPix2Pix": lambda: _of(StableDiffusionInstructPix2PixPipeline, 8),
-    "unconditional": _unconditional,
+    "inpainting": inpainting,
+    "InstructPix2Pix": instruct_pix2pix,
+    "unconditional": unconditional,
     "class-conditional": dit,
 }
 NO_PROMPT = {"unconditional": [], "class-conditional": ["--classes", "3,1-2"]}
@@ -102,29 +83,36 @@ def test_a_task_is_calibrated_compressed_compared_and_run(task, folder, tmp_path
         flags = [str(part).replace("1.png", "2.png") for part in one] if name == "image" else one
         answer = call(["generate", slim, "--out", tmp_path / f"{name}.png", *flags, *said, *more, *STEPS], capsys)
         images[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
-    assert (answer["width"], answer["height"]) == (16, 16)
+    side = 8 if task == "unconditional" else 16
+    assert (answer["width"], answer["height"]) == (side, side)
     assert (images["own"] != images["seed"]).any()
     assert (images["own"] != images["image"]).any() == bool(PICTURES[task])
 
 
-@pytest.mark.parametrize("task", ["inpainting", pytest.param("InstructPix2Pix", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "task",
+    ["inpainting", *(pytest.param(task, marks=pytest.mark.slow) for task in ("image to image", "InstructPix2Pix"))],
+)
 def test_a_tasks_graphs_and_bundle_make_torchs_image(task, folder, tmp_path, capsys):
     """InstructPix2Pix has three samples an image, inpainting two."""
-    model, onnx, edge = folder / task, tmp_path / "onnx", tmp_path / "edge"
+    text_to_image = task == "image to image"  # whose edge bundle has no encoder
+    model, onnx, bundle = folder / ("text to image" if text_to_image else task), tmp_path / "onnx", tmp_path / "bundle"
     exported = call(["export", model, "--out", onnx], capsys)
-    assert exported["unet_inputs"]["sample"][0] == {"inpainting": 2, "InstructPix2Pix": 3}[task]
-    call(["bundle", onnx, "--target", "edge", "--out", edge], capsys)
+    assert exported["unet_inputs"]["sample"][0] == (3 if task == "InstructPix2Pix" else 2)
+    assert call(["validate", model, onnx, "--steps", 2], capsys)["passed"]
+    target = "server" if text_to_image else "edge"
+    call(["bundle", onnx, "--target", target, "--out", bundle], capsys)
     pictures = [part for name in PICTURES[task] for part in (f"--{name[:-1]}", folder / name / "1.png")]
     images = []
-    for name, more in ((model, []), (onnx, []), (edge, ["--runtime", "openvino-fp32"])):
+    for name, more in ((model, []), (onnx, []), (bundle, ["--runtime", "openvino-fp32"])):
         flags = [*pictures, "--prompt", "a red circle", *STEPS, *more]
         call(["generate", name, *flags, "--out", tmp_path / "image.png"], capsys)
         images.append(np.asarray(Image.open(tmp_path / "image.png"), dtype=int))
     assert abs(images[1] - images[0]).max() <= 1 and abs(images[2] - images[0]).max() <= 1
     command = next(
-        line for line in (edge / "README.md").read_text().splitlines() if line.startswith("slimdiff generate")
+        line for line in (bundle / "README.md").read_text().splitlines() if line.startswith("slimdiff generate")
     )
-    assert all(f"--{name[:-1]} " in command for name in PICTURES[task])
+    assert all((f"--{name[:-1]} " in command) != text_to_image for name in PICTURES[task])
 
 
 def test_a_masked_image_keeps_what_is_not_painted(folder, tmp_path, capsys):
@@ -173,6 +161,15 @@ REFUSALS = {
         ["text to image", *PROMPT, "--image", "images/0.png", "--mask", "odd.png"],
         "odd.png is 15 x 9 and its image 16 x 16",
     ),
+    "a picture of 16 bits": (["text to image", *PROMPT, "--image", "deep.png"], "more than 8 bits a channel (I;16)"),
+    "a transparent picture": (["text to image", *PROMPT, "--image", "clear.png"], "is transparent in places"),
+    "half a picture": (["text to image", *PROMPT, "--image", "half.jpg"], "cannot be read as a picture"),
+    "a class beyond the last": (["class-conditional", "--class", "1000"], "has classes 0 to 999, and 1000 is asked"),
+    "more classes than images": (["class-conditional", "--class", "1-3"], "--class names 3 classes for 1 images"),
+    "an argument that is a flag": (
+        ["text to image", *PROMPT, "--argument", "guidance_scale=0"],
+        "guidance_scale is set by guidance",
+    ),
     "a scheduler that is none": (["text to image", *PROMPT, "--scheduler", "fast"], "there is no scheduler 'fast'"),
     "a scheduler of other models": (
         ["text to image", *PROMPT, "--scheduler", "FlowMatchEulerDiscreteScheduler"],
@@ -188,6 +185,10 @@ def test_what_cannot_be_made_is_one_line(case, folder, tmp_path, capsys, monkeyp
     monkeypatch.chdir(folder)
     picture(5).resize((15, 9)).save("odd.png")
     (folder / "text.png").write_text("no picture")
+    Image.fromarray(np.full((16, 16), 20_000, dtype=np.uint16)).save("deep.png")
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save("clear.png")
+    picture(5, 64).save("whole.jpg")
+    Path("half.jpg").write_bytes(Path("whole.jpg").read_bytes()[:1000])
     flags, message = REFUSALS[case]
     assert message in refused(["generate", *flags, *STEPS, "--out", tmp_path / "a.png"], capsys)
     assert not (tmp_path / "a.png").exists()
@@ -196,7 +197,7 @@ def test_what_cannot_be_made_is_one_line(case, folder, tmp_path, capsys, monkeyp
 MATERIAL = {
     "fewer images": (["--images", "images", "--samples", 4], "images holds 3 images, and 4 are asked for"),
     "no image": (["--images", "empty", "--samples", 1], "empty holds no images (such as .png or .jpg)"),
-    "no folder": (["--images", "none", "--samples", 1], "none: there is no such folder of images"),
+    "no folder": (["--images", "none", "--samples", 1], "none: there is no such file or folder of images"),
     "fewer masks": (["--images", "images", "--masks", "few", "--samples", 2], "1 masks for 3 images: 0.png, for one"),
     "masks alone": (["--masks", "masks"], "give --images with them"),
 }
@@ -233,6 +234,33 @@ def test_masks_go_by_name_for_all_images_or_by_order_for_all():
         pair_masks(images, [Path(f"masks/{name}.png") for name in "bcd"])
     with pytest.raises(InputError, match="are masks of one name"):
         pair_masks(images, [*by_name, Path("masks/a.png")])
+
+
+def test_a_task_of_a_half_checkpoint_leaves_its_dtypes_as_they_are(folder, tmp_path, capsys):
+    half, slim = tmp_path / "half", tmp_path / "slim"
+    tiny_pipeline().to(torch.float16).save_pretrained(half)
+    flags = ["--images", folder / "images", "--prompts", folder / "prompts.txt", "--samples", 2, "--align", 4, *STEPS]
+    call(["compress", half, "--out", slim, "--reduce", "4%", *flags], capsys)
+    for part in ("unet", "vae", "text_encoder"):
+        tensors = [tensor for file in (slim / part).glob("*.safetensors") for tensor in load_file(file).values()]
+        assert tensors and {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
+
+
+def test_latents_are_not_clipped_by_a_scheduler_whose_settings_do_not_say():
+    own = EulerDiscreteScheduler(beta_schedule="scaled_linear")
+    assert [make_scheduler(own, name).config.clip_sample for name in ("ddim", "ddpm", "lcm")] == [False] * 3
+    assert make_scheduler(DDPMScheduler(), "ddim").config.clip_sample
+
+
+def test_an_upscalers_size_is_that_of_its_images():
+    class Upscaler:
+        low_res_scheduler, vae_scale_factor = None, 4
+
+        def __call__(self, prompt, image):
+            """What it takes is all that counts."""
+
+    (row,), sampling = neutral_inputs(Upscaler(), 1, Sampling(height=64, width=32))
+    assert row["image"].size == (8, 16) and sampling.height is None
 
 
 def test_classes_are_written_as_numbers_and_ranges():

@@ -207,10 +207,11 @@ def test_a_reference_that_cannot_be_read_is_refused(weights, tmp_path):
     fid = {"fid": str(weights["inception"])}
     with pytest.raises(InputError, match="there is no folder"):
         Measures(fid, str(tmp_path / "nowhere"), count=8)
-    with pytest.raises(InputError, match="has 0 images"):
+    with pytest.raises(InputError, match="holds no reference images"):
         Measures(fid, str(tmp_path), count=8)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(InputError, match="a.png cannot be read as an image"):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(InputError, match="a.png cannot be read as a picture"):
         Measures(fid, str(tmp_path), count=8)
     with pytest.raises(InputError, match="a reference folder is for fid and kid"):
         Measures({"psnr": None}, str(tmp_path), count=8)
