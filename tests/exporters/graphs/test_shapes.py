@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import tiny_unet
 
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import find_sites
@@ -19,6 +20,10 @@ from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.reading import read_graph, shape_of  # noqa: E402
 from exporters.graphs.shapes import add_shapes, check_leftovers, leftover_dims  # noqa: E402
 
+TWO_LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 RESNET = "mid_block.resnets.0"
 
@@ -88,6 +93,13 @@ def test_a_graph_whose_shapes_clash_is_refused(model):
 def test_nothing_dense_is_left_in_a_slim_graph(graph, slim):
     assert leftover_dims(graph, plan_of(slim)) == []
     check_leftovers(graph, plan_of(slim))
+
+
+def test_as_many_heads_as_a_head_has_dense_dimensions_are_nothing_dense(calls, tmp_path):
+    """Eight heads, of eight dimensions each before: the heads stay eight."""
+    dense = tiny_unet(attention_head_dim=8, block_out_channels=(64, 64), **TWO_LEVELS)
+    ranks = {site.path: 4 for site in find_sites(dense)[0] if site.group in ("query_key", "value_output")}
+    assert export_unet(skeleton(dense, ranks), tmp_path, calls[0]).is_file()
 
 
 def test_every_slimmed_layer_of_the_dense_graph_is_found(exported, slim):
