@@ -152,6 +152,11 @@ def read_variants(args: argparse.Namespace, *models: str | None) -> dict[str | N
     return choose_variants(read(args, WeightSettings).variant, *models)
 
 
+def add_pipeline(parser: Any) -> None:
+    """The model that completes a component folder, for commands whose MODEL may be one."""
+    text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone (default: its own pipeline's)")
+
+
 def add_usage(parser: Any, *names: str, **otherwise: Any) -> None:
     """Flags of `steps` and `guidance` that an artifact may know itself, for `read_usage`.
 
@@ -241,13 +246,13 @@ def read_material(
 ) -> tuple[str, Material]:
     """Where the prompts of `add_calibration` come from, and what up to `samples + more` images are made from.
 
-    It also refuses what is no model.
+    It also refuses what is no model, and a denoiser alone without its pipeline.
 
     Args:
-        model: whose prompts they are by default; the command's MODEL if not given.
+        model: whose prompts they are by default; the command's MODEL, perhaps with a `--pipeline`, if not given.
     """
+    find_model(model or args.model, None if model else getattr(args, "pipeline", None))
     model = model or args.model
-    find_model(model)
     source = args.prompts or default_source(model)
     folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
     return source, calibration_material(source, samples, more, **folders, default=args.prompts is None)
