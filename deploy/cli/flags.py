@@ -208,19 +208,37 @@ def add_material(parser: Any, pictures: str = "") -> None:
 
 def add_arguments(parser: Any) -> None:
     """More arguments of the pipeline's call, for `read_sampling`."""
-    several(parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as strength=0.8", type=_argument)
+    changed = "how much of an image is made anew, of image to image and inpainting: above 0, 1 for all of it"
+    text(parser, "--strength", "X", f"{changed} (default: the pipeline's own)", type=_strength)
+    several(
+        parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as image_guidance_scale=2", type=_argument
+    )
 
 
 def read_sampling(args: argparse.Namespace, **more: Any) -> Sampling:
-    """The flags of `Sampling`, with the `--argument`s."""
+    """The flags of `Sampling`, with the `--argument`s and `--strength`."""
     arguments = dict(getattr(args, "argument", []))
+    if (strength := getattr(args, "strength", None)) is not None:
+        if "strength" in arguments:
+            raise InputError("--strength and --argument strength=... say the same: give one of them")
+        arguments["strength"] = strength
     return read(args, Sampling, **({"arguments": arguments} if arguments else {}), **more)
+
+
+def _strength(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"is a number above 0 and up to 1, such as 0.8, not {text!r}")
+    return number
 
 
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"is like strength=0.8, not {text!r}")
+        raise argparse.ArgumentTypeError(f"is like image_guidance_scale=2, not {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -20,6 +20,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from PIL import Image
 
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
 from slimdiff.prompts.material import Material, open_picture
@@ -61,9 +62,10 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
 
     Raises:
         InputError: if the pipeline needs something that is not there, or takes no prompt and was given some; for
-            pictures of different sizes, or of a size that the pipeline would round.
+            pictures of different sizes, or of a size that the pipeline would round; see `check_strength` too.
     """
     takes = _takes(pipeline)
+    check_strength(pipeline, sampling.steps, sampling.arguments)
     if material.prompts and "prompt" not in takes and not material.default_prompts:
         raise InputError(f"{type(pipeline).__name__} takes no prompt: leave it out")
     if "prompt" in takes and not material.prompts and not {"prompt_embeds", "image_embeds"} & sampling.arguments.keys():

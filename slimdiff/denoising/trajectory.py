@@ -35,6 +35,7 @@ from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import make_scheduler
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.strength import check_strength
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -280,6 +281,7 @@ def _arguments(
             f"{type(pipeline).__name__} {' and '.join(problem)}: give each image's inputs as a mapping of the "
             "pipeline's arguments, and what is the same for all in the sampling's arguments"
         )
+    check_strength(pipeline, sampling.steps, inputs)
     usual = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance, "output_type": output_type}
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own

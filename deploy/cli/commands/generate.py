@@ -26,7 +26,7 @@ EXAMPLE = """examples:
   slimdiff generate demo --prompt "a large red circle top left, on a gray background" --out circle.png
   slimdiff generate demo --prompt "a blue star" --count 4 --scheduler euler --negative-prompt "red" --out stars.png
   slimdiff generate demo-onnx --runtime openvino --prompt "..." --out openvino.png
-  slimdiff generate my-checkpoint --image photo.png --mask sky.png --prompt "..." --argument strength=0.8 --out new.png
+  slimdiff generate my-checkpoint --image photo.png --mask sky.png --prompt "..." --strength 0.8 --out new.png
   slimdiff generate demo-build/export/slim --pipeline demo --prompt "..." --out onnx.png --seed 3"""
 
 
