@@ -189,7 +189,7 @@ def add_calibration(parser: Any, pictures: str = "") -> None:
     text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
     add_material(parser, pictures)
     add(parser, CalibrationSettings, "samples")
-    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width", "scheduler")
+    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width", "scheduler", "whole_prompts")
     add_arguments(parser)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 
+from slimdiff.denoising.long_prompts import warn_of_cuts
 from slimdiff.denoising.sizes import check_size
 from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
@@ -99,7 +100,9 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
             if painted:
                 row["mask_image"] = painted[number % len(painted)]
         sampling = _sized(sampling, pictures[0].size, takes)
-    return [row["prompt"] if row.keys() == {"prompt"} else row for row in rows], sampling
+    inputs: list[Inputs] = [row["prompt"] if row.keys() == {"prompt"} else row for row in rows]
+    warn_of_cuts(pipeline, inputs, sampling)
+    return inputs, sampling
 
 
 def neutral_inputs(

@@ -30,7 +30,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from slimdiff.denoising.long_prompts import encode_long_prompts
+from slimdiff.denoising.long_prompts import by_length, encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import make_scheduler
@@ -185,6 +185,11 @@ def sample_batch(
         InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
             number of steps, or every denoiser.
     """
+    if sampling.whole_prompts and len(parts := by_length(pipeline, prompts, numbers, sampling)) > 1:
+        found: dict[int, Any] = {}
+        for part in parts:
+            found |= zip(part, sample_batch(pipeline, prompts, part, sampling, output_type), strict=True)
+        return [found[number] for number in numbers]
     pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
     vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
