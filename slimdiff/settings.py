@@ -107,8 +107,8 @@ class Sampling(Settings):
     """In the place of the pipeline's own: a class of diffusers such as EulerDiscreteScheduler, or euler for short. It
     gets the settings of the pipeline's own."""
     whole_prompts: bool = False
-    """Whether prompts longer than CLIP takes are encoded in chunks, rather than cut as diffusers does. Graphs take one
-    number of tokens, and refuse what is longer."""
+    """Whether prompts longer than CLIP takes are encoded in chunks, rather than cut as diffusers does, with a warning.
+    Graphs take one number of tokens, and refuse what is longer."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of the pipeline's call, the same for every image, such as `num_frames` of a video."""
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slimdiff.loading.naming import places_of
 from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import working
 from slimdiff.settings import WeightSettings
@@ -40,6 +41,10 @@ def license_files(folder: Path) -> list[Path]:
 
 
 def copy_licenses(source: Path | str, folder: Path) -> None:
-    """Copy what is a licence from the folder of a model to that of what was made from it; `demo`'s is our own."""
-    for file in license_files(Path(source)) if str(source) != "demo" else []:
+    """Copy what is a licence from the folder of a model to that of what was made from it; `demo`'s is our own.
+
+    Of a component folder, those of its pipeline go along.
+    """
+    places = places_of(source) if str(source) != "demo" else []
+    for file in (file for place in reversed(places) for file in license_files(place)):
         shutil.copyfile(file, folder / file.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slimdiff.loading.naming import find_model
+from slimdiff.loading.naming import find_component, find_model
 from slimdiff.progress import working
 from slimdiff.storage import manifest
 
@@ -19,12 +19,19 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
 
 
-def model_hash(model: str) -> str:
+def model_hash(model: str, rest: str | None = None) -> str:
     """A hash of a model's files, which are not loaded: it changes when any of them does. Of one file its SHA-256.
+
+    Args:
+        rest: the model that gives the other components to a denoiser alone, whose files count, too.
 
     Raises:
         InputError: if there is no such model.
     """
+    if rest is not None and find_model(model, rest):
+        return manifest.fingerprint({"denoiser": folder_hash(Path(model)), "rest": model_hash(rest)})
+    if (component := find_component(model)) is not None and component.pipeline is None:
+        return folder_hash(component.folder)
     if (found := find_model(model)) is not None:
         return folder_hash(found) if found.is_dir() else manifest.sha256_of(found)
     from deploy.artifacts.figures import denoiser_of

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.layout import ENGINE_PIPELINE
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_component, is_part, read_index
 from slimdiff.loading.single_file import PICKLES, is_weights_file
 from slimdiff.storage import manifest
 
@@ -34,7 +35,8 @@ _BY_MANIFEST = ("bundle", "engines", ENGINE_PIPELINE)
 def kind_of(name: str) -> str:
     """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
 
-    A name that is not on the disk is taken for a model (a hub id).
+    The folder of a denoiser alone (`find_component`) is a model, too. A name that is not on the disk is taken for a
+    model (a hub id).
 
     Raises:
         InputError: if it is on the disk and is none of these.
@@ -50,9 +52,11 @@ def kind_of(name: str) -> str:
         # Parts of bundles and of pipelines look like other kinds: only the manifest tells them apart.
         if (path / manifest.MANIFEST).is_file() and (said := manifest.read_manifest(path)["kind"]) in _BY_MANIFEST:
             kind = said
-    if path.suffix in PICKLES and path.is_file():
-        kind = "model"  # and is refused as one
+    if (path.suffix in PICKLES and path.is_file()) or (kind is None and find_component(path)):
+        kind = "model"  # a pickle is refused as one
     if kind is None:
+        if is_part(path):
+            read_index(path)
         raise InputError(
             f"{name} is nothing that slimdiff knows: a diffusers pipeline directory, a safetensors file of a whole "
             "model, an ONNX file or folder, an engine folder, a bundle, statistics, a plan or a build folder"

@@ -7,9 +7,9 @@ was calibrated unless somebody says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from slimdiff.loading.naming import places_of
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
@@ -35,12 +35,13 @@ def usage_of(*names: str | None) -> dict[str, Any]:
     """`steps`, `guidance` and `scheduler` of the first of these artifacts that knows any; empty if none does.
 
     Args:
-        names: of artifacts; what is no folder with a manifest, such as a dense checkpoint, knows none.
+        names: of artifacts; what is no folder with a manifest, such as a dense checkpoint, knows none. A component
+            folder is used as its pipeline is.
 
     Raises:
         InputError: for a damaged manifest.
     """
-    folders = [Path(name) for name in names if name not in (None, "demo")]
+    folders = [place for name in names if name not in (None, "demo") for place in places_of(name)]
     contents = [manifest.read_manifest(f)["made_from"] for f in folders if (f / manifest.MANIFEST).is_file()]
     return next((usage for content in contents if (usage := _inside(content))), {})
 

@@ -96,15 +96,17 @@ def _other_files(folder: str, names: list[str]) -> list[str]:
 class TorchRest:
     """A model in torch, whose components are exported for every size that is needed."""
 
-    def __init__(self, model: str, safety_checker: bool = True, variant: str | None = None) -> None:
-        self.model, self.safety_checker, self.variant = model, safety_checker, variant
+    def __init__(
+        self, model: str, safety_checker: bool = True, variant: str | None = None, rest: str | None = None
+    ) -> None:
+        self.model, self.safety_checker, self.variant, self.rest = model, safety_checker, variant, rest
 
     @cached_property
     def pipeline(self) -> Any:
         from slimdiff.denoising.trajectory import with_scheduler
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(self.model, "fp32", variant=self.variant)
+        pipeline = load_pipeline(self.model, "fp32", variant=self.variant, rest=self.rest)
         return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property

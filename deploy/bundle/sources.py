@@ -18,6 +18,7 @@ from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, ru
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
 from slimdiff.settings import Sampling
 from slimdiff.storage import manifest as manifests
@@ -42,9 +43,10 @@ class Selection:
     variants: Mapping[str | None, str | None] = field(default_factory=dict)
     """Which weights are read of a model in torch, by its name."""
 
-    def rest(self, model: str) -> TorchRest:
-        """The other components of a model in torch."""
-        return TorchRest(model, self.safety_checker, self.variants.get(model))
+    def rest(self, model: str, pipeline: str | None = None) -> TorchRest:
+        """The other components of a model in torch; of a denoiser alone, those of `pipeline`."""
+        whole = pipeline if find_component(model) else None
+        return TorchRest(model, self.safety_checker, self.variants.get(model), whole)
 
 
 class Candidate(Model):
@@ -85,7 +87,7 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     """
     kind, path = kind_of(name), Path(name)
     if kind == "model":
-        return _model(name, selection)
+        return _model(name, pipeline, selection)
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
     if kind == "build":
@@ -140,14 +142,14 @@ def _candidate(name: str, write: Callable[[Path], None], precision: str, sample:
     return Candidate(name=name, write=write, precision=precision, batch=batch, **values)
 
 
-def _model(name: str, selection: Selection) -> Source:
+def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source:
     from deploy.artifacts.hashes import model_hash
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
     from slimdiff.planning.costs import batch_of
 
-    rest = selection.rest(name)
+    rest = selection.rest(name, pipeline_name)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
@@ -166,8 +168,8 @@ def _model(name: str, selection: Selection) -> Source:
             label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)
             candidates.append(_candidate(label, export, precision, sample, scale))
-    folders = [] if name == "demo" else [Path(name)]
-    return Source("model", folders, candidates, rest, {"model": model_hash(name)})
+    folders = [] if name == "demo" else [*places_of(name), *([Path(rest.rest)] if rest.rest else [])]
+    return Source("model", folders, candidates, rest, {"model": model_hash(name, rest.rest)})
 
 
 def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest | TorchRest:

@@ -152,6 +152,11 @@ def read_variants(args: argparse.Namespace, *models: str | None) -> dict[str | N
     return choose_variants(read(args, WeightSettings).variant, *models)
 
 
+def add_pipeline(parser: Any) -> None:
+    """The model that completes a component folder, for commands whose MODEL may be one."""
+    text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone (default: its own pipeline's)")
+
+
 def add_usage(parser: Any, *names: str, **otherwise: Any) -> None:
     """Flags of `steps` and `guidance` that an artifact may know itself, for `read_usage`.
 
@@ -184,7 +189,7 @@ def add_calibration(parser: Any, pictures: str = "") -> None:
     text(parser, "--prompts", "FILE", f"calibration prompts, one a line (default: {by_default})")
     add_material(parser, pictures)
     add(parser, CalibrationSettings, "samples")
-    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width", "scheduler")
+    add(parser, Sampling, "steps", "guidance", "batch", "seed", "height", "width", "scheduler", "whole_prompts")
     add_arguments(parser)
 
 
@@ -203,19 +208,37 @@ def add_material(parser: Any, pictures: str = "") -> None:
 
 def add_arguments(parser: Any) -> None:
     """More arguments of the pipeline's call, for `read_sampling`."""
-    several(parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as strength=0.8", type=_argument)
+    changed = "how much of an image is made anew, of image to image and inpainting: above 0, 1 for all of it"
+    text(parser, "--strength", "X", f"{changed} (default: the pipeline's own)", type=_strength)
+    several(
+        parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as image_guidance_scale=2", type=_argument
+    )
 
 
 def read_sampling(args: argparse.Namespace, **more: Any) -> Sampling:
-    """The flags of `Sampling`, with the `--argument`s."""
+    """The flags of `Sampling`, with the `--argument`s and `--strength`."""
     arguments = dict(getattr(args, "argument", []))
+    if (strength := getattr(args, "strength", None)) is not None:
+        if "strength" in arguments:
+            raise InputError("--strength and --argument strength=... say the same: give one of them")
+        arguments["strength"] = strength
     return read(args, Sampling, **({"arguments": arguments} if arguments else {}), **more)
+
+
+def _strength(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"is a number above 0 and up to 1, such as 0.8, not {text!r}")
+    return number
 
 
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"is like strength=0.8, not {text!r}")
+        raise argparse.ArgumentTypeError(f"is like image_guidance_scale=2, not {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -241,13 +264,13 @@ def read_material(
 ) -> tuple[str, Material]:
     """Where the prompts of `add_calibration` come from, and what up to `samples + more` images are made from.
 
-    It also refuses what is no model.
+    It also refuses what is no model, and a denoiser alone without its pipeline.
 
     Args:
-        model: whose prompts they are by default; the command's MODEL if not given.
+        model: whose prompts they are by default; the command's MODEL, perhaps with a `--pipeline`, if not given.
     """
+    find_model(model or args.model, None if model else getattr(args, "pipeline", None))
     model = model or args.model
-    find_model(model)
     source = args.prompts or default_source(model)
     folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
     return source, calibration_material(source, samples, more, **folders, default=args.prompts is None)

@@ -18,7 +18,7 @@ from deploy.artifacts.kinds import graph_of, kind_of, not_runnable
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, INDEX
 from slimdiff import embedded
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import find_model
+from slimdiff.loading.naming import find_component, find_model, places_of
 from slimdiff.storage import manifest
 
 READ = (
@@ -65,7 +65,8 @@ _BEGINNINGS = {
 def check_places(args: argparse.Namespace) -> None:
     """Refuse a command that would write over what it reads; see `check_apart`."""
     values = [value for name in READ if (value := getattr(args, name, None)) is not None]
-    read = [str(path) for value in values for path in (value if isinstance(value, list) else [value])]
+    names = [str(path) for value in values for path in (value if isinstance(value, list) else [value])]
+    read = [str(place) for name in names for place in (places_of(name) if Path(name).is_dir() else [name])]
     written = {
         f"--{name.replace('_', '-')}": Path(path) for name in WRITTEN if (path := getattr(args, name, None)) is not None
     }
@@ -209,7 +210,7 @@ def check_runnable(*names: str | None) -> None:
         if name is None:
             continue
         kind = kind_of(name)
-        if kind == "model":
+        if kind == "model" and find_component(name) is None:
             find_model(name)
         elif kind in ("plan", "statistics"):
             raise not_runnable(name, kind)

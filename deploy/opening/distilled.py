@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
+from slimdiff.loading.naming import places_of
 from slimdiff.settings import Sampling
 
 log = logging.getLogger("slimdiff")
@@ -24,7 +24,7 @@ def sign_of_distillation(pipeline: Any, name: str) -> str | None:
     scheduler = type(getattr(pipeline, "scheduler", None)).__name__
     if scheduler in _SCHEDULERS:
         return f"its scheduler is {scheduler}"
-    named = _NAMES.search(Path(name).name)
+    named = next((found for place in places_of(name) if (found := _NAMES.search(place.name))), None)
     return f"its name says {named[0]}" if named else None
 
 

@@ -12,6 +12,7 @@ from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.kinds import ENGINE_REPORT, graph_of, plan_beside
 from deploy.bundle.archive import unpack
 from deploy.bundle.description import read_bundle
+from exporters.graphs.alone import call_of_unet
 from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.pipeline import example_call
 from exporters.graphs.reading import inputs_of, outputs_of, read_graph
@@ -19,16 +20,17 @@ from exporters.layout import ENGINE_PIPELINE
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
-from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.loading.naming import find_component, places_of
+from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.storage import manifest as manifests
 
 
 def model(name: str, variant: str | None = None) -> dict[str, Any]:
-    """A diffusers pipeline, dense or slim."""
-    pipeline = load_pipeline(name, variant=variant)
-    denoiser = denoiser_of(pipeline)
+    """A diffusers pipeline, dense or slim; or a denoiser alone, whose `pipeline` is null."""
+    pipeline = None if find_component(name) else load_pipeline(name, variant=variant)
+    denoiser = load_denoiser(name, variant=variant) if pipeline is None else denoiser_of(pipeline)
     plan = plan_of(denoiser)
     if plan is not None:
         rows, left_dense = sites_of(plan), plan.left_dense
@@ -36,23 +38,23 @@ def model(name: str, variant: str | None = None) -> dict[str, Any]:
         sites, left_dense = find_sites(denoiser)
         rows = [site_row(s.name, s.group, s.heads, s.dense_rank, s.dense_rank) for s in sites]
     return {
-        "pipeline": type(pipeline).__name__,
+        "pipeline": None if pipeline is None else type(pipeline).__name__,
         "denoiser": type(denoiser).__name__,
         "slim": plan is not None,
-        **_costs(pipeline),
+        **_costs(denoiser, pipeline),
         "dense_parameters": plan.parameters["dense"] if plan else None,
         "sites": rows,
         "left_dense": left_dense,
         "lora": plan.calibration.get("lora") if plan else None,
-        "provenance": provenance(Path(name)),
+        "provenance": provenance(places_of(name)[-1]),
     }
 
 
-def _costs(pipeline: Any) -> dict[str, Any]:
-    """Of a pipeline that prompts alone do not run: all but its multiply-adds, and why those are not counted."""
-    denoiser = denoiser_of(pipeline)
+def _costs(denoiser: Any, pipeline: Any) -> dict[str, Any]:
+    """Of a model that prompts alone do not run: all but its multiply-adds, and why those are not counted."""
     try:
-        return dict(costs(denoiser, example_call(pipeline, batch=1)))
+        call = call_of_unet(denoiser, batch=1) if pipeline is None else example_call(pipeline, batch=1)
+        return dict(costs(denoiser, call))
     except InputError as error:
         sizes = {"parameters": count_parameters(denoiser), "bytes": count_bytes(denoiser)}
         return {**sizes, "macs": None, "macs_not_counted": str(error)}

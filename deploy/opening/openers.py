@@ -14,6 +14,7 @@ from exporters.dtypes import PRECISIONS
 from exporters.layout import ENGINE_PIPELINE
 from exporters.registry import names
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class Opened:
     runtime: str = "torch"
     """Its name."""
     pipeline: Any = None
-    """The whole pipeline, for a model or a bundle."""
+    """The whole pipeline, for a whole model or a bundle."""
     usage: dict[str, Any] = field(default_factory=dict)
     """What it was calibrated with; see `usage_of`."""
 
@@ -84,6 +85,7 @@ def open_denoiser(
     width: int | None = None,
     variant: str | None = None,
     lora: Sequence[Lora] = (),
+    rest: str | None = None,
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -93,6 +95,8 @@ def open_denoiser(
         height, width: of the images, pixels, where a bundle has denoisers for several sizes.
         variant: of a model's weights.
         lora: fused into a model's weights.
+        rest: the model that gives the other components to a component folder; without one it is opened with the
+            pipeline that it lies in, or alone.
 
     Raises:
         InputError: if it is none of them, a LoRA is to go into what is no model, or that runtime does not take it.
@@ -113,10 +117,14 @@ def open_denoiser(
     if kind == "model":
         from deploy.artifacts.figures import denoiser_of
         from slimdiff.denoising.trajectory import predict
-        from slimdiff.loading.pipelines import load_pipeline
+        from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 
-        pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora)
-        denoiser = denoiser_of(pipeline)
+        component, pipeline = find_component(name), None
+        if component is not None and not (component.pipeline or rest or lora):
+            denoiser = load_denoiser(name, "fp32", variant)
+        else:
+            pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora, rest=rest if component else None)
+            denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet
 

@@ -71,9 +71,10 @@ def open_pair(
     takes = [name for name, kind in kinds.items() if kind in ("onnx", "bundle")] or [dense]
     sides = []
     for name, lora in ((dense, loras["dense"]), (slim, loras["slim"])):
-        opened = open_denoiser(name, runtime if name in takes else None, variant=variants[name], lora=lora)
+        how: dict[str, Any] = {"variant": variants[name], "lora": lora, "rest": rest}
+        opened = open_denoiser(name, runtime if name in takes else None, **how)
         sides.append(Side(name, opened, opened.pipeline))
-    whole = next((side.name for side in sides if side.opened.kind == "model"), None)
+    whole = next((side.name for side in sides if side.opened.kind == "model" and side.pipeline is not None), None)
     for side in sides:
         if side.pipeline is None:
             place = rest or (None if (Path(side.name) / "model_index.json").is_file() else whole)

@@ -1,18 +1,30 @@
 """Prompts that are longer than CLIP takes: encoded in chunks, whose embeddings stand one behind the other.
 
 diffusers cuts such prompts. Web UIs encode 75 tokens at a time, each with a begin and an end, and cross attention takes
-any number of tokens. So it is done here, for pipelines whose text encoders are CLIP's.
+any number of tokens. So it is done here, for pipelines whose text encoders are CLIP's. What is cut all the same is
+said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimdiff.prompts import Inputs
+from slimdiff.settings import Sampling
+
+log = logging.getLogger("slimdiff")
 _ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_PIXEL_T5 = 77
+"""Tokens that DeepFloyd's pipelines, whose UNet is T5's, cut prompts to, whatever the tokenizer says."""
+_NO_LIMIT = 100_000
+"""Tokenizers without one say some such number."""
 
 
 def encode_long_prompts(pipeline: Any, inputs: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,15 +38,13 @@ def encode_long_prompts(pipeline: Any, inputs: Mapping[str, Any], takes: Mapping
         for Stable Diffusion `prompt_embeds [B, 77 n, D]` and `negative_prompt_embeds` of the same shape, for SDXL
         `pooled_prompt_embeds [B, E]` and their negative ones too, which are of the first chunk.
     """
-    parts = [(getattr(pipeline, t, None), getattr(pipeline, e, None)) for t, e in _ENCODERS]
-    parts = [(tokenizer, encoder) for tokenizer, encoder in parts if tokenizer is not None and encoder is not None]
     prompts, given = inputs.get("prompt"), dict(inputs)
-    of_clip = bool(parts) and all(map(_is_clip, parts)) and getattr(pipeline, "unet", None) is not None
-    if "prompt_embeds" not in takes or not isinstance(prompts, list) or not of_clip:
+    parts = _chunked(pipeline, takes, inputs)
+    if not isinstance(prompts, list) or not parts:
         return given
     negative = inputs.get("negative_prompt") or [""] * len(prompts)
     longest = max(_chunks(tokenizer, text) for tokenizer, _ in parts for text in [*prompts, *negative])
-    if longest == 1 or inputs.get("prompt_2") or inputs.get("clip_skip"):
+    if longest == 1:
         return given
     pooled = "pooled_prompt_embeds" in takes
     for name, texts in (("prompt", prompts), ("negative_prompt", negative)):
@@ -47,6 +57,83 @@ def encode_long_prompts(pipeline: Any, inputs: Mapping[str, Any], takes: Mapping
         given |= {key: v for key, v in ((f"{name}_embeds", embeds), (summarised, summary)) if key in takes}
         given.pop(name, None)
     return given
+
+
+def by_length(
+    pipeline: Any, prompts: Sequence[Inputs], numbers: Sequence[int], sampling: Sampling
+) -> list[Sequence[int]]:
+    """The numbers of a batch in parts whose prompts take as many chunks each, the shortest first.
+
+    A prompt in more chunks than it takes makes another image: what is in a batch with it must not decide on that.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    parts: dict[int, list[int]] = {}
+    for number in numbers:
+        row = _row(prompts[number], sampling)
+        counts = [_chunks(t, text) for t, _ in _chunked(pipeline, takes, row) for text in _texts(row)]
+        parts.setdefault(max(counts, default=1), []).append(number)
+    return [parts[count] for count in sorted(parts)]
+
+
+def warn_of_cuts(pipeline: Any, prompts: Sequence[Inputs], sampling: Sampling) -> None:
+    """Warn where the pipeline cuts prompts, saying how many, after how many tokens, and how to have them whole."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    rows = [_row(one, sampling) for one in prompts]
+    whole = _chunked(pipeline, takes, rows[0]) if rows else []
+    if whole and sampling.whole_prompts:
+        return
+    cut: dict[str, int] = {}
+    for name in _TOKENIZERS:
+        tokenizer = getattr(pipeline, name, None)
+        limit = _limit(pipeline, tokenizer, takes, sampling) if tokenizer is not None else _NO_LIMIT
+        longer = limit < _NO_LIMIT and sum(any(_length(tokenizer, t) > limit for t in _texts(row)) for row in rows)
+        if longer:
+            cut[f"{longer} by its {name} after {limit} tokens"] = longer
+    if cut:
+        remedy = (
+            ", or encode them in chunks (--whole-prompts; in a recipe, whole_prompts of a sampling)" if whole else ""
+        )
+        if "max_sequence_length" in takes:
+            remedy = ", or say how many it takes (--argument max_sequence_length=N)"
+        log.warning(
+            "of %d prompts %s cuts %s: shorten them%s",
+            *(len(rows), type(pipeline).__name__, " and ".join(cut), remedy),
+        )
+
+
+def _row(inputs: Inputs, sampling: Sampling) -> dict[str, Any]:
+    own = {"prompt": inputs} if isinstance(inputs, str) else dict(inputs)
+    return {**sampling.arguments, **own}
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[str]:
+    return (row[name] for name in ("prompt", "negative_prompt") if isinstance(row.get(name), str))
+
+
+def _limit(pipeline: Any, tokenizer: Any, takes: Mapping[str, Any], sampling: Sampling) -> int:
+    """Tokens of a prompt, with those that the tokenizer adds, after which the pipeline cuts it."""
+    own = int(tokenizer.model_max_length)
+    if type(tokenizer).__name__.startswith("CLIPTokenizer"):
+        return own
+    if "max_sequence_length" in takes:
+        said = sampling.arguments.get("max_sequence_length", takes["max_sequence_length"].default)
+        return said if isinstance(said, int) else own
+    if type(tokenizer).__name__.startswith("T5Tokenizer") and getattr(pipeline, "unet", None) is not None:
+        return _PIXEL_T5
+    return own
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
+
+
+def _chunked(pipeline: Any, takes: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The tokenizers and encoders of a pipeline that takes embeddings of several chunks; none of any other."""
+    parts = [(getattr(pipeline, t, None), getattr(pipeline, e, None)) for t, e in _ENCODERS]
+    parts = [(tokenizer, encoder) for tokenizer, encoder in parts if tokenizer is not None and encoder is not None]
+    of_clip = all(map(_is_clip, parts)) and getattr(pipeline, "unet", None) is not None
+    other = "prompt_embeds" not in takes or inputs.get("prompt_2") or inputs.get("clip_skip")
+    return parts if of_clip and not other else []
 
 
 def _is_clip(part: tuple[Any, Any]) -> bool:

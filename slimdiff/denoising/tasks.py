@@ -19,7 +19,9 @@ from typing import Any
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 
+from slimdiff.denoising.long_prompts import warn_of_cuts
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
 from slimdiff.prompts.material import Material, open_picture
@@ -61,9 +63,10 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
 
     Raises:
         InputError: if the pipeline needs something that is not there, or takes no prompt and was given some; for
-            pictures of different sizes, or of a size that the pipeline would round.
+            pictures of different sizes, or of a size that the pipeline would round; see `check_strength` too.
     """
     takes = _takes(pipeline)
+    check_strength(pipeline, sampling.steps, sampling.arguments)
     if material.prompts and "prompt" not in takes and not material.default_prompts:
         raise InputError(f"{type(pipeline).__name__} takes no prompt: leave it out")
     if "prompt" in takes and not material.prompts and not {"prompt_embeds", "image_embeds"} & sampling.arguments.keys():
@@ -97,7 +100,9 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
             if painted:
                 row["mask_image"] = painted[number % len(painted)]
         sampling = _sized(sampling, pictures[0].size, takes)
-    return [row["prompt"] if row.keys() == {"prompt"} else row for row in rows], sampling
+    inputs: list[Inputs] = [row["prompt"] if row.keys() == {"prompt"} else row for row in rows]
+    warn_of_cuts(pipeline, inputs, sampling)
+    return inputs, sampling
 
 
 def neutral_inputs(

@@ -30,11 +30,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from slimdiff.denoising.long_prompts import encode_long_prompts
+from slimdiff.denoising.long_prompts import by_length, encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import make_scheduler
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.strength import check_strength
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -184,6 +185,11 @@ def sample_batch(
         InputError: if the pipeline needs or refuses an argument, or does not run: not every scheduler takes every
             number of steps, or every denoiser.
     """
+    if sampling.whole_prompts and len(parts := by_length(pipeline, prompts, numbers, sampling)) > 1:
+        found: dict[int, Any] = {}
+        for part in parts:
+            found |= zip(part, sample_batch(pipeline, prompts, part, sampling, output_type), strict=True)
+        return [found[number] for number in numbers]
     pipeline = copy.copy(pipeline)  # its progress bar, scheduler and training mode stay the caller's
     pipeline.set_progress_bar_config(disable=True)
     vars(pipeline)["progress_bar"] = lambda over=None, total=None: bar(over, "steps", "step", total=total)
@@ -280,6 +286,7 @@ def _arguments(
             f"{type(pipeline).__name__} {' and '.join(problem)}: give each image's inputs as a mapping of the "
             "pipeline's arguments, and what is the same for all in the sampling's arguments"
         )
+    check_strength(pipeline, sampling.steps, inputs)
     usual = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance, "output_type": output_type}
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own

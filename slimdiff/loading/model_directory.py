@@ -22,7 +22,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from slimdiff.errors import InputError
-from slimdiff.loading.naming import INDEX, read_index
+from slimdiff.loading.naming import CONFIG, INDEX, Component, read_index
 from slimdiff.loading.transformers_files import check_vocabulary
 from slimdiff.loading.weights import Weights, choose_variant, find_weights, read_headers
 from slimdiff.storage import manifest
@@ -91,7 +91,7 @@ def check_model_directory(folder: Path, variant: str | None = None, without: Col
         # Pipelines of one model may have its files beside the index.
         place = folder if issubclass(kind, _MODELS) and not (folder / name).exists() else folder / name
         if place.is_dir():
-            _check_component(place, kind)
+            _check_folder(place, kind)
         if issubclass(kind, _MODELS):
             if place == folder and not (folder / "config.json").is_file():
                 raise InputError(f"{folder / INDEX} names a {name}, and there is no such folder: copy the model whole")
@@ -105,6 +105,23 @@ def check_model_directory(folder: Path, variant: str | None = None, without: Col
         raise InputError(f"{folder / INDEX} says nothing of the {', '.join(unsaid)}: give it, or say [null, null]")
     choose_variant((weights for _, weights in found.models.values()), variant, folder)
     return found
+
+
+def check_component(component: Component) -> tuple[Any, Weights]:
+    """The class and the files of a denoiser alone; refused is what a whole directory would be refused for.
+
+    Of a pipeline with a manifest, its part is checked against that.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    folder, above = component.folder, component.pipeline
+    if above is not None and (above / manifest.MANIFEST).is_file():
+        manifest.verify_manifest(above, under=f"{folder.name}/")
+    library = "slimdiff.models" if component.kind.startswith("Slim") else "diffusers"
+    kind = library_class([library, component.kind], folder / CONFIG, _MODELS)
+    _check_folder(folder, kind)
+    return kind, find_weights(folder, kind)
 
 
 def pipeline_class(name: Any, where: Path) -> type[diffusers.DiffusionPipeline]:
@@ -152,7 +169,7 @@ def _pipeline_module(library: str) -> ModuleType | None:
     return found if inside else None
 
 
-def _check_component(folder: Path, kind: Any) -> None:
+def _check_folder(folder: Path, kind: Any) -> None:
     check_vocabulary(kind, folder)
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter_config.json, which names another model: fuse the adapter first")

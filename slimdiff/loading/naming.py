@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,91 @@ from slimdiff.loading.single_file import PICKLES, check_single_file
 from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
+CONFIG = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _VARIANT = re.compile(r"\.(\w+)(-\d{5}-of-\d{5})?\.safetensors")
+_DENOISERS = re.compile(r"(Slim)?\w*(UNet|Transformer|DiT)\w*")
 
 
-def find_model(model: str | Path) -> Path | None:
-    """The directory of `demo` or of a local diffusers pipeline, or a file of a whole model; None for a hub id.
+@dataclass(frozen=True)
+class Component:
+    """The folder of a denoiser alone, such as the `unet` of a pipeline's directory.
+
+    Attributes:
+        kind: the name of its class.
+        pipeline: the directory above it, where its `model_index.json` names this component; else None.
+    """
+
+    folder: Path
+    kind: str
+    pipeline: Path | None
+
+    @property
+    def name(self) -> str:
+        """What pipelines call it: `unet` or `transformer`."""
+        return "unet" if "UNet" in self.kind else "transformer"
+
+
+def find_component(model: str | Path) -> Component | None:
+    """The component that a folder is, by its `config.json` and weights; None for anything else.
 
     Raises:
-        InputError: if it is none of these; see `read_index` and `check_single_file` too.
+        InputError: if its configuration cannot be read.
+    """
+    folder = Path(model).absolute()
+    if not (folder / CONFIG).is_file() or (folder / INDEX).is_file():
+        return None
+    config = manifest.read_json(folder / CONFIG)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    weights = any(file.suffix in (".safetensors", *PICKLES) for file in folder.iterdir())
+    if not weights or not isinstance(kind, str) or not _DENOISERS.fullmatch(kind):
+        return None
+    above = folder.parent
+    entry = read_index(above).get(folder.name) if (above / INDEX).is_file() else None
+    named = isinstance(entry, list) and len(entry) == 2 and entry[1] == kind
+    return Component(folder, kind, above if named else None)
+
+
+def is_part(folder: Path) -> bool:
+    """Whether a folder lies in a pipeline's directory, with a configuration of its own, whatever it holds."""
+    return (folder / CONFIG).is_file() and (folder.absolute().parent / INDEX).is_file()
+
+
+def places_of(model: str | Path) -> list[Path]:
+    """Where a model's files lie: its own place, and the directory of the pipeline that a component belongs to."""
+    component = find_component(model)
+    return [Path(model), *([component.pipeline] if component and component.pipeline else [])]
+
+
+def find_model(model: str | Path, rest: str | None = None) -> Path | None:
+    """The directory of `demo` or of a local diffusers pipeline, or a file of a whole model; None for a hub id.
+
+    Of a component folder it is the directory of its pipeline; with `rest`, the folder itself.
+
+    Args:
+        rest: the model that gives the other components to a component folder.
+
+    Raises:
+        InputError: if it is none of these, or a component without its pipeline; see `read_index` and
+            `check_single_file` too.
     """
     path = embedded.path() if str(model) == "demo" else Path(model)
+    component = find_component(path)
+    if rest is not None:
+        if component is None:
+            raise InputError(f"{model} is no denoiser alone, which --pipeline gives other components: leave that out")
+        find_model(rest)
+        return path
     if path.is_file():
         check_single_file(path)
         return path
+    if component is not None:
+        if component.pipeline is None:
+            raise InputError(
+                f"{model} is a {component.name} alone, and no pipeline's directory holds it: name the whole model, or "
+                "say with --pipeline, where the command has that, which model's other components go with it"
+            )
+        return component.pipeline
     if path.is_dir():
         read_index(path)
         return path
@@ -110,6 +182,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / INDEX
     if not file.is_file():
+        if is_part(folder):
+            raise InputError(f"{folder} is a part of a pipeline and no denoiser: name {folder.absolute().parent}")
         raise InputError(f"{folder} is not a diffusers pipeline directory: it has no {INDEX}")
     content = manifest.read_json(file)
     if not isinstance(content, dict):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.components import load_component
 from slimdiff.loading.loras import fuse_loras
-from slimdiff.loading.model_directory import check_model_directory
-from slimdiff.loading.naming import check_lora, find_model
+from slimdiff.loading.model_directory import check_component, check_model_directory
+from slimdiff.loading.naming import check_lora, choose_variants, find_component, find_model
 from slimdiff.loading.single_file_weights import load_single_file
+from slimdiff.loading.weights import choose_variant
 from slimdiff.progress import working
 from slimdiff.settings import DTYPES, Lora
 
@@ -30,8 +33,11 @@ def load_pipeline(
     variant: str | None = None,
     without: Sequence[str] = (),
     lora: Sequence[Lora | str] = (),
+    rest: str | None = None,
 ) -> DiffusionPipeline:
     """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
+
+    The folder of a denoiser alone is loaded with the other components of its pipeline, or of `rest`.
 
     Safetensors only, and no code but ours.
 
@@ -44,6 +50,7 @@ def load_pipeline(
         variant: of the weights, such as `fp16`; if not given the unnamed one, or the only one that is there.
         without: components that are not needed, and are neither fetched nor loaded: they become None.
         lora: files to fuse into the weights, each at its scale, or as text `FILE:SCALE` (see `fuse_loras`).
+        rest: the model that gives the other components to a denoiser alone; the pipeline that it lies in if not given.
 
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
@@ -53,18 +60,24 @@ def load_pipeline(
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
     for one in loras:
         check_lora(Path(one.file))
-    absent = dict.fromkeys(without)
+    instead: dict[str, Any] = dict.fromkeys(without)
     try:
-        path = find_model(model)
+        path, whole, own = find_model(model, rest), model, None
+        if rest is not None and (own := find_component(model)) is not None:
+            variants, whole = choose_variants(variant, str(model), rest), rest
+            instead[own.name] = load_denoiser(model, dtype, variants[str(model)])
+            path, variant = find_model(rest), variants[rest]
         if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
-            path = Path(DiffusionPipeline.download(str(model), **safe, **absent))
+            path = Path(DiffusionPipeline.download(str(whole), **safe, **instead))
         if path.is_file():
             if variant is not None:
                 raise InputError(f"{path} is one file, without variants: leave out the variant {variant!r}")
-            pipeline = load_single_file(path, read_dtype(dtype), without)
+            pipeline = load_single_file(path, read_dtype(dtype), instead)
         else:
-            pipeline = _load_directory(path, read_dtype(dtype), variant, absent)
+            pipeline = _load_directory(path, read_dtype(dtype), variant, instead)
+        if own is not None and own.name not in pipeline.components:
+            raise InputError(f"{rest} is a {type(pipeline).__name__}, which has no {own.name}: name another --pipeline")
         if loras:
             fuse_loras(pipeline, loras)
         return pipeline
@@ -75,17 +88,35 @@ def load_pipeline(
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
 
 
+def load_denoiser(model: str | Path, dtype: torch.dtype | str | None = None, variant: str | None = None) -> nn.Module:
+    """The model in a component folder alone (`find_component`), with every weight from its files.
+
+    Args:
+        dtype, variant: as of `load_pipeline`.
+
+    Raises:
+        InputError: if it is none, or what `load_pipeline` would refuse of it.
+    """
+    component = find_component(model)
+    if component is None:
+        raise InputError(f"{model} is no folder of a denoiser alone, with its config.json and weights")
+    kind, weights = check_component(component)
+    choose_variant([weights], variant, component.folder)
+    return load_component(component.folder, kind, weights, read_dtype(dtype), variant)
+
+
 def _load_directory(
-    path: Path, dtype: torch.dtype | None, variant: str | None, without: dict[str, None]
+    path: Path, dtype: torch.dtype | None, variant: str | None, instead: Mapping[str, Any]
 ) -> DiffusionPipeline:
-    found = check_model_directory(path, variant, without)
-    parts = found.values | without
+    """The pipeline in a directory; `instead` has components that are not read, and what is in their place."""
+    found = check_model_directory(path, variant, instead)
+    parts = {**found.values, **instead}
     for name, (kind, weights) in found.models.items():
         parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
     for name, (kind, folder) in found.others.items():
         parts[name] = kind.from_pretrained(folder, local_files_only=True)
     takes = inspect.signature(found.pipeline.__init__).parameters
-    pipeline = found.pipeline(**{name: part for name, part in parts.items() if name in takes or name not in without})
+    pipeline = found.pipeline(**{name: part for name, part in parts.items() if name in takes or name not in instead})
     pipeline.register_to_config(_name_or_path=str(path))
     return pipeline
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,13 @@ _LAST_NORM = re.escape(UNET) + r"output_blocks\.\d+\.1\.transformer_blocks\.0\.n
 
 
 def load_single_file(
-    file: Path, dtype: torch.dtype | None = None, without: Sequence[str] = ()
+    file: Path, dtype: torch.dtype | None = None, instead: Mapping[str, Any] | None = None
 ) -> diffusers.DiffusionPipeline:
     """The pipeline of a file; every weight of each component comes from it, in the dtype that it has there.
 
     Args:
         dtype: of all its floating-point weights; each keeps its own if not given.
-        without: components that are not needed, and are not read: they become None.
+        instead: components that are not read, and what the pipeline has in their place: None of what is not needed.
 
     Raises:
         InputError: see `check_single_file`; or naming the component, and tensors that are absent, of another shape or
@@ -60,6 +60,7 @@ def load_single_file(
     header, layout, configs = check_single_file(file)
     kind, scheduler = layout["pipelines"][str(configs["unet"]["in_channels"])]
     parts: dict[str, Any] = dict(layout["values"])
+    instead = instead or {}
     prediction = _prediction(header, layout)
     if prediction == "v_prediction" and "v_prediction_pixels" in layout:
         configs["vae"]["sample_size"] = layout["v_prediction_pixels"]
@@ -67,26 +68,26 @@ def load_single_file(
     for text in layout["text_encoders"]:
         name, tokenizer = (part + text["suffix"] for part in ("text_encoder", "tokenizer"))
         config = configs[name]
-        if name not in without:
+        if name not in instead:
             past = f"{text['prefix']}transformer.resblocks.{config['num_hidden_layers']}."  # SD 2's last layer
             tensors = _read(header, text["prefix"], dtype, past)
             parts[name] = _fill(header, name, getattr(transformers, text["class"]), config, tensors, text["prefix"])
-        if tokenizer not in without:
+        if tokenizer not in instead:
             parts[tokenizer] = make_tokenizer(text["pad_token"], config["max_position_embeddings"])
-    if "vae" not in without:
+    if "vae" not in instead:
         vae = _read(header, VAE, dtype)
         parts["vae"] = _fill(header, "vae", diffusers.AutoencoderKL, configs["vae"], vae, VAE)
-    if "unet" not in without:
+    if "unet" not in instead:
         unet = _read(header, UNET, dtype)
         parts["unet"] = _fill(header, "unet", diffusers.UNet2DConditionModel, configs["unet"], unet, UNET)
-    if "scheduler" not in without:
+    if "scheduler" not in instead:
         parts["scheduler"] = _scheduler(scheduler, prediction, zero_snr="ztsnr" in header.shapes)
     if dtype == torch.float16:
-        for name in configs.keys() - set(without):
+        for name in configs.keys() - instead.keys():
             refuse_overflow(parts[name], name)
     of = getattr(diffusers, kind)
     takes = inspect.signature(of.__init__).parameters
-    pipeline = of(**parts | {name: None for name in without if name in takes})
+    pipeline = of(**parts | {name: part for name, part in instead.items() if name in takes})
     pipeline.register_to_config(_name_or_path=str(file))
     return pipeline
 

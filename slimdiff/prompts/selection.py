@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from slimdiff.errors import InputError
 from slimdiff.progress import bar
 from slimdiff.prompts import check_inputs
 
+log = logging.getLogger("slimdiff")
 # No tokenizer needs more for a prompt; some of them name no limit of their own.
 _MOST_TOKENS = 512
 
@@ -37,10 +39,10 @@ def embed(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 6
     parts = []
     with bar(name="embed", unit="prompt", total=len(prompts) * len(encoders)) as done:
         for tokenizer, encoder in encoders:
-            rows = []
+            rows, longer, limit = [], 0, min(tokenizer.model_max_length, _MOST_TOKENS)
             for start in range(0, len(prompts), batch):
                 chunk = list(prompts[start : start + batch])
-                limit = min(tokenizer.model_max_length, _MOST_TOKENS)
+                longer += sum(len(ids) > limit for ids in tokenizer(chunk, verbose=False).input_ids)
                 tokens = tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt")
                 mask = tokens.attention_mask.to(encoder.device)
                 hidden = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state.float()
@@ -48,6 +50,8 @@ def embed(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch: int = 6
                 rows.append(normalize((hidden * own).sum(1) / own.sum(1)).cpu())
                 done.update(len(chunk))
             parts.append(torch.cat(rows))
+            if longer:
+                log.warning("%d of %d prompts are judged by their first %d tokens", longer, len(prompts), limit)
     return torch.cat(parts, 1)
 
 

@@ -187,11 +187,12 @@ def is_inside(name: str) -> bool:
     return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
 
 
-def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
+def verify_manifest(folder: Path, *, exact: bool = False, under: str = "") -> dict[str, Any]:
     """Check every file against the manifest; a progress bar shows if that takes over two seconds.
 
     Args:
         exact: refuse files that the manifest does not list, too, and links of any kind.
+        under: only the files whose names begin so.
 
     Raises:
         InputError: naming the first file that is missing or differs.
@@ -199,9 +200,10 @@ def verify_manifest(folder: Path, *, exact: bool = False) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if exact:
         _refuse_others(folder, manifest["files"])
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    files = {name: entry for name, entry in manifest["files"].items() if name.startswith(under)}
+    total = sum(entry["bytes"] for entry in files.values())
     with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=AFTER, leave=False) as done:
-        for name, expected in manifest["files"].items():
+        for name, expected in files.items():
             file = folder / name
             if not leads_inside(file, folder):
                 raise InputError(f"{folder / MANIFEST} names {name!r}, which is outside the artifact: refused")

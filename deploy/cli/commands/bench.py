@@ -13,6 +13,7 @@ from deploy.cli.outputs import check_new_file, check_runnable
 from exporters.registry import names
 from exporters.settings import BenchSettings
 from slimdiff.errors import InputError
+from slimdiff.loading.naming import find_component
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
@@ -130,7 +131,8 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path, variant: s
     from exporters.latency.pair import Job
 
     kind = kind_of(name)
-    if kind == "model" and (runtime is None or runtime in names("graph") or (runtime == "torch" and variant)):
+    alone = variant or find_component(name)  # which the process that times it does not open itself
+    if kind == "model" and (runtime is None or runtime in names("graph") or (runtime == "torch" and alone)):
         return written(name, runtime or "onnxruntime", batch, scratch, variant)
     runtime = runtime_for(name, kind, runtime)
     if kind == "model":
@@ -141,6 +143,7 @@ def job_of(name: str, runtime: str | None, batch: int, scratch: Path, variant: s
 def written(name: str, runtime: str, batch: int, folder: Path, variant: str | None = None) -> Job:
     """A model's denoiser as that runtime takes it: its graph, or its weights."""
     from deploy.opening.openers import open_denoiser
+    from exporters.graphs.alone import call_of_unet
     from exporters.graphs.pipeline import example_call
     from exporters.latency.pair import write_job
     from exporters.runtimes.opening import version_of
@@ -149,7 +152,9 @@ def written(name: str, runtime: str, batch: int, folder: Path, variant: str | No
     calm_libraries()
     log.info("bench: exporting %s", name)
     opened = open_denoiser(name, variant=variant)
-    return write_job(name, opened.denoiser, example_call(opened.pipeline, batch=batch), runtime, folder)
+    whole = opened.pipeline is not None
+    call = example_call(opened.pipeline, batch=batch) if whole else call_of_unet(opened.denoiser, batch=batch)
+    return write_job(name, opened.denoiser, call, runtime, folder)
 
 
 def _show(args: argparse.Namespace, gate: Gate | None) -> int:

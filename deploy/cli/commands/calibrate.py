@@ -35,6 +35,7 @@ An interrupted calibration goes on where it stopped when the same command is giv
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", f"{flags.MODEL}; none to merge", nargs="?")
+    flags.add_pipeline(parser)
     flags.text(parser, "--out", "FILE", "where the statistics go", required=True)
     merged = "statistics of the same model to add: other prompts, seeds"
     flags.text(parser, "--merge", "FILE", merged, nargs="+", default=[])
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.calibration import distributed
     from slimdiff.denoising.tasks import for_task, make_inputs
 
-    pipeline = for_task(load_pipeline(args.model, variant=variant, lora=args.lora), material)
+    pipeline = for_task(load_pipeline(args.model, variant=variant, lora=args.lora, rest=args.pipeline), material)
     warn_of_steps(pipeline, args.model, calibration.sampling)
     prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})

@@ -44,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
     flags.add_usage(parser, "steps", "guidance", steps=STEPS)
-    flags.add(parser, Sampling, "batch", "height", "width", "scheduler")
+    flags.add(parser, Sampling, "batch", "height", "width", "scheduler", "whole_prompts")
     flags.add_arguments(parser)
     flags.add(parser, Sampling, "seed", default=10_000)
     parser.add_argument("--runtime", choices=names(), help="what runs ONNX and bundles (default: as for generate)")

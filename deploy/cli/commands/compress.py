@@ -29,11 +29,13 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
   slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
-  slimdiff compress my-checkpoint --out slim --plan edited-plan.json"""
+  slimdiff compress my-checkpoint --out slim --plan edited-plan.json
+  slimdiff compress finetuned/unet --pipeline my-checkpoint --out slim --reduce 12%"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", flags.MODEL)
+    flags.add_pipeline(parser)
     flags.text(parser, "--out", "DIR", "where the slim model goes", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
     flags.add_budget(what)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    held, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora), None
+    held, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline), None
     pipeline = for_task(held, material)
     prompts, sampling = make_inputs(pipeline, material, sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
@@ -131,7 +133,8 @@ def _write(
     out, plan = Path(args.out), slim.plan
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(pipeline, temporary, weights)
-        copy_licenses(args.model, temporary)
+        for source in filter(None, (args.pipeline, args.model)):
+            copy_licenses(source, temporary)
         plan.save(temporary / "plan.json")
         if args.maps:
             save_maps(temporary, slim.maps, denoiser_of(pipeline))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploy.artifacts.numbers import size as in_bytes
 from deploy.artifacts.usage import said_of
@@ -12,19 +13,23 @@ from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
-from slimdiff.loading.naming import find_model
+from slimdiff.loading.naming import find_component, find_model
 from slimdiff.settings import MOST_AT_ONCE, Sampling, WeightSettings
 from slimdiff.storage import manifest
 
-DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
+DESCRIPTION = """Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline; of the
+folder of a UNet alone, its graph."""
 EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
-  slimdiff export slim --out slim-onnx --dynamic batch,size"""
+  slimdiff export slim --out slim-onnx --dynamic batch,size
+  slimdiff export my-checkpoint/unet --out unet-onnx"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", flags.MODEL)
+    whole = "the whole pipeline with a denoiser alone in it (default: a graph of the UNet alone)"
+    flags.text(parser, "--pipeline", "MODEL", f"whose other components go with a denoiser alone: {whole}")
     flags.text(parser, "--out", "DIR", "where the ONNX folder goes", required=True)
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
@@ -50,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     dynamic = {f"dynamic_{name}": True for name in open_dims}
     settings, image = flags.read(args, ExportSettings, **dynamic), flags.read_usage(args, args.model)
     weights = flags.read(args, WeightSettings)
-    find_model(args.model)
+    alone = args.pipeline is None and find_component(args.model) is not None
+    if not alone:
+        find_model(args.model, args.pipeline)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
@@ -58,28 +65,51 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.files import copy_licenses
     from deploy.artifacts.hashes import model_hash
     from deploy.build import shapes
-    from exporters.graphs.pipeline import example_call, export_pipeline
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.pipeline import export_pipeline
     from exporters.graphs.precision import fp32_islands
     from slimdiff.adapters import fused_files
-    from slimdiff.denoising.trajectory import with_scheduler
-    from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora)
-    pipeline = with_scheduler(pipeline, image)
-    size = {"height": image.height, "width": image.width}
-    call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
+    pipeline, unet, call = _open(args, image, weights.variant)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
-        files = export_pipeline(pipeline, temporary, settings, call=call)
-        copy_licenses(args.model, temporary)
+        if alone:
+            scheduler = getattr(pipeline, "scheduler", None)
+            files = [export_unet(unet, temporary, call, settings, scheduler=scheduler)]
+        else:
+            files = export_pipeline(pipeline, temporary, settings, call=call)
+        for source in filter(None, (args.pipeline, args.model)):
+            copy_licenses(source, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
-        islands = fp32_islands(temporary / "unet" / "model.onnx")
+        islands = fp32_islands(temporary / names[0])  # the UNet's
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
-        fused = {"lora": fused} if (fused := fused_files(pipeline)) else {}
-        made_from = {"model": model_hash(args.model), **said_of(image), **fused, **settings.model_dump()}
+        fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}
+        made_from = {"model": model_hash(args.model, args.pipeline), **said_of(image), **fused, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
-    lines = [f"{out}: {len(names)} graphs, {settings.precision}, {in_bytes(written)}", *(f"  {name}" for name in names)]
+    graphs = "1 graph" if alone else f"{len(names)} graphs"
+    lines = [f"{out}: {graphs}, {settings.precision}, {in_bytes(written)}", *(f"  {name}" for name in names)]
     return result(args, value, "\n".join(lines))
+
+
+def _open(args: argparse.Namespace, image: Sampling, variant: str | None) -> tuple[Any, Any, Any]:
+    """The pipeline, its denoiser, and a call of it that graphs are for; no pipeline for a UNet that lies in none."""
+    from deploy.artifacts.figures import denoiser_of
+    from exporters.graphs.alone import call_of_unet
+    from exporters.graphs.pipeline import example_call
+    from slimdiff.denoising.trajectory import with_scheduler
+    from slimdiff.loading.pipelines import load_denoiser, load_pipeline
+
+    shapes: dict[str, Any] = {"batch": args.batch, "guidance": image.guidance}
+    component = find_component(args.model)
+    if component is None or component.pipeline or args.pipeline or args.lora:
+        pipeline = load_pipeline(args.model, "fp32", variant=variant, lora=args.lora, rest=args.pipeline)
+        pipeline = with_scheduler(pipeline, image)
+        return pipeline, denoiser_of(pipeline), example_call(pipeline, height=image.height, width=image.width, **shapes)
+    for flag, value in (("--height and --width", image.height), ("--scheduler", image.scheduler)):
+        if value is not None:
+            raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
+    unet = load_denoiser(args.model, "fp32", variant)
+    return None, unet, call_of_unet(unet, **shapes)

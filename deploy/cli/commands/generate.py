@@ -6,6 +6,7 @@ import argparse
 import inspect
 import time
 from pathlib import Path
+from typing import Any
 
 from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
@@ -25,7 +26,7 @@ EXAMPLE = """examples:
   slimdiff generate demo --prompt "a large red circle top left, on a gray background" --out circle.png
   slimdiff generate demo --prompt "a blue star" --count 4 --scheduler euler --negative-prompt "red" --out stars.png
   slimdiff generate demo-onnx --runtime openvino --prompt "..." --out openvino.png
-  slimdiff generate my-checkpoint --image photo.png --mask sky.png --prompt "..." --argument strength=0.8 --out new.png
+  slimdiff generate my-checkpoint --image photo.png --mask sky.png --prompt "..." --strength 0.8 --out new.png
   slimdiff generate demo-build/export/slim --pipeline demo --prompt "..." --out onnx.png --seed 3"""
 
 
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import sample_images
 
     size = {"height": asked.height, "width": asked.width}
-    opened = open_denoiser(args.artifact, args.runtime, **size, variant=variants[args.artifact], lora=args.lora)
+    how: dict[str, Any] = {**size, "variant": variants[args.artifact], "lora": args.lora, "rest": args.pipeline}
+    opened = open_denoiser(args.artifact, args.runtime, **how)
     pipeline = for_task(whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline]), material)
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
         raise InputError(f"{args.artifact} makes videos, and generate writes images: call the pipeline from Python")

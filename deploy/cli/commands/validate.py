@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
-    base = open_denoiser(args.base, variant=variants[args.base], lora=args.lora)
-    candidate = open_denoiser(args.candidate, args.runtime, variant=variants[args.candidate])
+    rest = args.pipeline
+    base = open_denoiser(args.base, variant=variants[args.base], lora=args.lora, rest=rest)
+    candidate = open_denoiser(args.candidate, args.runtime, variant=variants[args.candidate], rest=rest)
     if base.precision != "fp32":
         raise InputError(
             f"{args.base} computes in {base.precision}: BASE is the reference and has to be fp32; name the model itself"

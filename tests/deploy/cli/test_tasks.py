@@ -176,7 +176,14 @@ REFUSALS = {
         "DDIMScheduler cannot be exchanged for FlowMatchEulerDiscreteScheduler",
     ),
     "an argument that is none": (["text to image", *PROMPT, "--argument", "strenth=1"], "takes no strenth"),
-    "no argument": (["text to image", *PROMPT, "--argument", "strength"], "is like strength=0.8"),
+    "a strength for none": (["text to image", *PROMPT, "--strength", "0.5"], "takes no strength"),
+    "a strength beyond all": (["text to image", *PROMPT, "--strength", "1.5"], "is a number above 0 and up to 1"),
+    "two strengths": (["text to image", *PROMPT, "--strength", "1", "--argument", "strength=1"], "give one of them"),
+    "less than a step": (
+        ["text to image", *PROMPT, "--image", "images/0.png", "--strength", "0.4"],
+        "at strength 0.4 leaves not one of 2 steps: take 3 steps or more, or a strength of at least 0.5",
+    ),
+    "no argument": (["text to image", *PROMPT, "--argument", "strength"], "is like image_guidance_scale=2"),
 }
 
 
@@ -192,6 +199,22 @@ def test_what_cannot_be_made_is_one_line(case, folder, tmp_path, capsys, monkeyp
     flags, message = REFUSALS[case]
     assert message in refused(["generate", *flags, *STEPS, "--out", tmp_path / "a.png"], capsys)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_less_than_a_step_is_refused_before_calibration(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slimdiff.denoising.trajectory.sample_batch", lambda *_, **__: pytest.fail("it began"))
+    flags = ["--images", folder / "images", "--samples", 2, "--steps", 1, "--reduce", "4%", "--out", tmp_path / "slim"]
+    line = refused(["compress", folder / "text to image", *flags], capsys)
+    assert "at strength 0.8, its default, leaves not one of 1 steps: take 2 steps or more" in line
+
+
+def test_strength_says_how_much_of_an_image_is_made_anew(folder, tmp_path, capsys):
+    flags = [*PROMPT, *STEPS, "--image", folder / "images" / "0.png"]
+    made = []
+    for name, strength in (("a", ["--strength", 0.5]), ("b", ["--argument", "strength=0.5"]), ("c", ["--strength", 1])):
+        call(["generate", folder / "text to image", *flags, *strength, "--out", tmp_path / f"{name}.png"], capsys)
+        made.append((tmp_path / f"{name}.png").read_bytes())
+    assert made[0] == made[1] != made[2]
 
 
 MATERIAL = {
