@@ -50,7 +50,8 @@ class ExportSettings(Settings):
     opset: int = Field(default=22, ge=21, le=22)
     """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
     keep_fp32: list[str] = Field(default_factory=list)
-    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32. `vae`
+    is the VAE, and paths and patterns that begin with `vae.` are of its modules (`vae.decoder.up_blocks.2`)."""
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
