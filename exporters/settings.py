@@ -60,6 +60,11 @@ class ExportSettings(Settings):
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 
 
+def of_vae(path: str) -> bool:
+    """Whether a path or pattern of `keep_fp32` names the VAE, or modules of it."""
+    return path.partition(".")[0] == "vae"
+
+
 def parse_sizes(text: str) -> list[int] | None:
     """Sizes as trtexec and Polygraphy write them, `2x4x64x64`; None for any other text, or a size of seven digits."""
     parts = text.split("x")

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
-from exporters.graphs.vae import export_vae, settings_for_unet
+from exporters.graphs.vae import export_vae, settings_for_unet, tile_call
 from exporters.layout import (
     CONFIGURED,
     FINAL_NORM,
@@ -99,6 +99,7 @@ def export_pipeline(
     *,
     call: Call | None = None,
     without: Sequence[str] = (),
+    vae_tile: int | None = None,
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
 
@@ -115,10 +116,11 @@ def export_pipeline(
         folder: gets a subfolder per component and `model_index.json`.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
+        vae_tile: side in pixels of the VAE's graphs, which then make larger images by tiles of that size.
 
     Raises:
         InputError: for a pipeline without a unet, with text encoders other than CLIP's, or with a component that there
-            is no place for; and for a path or pattern in `keep_fp32` of no module.
+            is no place for; for a path or pattern in `keep_fp32` of no module, and a tile that the VAE cannot have.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
@@ -133,6 +135,7 @@ def export_pipeline(
     check_carried(index, type(pipeline).__name__)
     for_unet = settings_for_unet(parts["unet"], parts["vae"], settings)
     call = call or example_call(pipeline)
+    of_vae = call if vae_tile is None else tile_call(call, vae_tile, getattr(pipeline, "vae_scale_factor", 1), settings)
     export = partial(export_unet, scheduler=parts["scheduler"])
     jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, for_unet)}
     for name, encoder in encoders.items():
@@ -141,7 +144,7 @@ def export_pipeline(
         jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, norm, settings)
     if is_component(index.get(SAFETY_CHECKER)):
         jobs[SAFETY_CHECKER] = partial(_export_safety_checker, parts[SAFETY_CHECKER], folder / SAFETY_CHECKER, settings)
-    jobs |= {name: partial(export_vae, name, pipeline, folder / name, call, settings) for name in VAES}
+    jobs |= {name: partial(export_vae, name, pipeline, folder / name, of_vae, settings) for name in VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
     with bar(jobs.items(), name="export", unit="graph") as shown:

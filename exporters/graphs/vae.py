@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, in_precision, in_steps, open_size, write_config
 from exporters.graphs.precision import cast_tensor, paths_to_keep
-from exporters.settings import ExportSettings
+from exporters.settings import ExportSettings, of_vae
 from slimdiff.denoising.trajectory import Call, map_tensors
-
-WHOLE = "vae"
-"""In `keep_fp32`, the VAE; its modules' paths begin with it and a dot, and all other paths are the UNet's."""
+from slimdiff.errors import InputError
 
 
 class VaeDecoder(nn.Module):
@@ -50,23 +48,19 @@ HALVES: dict[str, type[VaeDecoder | VaeEncoder]] = {"vae_decoder": VaeDecoder, "
 def settings_for_unet(unet: nn.Module, vae: nn.Module | None, settings: ExportSettings) -> ExportSettings:
     """The settings without the paths of VAE modules, once every path and pattern has matched something.
 
-    Without a VAE they stay, so that an export of the UNet alone refuses them.
-
     Raises:
         InputError: for a path or pattern of no module.
     """
-    of_vae = paths_of_vae(settings)
-    if vae is None or not of_vae:
-        return settings
-    others = [path for path in settings.keep_fp32 if path not in of_vae]
-    for module, patterns in ((unet, others), (VaeDecoder(vae), of_vae)):
-        paths_to_keep(module, patterns)
+    own = paths_of_vae(settings) if vae is not None else []
+    others = [path for path in settings.keep_fp32 if path not in own]
+    paths_to_keep(unet, others)
+    paths_to_keep(VaeDecoder(vae) if vae is not None else unet, own)
     return settings.model_copy(update={"keep_fp32": others})
 
 
 def paths_of_vae(settings: ExportSettings) -> list[str]:
     """Those of `keep_fp32` that name modules of the VAE."""
-    return [path for path in settings.keep_fp32 if path.partition(".")[0] == WHOLE]
+    return [path for path in settings.keep_fp32 if of_vae(path)]
 
 
 def is_half(vae: Any, settings: ExportSettings) -> bool:
@@ -76,7 +70,28 @@ def is_half(vae: Any, settings: ExportSettings) -> bool:
     none of its modules: who names them has looked which overflow.
     """
     kept = paths_of_vae(settings)
-    return settings.precision != "fp32" and WHOLE not in kept and bool(kept or not vae.config.get("force_upcast"))
+    return settings.precision != "fp32" and "vae" not in kept and bool(kept or not vae.config.get("force_upcast"))
+
+
+def tile_call(call: Call, side: int, scale: int, settings: ExportSettings) -> Call:
+    """What `export_vae` takes in the place of a denoiser's call for graphs of tiles, `side` pixels high and wide.
+
+    Args:
+        scale: pixels per latent, along a side.
+
+    Raises:
+        InputError: for another side than a multiple of four latents (a quarter of a tile overlaps the next), a tile
+            larger than the images, and for graphs of open size, which take any.
+    """
+    if settings.dynamic_size:
+        raise InputError("--vae-tile: a VAE of open size takes tiles of any size: leave it out")
+    height, width = (scale * latents for latents in call.arguments["sample"].shape[-2:])
+    if side % (4 * scale) or side > min(height, width):
+        raise InputError(
+            f"--vae-tile: a tile of images of {height} x {width} is a multiple of {4 * scale} pixels and no larger "
+            f"than they are, not {side}"
+        )
+    return Call(0, 0, {"sample": torch.zeros(1, 1, side // scale, side // scale)})
 
 
 def export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> Path:
@@ -99,23 +114,24 @@ def export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: Exp
         opened |= open_size(step)
     half = is_half(vae, settings)
     dtype = dtype_of(settings) if half else torch.float32
-    module: Any = HALVES[name](vae)
-    kept = paths_to_keep(module, paths_of_vae(settings)) if half else []
-    module = in_precision(module, dtype, kept)
-    if kept:
-        _enter_in(dtype, module.vae, kept)
+    module = half_in_precision(name, vae, settings)
     file = export_module(module, {inside: example.to(dtype)}, [outside], folder, settings, {inside: opened}, "vae.")
     # What overflows is fp32 inside the graph: diffusers' pipelines, which would cast all of the VAE, are to leave it.
     write_config(vae, folder, **({"force_upcast": False} if half and vae.config.get("force_upcast") else {}))
     return file
 
 
-def _enter_in(dtype: torch.dtype, vae: Any, kept: list[str]) -> None:
-    """Have what enters a decoder's `up_blocks` in that dtype, where only something inside the first of them is fp32.
-
-    diffusers casts it to the dtype of their first weight.
-    """
+def half_in_precision(name: str, vae: nn.Module, settings: ExportSettings) -> nn.Module:
+    """A half of a VAE as it is exported: in half precision, where `is_half` says so, but for what is kept in fp32."""
+    module: Any = HALVES[name](vae)
+    if not is_half(vae, settings):
+        return in_precision(module, torch.float32)
+    dtype, kept = dtype_of(settings), paths_to_keep(module, paths_of_vae(settings))
+    module = in_precision(module, dtype, kept)
     first = "vae.decoder.up_blocks.0"
     if any(path.startswith(f"{first}.") for path in kept):
-        down = partial(map_tensors, partial(cast_tensor, torch.float32, dtype))
-        vae.decoder.up_blocks[0].register_forward_pre_hook(lambda _module, args: down(args))
+        # diffusers casts what enters the blocks to the dtype of their first weight, and it may be one that is kept.
+        down = partial(cast_tensor, torch.float32, dtype)
+        block = module.get_submodule(first)
+        block.register_forward_pre_hook(lambda _module, inputs: map_tensors(down, inputs))
+    return module

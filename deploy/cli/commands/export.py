@@ -20,7 +20,8 @@ DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for opti
 EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
-  slimdiff export slim --out slim-onnx --dynamic batch,size"""
+  slimdiff export slim --out slim-onnx --dynamic batch,size
+  slimdiff export slim --out slim-onnx --precision fp16 --height 2048 --width 2048 --vae-tile 512"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
+    tile = "side in pixels of the VAE's graphs, which make larger images by tiles of that size, for less memory"
+    flags.whole(parser, "--vae-tile", tile)
     unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
     flags.add(parser, ExportSettings, "safety_checker", flag="--no-safety-checker", const=False, help=unchecked)
 
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
-        files = export_pipeline(pipeline, temporary, settings, call=call)
+        files = export_pipeline(pipeline, temporary, settings, call=call, vae_tile=args.vae_tile)
         copy_licenses(args.model, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]
         islands = fp32_islands(temporary / "unet" / "model.onnx")
