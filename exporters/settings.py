@@ -50,13 +50,19 @@ class ExportSettings(Settings):
     opset: int = Field(default=22, ge=21, le=22)
     """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
     keep_fp32: list[str] = Field(default_factory=list)
-    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32."""
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32. `vae`
+    is the VAE, and paths and patterns that begin with `vae.` are of its modules (`vae.decoder.up_blocks.2`)."""
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
     """Leave height and width open, in the steps that the model's down-scaling makes. Engines want them fixed."""
     safety_checker: bool = True
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
+
+
+def of_vae(path: str) -> bool:
+    """Whether a path or pattern of `keep_fp32` names the VAE, or modules of it."""
+    return path.partition(".")[0] == "vae"
 
 
 def parse_sizes(text: str) -> list[int] | None:

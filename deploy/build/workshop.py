@@ -20,7 +20,9 @@ from deploy.recipe.material import calibration_material, comparison_material, ha
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
+from exporters.graphs.vae import settings_for_unet
 from exporters.registry import runtime_of
+from exporters.settings import ExportSettings
 from slimdiff import Budget, Compressor, Plan, Statistics
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.precision import held_like, in_dtype
@@ -152,12 +154,18 @@ class Workshop:
         sweep = self.recipe.sweep
         return [self.recipe.budget.budget(), *(sweep.budgets() if sweep else [])]
 
+    @property
+    def of_unet(self) -> ExportSettings:
+        """How denoisers are exported. What `keep_fp32` names of the VAE is for the bundles of this build."""
+        return settings_for_unet(denoiser_of(self.slim), getattr(self.slim, "vae", None), self.recipe.export)
+
     def refuse_impossible(self) -> None:
-        """Refuse a budget that cannot be met, before the long work.
+        """Refuse a budget that cannot be met, and modules to be kept in fp32 that are not there, before the long work.
 
         Raises:
-            InputError: saying how much can go.
+            InputError: saying how much can go, or which.
         """
+        settings_for_unet(denoiser_of(self.dense), getattr(self.dense, "vae", None), self.recipe.export)
         sampling = self.calibration.sampling
         size = {"height": sampling.height, "width": sampling.width}
         call = partial(example_call, self.dense, **size, guidance=sampling.guidance)

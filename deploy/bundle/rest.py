@@ -70,7 +70,12 @@ class ExportedRest:
         spec = next(iter(inputs_of(read_graph(self.folder / "vae_decoder" / GRAPH)).values()))
         own = (*(d if isinstance(d, int) else None for d in spec.shape[2:4]), None, None)[:2]
         for size in sizes:
-            if any(have not in (None, need) for have, need in zip(own, size, strict=True)):
+            fits = all(have in (None, need) for have, need in zip(own, size, strict=True))
+            # A smaller one makes the only size by tiles.
+            by_tiles = len(sizes) == 1 and all(
+                have and need and have <= need for have, need in zip(own, size, strict=True)
+            )
+            if not fits and not by_tiles:
                 raise InputError(
                     f"the VAE in {self.folder} is for latents of {own[0]}x{own[1]}, a denoiser for {size[0]}x{size[1]}:"
                     " name a model with --pipeline, whose VAE is exported for every size"
@@ -97,9 +102,15 @@ class TorchRest:
     """A model in torch, whose components are exported for every size that is needed."""
 
     def __init__(
-        self, model: str, safety_checker: bool = True, variant: str | None = None, rest: str | None = None
+        self,
+        model: str,
+        safety_checker: bool = True,
+        variant: str | None = None,
+        rest: str | None = None,
+        keep_fp32: Sequence[str] = (),
     ) -> None:
         self.model, self.safety_checker, self.variant, self.rest = model, safety_checker, variant, rest
+        self.keep_fp32 = list(keep_fp32)
 
     @cached_property
     def pipeline(self) -> Any:
@@ -125,7 +136,8 @@ class TorchRest:
         from exporters.graphs.pipeline import example_call, export_pipeline
         from exporters.settings import ExportSettings
 
-        settings = ExportSettings(precision=precision, safety_checker=self.safety_checker)  # type: ignore[arg-type]
+        about: Any = {"precision": precision, "safety_checker": self.safety_checker, "keep_fp32": self.keep_fp32}
+        settings = ExportSettings(**about)
         beside = (*TEXT_ENCODERS, SAFETY_CHECKER)
         for size in sizes:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}

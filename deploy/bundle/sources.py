@@ -17,6 +17,7 @@ from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
+from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
@@ -42,11 +43,13 @@ class Selection:
     """That the pipeline is used with: how many samples a model is exported for, where `shapes` do not say."""
     variants: Mapping[str | None, str | None] = field(default_factory=dict)
     """Which weights are read of a model in torch, by its name."""
+    keep_fp32: Sequence[str] = ()
+    """What of a model in torch stays in fp32; see `ExportSettings.keep_fp32`."""
 
     def rest(self, model: str, pipeline: str | None = None) -> TorchRest:
         """The other components of a model in torch; of a denoiser alone, those of `pipeline`."""
         whole = pipeline if find_component(model) else None
-        return TorchRest(model, self.safety_checker, self.variants.get(model), whole)
+        return TorchRest(model, self.safety_checker, self.variants.get(model), whole, self.keep_fp32)
 
 
 class Candidate(Model):
@@ -91,12 +94,19 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
     if kind == "build":
-        checked = selection.safety_checker and build_folder.read_verdict(path)["recipe"]["export"].get(
-            "safety_checker", True
-        )
-        rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked)
+        export = build_folder.read_verdict(path)["recipe"]["export"]
+        checked = selection.safety_checker and export.get("safety_checker", True)
+        rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked, keep_fp32=export.get("keep_fp32", ()))
     else:
         rest = _rest(name, pipeline, selection)
+    # Of a denoiser alone, the VAE may still be a model in torch.
+    late = [
+        path for path in selection.keep_fp32 if kind == "build" or isinstance(rest, ExportedRest) or not of_vae(path)
+    ]
+    if late:
+        raise InputError(
+            f"--keep-fp32 {late[0]}: {name} is exported already, and takes that then (a build, in its recipe)"
+        )
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
@@ -146,6 +156,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from deploy.artifacts.hashes import model_hash
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
+    from exporters.graphs.vae import settings_for_unet
     from exporters.settings import ExportSettings
     from slimdiff.planning.costs import batch_of
 
@@ -153,13 +164,15 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
+    settings = ExportSettings(keep_fp32=list(selection.keep_fp32))
+    settings = settings_for_unet(pipeline.unet, pipeline.vae, settings)
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
-        settings = ExportSettings(precision=precision)
-        export_unet(pipeline.unet, folder, call, settings, scheduler=pipeline.scheduler)
+        how = settings.model_copy(update={"precision": precision})
+        export_unet(pipeline.unet, folder, call, how, scheduler=pipeline.scheduler)
 
     own = 0 if selection.shapes else batch_of(example_call(pipeline, guidance=selection.guidance))
     candidates = []

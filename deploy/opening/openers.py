@@ -164,6 +164,17 @@ def runtime_for(name: str, kind: str, runtime: str | None) -> str:
     raise InputError(f"{name} is {'ONNX' if kind == 'onnx' else 'an engine'}, which {chosen} does not run: {remedy}")
 
 
+def vae_of(opened: Opened, name: str) -> Any:
+    """The VAE that an artifact runs beside its denoiser; None for a model in torch, and for a denoiser alone."""
+    if opened.kind == "bundle":
+        return opened.pipeline.vae
+    if opened.kind == "model" or not (Path(name) / "vae_decoder").is_dir():
+        return None
+    from exporters.runtimes.vae import VAE
+
+    return VAE.open(name, opened.runtime)
+
+
 def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | None = None) -> Any:
     """A pipeline that makes images with what was opened.
 

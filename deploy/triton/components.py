@@ -74,6 +74,13 @@ def find_components(source: Path, index: Mapping[str, Any], settings: TritonSett
                     f"{component.folder} leaves more open than the batch ({name} is {list(tensor.shape)}): a server "
                     "makes images of one size, so export for that (slimdiff export --height --width)"
                 )
+    sides = {c.name: (c.inputs.get("sample") or c.inputs.get("latent_sample")) for c in components}
+    unet, vae = (spec and spec.shape[-2:] for spec in (sides["unet"], sides["vae_decoder"]))
+    if unet != vae:
+        raise InputError(
+            f"the UNet in {source} takes latents of {unet} and the VAE of {vae}: a server makes no images by tiles, so "
+            "export both for one size, without --vae-tile"
+        )
     if settings.backend == "tensorrt" and not any(c.name == "unet" and c.backend == "tensorrt" for c in components):
         raise InputError(
             f"there is no engine of the UNet in {source}: put what `slimdiff engine` wrote into its folder unet, or "

@@ -20,7 +20,7 @@ from exporters.graphs.inputs import NAMES, arguments_from, in_graph_dtype, named
 from exporters.graphs.inputs import in_steps as in_steps
 from exporters.graphs.inputs import open_size as open_size
 from exporters.graphs.naming import name_by_module
-from exporters.graphs.precision import keep_in_float32, paths_to_keep, widen_softmax
+from exporters.graphs.precision import join_casts, keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
 from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
@@ -160,6 +160,7 @@ def export_module(
             )
             assert program is not None
             widen_softmax(program.model)
+            join_casts(program.model)
             name_by_module(program.model, prefix)
             ir.save(program.model, str(file), external_data=f"{GRAPH}.data")
     finally:
@@ -174,10 +175,14 @@ def export_module(
     return file
 
 
-def write_config(module: Any, folder: Path) -> None:
-    """Write the module's `config.json`, which optimum reads beside the graph; no paths of this machine in it."""
+def write_config(module: Any, folder: Path, **changed: Any) -> None:
+    """Write the module's `config.json`, which optimum reads beside the graph; no paths of this machine in it.
+
+    Args:
+        changed: in the place of its own values.
+    """
     source = module if hasattr(module, "to_json_string") else module.config  # diffusers' and transformers' ways
-    config = {k: v for k, v in json.loads(source.to_json_string()).items() if k != "_name_or_path"}
+    config = {k: v for k, v in json.loads(source.to_json_string()).items() if k != "_name_or_path"} | changed
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

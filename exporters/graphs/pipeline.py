@@ -14,15 +14,8 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from exporters.graphs.export import (
-    dtype_of,
-    export_module,
-    export_unet,
-    in_precision,
-    in_steps,
-    open_size,
-    write_config,
-)
+from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.vae import export_vae, settings_for_unet, tile_call
 from exporters.layout import (
     CONFIGURED,
     FINAL_NORM,
@@ -77,25 +70,6 @@ class _TextEncoder(nn.Module):
         return (*first, *(weight.expand(len(input_ids), -1) for weight in norm), *found.hidden_states[:-1])
 
 
-class _VaeDecoder(nn.Module):
-    def __init__(self, vae: nn.Module):
-        super().__init__()
-        self.vae: Any = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample, return_dict=False)[0]
-
-
-class _VaeEncoder(nn.Module):
-    def __init__(self, vae: nn.Module):
-        super().__init__()
-        self.vae: Any = vae
-
-    def forward(self, sample: Tensor) -> Tensor:
-        found = self.vae.encode(sample)
-        return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
-
-
 class _SafetyChecker(nn.Module):
     """Stable Diffusion's, as far as its verdict: which images are to be black, by scores rounded to thousandths."""
 
@@ -125,6 +99,7 @@ def export_pipeline(
     *,
     call: Call | None = None,
     without: Sequence[str] = (),
+    vae_tile: int | None = None,
 ) -> list[Path]:
     """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
 
@@ -132,18 +107,20 @@ def export_pipeline(
 
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
-    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32, and
-    so does a safety checker. optimum itself runs none; `slimdiff`'s runtimes do.
+    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32, unless
+    `settings.keep_fp32` names what of it does, and so does a safety checker. optimum itself runs none; `slimdiff`'s
+    runtimes do.
 
     Args:
         pipeline: with a unet, a vae and CLIP text encoders; not changed.
         folder: gets a subfolder per component and `model_index.json`.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
+        vae_tile: side in pixels of the VAE's graphs, which then make larger images by tiles of that size.
 
     Raises:
         InputError: for a pipeline without a unet, with text encoders other than CLIP's, or with a component that there
-            is no place for.
+            is no place for; for a path or pattern in `keep_fp32` of no module, and a tile that the VAE cannot have.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
@@ -156,16 +133,18 @@ def export_pipeline(
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
     index = dict(pipeline.config) if settings.safety_checker else without_safety_checker(pipeline.config)
     check_carried(index, type(pipeline).__name__)
+    for_unet = settings_for_unet(parts["unet"], parts["vae"], settings)
     call = call or example_call(pipeline)
+    of_vae = call if vae_tile is None else tile_call(call, vae_tile, getattr(pipeline, "vae_scale_factor", 1), settings)
     export = partial(export_unet, scheduler=parts["scheduler"])
-    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, settings)}
+    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, for_unet)}
     for name, encoder in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
         norm = TEXT_ENCODERS[1] not in encoders  # SDXL takes hidden states as they are
         jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, norm, settings)
     if is_component(index.get(SAFETY_CHECKER)):
         jobs[SAFETY_CHECKER] = partial(_export_safety_checker, parts[SAFETY_CHECKER], folder / SAFETY_CHECKER, settings)
-    jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in VAES}
+    jobs |= {name: partial(export_vae, name, pipeline, folder / name, of_vae, settings) for name in VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []
     with bar(jobs.items(), name="export", unit="graph") as shown:
@@ -234,27 +213,6 @@ def _export_safety_checker(checker: Any, folder: Path, settings: ExportSettings)
     open_batch = {"clip_input": {0: "batch"}}
     file = export_module(wrapped, inputs, ["has_nsfw_concepts"], folder, settings, open_batch, "safety_checker.")
     write_config(checker, folder)
-    return file
-
-
-def _export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> Path:
-    vae, scale = pipeline.vae, pipeline.vae_scale_factor
-    height, width = call.arguments["sample"].shape[-2:]
-    if name == "vae_decoder":
-        inside, outside, step = "latent_sample", "sample", 1
-        example = torch.randn(2, vae.config.latent_channels, height, width)
-    else:
-        inside, outside, step = "sample", "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample", scale
-        example = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
-    opened: dict[int, Any] = {0: "batch"}
-    if settings.dynamic_size:
-        example = in_steps(example, step)
-        opened |= open_size(step)
-    dtype = torch.float32 if vae.config.get("force_upcast") else dtype_of(settings)
-    cast = in_precision(vae, dtype)
-    wrapped = _VaeDecoder(cast) if name == "vae_decoder" else _VaeEncoder(cast)
-    file = export_module(wrapped, {inside: example.to(dtype)}, [outside], folder, settings, {inside: opened}, "vae.")
-    write_config(vae, folder)
     return file
 
 

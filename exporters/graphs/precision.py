@@ -31,13 +31,16 @@ NORMS = ("GroupNormalization", "LayerNormalization")
 def paths_to_keep(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Paths of the modules that match a pattern, without those inside another that does.
 
+    Of a list of modules, which computes nothing itself, they are its items.
+
     Args:
         patterns: paths, or shell-style patterns of whole paths such as `*.attn1`.
 
     Raises:
         InputError: for a pattern that matches nothing.
     """
-    paths = [path for path, _ in module.named_modules() if path]
+    modules = dict(module.named_modules())
+    paths = [path for path in modules if path]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise InputError(
@@ -45,7 +48,14 @@ def paths_to_keep(module: nn.Module, patterns: Sequence[str]) -> list[str]:
                 "whole paths, such as '*.attn1'"
             )
     chosen = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
-    return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+    chosen = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+    return [called for path in chosen for called in _called(path, modules[path])]
+
+
+def _called(path: str, module: nn.Module) -> list[str]:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [path]
+    return [called for name, item in module.named_children() for called in _called(f"{path}.{name}", item)]
 
 
 def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
@@ -53,14 +63,15 @@ def keep_in_float32(module: nn.Module, paths: Iterable[str]) -> None:
 
     The model is changed in place; the weights of these modules are to be float32 already.
     """
-    up, down = partial(_cast, torch.float16, torch.float32), partial(_cast, torch.float32, torch.float16)
+    up, down = partial(cast_tensor, torch.float16, torch.float32), partial(cast_tensor, torch.float32, torch.float16)
     for path in paths:
         part = module.get_submodule(path)
         part.register_forward_pre_hook(lambda _module, *inputs: map_tensors(up, inputs), with_kwargs=True)
         part.register_forward_hook(lambda _module, _inputs, output: map_tensors(down, output))
 
 
-def _cast(old: torch.dtype, new: torch.dtype, tensor: Tensor) -> Tensor:
+def cast_tensor(old: torch.dtype, new: torch.dtype, tensor: Tensor) -> Tensor:
+    """The tensor in the new dtype, if it is in the old one."""
     return tensor.to(new) if tensor.dtype == old else tensor
 
 
@@ -92,6 +103,30 @@ def widen_softmax(model: ir.Model, terms: int = SOFTMAX_TERMS) -> None:
             cast.metadata_props.update(node.metadata_props)  # which say whose module it is
         graph.insert_before(node, up)
         graph.insert_after(node, down)
+
+
+def join_casts(model: ir.Model) -> None:
+    """Let what is cast down to half precision and up again stay in fp32: between two modules that are kept in fp32.
+
+    A value beyond 65504 gets from one to the next so.
+
+    Args:
+        model: changed in place; it says every tensor's dtype, as torch's exporter leaves it.
+    """
+    wide, half = (require("onnx_ir", "onnx").DataType[name] for name in ("FLOAT", "FLOAT16"))
+    graph = model.graph
+    for up in [node for node in graph if node.op_type == "Cast" and node.outputs[0].dtype == wide]:
+        source = up.inputs[0]
+        down = source.producer() if source is not None and source.dtype == half else None
+        if source is None or down is None or down.op_type != "Cast":
+            continue
+        if down.inputs[0] is None or down.inputs[0].dtype != wide:
+            continue
+        if not up.outputs[0].is_graph_output():
+            up.outputs[0].replace_all_uses_with(down.inputs[0])
+            graph.remove(up, safe=True)
+        if not source.uses() and not source.is_graph_output():
+            graph.remove(down, safe=True)
 
 
 def fp32_islands(onnx_file: Path | str) -> list[dict[str, str]]:

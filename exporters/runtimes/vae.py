@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from exporters.layout import read_config
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
+from exporters.runtimes.tiles import decode_tiles, encode_tiles, smaller
 from slimdiff.errors import InputError
 
 
@@ -24,11 +25,12 @@ class VAE(RuntimeModule):
     """Drop-in for a pipeline's vae: `pipeline.vae = VAE.open("onnx")`.
 
     Its answers have the graph's dtype, as a module's have that of its weights. The encoder is opened when it is first
-    asked: text to image never does.
+    asked: text to image never does. Images larger than a graph of fixed size takes are made by tiles of that size.
 
     Args:
         decoder: `latent_sample [B, C, h, w]` -> `sample [B, 3, H, W]`.
-        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`.
+        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`; None where there
+            is none.
 
     Raises:
         InputError: if the decoder is none.
@@ -36,12 +38,12 @@ class VAE(RuntimeModule):
 
     tensor = "latent_sample"
 
-    def __init__(self, decoder: Session, open_encoder: Callable[[], Session], config: dict[str, Any]):
+    def __init__(self, decoder: Session, open_encoder: Callable[[], Session] | None, config: dict[str, Any]):
         if set(decoder.inputs) != {"latent_sample"}:
             raise InputError(f"{decoder.source} is no VAE's decoder: its inputs are {', '.join(decoder.inputs)}")
         super().__init__(decoder, FrozenDict(config))
         self._open_encoder = open_encoder
-        self.use_slicing = False
+        self.use_slicing = self.use_tiling = False
 
     def enable_slicing(self) -> None:
         """Decode image by image, for less memory."""
@@ -50,6 +52,14 @@ class VAE(RuntimeModule):
     def disable_slicing(self) -> None:
         """Decode all images at once."""
         self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        """Decode and encode large images by tiles, for less memory: see `exporters.runtimes.tiles`."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Decode and encode an image at once."""
+        self.use_tiling = False
 
     @classmethod
     def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
@@ -60,44 +70,59 @@ class VAE(RuntimeModule):
             MissingPackageError: if the runtime is not here; see `open_session`.
         """
         decoder, encoder = Path(path) / "vae_decoder", Path(path) / "vae_encoder"
-        opened = open_session(decoder, runtime, threads)
+        open_encoder = partial(open_session, encoder, runtime, threads) if encoder.is_dir() else None
+        return cls(open_session(decoder, runtime, threads), open_encoder, read_config(decoder))
 
-        def open_encoder() -> Session:
-            if not encoder.is_dir():
-                raise InputError(
-                    f"{path} has the VAE's decoder alone, and starting from an image takes its encoder: bundle it for "
-                    "a server, or name the folder that it was exported to"
-                )
-            return open_session(encoder, runtime, threads)
-
-        return cls(opened, open_encoder, read_config(decoder))
+    def session_of(self, name: str) -> Session | None:
+        """The session of `vae_decoder` or `vae_encoder`; None if that is not there."""
+        return self.session if name == "vae_decoder" else self._open_encoder and self.encoder
 
     @cached_property
     def encoder(self) -> Session:
         """The encoder's session."""
-        session = self._open_encoder()
-        if "latent_parameters" not in session.outputs:
+        if self._open_encoder is None:
             raise InputError(
-                f"{session.source} gives {', '.join(session.outputs)}, and an AutoencoderKL's encoder latent_parameters"
+                f"{Path(self.session.source).parents[1]} has the VAE's decoder alone, and starting from an image takes "
+                "its encoder: bundle it for a server, or name the folder that it was exported to"
             )
-        return session
+        return self._open_encoder()
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of latents of images `[B, 3, H, W]` in [-1, 1].
 
         Raises:
-            InputError: for a shape that the encoder was not exported for.
+            InputError: for a shape that the encoder was not exported for, or an encoder of another kind.
         """
-        parameters = answer(self.encoder, {"sample": x})["latent_parameters"].to(x.device)
-        found = DiagonalGaussianDistribution(parameters)
+        session = self.encoder
+        if "latent_parameters" not in session.outputs:
+            raise InputError(
+                f"{session.source} gives {', '.join(session.outputs)}, and an AutoencoderKL's encoder latent_parameters"
+            )
+        found = DiagonalGaussianDistribution(self._run(session, x, "sample", encode_tiles))
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
         """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`; `generator` is not used, as in AutoencoderKL.
 
         Raises:
-            InputError: for a shape that the decoder was not exported for.
+            InputError: for a shape that the decoder was not exported for, and where it overflows.
         """
-        some = z.split(1) if self.use_slicing else (z,)
-        image = torch.cat([answer(self.session, {"latent_sample": one})["sample"] for one in some]).to(z.device)
+        image = self._run(self.session, z, "latent_sample", decode_tiles)
         return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def _run(self, session: Session, tensor: Tensor, name: str, by_tiles: Callable[..., Tensor]) -> Tensor:
+        """The answer to a batch: by tiles, and sample by sample where that was asked for."""
+
+        def run(some: Tensor) -> Tensor:
+            return next(iter(answer(session, {name: some}).values()))
+
+        takes = session.inputs[name]
+        if self.use_tiling or smaller(takes, tensor):
+            run = partial(by_tiles, run, takes, self.config)
+        found = torch.cat([run(some) for some in (tensor.split(1) if self.use_slicing else (tensor,))])
+        if tensor.isfinite().all() and not found.isfinite().all():
+            raise InputError(
+                f"{session.source} overflows: its answer is not finite. slimdiff validate MODEL against this artifact "
+                "names the module to keep in fp32 when it is exported (--keep-fp32); --keep-fp32 vae keeps all of it"
+            )
+        return found.to(tensor.device)

@@ -28,7 +28,7 @@ from exporters.graphs.export import unet_inputs
 from exporters.graphs.reading import module_of, name_of
 from exporters.validation.fragments import OnnxFragments
 from slimdiff.denoising.torch_state import own_torch_state
-from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.denoising.trajectory import Call, predict, time_name
 from slimdiff.errors import InputError
 from slimdiff.progress import bar
 
@@ -158,8 +158,10 @@ def _relative_l2(candidate: np.ndarray, reference: np.ndarray) -> float:
 
 
 def graph_inputs(call: Call) -> dict[str, np.ndarray]:
-    """A recorded call as arrays by the names of the graph's inputs, float32."""
-    inputs = unet_inputs(Call(call.step, call.timestep, call.to("cpu", torch.float32)))
+    """A recorded call as arrays by the names of the graph's inputs, float32; a VAE's has their names already."""
+    inputs = call.to("cpu", torch.float32)
+    if time_name(inputs):
+        inputs = unet_inputs(Call(call.step, call.timestep, inputs))
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 class OnnxFragments:
-    """A graph that `export_unet` wrote, to be run piece by piece on the CPU.
+    """A graph that `export_module` wrote, to be run piece by piece on the CPU.
 
     `onnx_ir` and Polygraphy take parts out of graphs too, but not one whose outputs it also reads (a tensor computed
     from a reference's values, to be held against the reference's own).
+
+    Args:
+        prefix: what was cut off the module paths when it was written, to be put back: `vae.` of a VAE's halves.
 
     Attributes:
         nodes: in execution order; `inputs`, `outputs`: names of the graph's.
@@ -30,10 +33,12 @@ class OnnxFragments:
         InputError: if there is no such file, it is no ONNX model, or does not say the dtype of every tensor.
     """
 
-    def __init__(self, onnx_file: Path | str):
+    def __init__(self, onnx_file: Path | str, prefix: str = ""):
         self.file = Path(onnx_file)
         self.model = read_graph(onnx_file)
         self.nodes: list[ir.Node] = list(self.model.graph)
+        for node in self.nodes:
+            node.name = f"{prefix}{node.name}"
         self.inputs, self.outputs = list(inputs_of(self.model)), list(outputs_of(self.model))
         if self._untyped():  # quantisers leave theirs out
             require("onnx_ir.passes.common", "onnx").ShapeInferencePass()(self.model)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from exporters.dtypes import PRECISIONS
 from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
 from exporters.validation.fragments import OnnxFragments
 from exporters.validation.overflow import explain_overflow, first_not_finite
-from exporters.validation.parity import BOUNDS, Bounds, Precision, check, check_calls
+from exporters.validation.parity import BOUNDS, Bounds, Precision, at_time, check, check_calls
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 
@@ -61,18 +61,40 @@ def check_parity(
     precision = precision or cast(Precision, own)
     if graph is None and session and not isinstance(reference, UNet) and session.runtime.startswith("ONNX Runtime"):
         graph = session.source
-    outputs = partial(predict, reference), partial(predict, side)
     if graph is None:
         if every_module:
             raise InputError("every_module is for a graph in ONNX Runtime and its model in torch")
-        return check_calls(calls, *outputs, precision, bounds=bounds)
-    fragments, bounds = OnnxFragments(graph), bounds or BOUNDS[precision]
+        return check_calls(calls, partial(predict, reference), partial(predict, side), precision, bounds=bounds)
+    every = every_module
+    return check_graph(OnnxFragments(graph), reference, partial(predict, side), calls, precision, bounds, every)
+
+
+def check_graph(
+    fragments: OnnxFragments,
+    reference: nn.Module,
+    candidate: Callable[[Call], Tensor],
+    calls: Sequence[Call],
+    precision: Precision,
+    bounds: Bounds | None = None,
+    every_module: bool = False,
+    part: str = "",
+) -> dict[str, Any]:
+    """Hold a graph, inside and out, against its model in torch (float32): see `check_parity`.
+
+    Args:
+        candidate: call -> the graph's output.
+        part: of the pipeline that it is, for the checks' names; the denoiser if not given.
+    """
+    bounds = bounds or BOUNDS[precision]
     why = partial(explain, fragments, reference, bounds=bounds, precision=precision)
-    result = check_calls(calls, *outputs, precision, bounds=bounds, explain=why)
+    output, within = (part, f"every tensor of {part}") if part else ("out_sample", "every tensor")
+    result = check_calls(
+        calls, partial(predict, reference), candidate, precision, bounds=bounds, explain=why, output=output
+    )
     inside: list[tuple[Call, dict[str, Any]]] = []
     for call in calls if precision == "fp16" else ():
         found = first_not_finite(fragments, call)
-        row = check(f"every tensor@t={call.timestep}", "finite", found.not_finite if found else 0, 0, found is None)
+        row = check(at_time(within, call), "finite", found.not_finite if found else 0, 0, found is None)
         inside.append((call, row))
     if every_module:
         middle, bound = calls[len(calls) // 2], bounds.relative_l2

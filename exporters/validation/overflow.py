@@ -64,7 +64,8 @@ def explain_overflow(fragments: OnnxFragments, denoiser: nn.Module, call: Call) 
 
     Returns:
         `NotFinite`'s fields, `tensor` (the node's name), `keep_fp32` (path of the smallest module around it that takes
-        and gives only what half precision can hold; None if there is none) and `advice`; None if all is finite.
+        and gives only what half precision can hold, or paths, with spaces between, of the fewest modules one after
+        another that do; None if there are none) and `advice`; None if all is finite.
     """
     found = first_not_finite(fragments, call)
     if found is None:
@@ -79,25 +80,79 @@ def explain_overflow(fragments: OnnxFragments, denoiser: nn.Module, call: Call) 
     return {"tensor": found.node, **asdict(found), "keep_fp32": keep, "advice": advice}
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a module by the module around it."""
+
+    name: str
+    takes: float
+    """Largest magnitude among the tensors that it takes."""
+    gives: float
+    follows: bool
+    """Whether it takes the very tensor that the call before it gave."""
+
+
 @torch.no_grad()
 def _to_keep(denoiser: nn.Module, call: Call, path: str) -> str | None:
-    """The smallest module at or around `path` whose inputs and output fit half precision, with room to spare."""
-    largest: dict[str, float] = {}
+    """The smallest module at or around `path` whose inputs and output fit half precision, with room to spare.
 
-    def see(path: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.numel():
-            largest[path] = max(largest.get(path, 0.0), float(tensor.abs().max()))
-        return tensor
-
-    def after(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        map_tensors(partial(see, path), [args, kwargs, output if isinstance(output, Tensor) else list(output)])
-
+    Where modules hand one another what does not fit, as blocks do their residual stream, they are kept together: all
+    from the one that takes what fits to the one that gives it, unless that is all of the module around them.
+    """
+    modules = dict(denoiser.named_modules())
     around = [path]
     while around[-1]:
-        around.append(around[-1].rpartition(".")[0])
-    modules = dict(denoiser.named_modules())
+        around.append(_caller(modules, around[-1]))
+    for inner, calls in zip(around, _calls_within(modules, denoiser, call, around[1:]), strict=False):
+        first = last = next((i for i, one in enumerate(calls) if one.name == inner), None)
+        if first is None or last is None:
+            continue
+        while calls[first].takes >= LARGEST / 2 and calls[first].follows:
+            first -= 1
+        while calls[last].gives >= LARGEST / 2 and last + 1 < len(calls) and calls[last + 1].follows:
+            last += 1
+        run = calls[first : last + 1]
+        if max(run[0].takes, run[-1].gives) < LARGEST / 2 and (len(run) == 1 or len(run) < len(calls)):
+            return " ".join(dict.fromkeys(one.name for one in run))
+    return None
+
+
+def _caller(modules: dict[str, nn.Module], name: str) -> str:
+    """The module around one, which calls it: no list of modules."""
+    outer = name.rpartition(".")[0]
+    return _caller(modules, outer) if isinstance(modules.get(outer), nn.ModuleList | nn.ModuleDict) else outer
+
+
+def _calls_within(
+    modules: dict[str, nn.Module], denoiser: nn.Module, call: Call, outer: list[str]
+) -> list[list[_Seen]]:
+    """Of each of these modules, the calls that it makes, in order."""
+    found: dict[str, list[_Seen]] = {name: [] for name in outer}
+    given: dict[str, Tensor | None] = {}
+
+    def after(name: str, caller: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        takes, gives = (
+            _tensors(nest) for nest in ([args, kwargs], output if isinstance(output, Tensor) else [*output])
+        )
+        follows = given.get(caller) is not None and any(tensor is given[caller] for tensor in takes)
+        found[caller].append(_Seen(name, _largest(takes), _largest(gives), follows))
+        given[caller] = next(iter(gives), None)
+
     with ExitStack() as hooks:
-        for name in (name for name in around[:-1] if name in modules):
-            hooks.enter_context(modules[name].register_forward_hook(partial(after, name), with_kwargs=True))
+        for name, module in modules.items():
+            caller = _caller(modules, name)
+            if name and caller in found:
+                hook = partial(after, name, caller)
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         predict(denoiser, call)
-    return next((name for name in around if name in largest and largest[name] < LARGEST / 2), None)
+    return list(found.values())
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, nest)  # type: ignore[func-returns-value]
+    return found
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    return max((float(t.abs().max()) for t in tensors if t.is_floating_point() and t.numel()), default=0.0)

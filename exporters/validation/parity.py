@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images
+from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, sample_images, time_name
 from slimdiff.errors import InputError, require
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -50,6 +50,7 @@ def check_calls(
     *,
     bounds: Bounds | None = None,
     explain: Callable[[Call], dict[str, Any] | None] | None = None,
+    output: str = "out_sample",
 ) -> dict[str, Any]:
     """Hold a candidate against a reference on recorded calls of a trajectory.
 
@@ -61,6 +62,7 @@ def check_calls(
         bounds: others than `BOUNDS[precision]`.
         explain: call -> the fault inside the candidate, with the name of its `tensor` if there is one; called for the
             first call that fails. `exporters.validation.graph` has one for graphs.
+        output: what checks are called, with the time where the calls have one.
 
     Returns:
         `passed`, `precision`, `checks`, `first_diverging` (name of the first tensor that went wrong, or None) and
@@ -80,7 +82,7 @@ def check_calls(
     checks: list[dict[str, Any]] = []
     failed: tuple[str, Call] | None = None
     for call in bar(calls, name="parity", unit="call"):
-        name = f"out_sample@t={call.timestep}"
+        name = at_time(output, call)
         names[name] += 1
         if names[name] > 1:  # another batch of prompts at the same time
             name += f"#{names[name]}"
@@ -97,6 +99,11 @@ def check_calls(
         "first_diverging": (divergence or {}).get("tensor") or (failed and failed[0]),
         "divergence": divergence,
     }
+
+
+def at_time(name: str, call: Call) -> str:
+    """`out_sample@t=981`; the name alone for a call that has no time, as a VAE's."""
+    return f"{name}@t={call.timestep}" if time_name(call.arguments) else name
 
 
 def compare(name: str, reference: np.ndarray, candidate: np.ndarray, bounds: Bounds) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     graph = shop.folder / "export" / "slim" / "model.onnx"
     if shop.recipe.export.precision != shop.engine_precision:
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
-        half = shop.recipe.export.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
+        half = shop.of_unet.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
         graph = export_unet(
             denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half, scheduler=shop.slim.scheduler
         )

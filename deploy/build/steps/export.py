@@ -26,7 +26,9 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         pipeline = with_scheduler(shop.dense if name == "dense" else shop.slim, shop.sampling)
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
-        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], settings, scheduler=pipeline.scheduler)
+        export_unet(
+            denoiser_of(pipeline), folder / name, shop.trajectory[0], shop.of_unet, scheduler=pipeline.scheduler
+        )
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         made_from |= shop.usage

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
+from exporters.graphs.vae import export_vae, is_half
+from exporters.layout import VAES
 from exporters.registry import runtime_of
 from exporters.runtimes.unet import UNet
+from exporters.runtimes.vae import VAE
+from exporters.settings import ExportSettings
 from exporters.validation.graph import check_parity
 from exporters.validation.parity import check_trajectory
+from exporters.validation.vae import check_vae, watch_vae
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.trajectory import Call
 
 log = logging.getLogger("slimdiff")
 
@@ -29,8 +37,14 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
         precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph / "model.onnx")
-        found = check_trajectory(found, shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
+        with watch_vae(getattr(shop.slim, "vae", None)) as seen:
+            found = check_trajectory(found, shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
         parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
+        half = shop.recipe.export.model_copy(update={"precision": precision})
+        if precision == "fp16" and seen and is_half(shop.slim.vae, half):
+            parts.append(
+                {"name": f"VAE in {title} ({precision}) against VAE in torch (fp32)", **_vae(shop, half, seen)}
+            )
     return {
         "passed": all(part["passed"] for part in parts),
         "precision": parts[0]["precision"],
@@ -41,6 +55,17 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
         "timesteps": [call.timestep for call in calls],
         "parts": parts,
     }
+
+
+def _vae(shop: Workshop, settings: ExportSettings, seen: Mapping[str, Call]) -> dict[str, Any]:
+    """Parity of the VAE that bundles of this build get, exported for that alone."""
+    log.info("validate: the VAE in %s", settings.precision)
+    nothing: dict[str, Any] = {"passed": True, "checks": [], "first_diverging": None, "divergence": None}
+    with TemporaryDirectory() as folder:
+        for name in VAES:
+            export_vae(name, shop.slim, Path(folder) / name, shop.trajectory[0], settings)
+        vae = VAE.open(folder, shop.runtime)
+        return check_vae({**nothing, "precision": vae.session.precision}, shop.slim.vae, vae, seen)
 
 
 STAGE = Stage(

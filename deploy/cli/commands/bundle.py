@@ -11,7 +11,7 @@ from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, check_runnable
 from exporters.registry import names
-from exporters.settings import parse_sizes
+from exporters.settings import ExportSettings, parse_sizes
 from slimdiff.errors import InputError, require
 from slimdiff.storage import manifest
 
@@ -48,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_usage(parser, "guidance")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
+    flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
     parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants)
+    kept = flags.read(args, ExportSettings).keep_fp32
+    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, kept)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)

@@ -23,6 +23,7 @@ EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
   slimdiff export slim --out slim-onnx --dynamic batch,size
+  slimdiff export slim --out slim-onnx --precision fp16 --height 2048 --width 2048 --vae-tile 512
   slimdiff export my-checkpoint/unet --out unet-onnx"""
 
 
@@ -42,6 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
+    tile = "side in pixels of the VAE's graphs, which make larger images by tiles of that size, for less memory"
+    flags.whole(parser, "--vae-tile", tile)
     unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
     flags.add(parser, ExportSettings, "safety_checker", flag="--no-safety-checker", const=False, help=unchecked)
 
@@ -58,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     alone = args.pipeline is None and find_component(args.model) is not None
     if not alone:
         find_model(args.model, args.pipeline)
+    elif args.vae_tile is not None:
+        raise InputError(
+            f"--vae-tile: {args.model} is a UNet alone, without a VAE: say with --pipeline whose goes with it"
+        )
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             scheduler = getattr(pipeline, "scheduler", None)
             files = [export_unet(unet, temporary, call, settings, scheduler=scheduler)]
         else:
-            files = export_pipeline(pipeline, temporary, settings, call=call)
+            files = export_pipeline(pipeline, temporary, settings, call=call, vae_tile=args.vae_tile)
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
         names = [file.relative_to(temporary).as_posix() for file in files]

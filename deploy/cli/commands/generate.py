@@ -51,6 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_arguments(parser)
     runs_in = "what runs ONNX (default: onnxruntime, or the best for a bundle)"
     parser.add_argument("--runtime", choices=names(), help=runs_in)
+    tiled = "make large images by tiles, for less memory; of ONNX, where the VAE's graph is open in size"
+    parser.add_argument("--tiled", action="store_true", help=tiled)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
     flags.add_lora(parser)
@@ -84,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
     asked = use(asked, opened.usage or usage_of(args.pipeline))
     sampling = opened.sampling(asked, pipeline).model_copy(update=fixed)
+    if args.tiled:
+        from exporters.runtimes.tiles import enable_tiling
+
+        enable_tiling(pipeline)
     inputs, sampling = make_inputs(pipeline, material, sampling)
     log.info("generate: %d steps", sampling.steps)
     start = time.perf_counter()
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         **{k: getattr(sampling, k) for k in ("seed", "steps", "guidance", "scheduler")},
         "width": images[0].width,
         "height": images[0].height,
+        "tiled": args.tiled,
         "seconds": seconds,
         "why": getattr(getattr(pipeline, "chosen", None), "why", None),
     }

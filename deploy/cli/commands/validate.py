@@ -15,9 +15,9 @@ from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
-timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision. BASE
-computes in float32. Where a graph misses the bounds of a model, the first tensor that diverges in it is named. Exit
-code 1 if they differ."""
+timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision, and the
+VAE that a whole CANDIDATE has. BASE computes in float32. Where a graph misses the bounds of a model, the first tensor
+that diverges in it is named. Exit code 1 if they differ."""
 EXAMPLE = """examples:
   slimdiff validate slim slim-onnx
   slimdiff validate demo demo-onnx --runtime openvino-fp32
@@ -40,7 +40,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every-module", action="store_true", help="also hold every module in the graph against the model's own"
     )
-    parser.add_argument("--no-image", action="store_true", help="leave out the image, which takes a trajectory of each")
+    parser.add_argument(
+        "--no-image", action="store_true", help="leave out the image, which takes a trajectory of each, and the VAE"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
     require("polygraphy", "onnx")
     calm_libraries()
     from deploy.build import spread
-    from deploy.opening.openers import open_denoiser
+    from deploy.opening.openers import open_denoiser, vae_of
     from exporters.graphs.int8 import processors_for
     from exporters.graphs.reading import read_graph
     from exporters.validation.graph import check_parity
     from exporters.validation.parity import check_trajectory
+    from exporters.validation.vae import check_vae, watch_vae
     from slimdiff.compression import with_denoiser
     from slimdiff.denoising.tasks import neutral_inputs
     from slimdiff.denoising.trajectory import record_calls
@@ -92,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_image:
         log.info("validate: the image of each")
         pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
-        value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
+        with watch_vae(getattr(pipeline, "vae", None)) as seen:
+            value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
+        if seen and (vae := vae_of(candidate, args.candidate)):
+            log.info("validate: the VAE")
+            value = check_vae(value, pipeline.vae, vae, seen, precision=args.precision, every_module=every)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
     if candidate.runtime in names("graph"):
         value["processors"] = processors_for(read_graph(candidate.denoiser.session.source))

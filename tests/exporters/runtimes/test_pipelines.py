@@ -225,7 +225,6 @@ def test_what_is_torchs_alone_is_one_line_and_the_rest_works(loaded):
     assert not loaded.vae.use_slicing and not hasattr(loaded.unet, "enable_freeu")
     for asked in (
         lambda: loaded.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
-        lambda: loaded.vae.enable_tiling(),
         lambda: loaded.unet.fuse_qkv_projections(),
         lambda: loaded.save_pretrained("somewhere"),
         lambda: loaded.unet.load_lora_adapter({}),
