@@ -151,17 +151,18 @@ def _model(name: str, selection: Selection) -> Source:
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
         settings = ExportSettings(precision=precision)
         export_unet(pipeline.unet, folder, call, settings, scheduler=pipeline.scheduler)
 
-    own = 0 if selection.shapes else batch_of(example_call(pipeline, guidance=selection.guidance))
-    candidates = []
-    for batch, high, wide in selection.shapes or [(own, height * scale, width * scale)]:
+    shapes, candidates = selection.shapes, []
+    if not shapes:
+        call = example_call(pipeline, guidance=selection.guidance)
+        high, wide = call.arguments["sample"].shape[-2:]
+        shapes = [(batch_of(call), high * scale, wide * scale)]
+    for batch, high, wide in shapes:
         for precision in selection.precisions or ["fp32"]:
             label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)
@@ -177,7 +178,7 @@ def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest
             f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
             "exported folder they were built from"
         )
-    if (whole / INDEX).is_file() and (whole / "vae_decoder").is_dir():
+    if (whole / INDEX).is_file() and (whole / "unet" / GRAPH).is_file():
         return ExportedRest(whole, selection.safety_checker)
     if pipeline is None:
         raise InputError(

@@ -1,14 +1,15 @@
-"""An AutoencoderKL in another runtime, in the place of a pipeline's own."""
+"""An autoencoder in another runtime, in the place of a pipeline's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
@@ -19,6 +20,9 @@ from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class VAE(RuntimeModule):
     """Drop-in for a pipeline's vae: `pipeline.vae = VAE.open("onnx")`.
@@ -28,7 +32,8 @@ class VAE(RuntimeModule):
 
     Args:
         decoder: `latent_sample [B, C, h, w]` -> `sample [B, 3, H, W]`.
-        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`.
+        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`, or
+            `latent_sample [B, C, h, w]`.
 
     Raises:
         InputError: if the decoder is none.
@@ -52,21 +57,26 @@ class VAE(RuntimeModule):
         self.use_slicing = False
 
     @classmethod
-    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
-        """Open `vae_decoder` and `vae_encoder` of a pipeline's folder.
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> Self:
+        """Open `vae_decoder` and `vae_encoder` of a pipeline's folder; see `open_in`."""
+        return cls.open_in(Path(path), "vae", runtime, threads)
+
+    @classmethod
+    def open_in(cls, folder: Path, name: str, runtime: str, threads: int | None = None) -> Self:
+        """Open the two halves of an autoencoder of that name.
 
         Raises:
             InputError: if there is no decoder of ours.
             MissingPackageError: if the runtime is not here; see `open_session`.
         """
-        decoder, encoder = Path(path) / "vae_decoder", Path(path) / "vae_encoder"
+        decoder, encoder = folder / f"{name}_decoder", folder / f"{name}_encoder"
         opened = open_session(decoder, runtime, threads)
 
         def open_encoder() -> Session:
             if not encoder.is_dir():
                 raise InputError(
-                    f"{path} has the VAE's decoder alone, and starting from an image takes its encoder: bundle it for "
-                    "a server, or name the folder that it was exported to"
+                    f"{folder} has the VAE's decoder alone, and starting from an image takes its encoder: bundle it "
+                    "for a server, or name the folder that it was exported to"
                 )
             return open_session(encoder, runtime, threads)
 
@@ -76,20 +86,26 @@ class VAE(RuntimeModule):
     def encoder(self) -> Session:
         """The encoder's session."""
         session = self._open_encoder()
-        if "latent_parameters" not in session.outputs:
-            raise InputError(
-                f"{session.source} gives {', '.join(session.outputs)}, and an AutoencoderKL's encoder latent_parameters"
-            )
+        if not {"latent_parameters", "latent_sample"} & set(session.outputs):
+            raise InputError(f"{session.source} is no VAE's encoder: it gives {', '.join(session.outputs)}")
         return session
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The distribution of latents of images `[B, 3, H, W]` in [-1, 1].
+    @property
+    def post_quant_conv(self) -> Self:
+        """Whose parameters' dtype diffusers takes for that of the decoder."""
+        return self
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """The distribution of latents of images `[B, 3, H, W]` in [-1, 1]; of AutoencoderTiny the latents themselves.
 
         Raises:
             InputError: for a shape that the encoder was not exported for.
         """
-        parameters = answer(self.encoder, {"sample": x})["latent_parameters"].to(x.device)
-        found = DiagonalGaussianDistribution(parameters)
+        (name, value), *_ = answer(self.encoder, {"sample": x}).items()
+        value = value.to(x.device)
+        if name == "latent_sample":
+            return AutoencoderTinyOutput(latents=value) if return_dict else (value,)
+        found = DiagonalGaussianDistribution(value)
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -72,3 +73,24 @@ def make_scheduler(own: Any, name: str) -> Any:
     # Where its own scheduler knows no clipping, the model's latents are not to be clipped.
     unclipped = {"clip_sample": False} if "clip_sample" in takes and "clip_sample" not in own.config else {}
     return kind.from_config(own.config, **unclipped)
+
+
+def check_strength(pipeline: Any, inputs: Mapping[str, Any], steps: int) -> None:
+    """Refuse an image to start from at so little noise that no step of a UNet's pipeline is left.
+
+    Args:
+        inputs: of the pipeline's call.
+        steps: of the scheduler.
+
+    Raises:
+        InputError: saying what would leave some.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "strength" not in takes or not hasattr(pipeline, "unet") or inputs.get("denoising_start") is not None:
+        return
+    strength = inputs.get("strength", takes["strength"].default)
+    if isinstance(strength, int | float) and int(steps * strength) < 1:
+        raise InputError(
+            f"{type(pipeline).__name__} starts from an image at strength {strength}, and of {steps} steps that leaves "
+            "none: give more steps, or another strength (--argument strength=0.8)"
+        )

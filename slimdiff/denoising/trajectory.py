@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from slimdiff.denoising.long_prompts import encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
-from slimdiff.denoising.schedulers import make_scheduler
-from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.schedulers import check_strength, make_scheduler
+from slimdiff.denoising.sizes import autoencoder_of, check_size
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
@@ -271,6 +271,7 @@ def _arguments(
             "and a prompt several times for several images of it (num_images_per_prompt)"
         )
     check_size(pipeline, inputs)
+    check_strength(pipeline, inputs, sampling.steps)
     unknown = [] if takes_any else sorted(inputs.keys() - parameters.keys())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named and n not in inputs]
@@ -280,6 +281,8 @@ def _arguments(
             f"{type(pipeline).__name__} {' and '.join(problem)}: give each image's inputs as a mapping of the "
             "pipeline's arguments, and what is the same for all in the sampling's arguments"
         )
+    if output_type == "latent" and hasattr(pipeline, "unet") and autoencoder_of(pipeline) is None:
+        output_type = "pt"  # some that denoise images themselves know no latents
     usual = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance, "output_type": output_type}
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own
