@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
@@ -12,18 +14,103 @@ from slimdiff.storage import manifest
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
 CONFIG = "config.json"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-VAES = ("vae_decoder", "vae_encoder")
-GRAPHS = ("unet", *TEXT_ENCODERS, *VAES)
-"""Folders with a graph each, or an engine of it."""
 SAFETY_CHECKER = "safety_checker"
-"""A folder with a graph, beside engines too: it is in float32 wherever it runs, as rounding could turn its verdict."""
 FINAL_NORM = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Outputs `[B, D]` of a text encoder's graph beside its hidden states, where its pipeline puts that norm on them."""
-CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+_OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A kind of component of diffusers' pipelines: what it is in an exported one.
+
+    A new kind is a row of `COMPONENTS`, a function that exports it, and a class that opens it.
+    """
+
+    names: tuple[str, ...]
+    """That pipelines have for it."""
+    classes: tuple[str, ...] = ()
+    """That are exported; any if empty."""
+    graphs: tuple[str, ...] = ()
+    """Folders with a graph each, or an engine of it, as endings of its name. None: a folder of settings alone."""
+    exports: str = ""
+    """`module:function` that writes one of its graphs: see `exporters.graphs.pipeline.export_pipeline`."""
+    opens: str = ""
+    """`module:class` of a `RuntimeModule`, which opens it."""
+    optimum: str = ""
+    """optimum's class for it, which `model_index.json` then names in the place of its own."""
+    exact: bool = False
+    """Whether it stays a graph in float32 beside engines, too: rounding could turn its verdict."""
+
+    def folders(self, name: str) -> tuple[str, ...]:
+        """Where a component of that name lies."""
+        return tuple(name + ending for ending in self.graphs) or (name,)
+
+    def load(self, way: Literal["exports", "opens"]) -> Any:
+        """The function or class of that field; imports what it lies in."""
+        module, _, name = getattr(self, way).partition(":")
+        return getattr(import_module(module), name)
+
+
+_GRAPHS = "exporters.graphs.pipeline"
+_RUNTIMES = "exporters.runtimes"
+_NAMED: Any = {
+    "graphs": ("",),
+    "exports": f"{_GRAPHS}:export_transformer",
+    "opens": f"{_RUNTIMES}.transformer:Transformer",
+}
+COMPONENTS = (
+    Component(
+        names=("unet",),
+        graphs=("",),
+        exports=f"{_GRAPHS}:export_denoiser",
+        opens=f"{_RUNTIMES}.unet:UNet",
+        optimum="ORTUnet",
+    ),
+    Component(
+        names=("text_encoder", "text_encoder_2"),
+        classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
+        graphs=("",),
+        exports=f"{_GRAPHS}:export_text_encoder",
+        opens=f"{_RUNTIMES}.text_encoder:TextEncoder",
+        optimum="ORTTextEncoder",
+    ),
+    Component(names=("bert",), classes=("LDMBertModel",), **_NAMED),
+    Component(names=("depth_estimator",), classes=("DPTForDepthEstimation",), **_NAMED),
+    Component(
+        names=(SAFETY_CHECKER,),
+        classes=("StableDiffusionSafetyChecker",),
+        graphs=("",),
+        exports=f"{_GRAPHS}:export_safety_checker",
+        opens=f"{_RUNTIMES}.safety_checker:SafetyChecker",
+        exact=True,
+    ),
+    Component(
+        names=("vae",),
+        classes=("AutoencoderKL", "AutoencoderTiny"),
+        graphs=("_decoder", "_encoder"),
+        exports="exporters.graphs.vae:export_vae",
+        opens=f"{_RUNTIMES}.vae:VAE",
+        optimum="ORTVae",
+    ),
+    Component(
+        names=("vqvae",),  # whose pipelines encode nothing
+        classes=("VQModel", "AutoencoderKL"),
+        graphs=("_decoder",),
+        exports="exporters.graphs.vae:export_vae",
+        opens=f"{_RUNTIMES}.vae:VAE",
+    ),
+    Component(names=("scheduler", "low_res_scheduler", "inverse_scheduler", "image_noising_scheduler")),
+    Component(names=("tokenizer", "tokenizer_2", "feature_extractor")),
+)
+"""In the order in which they are exported."""
+_ROWS = {name: row for row in COMPONENTS for name in row.names}
+FOLDERS = tuple(folder for name, row in _ROWS.items() for folder in row.folders(name))
+"""Every folder that an exported pipeline may have."""
+CONFIGURED = tuple(name for name, row in _ROWS.items() if not row.graphs)
 """Folders with settings alone."""
-_CHECKER = "StableDiffusionSafetyChecker"
-_CARRIED = ("unet", "vae", *TEXT_ENCODERS, SAFETY_CHECKER, *CONFIGURED)
+EXACT = tuple(name for name, row in _ROWS.items() if row.exact)
+AUTOENCODERS = tuple(name for name, row in _ROWS.items() if "_decoder" in row.graphs)
 ENGINE_PIPELINE = "engine-pipeline"
 """The kind, in its manifest, of a folder with engines in the graphs' places."""
 
@@ -38,14 +125,44 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
         InputError: naming the first of them.
     """
     for name, entry in index.items():
-        if not is_component(entry) or (name in _CARRIED and name != SAFETY_CHECKER) or entry[1] == _CHECKER:
+        if not is_component(entry):
             continue
-        remedy = f"take it out where images do not need it ({name}=None; in {INDEX} [null, null]), or stay in torch"
+        row = _ROWS.get(name)
+        exported = entry[0].startswith("optimum") or entry[1] == "OnnxRuntimeModel"
+        if row and (not row.classes or entry[1] in row.classes or (row.optimum and exported)):
+            continue
+        cannot = f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have"
+        if row:
+            cannot += f" (taken is {' or '.join(row.classes)})"
+        remedy = "stay in torch (generate, compare and bench take the model itself)"
         if name == SAFETY_CHECKER:
             remedy = "export without it (slimdiff export --no-safety-checker, or ExportSettings(safety_checker=False))"
-        raise InputError(
-            f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have: {remedy}"
-        )
+        elif name in _optional(index):
+            remedy = f"take it out where images do not need it ({name}=None; in {INDEX} [null, null]), or {remedy}"
+        raise InputError(f"{cannot}: {remedy}")
+
+
+def _optional(index: Mapping[str, Any]) -> Sequence[str]:
+    """Components that the pipeline of an index can do without."""
+    import diffusers
+
+    kind = getattr(diffusers, str(index.get("_class_name")).removeprefix("ORT"), None)
+    return getattr(kind, "_optional_components", ())
+
+
+def components_of(index: Mapping[str, Any]) -> dict[str, Component]:
+    """The components that an index names, in the order in which they are exported."""
+    return {name: row for name, row in _ROWS.items() if is_component(index.get(name))}
+
+
+def autoencoder_of(index: Mapping[str, Any]) -> str | None:
+    """The name of the component that makes images of latents; None of a pipeline that denoises images themselves."""
+    return next((name for name in AUTOENCODERS if is_component(index.get(name))), None)
+
+
+def exported_entry(name: str, entry: Sequence[str]) -> list[str]:
+    """What the index of an exported pipeline says of a component: optimum's class where it has one."""
+    return [_OPTIMUM, _ROWS[name].optimum] if _ROWS[name].optimum else list(entry)
 
 
 def is_component(entry: Any) -> bool:
@@ -76,12 +193,12 @@ def read_config(path: Path | str) -> dict[str, Any]:
 
 
 def latent_scale(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent, along a side, of an AutoencoderKL, by its configuration.
+    """Pixels per latent, along a side, of an autoencoder, by its configuration.
 
     Raises:
         InputError: if it is another model's.
     """
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list | tuple) or not blocks:
-        raise InputError("the VAE's config.json has no block_out_channels: only AutoencoderKL is taken")
+        raise InputError("the VAE's config.json has no block_out_channels: it is none of diffusers'")
     return 2 ** (len(blocks) - 1)

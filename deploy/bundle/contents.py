@@ -96,7 +96,8 @@ def write_bundle(
         candidate.write(folder / place)
         if edge:
             _make_lean(folder / place)
-        runtimes, vae = _runtimes(candidate, selection), place_of(candidate.latents, sizes)
+        runtimes = _runtimes(candidate, selection)
+        vae = place_of(candidate.latents, sizes) if source.rest.decoder else None
         about = candidate.model_dump(include=set(Model.model_fields))
         denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
     source.rest.write(folder, taken[0].precision, sizes, not edge or "image" in source.rest.takes)
@@ -151,6 +152,14 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     return found
 
 
+def material_flags(takes: Collection[str], text: str) -> str:
+    """The flags of `generate` for what a pipeline makes an image from, by the arguments of its call."""
+    flags = {"image": "--image photo.png", "mask_image": "--mask mask.png", "class_labels": "--class 0"}
+    return " ".join(
+        [flag for name, flag in flags.items() if name in takes] + [f"--prompt {text}"] * ("prompt" in takes)
+    )
+
+
 def _readme(description: Description, takes: Collection[str]) -> str:
     """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
     templates = Environment(
@@ -159,7 +168,11 @@ def _readme(description: Description, takes: Collection[str]) -> str:
     packages = [f"'{name}{version}'" for name, version in description.packages.items()]
     runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
     return templates.get_template("README.md.j2").render(
-        bundle=description, packages=packages, runtimes=runtimes, takes=takes
+        bundle=description,
+        packages=packages,
+        runtimes=runtimes,
+        takes=takes,
+        material=material_flags(takes, '"a lighthouse at dusk"'),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from exporters.layout import AUTOENCODERS
 from exporters.settings import SessionRuntime
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
@@ -52,8 +53,9 @@ class Denoiser(Model):
 
     folder: str
     """Below the bundle, with `model.onnx` or `model.engine`, and `config.json`."""
-    vae: str
-    """Below the bundle (or `.`), with a `vae_decoder` for images of this size."""
+    vae: str | None
+    """Below the bundle (or `.`), with a `vae_decoder` (or `vqvae_decoder`) for images of this size. None where the
+    images themselves are denoised."""
     runtimes: list[SessionRuntime] = Field(min_length=1)
     """What it is meant to run in, best first."""
     precision: Literal["fp32", "fp16"]
@@ -120,9 +122,11 @@ def describe(manifest: dict[str, Any], where: str) -> Description:
     for denoiser in description.denoisers:
         model = "model.engine" if denoiser.is_engine else "model.onnx"
         vae = "" if denoiser.vae == "." else f"{denoiser.vae}/"
-        for name in (f"{denoiser.folder}/{model}", f"{denoiser.folder}/config.json", f"{vae}vae_decoder/model.onnx"):
-            if name not in manifest["files"]:
-                raise InputError(f"{where} has no {name}, which its denoiser {denoiser.name!r} needs")
+        decoders = [f"{vae}{name}_decoder/model.onnx" for name in AUTOENCODERS] if denoiser.vae else []
+        needed = [[f"{denoiser.folder}/{model}"], [f"{denoiser.folder}/config.json"], *([decoders] if decoders else [])]
+        for names in needed:
+            if not set(names) & manifest["files"].keys():
+                raise InputError(f"{where} has no {names[0]}, which its denoiser {denoiser.name!r} needs")
     return description
 
 

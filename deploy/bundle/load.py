@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.artifacts.usage import usage_of
 from deploy.bundle.archive import unpack
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
+from exporters.layout import autoencoder_of
 from exporters.registry import names, runtime_of
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.unet import UNet
@@ -90,7 +91,7 @@ def load(
 def _open(
     bundle: Bundle, runtime: str | None, height: int | None, width: int | None, threads: int | None
 ) -> DiffusionPipeline:
-    check_index(bundle.folder)
+    decoder = autoencoder_of(check_index(bundle.folder)[0])
     ways = _ways(bundle, runtime, height, width)
     passed_over: list[str] = []
     failed: SlimdiffError | None = None
@@ -105,7 +106,7 @@ def _open(
             passed_over.append(f"{denoiser.name} in {name}: {error}")
             continue
         beside = _beside(name)
-        vae = VAE.open(bundle.folder / denoiser.vae, beside, threads)
+        vae = decoder and denoiser.vae and VAE.open_in(bundle.folder / denoiser.vae, decoder, beside, threads)
         pipeline: Any = load_pipeline(bundle.folder, beside, threads=threads, unet=unet, vae=vae, checked=True)
         chosen = Chosen(denoiser, name, unet.session.runtime, _why(denoiser, runtime, failed), tuple(passed_over))
         log.info("bundle: %s in %s, %s", denoiser, chosen.title, chosen.why)

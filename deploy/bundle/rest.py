@@ -1,8 +1,9 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, `takes`, the
-arguments of the pipeline's call, and `write(folder, precision, sizes, encoder)`, which writes
-tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have `decoder`, the folder of what makes images of latents
+(None where the images themselves are denoised), `scale`, pixels per latent along a side, `takes`, the arguments of the
+pipeline's call, and `write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in
+optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,12 @@ from deploy.artifacts.usage import usage_of, use
 from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import (
-    CONFIGURED,
+    FOLDERS,
     GRAPH,
     INDEX,
-    SAFETY_CHECKER,
-    TEXT_ENCODERS,
+    autoencoder_of,
     check_carried,
-    is_component,
+    components_of,
     latent_scale,
     read_config,
     without_safety_checker,
@@ -58,17 +58,25 @@ class ExportedRest:
             manifest.verify_manifest(folder)
 
     @cached_property
+    def decoder(self) -> str | None:
+        name = autoencoder_of(read_index(self.folder))
+        return name and f"{name}_decoder"
+
+    @cached_property
     def scale(self) -> int:
-        return latent_scale(read_config(self.folder / "vae_decoder"))
+        return latent_scale(read_config(self.folder / self.decoder)) if self.decoder else 1
 
     @cached_property
     def takes(self) -> set[str]:
-        return set(inspect.signature(check_index(self.folder)[1].__call__).parameters)
+        return _takes(check_index(self.folder)[1], read_config(self.folder / "unet"))
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Copy all; an InputError if a size is not the one that the VAE is for."""
-        spec = next(iter(inputs_of(read_graph(self.folder / "vae_decoder" / GRAPH)).values()))
-        own = (*(d if isinstance(d, int) else None for d in spec.shape[2:4]), None, None)[:2]
+        own: Latents = (None, None)
+        if self.decoder:
+            spec = next(iter(inputs_of(read_graph(self.folder / self.decoder / GRAPH)).values()))
+            sides = (*(d if isinstance(d, int) else None for d in spec.shape[2:4]), None, None)
+            own = sides[0], sides[1]
         for size in sizes:
             fits = all(have in (None, need) for have, need in zip(own, size, strict=True))
             # A smaller one makes the only size by tiles.
@@ -84,11 +92,16 @@ class ExportedRest:
         index = index if self.safety_checker else without_safety_checker(index)
         check_carried(index, self.folder / INDEX)
         manifest.write_json(folder / INDEX, index)
-        checker = [SAFETY_CHECKER] * is_component(index.get(SAFETY_CHECKER))
-        vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
-        for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes, *checker):
-            if (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, folder / name, ignore=_other_files)
+        left = ("unet", *([] if encoder else ["vae_encoder"]))
+        for place in (place for name, row in components_of(index).items() for place in row.folders(name)):
+            if place not in left and (self.folder / place).is_dir():
+                shutil.copytree(self.folder / place, folder / place, ignore=_other_files)
+
+
+def _takes(pipeline: Any, denoiser: Mapping[str, Any]) -> set[str]:
+    """The arguments of a pipeline's call; classes only if its denoiser knows some."""
+    takes = set(inspect.signature(pipeline.__call__).parameters)
+    return takes if denoiser.get("num_class_embeds") else takes - {"class_labels"}
 
 
 def _other_files(folder: str, names: list[str]) -> list[str]:
@@ -121,15 +134,18 @@ class TorchRest:
         return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property
+    def decoder(self) -> str | None:
+        name = autoencoder_of(self.pipeline.config)
+        return name and f"{name}_decoder"
+
+    @cached_property
     def scale(self) -> int:
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is None:
-            raise InputError(f"{self.model} has no vae: only latent diffusion pipelines are bundled")
-        return latent_scale(dict(vae.config))
+        name = autoencoder_of(self.pipeline.config)
+        return latent_scale(dict(getattr(self.pipeline, name).config)) if name else 1
 
     @cached_property
     def takes(self) -> set[str]:
-        return set(inspect.signature(self.pipeline.__call__).parameters)
+        return _takes(self.pipeline, self.pipeline.unet.config)
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Export all for the first size, and VAEs for the others."""
@@ -138,8 +154,9 @@ class TorchRest:
 
         about: Any = {"precision": precision, "safety_checker": self.safety_checker, "keep_fp32": self.keep_fp32}
         settings = ExportSettings(**about)
-        beside = (*TEXT_ENCODERS, SAFETY_CHECKER)
-        for size in sizes:
+        vaes = (self.decoder, "vae_encoder")
+        beside = [name for name in FOLDERS if name not in vaes]
+        for size in sizes[: None if self.decoder else 1]:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)
             without = ["unet", *([] if encoder else ["vae_encoder"]), *([] if place == folder else beside)]
@@ -147,5 +164,5 @@ class TorchRest:
             export_pipeline(self.pipeline, place, settings, call=call, without=without)
             if place != folder:  # further sizes have a VAE alone
                 for path in place.iterdir():
-                    if not path.name.startswith("vae_"):
+                    if path.name not in vaes:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()

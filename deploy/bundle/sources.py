@@ -158,6 +158,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from exporters.graphs.pipeline import example_call
     from exporters.graphs.vae import settings_for_unet
     from exporters.settings import ExportSettings
+    from slimdiff.denoising.sizes import autoencoder_of
     from slimdiff.planning.costs import batch_of
 
     rest = selection.rest(name, pipeline_name)
@@ -165,18 +166,19 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
     settings = ExportSettings(keep_fp32=list(selection.keep_fp32))
-    settings = settings_for_unet(pipeline.unet, pipeline.vae, settings)
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    settings = settings_for_unet(pipeline.unet, autoencoder_of(pipeline), settings)
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
         how = settings.model_copy(update={"precision": precision})
         export_unet(pipeline.unet, folder, call, how, scheduler=pipeline.scheduler)
 
-    own = 0 if selection.shapes else batch_of(example_call(pipeline, guidance=selection.guidance))
-    candidates = []
-    for batch, high, wide in selection.shapes or [(own, height * scale, width * scale)]:
+    shapes, candidates = selection.shapes, []
+    if not shapes:
+        call = example_call(pipeline, guidance=selection.guidance)
+        high, wide = call.arguments["sample"].shape[-2:]
+        shapes = [(batch_of(call), high * scale, wide * scale)]
+    for batch, high, wide in shapes:
         for precision in selection.precisions or ["fp32"]:
             label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)
@@ -192,7 +194,7 @@ def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest
             f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
             "exported folder they were built from"
         )
-    if (whole / INDEX).is_file() and (whole / "vae_decoder").is_dir():
+    if (whole / INDEX).is_file() and (whole / "unet" / GRAPH).is_file():
         return ExportedRest(whole, selection.safety_checker)
     if pipeline is None:
         raise InputError(

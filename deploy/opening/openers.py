@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,11 +70,14 @@ class Opened:
         return asked.model_copy(update={"batch": batch // samples})
 
     def pixels(self, pipeline: Any) -> dict[str, int]:
-        """Height and width of the images that a graph's fixed shapes are for; nothing for a model."""
-        if self.kind == "model":
+        """Height and width of the images that a graph's fixed shapes are for; nothing for a model, nor where a call has
+        no say in them: neither a size nor a picture."""
+        takes = inspect.signature(pipeline.__call__).parameters
+        if self.kind == "model" or not {"height", "image"} & takes.keys():
             return {}
-        sides = self.denoiser.inputs["sample"][-2:]
-        scale = pipeline.vae_scale_factor
+        from slimdiff.denoising.sizes import pixels_per_latent
+
+        sides, scale = self.denoiser.inputs["sample"][-2:], pixels_per_latent(pipeline)
         return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from deploy.artifacts.kinds import kind_of
 from deploy.opening.openers import Opened, open_denoiser, whole_pipeline
+from slimdiff.denoising.sizes import pixels_per_latent
 from slimdiff.denoising.tasks import for_task
 from slimdiff.denoising.trajectory import denoiser_name
 from slimdiff.errors import InputError
@@ -36,8 +37,8 @@ class Side:
     def size(self) -> dict[str, int]:
         """Height and width of the images that it makes if nobody says another size; empty if that is not known."""
         denoiser = getattr(self.pipeline, denoiser_name(self.pipeline))
-        side, scale = getattr(denoiser.config, "sample_size", None), getattr(self.pipeline, "vae_scale_factor", None)
-        return dict.fromkeys(("height", "width"), side * scale) if isinstance(side, int) and scale else {}
+        side, scale = getattr(denoiser.config, "sample_size", None), pixels_per_latent(self.pipeline)
+        return dict.fromkeys(("height", "width"), side * scale) if isinstance(side, int) else {}
 
     def shorter_side(self, sampling: Sampling) -> int | None:
         """Of its images, pixels; None if it is not known before there are any."""

@@ -15,13 +15,12 @@ from exporters.graphs.reading import read_graph
 from exporters.layout import (
     CONFIGURED,
     ENGINE_PIPELINE,
+    EXACT,
+    FOLDERS,
     GRAPH,
-    GRAPHS,
     INDEX,
-    SAFETY_CHECKER,
-    TEXT_ENCODERS,
     check_carried,
-    is_component,
+    components_of,
     latent_scale,
     read_config,
 )
@@ -124,12 +123,12 @@ def _graphs(folder: Path) -> list[str]:
     index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
-    needed = [name for name in TEXT_ENCODERS if is_component(entries.get(name))] + ["vae_decoder"]
-    checked = [SAFETY_CHECKER] * is_component(entries.get(SAFETY_CHECKER))
-    lacking = [name for name in needed + checked if not (folder / name / GRAPH).is_file()]
+    rows = components_of(entries)
+    graphs = [graph for name, row in rows.items() if row.graphs for graph in row.folders(name)]
+    lacking = [name for name in graphs if name != "vae_encoder" and not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
-    return [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
+    return [n for n in graphs if n not in ("unet", *EXACT) and (folder / n / GRAPH).is_file()]
 
 
 def mark_unfinished(out: Path) -> None:
@@ -147,8 +146,8 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
         reports: what `engine.json` has, by folder.
     """
     mark_unfinished(out)
-    copied = [name for name in (*CONFIGURED, SAFETY_CHECKER) if (source / name).is_dir()]
-    for name in (*GRAPHS, *CONFIGURED, SAFETY_CHECKER):
+    copied = [name for name in (*CONFIGURED, *EXACT) if (source / name).is_dir()]
+    for name in FOLDERS:
         if name not in (*reports, *copied):
             shutil.rmtree(out / name, ignore_errors=True)
     for name in copied:

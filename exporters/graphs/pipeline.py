@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -12,22 +12,23 @@ from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
-from exporters.graphs.vae import export_vae, settings_for_unet, tile_call
+from exporters.graphs.vae import settings_for_unet, tile_call
 from exporters.layout import (
-    CONFIGURED,
     FINAL_NORM,
     INDEX,
-    SAFETY_CHECKER,
-    TEXT_ENCODERS,
-    VAES,
     check_carried,
+    components_of,
+    exported_entry,
     is_component,
     without_safety_checker,
 )
 from exporters.settings import ExportSettings
+from slimdiff.denoising.sizes import autoencoder_of
 from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
@@ -36,8 +37,19 @@ from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
-_OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
-_GRAPHS = {"unet": "ORTUnet", "vae": "ORTVae", "text_encoder": "ORTTextEncoder", "text_encoder_2": "ORTTextEncoder"}
+_NAMED: dict[str, tuple[str, Callable[[Any], Tensor], tuple[str, ...]]] = {
+    "LDMBertModel": (
+        "input_ids",
+        lambda _model: torch.ones(2, 77, dtype=torch.long),  # LDM's pipelines ask their tokenizer for as many
+        ("last_hidden_state",),
+    ),
+    "DPTForDepthEstimation": (
+        "pixel_values",
+        lambda model: torch.randn(2, model.config.num_channels, *2 * [model.config.image_size]),
+        ("predicted_depth",),
+    ),
+}
+"""Of transformers' classes that pipelines call on one tensor: its name, an example, and the outputs that they read."""
 
 FEW_STEPS = (1, 2, 4, 8)
 """Numbers of steps of a call for export: Runge-Kutta schedulers take four or more, and SCM two alone."""
@@ -48,17 +60,22 @@ class _TextEncoder(nn.Module):
 
     Stable Diffusion puts the final norm, which it takes from the encoder, on the hidden state that `clip_skip` names:
     its graph gives that norm's weights, too, once a sample.
+
+    Args:
+        last: give the last hidden state before that norm, too. optimum gives it after the norm alone, which is not what
+            transformers does.
     """
 
-    def __init__(self, encoder: Any, norm: bool):
+    def __init__(self, encoder: Any, norm: bool, last: bool = False):
         super().__init__()
         self.text_encoder = encoder
         self.projects = hasattr(encoder, "text_projection")
         self.norm = getattr(encoder, "text_model", encoder).final_layer_norm if norm else None
+        self.layers = encoder.config.num_hidden_layers + last
 
     def names(self) -> list[str]:
         first = ["text_embeds", "last_hidden_state"] if self.projects else ["last_hidden_state", "pooler_output"]
-        hidden = [f"hidden_states.{i}" for i in range(self.text_encoder.config.num_hidden_layers)]
+        hidden = [f"hidden_states.{i}" for i in range(self.layers)]
         return first + (list(FINAL_NORM) if self.norm else []) + hidden
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +84,20 @@ class _TextEncoder(nn.Module):
         first = (found.text_embeds, last) if self.projects else (last, found.pooler_output)
         norm = (self.norm.weight, self.norm.bias) if self.norm else ()
         # optimum puts last_hidden_state in place of the last hidden state.
-        return (*first, *(weight.expand(len(input_ids), -1) for weight in norm), *found.hidden_states[:-1])
+        return (*first, *(weight.expand(len(input_ids), -1) for weight in norm), *found.hidden_states[: self.layers])
+
+
+class _Transformer(nn.Module):
+    """A model of transformers with tensors only, in and out."""
+
+    def __init__(self, model: nn.Module, outputs: Sequence[str]):
+        super().__init__()
+        self.model = model
+        self.outputs = outputs
+
+    def forward(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(tensor)
+        return tuple(found[name] for name in self.outputs)
 
 
 class _SafetyChecker(nn.Module):
@@ -98,12 +128,13 @@ def export_pipeline(
     settings: ExportSettings | None = None,
     *,
     call: Call | None = None,
-    without: Sequence[str] = (),
+    without: Collection[str] = (),
     vae_tile: int | None = None,
 ) -> list[Path]:
-    """Export every component of a Stable Diffusion (XL) pipeline, so that `ORTDiffusionPipeline` loads the folder.
+    """Export every component of a pipeline, so that `ORTDiffusionPipeline` loads the folder where optimum has its kind.
 
-    It gives the graphs' files.
+    It gives the graphs' files. What becomes of a component is said by its row of `exporters.layout.COMPONENTS`, whose
+    function is called once a graph: with the component, the graph's folder, the pipeline, `call` and `settings`.
 
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
@@ -112,49 +143,42 @@ def export_pipeline(
     runtimes do.
 
     Args:
-        pipeline: with a unet, a vae and CLIP text encoders; not changed.
+        pipeline: with a unet; not changed.
         folder: gets a subfolder per component and `model_index.json`.
         call: whose shapes the graphs are for; `example_call`'s if not given.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
         vae_tile: side in pixels of the VAE's graphs, which then make larger images by tiles of that size.
 
     Raises:
-        InputError: for a pipeline without a unet, with text encoders other than CLIP's, or with a component that there
-            is no place for; for a path or pattern in `keep_fp32` of no module, and a tile that the VAE cannot have.
+        InputError: for a pipeline without a unet, or with a component that there is no place for; for a path or pattern
+            in `keep_fp32` of no module, and a tile that the VAE cannot have.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
-    parts: dict[str, Any] = {n: getattr(pipeline, n, None) for n in (*_GRAPHS, *CONFIGURED, SAFETY_CHECKER)}
-    if not isinstance(parts["unet"], nn.Module) or not isinstance(parts["vae"], nn.Module):
-        raise InputError(f"{type(pipeline).__name__} has no unet with a vae: only such pipelines are exported to ONNX")
-    encoders = {name: parts[name] for name in TEXT_ENCODERS if parts[name] is not None}
-    for name, encoder in encoders.items():
-        if not type(encoder).__name__.startswith("CLIPTextModel"):
-            raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
-    index = dict(pipeline.config) if settings.safety_checker else without_safety_checker(pipeline.config)
+    if not isinstance(getattr(pipeline, "unet", None), nn.Module):
+        raise InputError(f"{type(pipeline).__name__} has no unet: only pipelines with one are exported to ONNX")
+    index = named_components(pipeline)
+    index = index if settings.safety_checker else without_safety_checker(index)
     check_carried(index, type(pipeline).__name__)
-    for_unet = settings_for_unet(parts["unet"], parts["vae"], settings)
     call = call or example_call(pipeline)
-    of_vae = call if vae_tile is None else tile_call(call, vae_tile, getattr(pipeline, "vae_scale_factor", 1), settings)
-    export = partial(export_unet, scheduler=parts["scheduler"])
-    jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, for_unet)}
-    for name, encoder in encoders.items():
-        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        norm = TEXT_ENCODERS[1] not in encoders  # SDXL takes hidden states as they are
-        jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, norm, settings)
-    if is_component(index.get(SAFETY_CHECKER)):
-        jobs[SAFETY_CHECKER] = partial(_export_safety_checker, parts[SAFETY_CHECKER], folder / SAFETY_CHECKER, settings)
-    jobs |= {name: partial(export_vae, name, pipeline, folder / name, of_vae, settings) for name in VAES}
-    jobs = {name: job for name, job in jobs.items() if name not in without}
+    autoencoder = autoencoder_of(pipeline)
+    settings_for_unet(pipeline.unet, autoencoder, settings)
+    of_vae = call if vae_tile is None else tile_call(call, vae_tile, autoencoder, settings)
+    jobs: dict[str, Callable[[], Path]] = {}
+    for name, row in components_of(index).items():
+        component = getattr(pipeline, name)
+        own = of_vae if component is autoencoder else call
+        for graph in row.folders(name):
+            if row.exports and graph not in without:
+                jobs[graph] = partial(row.load("exports"), component, folder / graph, pipeline, own, settings)
+        if not row.exports:
+            component.save_pretrained(folder / name)
+            write_vocabulary(component, folder / name)
     files = []
     with bar(jobs.items(), name="export", unit="graph") as shown:
-        for name, job in shown:
-            shown.set_postfix_str(name)
+        for graph, job in shown:
+            shown.set_postfix_str(graph)
             files.append(job())
-    for name in CONFIGURED:
-        if parts[name] is not None:
-            parts[name].save_pretrained(folder / name)
-            write_vocabulary(parts[name], folder / name)
     (folder / INDEX).write_text(json.dumps(_index(pipeline, index), indent=2) + "\n")
     return files
 
@@ -181,8 +205,8 @@ def example_call(
     denoiser = getattr(pipeline, denoiser_name(pipeline))
 
     @wraps(denoiser.forward)
-    def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
-        return (sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]),)
+    def zeros(sample: Tensor, *_args: Any, **_kwargs: Any) -> UNet2DConditionOutput:
+        return UNet2DConditionOutput(sample.new_zeros(len(sample), denoiser.config.out_channels, *sample.shape[2:]))
 
     refused: list[InputError] = []
     asked: Any = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
@@ -197,8 +221,28 @@ def example_call(
     raise refused[0]
 
 
-def _export_text_encoder(encoder: Any, folder: Path, length: int, norm: bool, settings: ExportSettings) -> Path:
-    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), norm)
+def named_components(pipeline: Any) -> dict[str, Any]:
+    """A pipeline's `config`, with the components that it has though its config says none: they were put there since."""
+    index = dict(pipeline.config)
+    parts = {
+        name: getattr(pipeline, name, None) for name, entry in index.items() if entry in ((None, None), [None, None])
+    }
+    return index | {name: _fetch_class_library_tuple(part) for name, part in parts.items() if part is not None}
+
+
+def export_denoiser(unet: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings) -> Path:
+    """The graph of a pipeline's unet; see `export_unet`."""
+    settings = settings_for_unet(unet, autoencoder_of(pipeline), settings)
+    return export_unet(unet, folder, call, settings, scheduler=pipeline.scheduler)
+
+
+def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
+    """The graph of one of CLIP's text encoders, in the folder of its name."""
+    length = getattr(pipeline, folder.name.replace("text_encoder", "tokenizer")).model_max_length
+    norm = getattr(pipeline, "text_encoder_2", None) is None  # SDXL takes hidden states as they are
+    # Which reads the last hidden state itself.
+    last = type(pipeline).__name__ == "StableDiffusionLatentUpscalePipeline"
+    wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), norm, last)
     inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
     open_batch = {"input_ids": {0: "batch"}}
     file = export_module(wrapped, inputs, wrapped.names(), folder, settings, open_batch, "text_encoder.")
@@ -206,7 +250,19 @@ def _export_text_encoder(encoder: Any, folder: Path, length: int, norm: bool, se
     return file
 
 
-def _export_safety_checker(checker: Any, folder: Path, settings: ExportSettings) -> Path:
+def export_transformer(model: Any, folder: Path, _pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
+    """The graph of a model of transformers that is called on one tensor, its outputs by their names there."""
+    name, example, outputs = _NAMED[type(model).__name__]
+    wrapped = _Transformer(in_precision(model, dtype_of(settings)), outputs)
+    value = example(model)
+    inputs = {name: value.to(dtype_of(settings)) if value.is_floating_point() else value}
+    file = export_module(wrapped, inputs, list(outputs), folder, settings, {name: {0: "batch"}}, "model.")
+    write_config(model, folder)
+    return file
+
+
+def export_safety_checker(checker: Any, folder: Path, _pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
+    """The graph of a safety checker, in float32."""
     wrapped = _SafetyChecker(in_precision(checker, torch.float32))
     vision = checker.config.vision_config
     inputs = {"clip_input": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
@@ -221,7 +277,7 @@ def _index(pipeline: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     index = {name: value for name, value in config.items() if name != "_name_or_path"}
     for name, value in index.items():
         if is_component(value):
-            index[name] = [_OPTIMUM, _GRAPHS[name]] if name in _GRAPHS else list(value)
+            index[name] = exported_entry(name, value)
     # SDXL notes nowhere that it marks its images, and otherwise would mark them wherever the package for it is.
     marks = {"add_watermarker": pipeline.watermark is not None} if hasattr(pipeline, "watermark") else {}
     return {"_class_name": type(pipeline).__name__, **index, **marks}

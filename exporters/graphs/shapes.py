@@ -173,7 +173,7 @@ def _inner_sizes(site: SitePlan, rank: int) -> set[int]:
 
 
 def _extents(shape: Shape, convolution: bool, heads: int) -> set[int]:
-    """Sizes around a layer that are no channels: the heads, the batch (once per head, too), tokens, height and width."""
+    """Sizes around a layer that are no channels: heads, the batch (once per head, too), tokens, height and width."""
     channels = 1 if convolution else len(shape) - 1
     sizes = {size for axis, size in enumerate(shape) if axis != channels and isinstance(size, int)}
     return sizes | {heads} | {size * heads for size in shape[:1] if isinstance(size, int)}

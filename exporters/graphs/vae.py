@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, in_precision, in_steps, open_size, write_config
 from exporters.graphs.precision import cast_tensor, paths_to_keep
+from exporters.layout import latent_scale
 from exporters.settings import ExportSettings, of_vae
+from slimdiff.denoising.sizes import enlarges
 from slimdiff.denoising.trajectory import Call, map_tensors
 from slimdiff.errors import InputError
 
@@ -24,7 +26,7 @@ class VaeDecoder(nn.Module):
         self.vae: Any = vae
 
     def forward(self, latent_sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        return self.vae.decode(latent_sample, return_dict=False)
+        return (self.vae.decode(latent_sample, return_dict=False)[0],)
 
 
 class VaeEncoder(nn.Module):
@@ -73,16 +75,20 @@ def is_half(vae: Any, settings: ExportSettings) -> bool:
     return settings.precision != "fp32" and "vae" not in kept and bool(kept or not vae.config.get("force_upcast"))
 
 
-def tile_call(call: Call, side: int, scale: int, settings: ExportSettings) -> Call:
+def tile_call(call: Call, side: int, vae: Any, settings: ExportSettings) -> Call:
     """What `export_vae` takes in the place of a denoiser's call for graphs of tiles, `side` pixels high and wide.
 
     Args:
-        scale: pixels per latent, along a side.
+        vae: an AutoencoderKL.
 
     Raises:
-        InputError: for another side than a multiple of four latents (a quarter of a tile overlaps the next), a tile
-            larger than the images, and for graphs of open size, which take any.
+        InputError: for another model, for another side than a multiple of four latents (a quarter of a tile overlaps
+            the next), a tile larger than the images, and for graphs of open size, which take any.
     """
+    if type(vae).__name__ != "AutoencoderKL":
+        kind = "no VAE" if vae is None else f"a {type(vae).__name__}, which does not work by tiles"
+        raise InputError(f"--vae-tile: the model has {kind}: leave it out")
+    scale = latent_scale(vae.config)
     if settings.dynamic_size:
         raise InputError("--vae-tile: a VAE of open size takes tiles of any size: leave it out")
     height, width = (scale * latents for latents in call.arguments["sample"].shape[-2:])
@@ -94,20 +100,25 @@ def tile_call(call: Call, side: int, scale: int, settings: ExportSettings) -> Ca
     return Call(0, 0, {"sample": torch.zeros(1, 1, side // scale, side // scale)})
 
 
-def export_vae(name: str, pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> Path:
-    """Export a half of a pipeline's VAE (`HALVES`), for the sizes of a denoiser call; gives the path of `model.onnx`.
+def export_vae(vae: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings) -> Path:
+    """Export a half of an autoencoder, as the folder's name ends, for the sizes of a denoiser call.
+
+    Gives the path of `model.onnx`.
 
     Raises:
         InputError: for a path or pattern of the VAE in `keep_fp32` that no module has.
     """
-    vae, scale = pipeline.vae, pipeline.vae_scale_factor
+    scale, name = latent_scale(vae.config), f"vae_{folder.name.rpartition('_')[2]}"
     height, width = call.arguments["sample"].shape[-2:]
     if name == "vae_decoder":
         inside, outside, step = "latent_sample", "sample", 1
-        example = torch.randn(2, vae.config.latent_channels, height, width)
+        channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
+        example = torch.randn(2, channels, height, width)
     else:
-        inside, outside, step = "sample", "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample", scale
-        example = torch.randn(2, vae.config.in_channels, height * scale, width * scale)
+        draws = hasattr(vae, "quant_conv") and type(vae).__name__ != "VQModel"
+        inside, outside, step = "sample", "latent_parameters" if draws else "latent_sample", scale
+        high, wide = (side * scale // enlarges(pipeline) for side in (height, width))
+        example = torch.randn(2, vae.config.in_channels, high, wide)
     opened: dict[int, Any] = {0: "batch"}
     if settings.dynamic_size:
         example = in_steps(example, step)

@@ -57,6 +57,11 @@ class RuntimeModule(nn.Module):
         """
         return cls(open_session(path, runtime, threads), read_config(path))
 
+    @classmethod
+    def open_in(cls, folder: Path, name: str, runtime: str, threads: int | None = None) -> Self:
+        """Open the component of that name in a pipeline's folder; see `open`."""
+        return cls.open(folder / name, runtime, threads)
+
     def _apply(self, fn: Any, recurse: bool = True) -> RuntimeModule:
         return self
 

@@ -11,12 +11,8 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_invisible_watermark_available
 
-from exporters.layout import CONFIGURED, INDEX, SAFETY_CHECKER, TEXT_ENCODERS, check_carried
+from exporters.layout import CONFIGURED, INDEX, autoencoder_of, check_carried, components_of
 from exporters.runtimes.module import refuse_torchs_own
-from exporters.runtimes.safety_checker import SafetyChecker, exact_runtime
-from exporters.runtimes.text_encoder import TextEncoder
-from exporters.runtimes.unet import UNet
-from exporters.runtimes.vae import VAE
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.loading.model_directory import library_class, pipeline_class
 from slimdiff.loading.naming import read_index
@@ -42,7 +38,7 @@ def load_pipeline(
     Args:
         folder: with `model_index.json`, a folder per component, scheduler and tokenizers.
         threads: of a runtime on the CPU; its own choice if not given.
-        unet, vae: take the place of the folder's own, which is then not opened.
+        unet, vae: take the place of the folder's own, which is then not opened; vae of a vqvae, too.
         checked: whether the folder was held against its manifest already.
 
     Raises:
@@ -56,21 +52,18 @@ def load_pipeline(
     if index.get("add_watermarker") and not is_invisible_watermark_available():
         raise MissingPackageError(f"{folder} marks its images, which takes a package: pip install invisible-watermark")
     parts: dict[str, Any] = {}
+    rows, replaced = components_of(index), {"unet": unet, autoencoder_of(index): vae}
     for name in inspect.signature(kind).parameters:
         value = index.get(name)
         with _explained(folder, name):
             if not isinstance(value, list):
                 parts |= {name: value} if name in index else {}
-            elif name == "unet":
-                parts[name] = unet or UNet.open(folder / name, runtime, threads)
-            elif name == "vae":
-                parts[name] = vae or VAE.open(folder, runtime, threads)
+            elif replaced.get(name) is not None:
+                parts[name] = replaced[name]
             elif value[:1] in ([], [None]):
                 parts[name] = None
-            elif name in TEXT_ENCODERS:
-                parts[name] = TextEncoder.open(folder / name, runtime, threads)
-            elif name == SAFETY_CHECKER:
-                parts[name] = SafetyChecker.open(folder / name, exact_runtime(runtime), threads)
+            elif name in rows and rows[name].opens:
+                parts[name] = rows[name].load("opens").open_in(folder, name, runtime, threads)
             else:
                 parts[name] = _from_library(folder, name, value)
     with _explained(folder, kind.__name__):
@@ -97,7 +90,7 @@ def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     check_carried(index, folder / INDEX)
     for name in CONFIGURED:
         if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
-            library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name == "scheduler" else []))
+            library_class(entry, folder / INDEX, *([(SchedulerMixin,)] if name.endswith("scheduler") else []))
     return index, kind
 
 

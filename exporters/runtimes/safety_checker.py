@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from exporters.registry import names, runtime_of
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 log = logging.getLogger("slimdiff")
 
@@ -28,6 +32,11 @@ class SafetyChecker(RuntimeModule):
         if set(session.inputs) != {"clip_input"} or set(session.outputs) != {"has_nsfw_concepts"}:
             raise InputError(f"{session.source} is no safety checker: its inputs are {', '.join(session.inputs)}")
         super().__init__(session, config)
+
+    @classmethod
+    def open_in(cls, folder: Path, name: str, runtime: str, threads: int | None = None) -> Self:
+        """Open it in `exact_runtime(runtime)`."""
+        return cls.open(folder / name, exact_runtime(runtime), threads)
 
     def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
         """Blacken what is not to be shown, in place, as diffusers does.

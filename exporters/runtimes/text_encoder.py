@@ -45,8 +45,8 @@ class TextEncoder(RuntimeModule):
         Args:
             input_ids: `[B, L]`.
             attention_mask: must be None; the graph has no input for it.
-            output_hidden_states: give all layers' outputs. The last of them is `last_hidden_state`, after the final
-                norm, as in optimum; in transformers it comes before that.
+            output_hidden_states: give all layers' outputs. The last of them comes before the final norm where the graph
+                gives that, as in transformers; elsewhere it is `last_hidden_state`, after the norm, as in optimum.
 
         Returns:
             what transformers gives: `text_embeds` or `pooler_output`, `last_hidden_state`, `hidden_states`; tensors on
@@ -64,7 +64,7 @@ class TextEncoder(RuntimeModule):
             layers = [found[name] for name in names if name in found]
             if len(layers) < len(names):
                 raise self._lacking(f"has {len(layers)} hidden states of {len(names)}")
-            hidden = (*layers, last)
+            hidden = (*layers, found.get(f"hidden_states.{len(names)}", last))
         if self.projects:
             output = CLIPTextModelOutput(text_embeds=found["text_embeds"], last_hidden_state=last, hidden_states=hidden)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from exporters.graphs.inputs import named_inputs
 from exporters.graphs.timesteps import graph_time
@@ -21,9 +21,9 @@ from slimdiff.errors import InputError
 class UNet(RuntimeModule):
     """Drop-in for a pipeline's unet: `pipeline.unet = UNet.open("onnx/unet", "openvino")`.
 
-    Takes what a diffusers pipeline gives a UNet2DConditionModel, in any floating-point dtype and on any device, and
-    answers in the same. Where the graph's size is fixed, `config.sample_size` is the graph's, so that a pipeline asked
-    for no size makes images that it can make.
+    Takes what a diffusers pipeline gives a UNet2DConditionModel or UNet2DModel, in any floating-point dtype and on any
+    device, and answers in the same. Where the graph's size is fixed, `config.sample_size` is the graph's, so that a
+    pipeline asked for no size makes images that it can make.
 
     Raises:
         InputError: if the session is no UNet.
@@ -37,6 +37,9 @@ class UNet(RuntimeModule):
         height, width = session.inputs["sample"][-2:]
         size = {"sample_size": height} if isinstance(height, int) and height == width else {}
         super().__init__(session, FrozenDict(config | size))
+        if "encoder_hidden_states" not in session.inputs:  # the noise has the UNet's dtype then, and is as in torch
+            self.dtype = torch.float32
+            self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))

@@ -1,14 +1,15 @@
-"""An AutoencoderKL in another runtime, in the place of a pipeline's own."""
+"""An autoencoder in another runtime, in the place of a pipeline's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
@@ -20,6 +21,9 @@ from exporters.runtimes.session import Session
 from exporters.runtimes.tiles import decode_tiles, encode_tiles, smaller
 from slimdiff.errors import InputError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class VAE(RuntimeModule):
     """Drop-in for a pipeline's vae: `pipeline.vae = VAE.open("onnx")`.
@@ -29,8 +33,8 @@ class VAE(RuntimeModule):
 
     Args:
         decoder: `latent_sample [B, C, h, w]` -> `sample [B, 3, H, W]`.
-        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`; None where there
-            is none.
+        open_encoder: opens a session with `sample [B, 3, H, W]` -> `latent_parameters [B, 2 C, h, w]`, or
+            `latent_sample [B, C, h, w]`; None where there is none.
 
     Raises:
         InputError: if the decoder is none.
@@ -62,14 +66,19 @@ class VAE(RuntimeModule):
         self.use_tiling = False
 
     @classmethod
-    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> VAE:
-        """Open `vae_decoder` and `vae_encoder` of a pipeline's folder.
+    def open(cls, path: Path | str, runtime: str = "onnxruntime", threads: int | None = None) -> Self:
+        """Open `vae_decoder` and `vae_encoder` of a pipeline's folder; see `open_in`."""
+        return cls.open_in(Path(path), "vae", runtime, threads)
+
+    @classmethod
+    def open_in(cls, folder: Path, name: str, runtime: str, threads: int | None = None) -> Self:
+        """Open the two halves of an autoencoder of that name.
 
         Raises:
             InputError: if there is no decoder of ours.
             MissingPackageError: if the runtime is not here; see `open_session`.
         """
-        decoder, encoder = Path(path) / "vae_decoder", Path(path) / "vae_encoder"
+        decoder, encoder = folder / f"{name}_decoder", folder / f"{name}_encoder"
         open_encoder = partial(open_session, encoder, runtime, threads) if encoder.is_dir() else None
         return cls(open_session(decoder, runtime, threads), open_encoder, read_config(decoder))
 
@@ -85,20 +94,26 @@ class VAE(RuntimeModule):
                 f"{Path(self.session.source).parents[1]} has the VAE's decoder alone, and starting from an image takes "
                 "its encoder: bundle it for a server, or name the folder that it was exported to"
             )
-        return self._open_encoder()
+        session = self._open_encoder()
+        if not {"latent_parameters", "latent_sample"} & set(session.outputs):
+            raise InputError(f"{session.source} is no VAE's encoder: it gives {', '.join(session.outputs)}")
+        return session
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The distribution of latents of images `[B, 3, H, W]` in [-1, 1].
+    @property
+    def post_quant_conv(self) -> Self:
+        """Whose parameters' dtype diffusers takes for that of the decoder."""
+        return self
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """The distribution of latents of images `[B, 3, H, W]` in [-1, 1]; of AutoencoderTiny the latents themselves.
 
         Raises:
             InputError: for a shape that the encoder was not exported for, or an encoder of another kind.
         """
-        session = self.encoder
-        if "latent_parameters" not in session.outputs:
-            raise InputError(
-                f"{session.source} gives {', '.join(session.outputs)}, and an AutoencoderKL's encoder latent_parameters"
-            )
-        found = DiagonalGaussianDistribution(self._run(session, x, "sample", encode_tiles))
+        found = self._run(self.encoder, x, "sample", encode_tiles)
+        if "latent_sample" in self.encoder.outputs:
+            return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
+        found = DiagonalGaussianDistribution(found)
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:

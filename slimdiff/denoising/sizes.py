@@ -11,6 +11,27 @@ _RESIZING = ("UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel")
 """UNets that bring what they scale up to the size of what it is added to, so any size goes through them."""
 
 
+def autoencoder_of(pipeline: Any) -> Any:
+    """What makes a pipeline's images of latents; None of one that denoises images themselves."""
+    parts = (getattr(pipeline, name, None) for name in ("vae", "vqvae", "movq"))
+    return next((part for part in parts if part is not None), None)
+
+
+def pixels_per_latent(pipeline: Any) -> int:
+    """Pixels per latent along a side; 1 of a pipeline that denoises images themselves."""
+    blocks = getattr(getattr(autoencoder_of(pipeline), "config", None), "block_out_channels", None)
+    return getattr(pipeline, "vae_scale_factor", 2 ** (len(blocks) - 1) if blocks else 1)
+
+
+def enlarges(pipeline: Any) -> int:
+    """How many times larger a side of the images is than that of the picture they are made from: an upscaler's."""
+    kind = type(pipeline).__name__
+    if kind == "StableDiffusionLatentUpscalePipeline":
+        return 2
+    in_pixels = hasattr(pipeline, "low_res_scheduler") or kind == "LDMSuperResolutionPipeline"
+    return pixels_per_latent(pipeline) if in_pixels else 1
+
+
 def check_size(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse a height, width or number of frames that the pipeline would round, or fail on halfway.
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from slimdiff.denoising.long_prompts import warn_of_cuts
-from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.sizes import check_size, enlarges, pixels_per_latent
 from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
@@ -35,7 +36,7 @@ def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeli
         InputError: if it makes nothing from images, masks or classes, and diffusers has no such pipeline of its model.
     """
     takes = _takes(pipeline)
-    if material.classes and "class_labels" not in takes:
+    if material.classes and not ("class_labels" in takes and _count_classes(pipeline)):
         raise InputError(f"{type(pipeline).__name__} makes no images of classes: leave out --classes")
     if material.masks and not material.images:
         raise InputError("masks say what of an image is painted: give images with them")
@@ -73,6 +74,8 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
         raise InputError(f"{type(pipeline).__name__} makes images of prompts: say what to show (--prompt)")
     if "class_labels" in takes and "prompt" not in takes and not material.classes and _count_classes(pipeline):
         raise InputError(f"{type(pipeline).__name__} makes images of classes: say which (--classes 0,1,2)")
+    if "image" in takes and not (material.images or "image" in sampling.arguments or {"height", "width"} <= takes):
+        raise InputError(f"{type(pipeline).__name__} makes images from images: say which (--image, or --images)")
     lists = (material.prompts, material.images, material.classes)
     count = material.count or max(map(len, lists), default=0)
     images, masks = list(material.images)[:count], list(material.masks)[:count]
@@ -86,7 +89,7 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
                 row[name] = values[number % len(values)]
     size = None
     if sampling.width and sampling.height:
-        size = (sampling.width // _shrunk(pipeline), sampling.height // _shrunk(pipeline))
+        size = (sampling.width // enlarges(pipeline), sampling.height // enlarges(pipeline))
     if images:
         pictures = [open_picture(file, size) for file in images]
         _check_sizes(pipeline, images, pictures)
@@ -96,7 +99,7 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
             two = (f"{n} x {m}" for n, m in (painted[odd].size, pictures[odd].size))
             raise InputError(f"the mask {masks[odd]} is {' and its image '.join(two)}: save it in its image's size")
         for number, row in enumerate(rows):
-            row["image"] = pictures[number % len(pictures)]
+            row["image"] = _as_taken(pipeline, pictures[number % len(pictures)])
             if painted:
                 row["mask_image"] = painted[number % len(painted)]
         sampling = _sized(sampling, pictures[0].size, takes)
@@ -118,16 +121,19 @@ def neutral_inputs(
     row: dict[str, Any] = {"prompt": prompt} if "prompt" in takes else {}
     if "class_labels" in takes and _count_classes(pipeline):
         row["class_labels"] = 0
-    scale = getattr(whole, "vae_scale_factor", 1)
+    scale = pixels_per_latent(whole)
     own = config.get("sample_size")
     default = own if isinstance(own, list | tuple) else [own, own]
-    size = [n or (d or 64) * scale for n, d in zip((sampling.height, sampling.width), default, strict=True)]
-    size = [n // _shrunk(pipeline) for n in size]
+    whole_size = [(d or 64) * scale for d in default]
+    size = [n or d for n, d in zip((sampling.height, sampling.width), whole_size, strict=True)]
+    high, wide = (n // enlarges(pipeline) for n in size)
     pictures = {"image": "RGB", "control_image": "RGB", "mask_image": "L"}
     for name, mode in pictures.items():
         if name in takes:
-            row[name] = Image.new(mode, (size[1], size[0]), "white" if mode == "L" else "grey")
-    if pictures.keys() & row.keys() and not {"height", "width"} <= takes:
+            picture = Image.new(mode, (wide, high), "white" if mode == "L" else "grey")
+            row[name] = _as_taken(pipeline, picture)
+    sized = pictures.keys() & row.keys() or size == whole_size
+    if sized and not {"height", "width"} <= takes:
         sampling = sampling.model_copy(update={"height": None, "width": None})
     return [prompt if row == {"prompt": prompt} else row] * count, sampling
 
@@ -140,7 +146,9 @@ def samples_per_image(pipeline: Any, sampling: Sampling) -> int:
     """
     takes = _takes(pipeline)
     config = getattr(getattr(pipeline, "unet", None), "config", {})
-    if "guidance_scale" not in takes or sampling.guidance <= 1 or config.get("time_cond_proj_dim"):
+    # Upscalers of latents have such an input for other things, and guide.
+    embedded = config.get("time_cond_proj_dim") and hasattr(type(pipeline), "do_classifier_free_guidance")
+    if "guidance_scale" not in takes or sampling.guidance <= 1 or embedded:
         return 1
     by_image = inspect.signature(pipeline.__call__).parameters.get("image_guidance_scale")
     if by_image is not None and sampling.arguments.get("image_guidance_scale", by_image.default) >= 1:
@@ -166,9 +174,11 @@ def _takes(pipeline: DiffusionPipeline) -> set[str]:
     return set(inspect.signature(pipeline.__call__).parameters)
 
 
-def _shrunk(pipeline: Any) -> int:
-    """How many times larger a side of the images is than that of the picture they are made from: an upscaler's."""
-    return getattr(pipeline, "vae_scale_factor", 1) if hasattr(pipeline, "low_res_scheduler") else 1
+def _as_taken(pipeline: Any, picture: Image.Image) -> Any:
+    """A picture as the pipeline takes several: `[3, H, W]` in [-1, 1] where it takes no list of them."""
+    if type(pipeline).__name__ != "LDMSuperResolutionPipeline":
+        return picture
+    return VaeImageProcessor(do_resize=False).preprocess(picture)[0]
 
 
 def _count_classes(pipeline: Any) -> int:

@@ -34,7 +34,7 @@ from slimdiff.denoising.long_prompts import by_length, encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import make_scheduler
-from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.sizes import autoencoder_of, check_size
 from slimdiff.denoising.strength import check_strength
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
@@ -287,6 +287,8 @@ def _arguments(
             "pipeline's arguments, and what is the same for all in the sampling's arguments"
         )
     check_strength(pipeline, sampling.steps, inputs)
+    if output_type == "latent" and hasattr(pipeline, "unet") and autoencoder_of(pipeline) is None:
+        output_type = "pt"  # some that denoise images themselves know no latents
     usual = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance, "output_type": output_type}
     offered = {name: value for name, value in usual.items() if takes_any or name in parameters}
     if "batch_size" in parameters:  # pipelines with no inputs of their own

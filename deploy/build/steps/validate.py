@@ -11,8 +11,7 @@ from typing import Any
 from deploy.artifacts.figures import denoiser_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
-from exporters.graphs.vae import export_vae, is_half
-from exporters.layout import VAES
+from exporters.graphs.vae import HALVES, export_vae, is_half
 from exporters.registry import runtime_of
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
@@ -62,8 +61,8 @@ def _vae(shop: Workshop, settings: ExportSettings, seen: Mapping[str, Call]) -> 
     log.info("validate: the VAE in %s", settings.precision)
     nothing: dict[str, Any] = {"passed": True, "checks": [], "first_diverging": None, "divergence": None}
     with TemporaryDirectory() as folder:
-        for name in VAES:
-            export_vae(name, shop.slim, Path(folder) / name, shop.trajectory[0], settings)
+        for name in HALVES:
+            export_vae(shop.slim.vae, Path(folder) / name, shop.slim, shop.trajectory[0], settings)
         vae = VAE.open(folder, shop.runtime)
         return check_vae({**nothing, "precision": vae.session.precision}, shop.slim.vae, vae, seen)
 

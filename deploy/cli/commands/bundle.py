@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     calm_libraries()
     from deploy.bundle.archive import pack
-    from deploy.bundle.contents import choose, write_bundle
+    from deploy.bundle.contents import choose, material_flags, write_bundle
     from deploy.bundle.sources import Selection, open_source
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    return result(args, value, _text(value, description))
+    return result(args, value, _text(value, description, material_flags(source.rest.takes, "TEXT")))
 
 
 def _archive(out: Path) -> Path:
@@ -119,10 +119,11 @@ def _shape(spec: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
-def _text(value: dict[str, Any], description: Any) -> str:
+def _text(value: dict[str, Any], description: Any, material: str) -> str:
     lines = [f"{value['out']}: {value['target']}, {value['files']} files, {size(value['bytes'])}"]
     lines += [f"  {denoiser}, runs in {', '.join(denoiser.runtimes)}" for denoiser in description.denoisers]
     lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
     lines += [f"archive: {value['archive']}"] * bool(value["archive"])
     needs = " ".join(f"'{name}{version}'" for name, version in value["packages"].items())
-    return "\n".join([*lines, f"needs {needs}", f"try: slimdiff generate {value['out']} --prompt TEXT --out image.png"])
+    command = " ".join(filter(None, ["slimdiff generate", value["out"], material, "--out image.png"]))
+    return "\n".join([*lines, f"needs {needs}", f"try: {command}"])

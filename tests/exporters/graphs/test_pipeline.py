@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_checks import images, same
 
-from exporters.graphs.pipeline import _export_text_encoder, example_call, export_pipeline
+from exporters.graphs.pipeline import example_call, export_pipeline, export_text_encoder
 from exporters.layout import FINAL_NORM
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.pipeline import load_pipeline as runtime_pipeline
@@ -85,7 +85,7 @@ def test_the_unet_is_not_run_for_an_example(pipeline, monkeypatch):
 
 def test_other_pipelines_are_refused(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "text_encoder", torch.nn.Linear(1, 1))
-    with pytest.raises(InputError, match="is a Linear: only CLIP"):
+    with pytest.raises(InputError, match=r"Linear, which .* cannot have \(taken is CLIPTextModel or"):
         export_pipeline(pipeline, tmp_path)
     monkeypatch.setattr(pipeline, "unet", None)
     with pytest.raises(InputError, match="no unet"):
@@ -94,11 +94,12 @@ def test_other_pipelines_are_refused(pipeline, tmp_path, monkeypatch):
 
 def test_a_trained_text_encoder_is_exported_with_its_final_norm(pipeline, tmp_path):
     """An untrained norm is ones and zeros, which the exporter folds: its weights then have no names to clash."""
-    encoder = copy.deepcopy(pipeline.text_encoder)
+    trained = copy.deepcopy(pipeline)
+    encoder = trained.text_encoder
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     for weight in norm.parameters():
         torch.nn.init.normal_(weight)
-    graph = _export_text_encoder(encoder, tmp_path / "text_encoder", 7, True, ExportSettings())
+    graph = export_text_encoder(encoder, tmp_path / "text_encoder", trained, example_call(trained), ExportSettings())
     found = open_session(graph).run({"input_ids": np.ones((1, 7), dtype=np.int64)})
     for name, weight in zip(FINAL_NORM, norm.parameters(), strict=True):
         np.testing.assert_array_equal(found[name][0], weight.detach().numpy())
