@@ -211,3 +211,18 @@ def test_a_build_names_what_overflows_in_the_vae_of_its_bundles(hot, workspace, 
         value = call(["build", recipe, "--out", tmp_path / name], capsys, 1 if name == "black" else 0)
         recipe.unlink()
         print(value)
+
+
+@pytest.mark.slow
+def test_an_engine_is_built_of_a_half_vae_as_it_is(graphs, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="engines need the extra tensorrt-rtx")
+    from exporters.engine.build import build_engine
+    from exporters.settings import EngineSettings
+
+    settings = EngineSettings(backend="tensorrt-rtx", targets=["sm89"], batch=1)
+    report = build_engine(graphs["cured"] / "vae_decoder" / "model.onnx", tmp_path / "engine", settings)
+    assert report["precision"] == "fp16"
+    assert [(t["name"], t["dtype"]) for t in report["inputs"] + report["outputs"]] == [
+        ("latent_sample", "float16"),
+        ("sample", "float16"),
+    ]
