@@ -159,7 +159,7 @@ def export_pipeline(
         raise InputError(f"{type(pipeline).__name__} has no unet: only pipelines with one are exported to ONNX")
     index = named_components(pipeline)
     index = index if settings.safety_checker else without_safety_checker(index)
-    check_carried(index, type(pipeline).__name__)
+    check_carried({**index, "_class_name": type(pipeline).__name__}, type(pipeline).__name__)
     call = call or example_call(pipeline)
     autoencoder = autoencoder_of(pipeline)
     settings_for_unet(pipeline.unet, autoencoder, settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from string import ascii_lowercase
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -129,14 +132,17 @@ def ldm_upscaler() -> LDMSuperResolutionPipeline:
     return quiet(LDMSuperResolutionPipeline(_vq(3), unet, parts["scheduler"]))
 
 
-def ldm(vocabulary: str) -> LDMTextToImagePipeline:
+def ldm() -> LDMTextToImagePipeline:
     """Latent diffusion as it was first: a BERT of its own, and latents an eighth of the image's side."""
     parts = tiny_pipeline(in_channels=3, out_channels=3, **TWO_LEVELS).components
     torch.manual_seed(0)
-    bert = LDMBertModel(
-        LDMBertConfig(
-            vocab_size=32, encoder_layers=2, encoder_ffn_dim=32, encoder_attention_heads=2, head_dim=16, d_model=32
-        )
+    config = LDMBertConfig(
+        vocab_size=32, encoder_layers=2, encoder_ffn_dim=32, encoder_attention_heads=2, head_dim=16, d_model=32
     )
-    tokenizer = BertTokenizer(vocabulary, model_max_length=77)
-    return quiet(LDMTextToImagePipeline(_vq(4), bert.eval(), tokenizer, parts["unet"], parts["scheduler"]))
+    with TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocab.txt"
+        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase]))
+        tokenizer = BertTokenizer(str(vocabulary), model_max_length=77)
+    return quiet(
+        LDMTextToImagePipeline(_vq(4), LDMBertModel(config).eval(), tokenizer, parts["unet"], parts["scheduler"])
+    )
