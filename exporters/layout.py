@@ -18,12 +18,14 @@ GRAPHS = ("unet", *TEXT_ENCODERS, *VAES)
 """Folders with a graph each, or an engine of it."""
 SAFETY_CHECKER = "safety_checker"
 """A folder with a graph, beside engines too: it is in float32 wherever it runs, as rounding could turn its verdict."""
+STEERING = ("controlnet", "adapter")
+"""Components that give the UNet residuals, beside its prompt. A second one lies in `controlnet_1`."""
 FINAL_NORM = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Outputs `[B, D]` of a text encoder's graph beside its hidden states, where its pipeline puts that norm on them."""
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 """Folders with settings alone."""
 _CHECKER = "StableDiffusionSafetyChecker"
-_CARRIED = ("unet", "vae", *TEXT_ENCODERS, SAFETY_CHECKER, *CONFIGURED)
+_CARRIED = ("unet", "vae", *TEXT_ENCODERS, SAFETY_CHECKER, *STEERING, *CONFIGURED)
 ENGINE_PIPELINE = "engine-pipeline"
 """The kind, in its manifest, of a folder with engines in the graphs' places."""
 
@@ -46,6 +48,14 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
         raise InputError(
             f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have: {remedy}"
         )
+
+
+def steering_folders(folder: Path) -> list[str]:
+    """The names of the folders with ControlNets and adapters in an exported pipeline."""
+    found = [name for name in STEERING if (folder / name).is_dir()]
+    while (folder / (another := f"controlnet_{len(found)}")).is_dir():
+        found.append(another)
+    return found
 
 
 def is_component(entry: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import slimdiff
 from deploy.artifacts.files import license_files
 from deploy.artifacts.usage import SAMPLING, usage_of
 from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model, describe
-from deploy.bundle.rest import place_of
+from deploy.bundle.rest import ExportedRest, TorchRest, place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
@@ -106,7 +106,7 @@ def write_bundle(
     about = {"packages": packages, "processors": processors, "denoisers": denoisers}
     description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
-    (folder / "README.md").write_text(_readme(description, source.rest.takes), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(description, source.rest), encoding="utf-8")
     used = usage_of(*map(str, source.folders))
     if triton:
         write_repository(folder, folder / TRITON, usage=used)
@@ -151,7 +151,7 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     return found
 
 
-def _readme(description: Description, takes: Collection[str]) -> str:
+def _readme(description: Description, rest: ExportedRest | TorchRest) -> str:
     """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
     templates = Environment(
         loader=PackageLoader("deploy.bundle"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -159,7 +159,7 @@ def _readme(description: Description, takes: Collection[str]) -> str:
     packages = [f"'{name}{version}'" for name, version in description.packages.items()]
     runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
     return templates.get_template("README.md.j2").render(
-        bundle=description, packages=packages, runtimes=runtimes, takes=takes
+        bundle=description, packages=packages, runtimes=runtimes, takes=rest.takes, controls=rest.controls
     )
 
 

@@ -1,8 +1,8 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, `takes`, the
-arguments of the pipeline's call, and `write(folder, precision, sizes, encoder)`, which writes
-tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have `scale`, pixels per latent along a side, `controls`, how
+many pictures steer an image, `takes`, the arguments of the pipeline's call (`control_image` where `image` steers), and
+`write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -32,12 +32,14 @@ from exporters.layout import (
     is_component,
     latent_scale,
     read_config,
+    steering_folders,
     without_safety_checker,
 )
 from exporters.runtimes.pipeline import check_index
+from slimdiff.denoising.steering import nets_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
@@ -63,7 +65,11 @@ class ExportedRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return set(inspect.signature(check_index(self.folder)[1].__call__).parameters)
+        return _takes(check_index(self.folder)[1], self.controls)
+
+    @cached_property
+    def controls(self) -> int:
+        return len(steering_folders(self.folder))
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Copy all; an InputError if a size is not the one that the VAE is for."""
@@ -81,9 +87,14 @@ class ExportedRest:
         manifest.write_json(folder / INDEX, index)
         checker = [SAFETY_CHECKER] * is_component(index.get(SAFETY_CHECKER))
         vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
-        for name in (*CONFIGURED, *TEXT_ENCODERS, *vaes, *checker):
+        for name in (*CONFIGURED, *TEXT_ENCODERS, *steering_folders(self.folder), *vaes, *checker):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, ignore=_other_files)
+
+
+def _takes(pipeline: Any, controls: int) -> set[str]:
+    takes = set(inspect.signature(pipeline.__call__).parameters)
+    return takes - {"image"} | {"control_image"} if controls and "control_image" not in takes else takes
 
 
 def _other_files(folder: str, names: list[str]) -> list[str]:
@@ -96,15 +107,21 @@ def _other_files(folder: str, names: list[str]) -> list[str]:
 class TorchRest:
     """A model in torch, whose components are exported for every size that is needed."""
 
-    def __init__(self, model: str, safety_checker: bool = True, variant: str | None = None) -> None:
-        self.model, self.safety_checker, self.variant = model, safety_checker, variant
+    def __init__(
+        self,
+        model: str,
+        safety_checker: bool = True,
+        variant: str | None = None,
+        steering: SteeringSettings | None = None,
+    ) -> None:
+        self.model, self.safety_checker, self.variant, self.steering = model, safety_checker, variant, steering
 
     @cached_property
     def pipeline(self) -> Any:
         from slimdiff.denoising.trajectory import with_scheduler
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(self.model, "fp32", variant=self.variant)
+        pipeline = load_pipeline(self.model, "fp32", variant=self.variant, steering=self.steering)
         return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property
@@ -116,15 +133,23 @@ class TorchRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return set(inspect.signature(self.pipeline.__call__).parameters)
+        return _takes(self.pipeline, self.controls)
+
+    @cached_property
+    def controls(self) -> int:
+        return len(nets_of(self.pipeline))
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Export all for the first size, and VAEs for the others."""
         from exporters.graphs.pipeline import example_call, export_pipeline
+        from exporters.graphs.steering import folders_of
         from exporters.settings import ExportSettings
 
         settings = ExportSettings(precision=precision, safety_checker=self.safety_checker)  # type: ignore[arg-type]
-        beside = (*TEXT_ENCODERS, SAFETY_CHECKER)
+        steering = folders_of(self.pipeline)
+        if steering and len(sizes) > 1:  # one ControlNet for all of them
+            settings = settings.model_copy(update={"dynamic_size": True})
+        beside = (*TEXT_ENCODERS, SAFETY_CHECKER, *steering)
         for size in sizes:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)

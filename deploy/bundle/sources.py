@@ -19,7 +19,7 @@ from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from slimdiff.errors import InputError
 from slimdiff.progress import working
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest as manifests
 
 
@@ -42,9 +42,12 @@ class Selection:
     variants: Mapping[str | None, str | None] = field(default_factory=dict)
     """Which weights are read of a model in torch, by its name."""
 
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+    """What is added to a model in torch."""
+
     def rest(self, model: str) -> TorchRest:
         """The other components of a model in torch."""
-        return TorchRest(model, self.safety_checker, self.variants.get(model))
+        return TorchRest(model, self.safety_checker, self.variants.get(model), self.steering)
 
 
 class Candidate(Model):
@@ -84,6 +87,8 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         InputError: if it is nothing of these, or a denoiser alone and no pipeline is named.
     """
     kind, path = kind_of(name), Path(name)
+    if selection.steering and kind != "model":
+        raise InputError(f"{name} takes no ControlNet or adapter any more ({kind}): add it at the export")
     if kind == "model":
         return _model(name, selection)
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):

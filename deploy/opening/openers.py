@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimdiff.denoising.trajectory import Call
-    from slimdiff.settings import Lora, Sampling
+    from slimdiff.settings import Lora, Sampling, SteeringSettings
 
 
 @dataclass
@@ -84,6 +84,7 @@ def open_denoiser(
     width: int | None = None,
     variant: str | None = None,
     lora: Sequence[Lora] = (),
+    steering: SteeringSettings | None = None,
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -93,9 +94,11 @@ def open_denoiser(
         height, width: of the images, pixels, where a bundle has denoisers for several sizes.
         variant: of a model's weights.
         lora: fused into a model's weights.
+        steering: added to a model.
 
     Raises:
-        InputError: if it is none of them, a LoRA is to go into what is no model, or that runtime does not take it.
+        InputError: if it is none of them, a LoRA or a ControlNet is to go into what is no model, or that runtime does
+            not take it.
         MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
@@ -103,6 +106,11 @@ def open_denoiser(
         raise InputError(
             f"{name} holds weights that no LoRA can be fused into any more ({kind}): fuse it before the export, with "
             "slimdiff export MODEL --lora FILE"
+        )
+    if steering and kind != "model":
+        raise InputError(
+            f"{name} takes no ControlNet or adapter any more ({kind}): add it at export, with slimdiff export MODEL "
+            "--controlnet DIR"
         )
     if kind == "bundle":
         from deploy.bundle.load import load
@@ -115,7 +123,7 @@ def open_denoiser(
         from slimdiff.denoising.trajectory import predict
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora)
+        pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora, steering=steering)
         denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet

@@ -19,11 +19,13 @@ from exporters.layout import (
     GRAPHS,
     INDEX,
     SAFETY_CHECKER,
+    STEERING,
     TEXT_ENCODERS,
     check_carried,
     is_component,
     latent_scale,
     read_config,
+    steering_folders,
 )
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
@@ -61,8 +63,13 @@ def request_pipeline(
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
-        scale = latent_scale(read_config(file)) if name == "vae_encoder" else 1
-        shapes = component_shapes(dims_of_inputs(read_graph(file)), unet.parts["shapes"], scale)
+        pixels = name == "vae_encoder" or name.startswith("adapter")
+        scale = latent_scale(read_config(folder / "vae_decoder")) if pixels else 1
+        dims = dims_of_inputs(read_graph(file))
+        if name.startswith("controlnet"):
+            shapes = controlnet_shapes(dims, unet.parts["shapes"])
+        else:
+            shapes = component_shapes(dims, unet.parts["shapes"], scale)
         fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
         found[name] = request_engine(file, fitted, gpu=gpu)
     return found
@@ -106,6 +113,30 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     return {"profiles": ranges}
 
 
+def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of a ControlNet that go with those of its UNet: the same, and from one sample up.
+
+    In guess mode it is asked for the half that has a prompt.
+
+    Returns:
+        `profiles` of `EngineSettings`.
+    """
+    profiles = []
+    for profile in profiles_of(unet):
+        ends = {end: dict(profile["sample"])[end] for end in ("min", "opt", "max")}
+        ends["min"] = [1, *ends["min"][1:]]
+        dims = inputs["sample"]  # an inpainting UNet's has more channels
+        profiles.append(
+            ShapeRange(
+                **{
+                    end: {"sample": tuple(d if isinstance(d, int) else n for d, n in zip(dims, shape, strict=True))}
+                    for end, shape in ends.items()
+                }
+            )
+        )
+    return {"profiles": profiles}
+
+
 def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
     """`sizes` are those of the batch, and of height and width of images `[B, C, H, W]`."""
     places = {0: sizes[0], 2: sizes[1], 3: sizes[2]} if len(dims) == 4 else {0: sizes[0]}
@@ -124,12 +155,13 @@ def _graphs(folder: Path) -> list[str]:
     index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
-    needed = [name for name in TEXT_ENCODERS if is_component(entries.get(name))] + ["vae_decoder"]
+    needed = [name for name in (*TEXT_ENCODERS, *STEERING) if is_component(entries.get(name))] + ["vae_decoder"]
     checked = [SAFETY_CHECKER] * is_component(entries.get(SAFETY_CHECKER))
     lacking = [name for name in needed + checked if not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
-    return [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
+    lying = [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
+    return lying + steering_folders(folder)
 
 
 def mark_unfinished(out: Path) -> None:
@@ -148,7 +180,7 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     """
     mark_unfinished(out)
     copied = [name for name in (*CONFIGURED, SAFETY_CHECKER) if (source / name).is_dir()]
-    for name in (*GRAPHS, *CONFIGURED, SAFETY_CHECKER):
+    for name in (*GRAPHS, *CONFIGURED, SAFETY_CHECKER, *steering_folders(out)):
         if name not in (*reports, *copied):
             shutil.rmtree(out / name, ignore_errors=True)
     for name in copied:

@@ -23,6 +23,7 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
+from exporters.graphs.steering import steering_jobs
 from exporters.layout import (
     CONFIGURED,
     FINAL_NORM,
@@ -39,6 +40,7 @@ from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.loading.steering import check_steered
 from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -156,6 +158,7 @@ def export_pipeline(
             raise InputError(f"the {name} is a {type(encoder).__name__}: only CLIP text encoders are exported to ONNX")
     index = dict(pipeline.config) if settings.safety_checker else without_safety_checker(pipeline.config)
     check_carried(index, type(pipeline).__name__)
+    check_steered(pipeline)
     call = call or example_call(pipeline)
     export = partial(export_unet, scheduler=parts["scheduler"])
     jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, settings)}
@@ -165,6 +168,7 @@ def export_pipeline(
         jobs[name] = partial(_export_text_encoder, encoder, folder / name, tokenizer.model_max_length, norm, settings)
     if is_component(index.get(SAFETY_CHECKER)):
         jobs[SAFETY_CHECKER] = partial(_export_safety_checker, parts[SAFETY_CHECKER], folder / SAFETY_CHECKER, settings)
+    jobs |= steering_jobs(pipeline, folder, call, settings)
     jobs |= {name: partial(_export_vae, name, pipeline, folder / name, call, settings) for name in VAES}
     jobs = {name: job for name, job in jobs.items() if name not in without}
     files = []

@@ -17,8 +17,9 @@ from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import check_lora, find_model
 from slimdiff.loading.single_file_weights import load_single_file
+from slimdiff.loading.steering import check_steering, steer
 from slimdiff.progress import working
-from slimdiff.settings import DTYPES, Lora
+from slimdiff.settings import DTYPES, Lora, SteeringSettings
 
 
 @working("load the model")
@@ -30,6 +31,7 @@ def load_pipeline(
     variant: str | None = None,
     without: Sequence[str] = (),
     lora: Sequence[Lora | str] = (),
+    steering: SteeringSettings | None = None,
 ) -> DiffusionPipeline:
     """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
 
@@ -44,15 +46,18 @@ def load_pipeline(
         variant: of the weights, such as `fp16`; if not given the unnamed one, or the only one that is there.
         without: components that are not needed, and are neither fetched nor loaded: they become None.
         lora: files to fuse into the weights, each at its scale, or as text `FILE:SCALE` (see `fuse_loras`).
+        steering: ControlNets or a T2I-Adapter to add to it (see `steer`).
 
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
-            not that variant, or it asks for code of its own; or a LoRA does not fit it.
+            not that variant, or it asks for code of its own; or a LoRA or what is to steer it does not fit it.
         MissingPackageError: if there is a LoRA and peft is not here.
     """
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
     for one in loras:
         check_lora(Path(one.file))
+    steering = steering or SteeringSettings()
+    check_steering(steering)
     absent = dict.fromkeys(without)
     try:
         path = find_model(model)
@@ -67,7 +72,7 @@ def load_pipeline(
             pipeline = _load_directory(path, read_dtype(dtype), variant, absent)
         if loras:
             fuse_loras(pipeline, loras)
-        return pipeline
+        return steer(pipeline, steering, read_dtype(dtype))
     except SlimdiffError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory

@@ -13,6 +13,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, 
 from exporters.registry import names
 from exporters.settings import parse_sizes
 from slimdiff.errors import InputError, require
+from slimdiff.settings import SteeringSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
@@ -45,6 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
+    flags.add_steering(parser)
     flags.add_usage(parser, "guidance")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants)
+    steering = flags.read(args, SteeringSettings)
+    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, steering)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
@@ -100,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    return result(args, value, _text(value, description))
+    control = " --control-image FILE" * source.rest.controls
+    return result(args, value, f"{_text(value, description)}{control} --prompt TEXT --out image.png")
 
 
 def _archive(out: Path) -> Path:
@@ -123,4 +127,4 @@ def _text(value: dict[str, Any], description: Any) -> str:
     lines += [f"Triton: docker compose up --build, in {value['out']}/{value['triton']}"] * bool(value["triton"])
     lines += [f"archive: {value['archive']}"] * bool(value["archive"])
     needs = " ".join(f"'{name}{version}'" for name, version in value["packages"].items())
-    return "\n".join([*lines, f"needs {needs}", f"try: slimdiff generate {value['out']} --prompt TEXT --out image.png"])
+    return "\n".join([*lines, f"needs {needs}", f"try: slimdiff generate {value['out']}"])

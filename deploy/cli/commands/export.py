@@ -13,14 +13,16 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_model
-from slimdiff.settings import MOST_AT_ONCE, Sampling, WeightSettings
+from slimdiff.settings import MOST_AT_ONCE, Sampling, SteeringSettings, WeightSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = "Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline."
 EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
-  slimdiff export slim --out slim-onnx --dynamic batch,size"""
+  slimdiff export slim --out slim-onnx --dynamic batch,size
+  slimdiff export slim --out canny-onnx --controlnet sd-controlnet-canny
+  slimdiff generate canny-onnx --control-image edges.png --prompt "a barn" --out barn.png"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
     flags.add_lora(parser)
+    flags.add_steering(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_usage(parser, "guidance")
     flags.add(parser, Sampling, "scheduler")
@@ -49,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
     settings, image = flags.read(args, ExportSettings, **dynamic), flags.read_usage(args, args.model)
-    weights = flags.read(args, WeightSettings)
+    weights, steering = flags.read(args, WeightSettings), flags.read(args, SteeringSettings)
     find_model(args.model)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
     calm_libraries()
     from deploy.artifacts.files import copy_licenses
-    from deploy.artifacts.hashes import model_hash
+    from deploy.artifacts.hashes import folder_hash, model_hash
     from deploy.build import shapes
     from exporters.graphs.pipeline import example_call, export_pipeline
     from exporters.graphs.precision import fp32_islands
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import with_scheduler
     from slimdiff.loading.pipelines import load_pipeline
 
-    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora)
+    pipeline = load_pipeline(args.model, "fp32", variant=weights.variant, lora=args.lora, steering=steering)
     pipeline = with_scheduler(pipeline, image)
     size = {"height": image.height, "width": image.width}
     call = example_call(pipeline, **size, batch=args.batch, guidance=image.guidance)
@@ -77,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if (fused := fused_files(pipeline)) else {}
-        made_from = {"model": model_hash(args.model), **said_of(image), **fused, **settings.model_dump()}
+        folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
+        steered = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        made_from = {"model": model_hash(args.model), **said_of(image), **fused, **steered, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
