@@ -15,6 +15,8 @@ INDEX = "model_index.json"
 GRAPH = "model.onnx"
 CONFIG = "config.json"
 SAFETY_CHECKER = "safety_checker"
+STEERING = ("controlnet", "adapter")
+"""Components that give the UNet residuals, beside its prompt. A second one lies in `controlnet_1`."""
 FINAL_NORM = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Outputs `[B, D]` of a text encoder's graph beside its hidden states, where its pipeline puts that norm on them."""
 _OPTIMUM = "optimum.onnxruntime.modeling_diffusion"
@@ -94,6 +96,20 @@ COMPONENTS = (
         optimum="ORTVae",
     ),
     Component(
+        names=("controlnet",),
+        classes=("ControlNetModel", "MultiControlNetModel"),
+        graphs=("",),
+        exports="exporters.graphs.steering:export_controlnet",
+        opens=f"{_RUNTIMES}.steering:ControlNet",
+    ),
+    Component(
+        names=("adapter",),
+        classes=("T2IAdapter",),
+        graphs=("",),
+        exports="exporters.graphs.steering:export_adapter",
+        opens=f"{_RUNTIMES}.steering:Adapter",
+    ),
+    Component(
         names=("vqvae",),  # whose pipelines encode nothing
         classes=("VQModel", "AutoencoderKL"),
         graphs=("_decoder",),
@@ -163,6 +179,14 @@ def autoencoder_of(index: Mapping[str, Any]) -> str | None:
 def exported_entry(name: str, entry: Sequence[str]) -> list[str]:
     """What the index of an exported pipeline says of a component: optimum's class where it has one."""
     return [_OPTIMUM, _ROWS[name].optimum] if _ROWS[name].optimum else list(entry)
+
+
+def steering_folders(folder: Path) -> list[str]:
+    """The names of the folders with ControlNets and adapters in an exported pipeline."""
+    found = [name for name in STEERING if (folder / name).is_dir()]
+    while (folder / (another := f"controlnet_{len(found)}")).is_dir():
+        found.append(another)
+    return found
 
 
 def is_component(entry: Any) -> bool:

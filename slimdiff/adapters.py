@@ -31,6 +31,13 @@ def fused_files(pipeline: Any) -> list[dict[str, Any]]:
     return list(getattr(pipeline, "slimdiff_loras", ()))
 
 
+def carry_fused(pipeline: Any, other: Any) -> None:
+    """Note of another pipeline of the same weights what has been fused into them."""
+    for name in ("slimdiff_loras", "_merged_adapters"):
+        if hasattr(pipeline, name):
+            setattr(other, name, getattr(pipeline, name))
+
+
 def fused_adapters(pipeline: Any) -> list[str]:
     """Names of the adapters that `fuse_lora` has merged into this pipeline's weights since it was loaded."""
     return sorted(getattr(pipeline, "fused_loras", ()))

@@ -88,6 +88,24 @@ class LoraSettings(Settings):
     """LoRA to fuse into the weights, as FILE or FILE:SCALE, such as style.safetensors:0.8; text encoders' parts too."""
 
 
+class SteeringSettings(Settings):
+    """What steers a Stable Diffusion UNet beside its prompt, added to the model when it is opened."""
+
+    controlnet: tuple[str, ...] = ()
+    """A diffusers directory of a ControlNet that steers the model; again for several."""
+    adapter: str | None = Field(None, min_length=1)
+    """A diffusers directory of a T2I-Adapter that steers the model."""
+
+    def __bool__(self) -> bool:
+        return bool(self.controlnet) or self.adapter is not None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SteeringSettings:
+        if self.controlnet and self.adapter is not None:
+            raise ValueError("diffusers has no pipeline that ControlNets and a T2I-Adapter steer together: name one")
+        return self
+
+
 class Sampling(Settings):
     """How images are made wherever a trajectory is needed."""
 

@@ -20,6 +20,7 @@ from deploy.build import steps
 from deploy.build.cluster import run_on_ray
 from deploy.build.stages import Done, Stage, run_stages
 from deploy.build.workshop import Workshop
+from deploy.recipe.material import PICTURES
 from deploy.recipe.prompts import EMBEDDED, GENERAL
 from deploy.recipe.recipe import ImageShape, Recipe
 from exporters.registry import names
@@ -126,7 +127,7 @@ class Job:
 
     def for_elsewhere(self) -> Job:
         """The same for a process that works in another folder, and beside others: its latencies would mean nothing."""
-        paths = {name: getattr(self.recipe, name) for name in ("model", "prompts", "images", "masks")}
+        paths = {name: getattr(self.recipe, name) for name in ("model", "prompts", *PICTURES)}
         own = {k: p for k, p in paths.items() if isinstance(p, str) and p not in ("demo", EMBEDDED, GENERAL)}
         here: dict[str, Any] = {key: str(Path(path).resolve()) for key, path in own.items() if Path(path).exists()}
         here["lora"] = tuple(one.model_copy(update={"file": str(Path(one.file).resolve())}) for one in self.recipe.lora)

@@ -12,6 +12,7 @@ from deploy.artifacts.hashes import public_name
 from deploy.artifacts.numbers import amount
 from deploy.build.cells import results_of_cells
 from deploy.build.stages import Done, Stage
+from deploy.recipe.material import PICTURES
 from deploy.recipe.recipe import Gates, Recipe
 from exporters.latency.decision import Gate
 from slimdiff.storage import manifest
@@ -37,7 +38,7 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     verdict = overall(gates)
     calibrated = manifest.read_manifest(folder / "calibrate")["made_from"]["inputs"]
     settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
-    named = {name: getattr(recipe, name) for name in ("prompts", "images", "masks")}
+    named = {name: getattr(recipe, name) for name in ("prompts", *PICTURES)}
     settings |= {name: Path(value).name for name, value in named.items() if isinstance(value, str)}
     settings["lora"] = [one | {"file": Path(one["file"]).name} for one in settings["lora"]]
     for metric in settings["compare"]["metrics"].values():

@@ -16,7 +16,7 @@ from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
 from deploy.artifacts.usage import said_of
-from deploy.recipe.material import calibration_material, comparison_material, hash_of
+from deploy.recipe.material import PICTURES, calibration_material, comparison_material, hash_of
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
 from deploy.recipe.recipe import Recipe
 from exporters.graphs.pipeline import example_call
@@ -97,7 +97,7 @@ class Workshop:
     @property
     def _folders(self) -> dict[str, Any]:
         recipe = self.recipe
-        said = {"images": recipe.images, "masks": recipe.masks, "classes": recipe.classes}
+        said = {name: getattr(recipe, name) for name in (*PICTURES, "classes")}
         return {**said, "default": self.prompts_from in (GENERAL, EMBEDDED)}
 
     @cached_property

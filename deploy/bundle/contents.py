@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import slimdiff
 from deploy.artifacts.files import license_files
 from deploy.artifacts.usage import SAMPLING, usage_of
 from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model, describe
-from deploy.bundle.rest import place_of
+from deploy.bundle.rest import ExportedRest, TorchRest, place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
@@ -107,7 +107,7 @@ def write_bundle(
     about = {"packages": packages, "processors": processors, "denoisers": denoisers}
     description = Description(target=selection.target, python=python, **about)
     _write_licenses(folder / "licenses", source.folders)
-    (folder / "README.md").write_text(_readme(description, source.rest.takes), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(description, source.rest), encoding="utf-8")
     used = usage_of(*map(str, source.folders))
     if triton:
         write_repository(folder, folder / TRITON, usage=used)
@@ -152,15 +152,19 @@ def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:
     return found
 
 
-def material_flags(takes: Collection[str], text: str) -> str:
-    """The flags of `generate` for what a pipeline makes an image from, by the arguments of its call."""
-    flags = {"image": "--image photo.png", "mask_image": "--mask mask.png", "class_labels": "--class 0"}
-    return " ".join(
-        [flag for name, flag in flags.items() if name in takes] + [f"--prompt {text}"] * ("prompt" in takes)
-    )
+def material_flags(rest: ExportedRest | TorchRest, text: str) -> str:
+    """The flags of `generate` for what a pipeline makes an image from."""
+    flags = {
+        "image": ["--image photo.png"],
+        "mask_image": ["--mask mask.png"],
+        "control_image": ["--control-image edges.png"] * rest.controls,
+        "class_labels": ["--class 0"],
+        "prompt": [f"--prompt {text}"],
+    }
+    return " ".join(flag for name, several in flags.items() if name in rest.takes for flag in several)
 
 
-def _readme(description: Description, takes: Collection[str]) -> str:
+def _readme(description: Description, rest: ExportedRest | TorchRest) -> str:
     """What is in the bundle, what it needs, and the command that runs it; our tests run that command."""
     templates = Environment(
         loader=PackageLoader("deploy.bundle"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -171,8 +175,9 @@ def _readme(description: Description, takes: Collection[str]) -> str:
         bundle=description,
         packages=packages,
         runtimes=runtimes,
-        takes=takes,
-        material=material_flags(takes, '"a lighthouse at dusk"'),
+        takes=rest.takes,
+        controls=rest.controls,
+        material=material_flags(rest, '"a lighthouse at dusk"'),
     )
 
 

@@ -1,9 +1,9 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
 Both leave a safety checker out unless `safety_checker`, have `decoder`, the folder of what makes images of latents
-(None where the images themselves are denoised), `scale`, pixels per latent along a side, `takes`, the arguments of the
-pipeline's call, and `write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in
-optimum's layout:
+(None where the images themselves are denoised), `scale`, pixels per latent along a side, `controls`, how many pictures
+steer an image, `takes`, the arguments of the pipeline's call (`control_image` where `image` steers), and
+`write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -32,12 +32,14 @@ from exporters.layout import (
     components_of,
     latent_scale,
     read_config,
+    steering_folders,
     without_safety_checker,
 )
 from exporters.runtimes.pipeline import check_index
+from slimdiff.denoising.steering import nets_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest
 
 Latents = tuple[int | None, int | None]
@@ -68,7 +70,11 @@ class ExportedRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(check_index(self.folder)[1], read_config(self.folder / "unet"))
+        return _takes(check_index(self.folder)[1], read_config(self.folder / "unet"), self.controls)
+
+    @cached_property
+    def controls(self) -> int:
+        return len(steering_folders(self.folder))
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Copy all; an InputError if a size is not the one that the VAE is for."""
@@ -93,15 +99,17 @@ class ExportedRest:
         check_carried(index, self.folder / INDEX)
         manifest.write_json(folder / INDEX, index)
         left = ("unet", *([] if encoder else ["vae_encoder"]))
-        for place in (place for name, row in components_of(index).items() for place in row.folders(name)):
+        places = [place for name, row in components_of(index).items() for place in row.folders(name)]
+        for place in dict.fromkeys((*places, *steering_folders(self.folder))):
             if place not in left and (self.folder / place).is_dir():
                 shutil.copytree(self.folder / place, folder / place, ignore=_other_files)
 
 
-def _takes(pipeline: Any, denoiser: Mapping[str, Any]) -> set[str]:
+def _takes(pipeline: Any, denoiser: Mapping[str, Any], controls: int) -> set[str]:
     """The arguments of a pipeline's call; classes only if its denoiser knows some."""
     takes = set(inspect.signature(pipeline.__call__).parameters)
-    return takes if denoiser.get("num_class_embeds") else takes - {"class_labels"}
+    takes = takes if denoiser.get("num_class_embeds") else takes - {"class_labels"}
+    return takes - {"image"} | {"control_image"} if controls and "control_image" not in takes else takes
 
 
 def _other_files(folder: str, names: list[str]) -> list[str]:
@@ -121,16 +129,17 @@ class TorchRest:
         variant: str | None = None,
         rest: str | None = None,
         keep_fp32: Sequence[str] = (),
+        steering: SteeringSettings | None = None,
     ) -> None:
         self.model, self.safety_checker, self.variant, self.rest = model, safety_checker, variant, rest
-        self.keep_fp32 = list(keep_fp32)
+        self.keep_fp32, self.steering = list(keep_fp32), steering
 
     @cached_property
     def pipeline(self) -> Any:
         from slimdiff.denoising.trajectory import with_scheduler
         from slimdiff.loading.pipelines import load_pipeline
 
-        pipeline = load_pipeline(self.model, "fp32", variant=self.variant, rest=self.rest)
+        pipeline = load_pipeline(self.model, "fp32", variant=self.variant, rest=self.rest, steering=self.steering)
         return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property
@@ -145,17 +154,25 @@ class TorchRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(self.pipeline, self.pipeline.unet.config)
+        return _takes(self.pipeline, self.pipeline.unet.config, self.controls)
+
+    @cached_property
+    def controls(self) -> int:
+        return len(nets_of(self.pipeline))
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Export all for the first size, and VAEs for the others."""
         from exporters.graphs.pipeline import example_call, export_pipeline
+        from exporters.graphs.steering import folders_of
         from exporters.settings import ExportSettings
 
         about: Any = {"precision": precision, "safety_checker": self.safety_checker, "keep_fp32": self.keep_fp32}
         settings = ExportSettings(**about)
+        steering = folders_of(self.pipeline)
+        if steering and len(sizes) > 1:  # one ControlNet for all of them
+            settings = settings.model_copy(update={"dynamic_size": True})
         vaes = (self.decoder, "vae_encoder")
-        beside = [name for name in FOLDERS if name not in vaes]
+        beside = [name for name in (*FOLDERS, *steering) if name not in vaes]
         for size in sizes[: None if self.decoder else 1]:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)

@@ -21,7 +21,7 @@ from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest as manifests
 
 
@@ -46,10 +46,13 @@ class Selection:
     keep_fp32: Sequence[str] = ()
     """What of a model in torch stays in fp32; see `ExportSettings.keep_fp32`."""
 
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+    """What is added to a model in torch."""
+
     def rest(self, model: str, pipeline: str | None = None) -> TorchRest:
         """The other components of a model in torch; of a denoiser alone, those of `pipeline`."""
         whole = pipeline if find_component(model) else None
-        return TorchRest(model, self.safety_checker, self.variants.get(model), whole, self.keep_fp32)
+        return TorchRest(model, self.safety_checker, self.variants.get(model), whole, self.keep_fp32, self.steering)
 
 
 class Candidate(Model):
@@ -89,6 +92,8 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         InputError: if it is nothing of these, or a denoiser alone and no pipeline is named.
     """
     kind, path = kind_of(name), Path(name)
+    if selection.steering and kind != "model":
+        raise InputError(f"{name} takes no ControlNet or adapter any more ({kind}): add it at the export")
     if kind == "model":
         return _model(name, pipeline, selection)
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):

@@ -37,6 +37,7 @@ from slimdiff.settings import (
     LoraSettings,
     PlanSettings,
     Sampling,
+    SteeringSettings,
     WeightSettings,
 )
 
@@ -142,6 +143,12 @@ def _lora(text: str) -> Lora:
     return found
 
 
+def add_steering(parser: Any) -> None:
+    """What steers the model beside its prompt; `read(args, SteeringSettings)` takes it."""
+    add(parser, SteeringSettings, "controlnet", action="append", metavar="DIR")
+    add(parser, SteeringSettings, "adapter", metavar="DIR")
+
+
 def add_variant(parser: Any) -> None:
     """Which weights are read, for `read_variants`."""
     add(parser, WeightSettings, "variant")
@@ -203,6 +210,8 @@ def add_material(parser: Any, pictures: str = "") -> None:
     text(parser, f"--{pictures}images", "DIR", made, dest="input_images")
     painted = "masks of these images, of their names or in their order; white is painted"
     text(parser, f"--{pictures}masks", "DIR", painted, dest="input_masks")
+    steer = "pictures that steer a model with a ControlNet or a T2I-Adapter, by name in order"
+    text(parser, "--control-images", "DIR", steer)
     text(parser, "--classes", "LIST", "of a class-conditional model, such as 207,360 or 0-999", type=classes)
 
 
@@ -272,8 +281,18 @@ def read_material(
     find_model(model or args.model, None if model else getattr(args, "pipeline", None))
     model = model or args.model
     source = args.prompts or default_source(model)
-    folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
-    return source, calibration_material(source, samples, more, **folders, default=args.prompts is None)
+    named = named_material(args)
+    return source, calibration_material(source, samples, more, **named, default=args.prompts is None)
+
+
+def named_material(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_material` takes: folders and classes, by the names that a recipe has for them."""
+    return {
+        "images": args.input_images,
+        "masks": args.input_masks,
+        "control_images": args.control_images,
+        "classes": args.classes,
+    }
 
 
 def read_planning(args: argparse.Namespace) -> PlanSettings:

@@ -23,7 +23,19 @@ from slimdiff.storage import manifest
 
 READ = (
     *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "onto", "pipeline"),
-    *("recipe", "file", "prompts", "input_images", "input_masks", "statistics", "plan", "merge", "reference"),
+    *(
+        "recipe",
+        "file",
+        "prompts",
+        "input_images",
+        "input_masks",
+        "control_images",
+        "statistics",
+        "plan",
+        "merge",
+        "reference",
+    ),
+    *("SteeringSettings.controlnet", "SteeringSettings.adapter"),
 )
 """Arguments, by their names in the namespace, that may be places to read."""
 WRITTEN = ("out", "history", "junit", "markdown", "plot", "save_images")

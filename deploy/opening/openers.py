@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimdiff.denoising.trajectory import Call
-    from slimdiff.settings import Lora, Sampling
+    from slimdiff.settings import Lora, Sampling, SteeringSettings
 
 
 @dataclass
@@ -90,6 +90,7 @@ def open_denoiser(
     variant: str | None = None,
     lora: Sequence[Lora] = (),
     rest: str | None = None,
+    steering: SteeringSettings | None = None,
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -101,9 +102,11 @@ def open_denoiser(
         lora: fused into a model's weights.
         rest: the model that gives the other components to a component folder; without one it is opened with the
             pipeline that it lies in, or alone.
+        steering: added to a model.
 
     Raises:
-        InputError: if it is none of them, a LoRA is to go into what is no model, or that runtime does not take it.
+        InputError: if it is none of them, a LoRA or a ControlNet is to go into what is no model, or that runtime does
+            not take it.
         MissingPackageError: if the runtime is not here.
     """
     kind = kind_of(name)
@@ -111,6 +114,11 @@ def open_denoiser(
         raise InputError(
             f"{name} holds weights that no LoRA can be fused into any more ({kind}): fuse it before the export, with "
             "slimdiff export MODEL --lora FILE"
+        )
+    if steering and kind != "model":
+        raise InputError(
+            f"{name} takes no ControlNet or adapter any more ({kind}): add it at export, with slimdiff export MODEL "
+            "--controlnet DIR"
         )
     if kind == "bundle":
         from deploy.bundle.load import load
@@ -124,10 +132,11 @@ def open_denoiser(
         from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 
         component, pipeline = find_component(name), None
-        if component is not None and not (component.pipeline or rest or lora):
+        if component is not None and not (component.pipeline or rest or lora or steering):
             denoiser = load_denoiser(name, "fp32", variant)
         else:
-            pipeline = load_pipeline(name, "fp32", variant=variant, lora=lora, rest=rest if component else None)
+            more: Any = {"lora": lora, "rest": rest if component else None, "steering": steering}
+            pipeline = load_pipeline(name, "fp32", variant=variant, **more)
             denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet

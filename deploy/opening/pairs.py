@@ -14,7 +14,7 @@ from slimdiff.denoising.tasks import for_task
 from slimdiff.denoising.trajectory import denoiser_name
 from slimdiff.errors import InputError
 from slimdiff.prompts.material import Material
-from slimdiff.settings import Lora, Sampling
+from slimdiff.settings import Lora, Sampling, SteeringSettings
 
 _WIDTHS = ("in_channels", "out_channels", "cross_attention_dim")
 """What two denoisers that are called alike have in common."""
@@ -55,6 +55,7 @@ def open_pair(
     variants: Mapping[str | None, str | None],
     material: Material,
     loras: Mapping[str, Sequence[Lora]],
+    steering: SteeringSettings | None = None,
 ) -> tuple[Side, Side, Sampling]:
     """Open both, and say how they make the same images.
 
@@ -64,6 +65,7 @@ def open_pair(
         variants: of the models' weights.
         material: what their images are made from, which decides the pipelines that they run in.
         loras: to fuse into `dense` and `slim`.
+        steering: to add to those of them that are models.
 
     Raises:
         InputError: if they cannot make the same images.
@@ -72,8 +74,9 @@ def open_pair(
     takes = [name for name, kind in kinds.items() if kind in ("onnx", "bundle")] or [dense]
     sides = []
     for name, lora in ((dense, loras["dense"]), (slim, loras["slim"])):
-        how: dict[str, Any] = {"variant": variants[name], "lora": lora, "rest": rest}
-        opened = open_denoiser(name, runtime if name in takes else None, **how)
+        chosen, added = runtime if name in takes else None, steering if kinds[name] == "model" else None
+        how: dict[str, Any] = {"variant": variants[name], "lora": lora, "rest": rest, "steering": added}
+        opened = open_denoiser(name, chosen, **how)
         sides.append(Side(name, opened, opened.pipeline))
     whole = next((side.name for side in sides if side.opened.kind == "model" and side.pipeline is not None), None)
     for side in sides:

@@ -11,6 +11,9 @@ from slimdiff.errors import InputError
 from slimdiff.prompts.material import Material, find_pictures, pair_masks
 from slimdiff.storage import manifest
 
+PICTURES = ("images", "masks", "control_images")
+"""Folders that a recipe may name."""
+
 
 def calibration_material(
     source: str | Sequence[str],
@@ -19,6 +22,7 @@ def calibration_material(
     *,
     images: str | None = None,
     masks: str | None = None,
+    control_images: str | None = None,
     classes: str | None = None,
     default: bool = False,
 ) -> Material:
@@ -28,7 +32,7 @@ def calibration_material(
         source: of prompts; `default`: nobody named it, and a pipeline that takes no prompt does without.
         samples: how many the calibration takes; there must be as many images.
         more: how many beyond them serve to measure an error on, as far as there are any.
-        images, masks: folders.
+        images, masks, control_images: folders.
         classes: such as `0-9` or `207,360`.
 
     Raises:
@@ -41,7 +45,8 @@ def calibration_material(
     painted = pair_masks(found, find_pictures(masks, "masks")) if masks is not None else []
     numbers = parse_classes(classes) if classes is not None else []
     count = len(found) if found else samples + more if numbers else len(prompts)
-    return Material(prompts, found, painted, numbers, count, default)
+    controls = find_pictures(control_images, "control images") if control_images is not None else []
+    return Material(prompts, found, painted, numbers, count, default, controls)
 
 
 def comparison_material(
@@ -52,6 +57,7 @@ def comparison_material(
     *,
     images: str | None = None,
     masks: str | None = None,
+    control_images: str | None = None,
     classes: str | None = None,
     default: bool = False,
 ) -> Material:
@@ -70,7 +76,9 @@ def comparison_material(
     def unseen(some: list[Any]) -> list[Any]:
         return (some[used:] + some[:used])[:count]
 
-    return Material(prompts, unseen(found), unseen(painted), unseen(numbers), count, default)
+    controls = find_pictures(control_images, "control images") if control_images is not None else []
+    turned = controls[used:] + controls[:used]  # not cut to `count`: several ControlNets need one each
+    return Material(prompts, unseen(found), unseen(painted), unseen(numbers), count, default, turned)
 
 
 def parse_classes(text: str) -> list[int]:
@@ -94,9 +102,11 @@ def parse_classes(text: str) -> list[int]:
 def hash_of(material: Material, count: int | None = None) -> str:
     """A hash of what the first `count` images are made from; of prompts alone, that of their list."""
     prompts = list(material.prompts)[:count]
-    if not material.images and not material.classes:
+    if not (material.images or material.classes or material.controls):
         return manifest.fingerprint(prompts)
     content: dict[str, Any] = {"prompts": prompts, "classes": list(material.classes)}
     for name, files in (("images", material.images), ("masks", material.masks)):
         content[name] = [manifest.sha256_of(Path(file)) for file in files[:count]]
+    if material.controls:
+        content["control_images"] = [manifest.sha256_of(Path(file)) for file in material.controls]
     return manifest.fingerprint(content)

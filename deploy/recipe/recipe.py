@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from deploy.quality.metrics import METRICS, check_names, check_weights
 from deploy.recipe.errors import explain, nearest
 from deploy.recipe.gates import Gates
-from deploy.recipe.material import parse_classes
+from deploy.recipe.material import PICTURES, parse_classes
 from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
 from exporters.registry import names
@@ -259,6 +259,9 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     InstructPix2Pix, upscaling. They go with the prompts by order, and the last of them serve the comparison."""
     masks: str | None = None
     """A folder of their masks, of the same names or in the same order; white is painted."""
+    control_images: str | None = None
+    """A folder of pictures that steer (relative to the recipe), for a model with a ControlNet or a T2I-Adapter: one an
+    image or, of several ControlNets, one each."""
     classes: str | None = Field(None, coerce_numbers_to_str=True)
     """Of a class-conditional model, such as `207,360` or `0-999`."""
     calibration: CalibrationSettings = CalibrationSettings()
@@ -350,7 +353,7 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     check_groups(recipe.plan, f"{source}: plan.groups")
-    folders = {name: getattr(recipe, name) for name in ("images", "masks")}
+    folders = {name: getattr(recipe, name) for name in PICTURES}
     resolved: dict[str, Any] = {k: str(folder / _name_of_file(v)) for k, v in folders.items() if v is not None}
     model = _name_of_file(recipe.model)
     if recipe.prompts is None:

@@ -23,6 +23,7 @@ from exporters.layout import (
     components_of,
     latent_scale,
     read_config,
+    steering_folders,
 )
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.errors import InputError
@@ -60,8 +61,13 @@ def request_pipeline(
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
-        scale = latent_scale(read_config(file)) if name == "vae_encoder" else 1
-        shapes = component_shapes(dims_of_inputs(read_graph(file)), unet.parts["shapes"], scale)
+        pixels = name == "vae_encoder" or name.startswith("adapter")
+        scale = latent_scale(read_config(folder / "vae_decoder")) if pixels else 1
+        dims = dims_of_inputs(read_graph(file))
+        if name.startswith("controlnet"):
+            shapes = controlnet_shapes(dims, unet.parts["shapes"])
+        else:
+            shapes = component_shapes(dims, unet.parts["shapes"], scale)
         fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
         found[name] = request_engine(file, fitted, gpu=gpu)
     return found
@@ -105,6 +111,30 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     return {"profiles": ranges}
 
 
+def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of a ControlNet that go with those of its UNet: the same, and from one sample up.
+
+    In guess mode it is asked for the half that has a prompt.
+
+    Returns:
+        `profiles` of `EngineSettings`.
+    """
+    profiles = []
+    for profile in profiles_of(unet):
+        ends = {end: dict(profile["sample"])[end] for end in ("min", "opt", "max")}
+        ends["min"] = [1, *ends["min"][1:]]
+        dims = inputs["sample"]  # an inpainting UNet's has more channels
+        profiles.append(
+            ShapeRange(
+                **{
+                    end: {"sample": tuple(d if isinstance(d, int) else n for d, n in zip(dims, shape, strict=True))}
+                    for end, shape in ends.items()
+                }
+            )
+        )
+    return {"profiles": profiles}
+
+
 def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
     """`sizes` are those of the batch, and of height and width of images `[B, C, H, W]`."""
     places = {0: sizes[0], 2: sizes[1], 3: sizes[2]} if len(dims) == 4 else {0: sizes[0]}
@@ -128,6 +158,7 @@ def _graphs(folder: Path) -> list[str]:
     lacking = [name for name in graphs if name != "vae_encoder" and not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
+    graphs = list(dict.fromkeys((*graphs, *steering_folders(folder))))
     return [n for n in graphs if n not in ("unet", *EXACT) and (folder / n / GRAPH).is_file()]
 
 
@@ -147,7 +178,7 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     """
     mark_unfinished(out)
     copied = [name for name in (*CONFIGURED, *EXACT) if (source / name).is_dir()]
-    for name in FOLDERS:
+    for name in (*FOLDERS, *steering_folders(out)):
         if name not in (*reports, *copied):
             shutil.rmtree(out / name, ignore_errors=True)
     for name in copied:

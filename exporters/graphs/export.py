@@ -38,19 +38,25 @@ def dtype_of(settings: ExportSettings) -> torch.dtype:
     return getattr(torch, DTYPES[settings.precision])
 
 
-class _UNet(nn.Module):
-    """The UNet with tensors only, in and out: what a graph can have."""
+class Denoiser(nn.Module):
+    """A module of diffusers with tensors only, in and out, as a graph has them: those of `names`, in that order."""
 
     def __init__(self, unet: nn.Module, names: Sequence[str]):
         super().__init__()
         self.unet = unet
         self.names = tuple(names)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def answer(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What it gives for tensors in the places of its arguments."""
         arguments = arguments_from(dict(zip(self.names, inputs, strict=True)))
         if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
             arguments.setdefault("encoder_hidden_states", None)
-        return self.unet(**arguments, return_dict=False)[0]
+        return self.unet(**arguments, return_dict=False)
+
+
+class _UNet(Denoiser):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.answer(inputs)[0]
 
 
 @own_torch_state()
@@ -76,22 +82,35 @@ def export_unet(
         MissingPackageError: without onnx and onnxscript.
     """
     settings = settings or ExportSettings()
+    file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
+    if plan := plan_of(unet):
+        check_leftovers(file, plan)
+    return file
+
+
+def export_called(
+    wrapper: type[Denoiser],
+    model: nn.Module,
+    folder: Path,
+    call: Call,
+    settings: ExportSettings,
+    outputs: Sequence[str],
+    *,
+    scheduler: Any = None,
+) -> Path:
+    """Export what a UNet's pipeline calls as it does its UNet; see `export_unet`."""
     inputs = unet_inputs(call)
     if scheduler is not None and not has_whole_times(scheduler):
         inputs["timestep"] = inputs["timestep"].float()
     dtype = dtype_of(settings)
-    step = 2 ** (len(unet.config["block_out_channels"]) - 1) if settings.dynamic_size else None  # type: ignore[index]
+    step = 2 ** (len(model.config["block_out_channels"]) - 1) if settings.dynamic_size else None  # type: ignore[index]
     inputs, opened = open_inputs(inputs, batch=settings.dynamic_batch, step=step)
     examples = {name: in_graph_dtype(name, value, dtype) for name, value in inputs.items()}
-    keep = paths_to_keep(unet, settings.keep_fp32) if settings.precision == "fp16" else []
-    module = in_precision(unet, dtype, keep)
+    keep = paths_to_keep(model, settings.keep_fp32) if settings.precision == "fp16" else []
+    module = in_precision(model, dtype, keep)
     with _sizes_in(module, dtype):
-        file = export_module(
-            _UNet(module, list(examples)), examples, ["out_sample"], Path(folder), settings, opened, "unet."
-        )
-    write_config(unet, Path(folder))
-    if plan := plan_of(unet):
-        check_leftovers(file, plan)
+        file = export_module(wrapper(module, list(examples)), examples, outputs, folder, settings, opened, "unet.")
+    write_config(model, folder)
     return file
 
 
@@ -142,7 +161,7 @@ def export_module(
     file = folder / GRAPH
     modes = {m: m.training for m in module.modules()}
     shapes: Any = tuple(dynamic.get(name) for name in inputs) if dynamic else None
-    if shapes and isinstance(module, _UNet):  # whose inputs are one argument to torch
+    if shapes and isinstance(module, Denoiser):  # whose inputs are one argument to torch
         shapes = (shapes,)
     try:
         module.eval()

@@ -24,13 +24,15 @@ NAMES: dict[tuple[str, ...], str] = {
     ("down_block_additional_residuals",): "down_block_additional_residuals",
     ("mid_block_additional_residual",): "mid_block_additional_residual",
     ("down_intrablock_additional_residuals",): "down_intrablock_additional_residuals",
+    ("controlnet_cond",): "controlnet_cond",
+    ("conditioning_scale",): "conditioning_scale",
 }
 """Place among the arguments of a denoiser's call -> name of the graph's input.
 
 Where a place holds a list, there is an input per item, with its number: `down_block_additional_residuals_0`.
 """
 
-SCALARS = ("timestep",)
+SCALARS = ("timestep", "conditioning_scale")
 """Inputs that are one number for all samples."""
 _FIRST = ("sample", "timestep", "encoder_hidden_states")
 _PLACES = {name: place for place, name in NAMES.items()}

@@ -17,10 +17,12 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.steering import folders_of
 from exporters.graphs.vae import settings_for_unet, tile_call
 from exporters.layout import (
     FINAL_NORM,
     INDEX,
+    STEERING,
     check_carried,
     components_of,
     exported_entry,
@@ -33,6 +35,7 @@ from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
 from slimdiff.errors import InputError
+from slimdiff.loading.steering import check_steered
 from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
@@ -160,6 +163,7 @@ def export_pipeline(
     index = named_components(pipeline)
     index = index if settings.safety_checker else without_safety_checker(index)
     check_carried({**index, "_class_name": type(pipeline).__name__}, type(pipeline).__name__)
+    check_steered(pipeline)
     call = call or example_call(pipeline)
     autoencoder = autoencoder_of(pipeline)
     settings_for_unet(pipeline.unet, autoencoder, settings)
@@ -168,9 +172,10 @@ def export_pipeline(
     for name, row in components_of(index).items():
         component = getattr(pipeline, name)
         own = of_vae if component is autoencoder else call
-        for graph in row.folders(name):
-            if row.exports and graph not in without:
-                jobs[graph] = partial(row.load("exports"), component, folder / graph, pipeline, own, settings)
+        for part, model in (folders_of(pipeline) if name in STEERING else {name: component}).items():
+            for graph in row.folders(part):
+                if row.exports and graph not in without:
+                    jobs[graph] = partial(row.load("exports"), model, folder / graph, pipeline, own, settings)
         if not row.exports:
             component.save_pretrained(folder / name)
             write_vocabulary(component, folder / name)

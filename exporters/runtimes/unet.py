@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from exporters.graphs.inputs import named_inputs
+from exporters.graphs.reading import steps_of
 from exporters.graphs.timesteps import graph_time
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session, Shape
@@ -86,8 +87,26 @@ class UNet(RuntimeModule):
         inputs, unknown = named_inputs(arguments | others)
         if unknown := unknown + [name for name in inputs if name not in self.session.inputs]:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
+        for name in self.session.inputs:
+            if name.startswith("down_intrablock") and name not in inputs:  # where a T2I-Adapter is not applied any more
+                inputs[name] = self._nothing(name, sample)
+        if steered := [name for name in self.session.inputs if "residual" in name and name not in inputs]:
+            raise InputError(
+                f"a ControlNet steers {self.session.source}, and nothing was given for its input {steered[0]}: run it "
+                "in the pipeline that it was exported with, or name the ControlNet (--controlnet)"
+            )
         noise = answer(self.session, inputs)["out_sample"].to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def _nothing(self, name: str, sample: Tensor) -> Tensor:
+        """Zeros for an input whose height and width follow those of `sample`."""
+        sizes = {}
+        for size, dim in zip(sample.shape, self.inputs["sample"], strict=True):
+            if isinstance(dim, str):
+                step, side = steps_of(dim)
+                sizes[side] = size // step
+        dims = (dim if isinstance(dim, int) else steps_of(dim) for dim in self.inputs[name])
+        return sample.new_zeros([dim if isinstance(dim, int) else dim[0] * sizes[dim[1]] for dim in dims])
 
     @torch.no_grad()
     def predict(self, call: Call) -> Tensor:

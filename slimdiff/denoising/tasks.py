@@ -5,6 +5,7 @@
 | `prompt` | text to image | a prompt |
 | `prompt`, `image` | image to image, refining, InstructPix2Pix, upscaling | a prompt and an image |
 | `prompt`, `image`, `mask_image` | inpainting | a prompt, an image and a mask |
+| `control_image`, or has a ControlNet or a T2I-Adapter | steered | a picture that steers, and one of these |
 | `class_labels` | class-conditional | a class |
 | none of them | unconditional | nothing |
 """
@@ -20,8 +21,10 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from slimdiff.adapters import carry_fused
 from slimdiff.denoising.long_prompts import warn_of_cuts
 from slimdiff.denoising.sizes import check_size, enlarges, pixels_per_latent
+from slimdiff.denoising.steering import control_name, nets_of
 from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
@@ -40,8 +43,13 @@ def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeli
         raise InputError(f"{type(pipeline).__name__} makes no images of classes: leave out --classes")
     if material.masks and not material.images:
         raise InputError("masks say what of an image is painted: give images with them")
+    control, who = control_name(pipeline), type(pipeline).__name__
+    if material.controls and control is None:
+        raise InputError(f"no picture steers {who}: leave the control image out, or add what it steers (--controlnet)")
+    if control is not None and not material.controls:
+        raise InputError(f"a picture steers {who}: say which (--control-image, or --control-images for a folder)")
     needed = [name for name, files in (("image", material.images), ("mask_image", material.masks)) if files]
-    if set(needed) <= takes:
+    if set(needed) <= takes - ({control} if material.images else set()):
         return pipeline
     kind: Any = AutoPipelineForInpainting if material.masks else AutoPipelineForImage2Image
     try:
@@ -50,9 +58,7 @@ def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeli
         what = "inpaints nothing" if material.masks else "makes no images from images"
         reason = str(error).splitlines()[0]
         raise InputError(f"{type(pipeline).__name__} {what}, and diffusers has no such pipeline ({reason})") from error
-    for name in ("slimdiff_loras", "_merged_adapters"):  # what has been fused into the weights
-        if hasattr(pipeline, name):
-            setattr(other, name, getattr(pipeline, name))
+    carry_fused(pipeline, other)
     return other
 
 
@@ -90,9 +96,13 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
     size = None
     if sampling.width and sampling.height:
         size = (sampling.width // enlarges(pipeline), sampling.height // enlarges(pipeline))
+    controls = _controls(pipeline, material, count, size)
+    if controls:
+        _steer(pipeline, rows, controls)
+        sampling = _sized(sampling, controls[0].size, takes)
     if images:
         pictures = [open_picture(file, size) for file in images]
-        _check_sizes(pipeline, images, pictures)
+        _check_sizes(pipeline, [*images, *list(material.controls)[:1]], [*pictures, *controls[:1]])
         painted = [open_picture(mask, size, "L") for mask in masks]
         odd = next((i for i, mask in enumerate(painted) if mask.size != pictures[i].size), None)
         if odd is not None:
@@ -132,6 +142,8 @@ def neutral_inputs(
         if name in takes:
             picture = Image.new(mode, (wide, high), "white" if mode == "L" else "grey")
             row[name] = _as_taken(pipeline, picture)
+    if (control := control_name(pipeline)) is not None:
+        _steer(pipeline, [row], [row[control].convert(_mode(pipeline))] * max(1, len(nets_of(pipeline))))
     sized = pictures.keys() & row.keys() or size == whole_size
     if sized and not {"height", "width"} <= takes:
         sampling = sampling.model_copy(update={"height": None, "width": None})
@@ -206,6 +218,30 @@ def _check_sizes(pipeline: Any, files: Sequence[Path], pictures: Sequence[Any]) 
         check_size(pipeline, {"width": first[0], "height": first[1]})
     except InputError as error:
         raise InputError(f"{files[0]}: {error}, or say --height and --width") from error
+
+
+def _controls(pipeline: Any, material: Material, count: int, size: tuple[int, int] | None) -> list[Any]:
+    """The pictures that steer, all of one size."""
+    nets = len(nets_of(pipeline))
+    files = material.controls if nets > 1 else material.controls[:count]
+    if files and len(files) != nets > 1:
+        raise InputError(f"{len(files)} control images are there for {nets} ControlNets: give one for each")
+    pictures = [open_picture(file, size, _mode(pipeline)) for file in files]
+    if pictures:
+        _check_sizes(pipeline, files, pictures)
+    return pictures
+
+
+def _mode(pipeline: Any) -> str:
+    """Of pictures that steer: some T2I-Adapters take one channel."""
+    return "L" if getattr(next(iter(nets_of(pipeline)), None), "config", {}).get("in_channels") == 1 else "RGB"
+
+
+def _steer(pipeline: Any, rows: list[dict[str, Any]], controls: Sequence[Any]) -> None:
+    """Put the pictures that steer into the rows: all of them in each, where there are several ControlNets."""
+    several = len(nets_of(pipeline)) > 1
+    for number, row in enumerate(rows):
+        row[str(control_name(pipeline))] = list(controls) if several else controls[number % len(controls)]
 
 
 def _sized(sampling: Sampling, picture: tuple[int, int], takes: set[str]) -> Sampling:

@@ -9,6 +9,7 @@ its call that differ from image to image. Arguments that are the same for all go
 | inpainting | `{"prompt": "a barn", "image": photo, "mask_image": mask}` | `{"strength": 1.0}` |
 | InstructPix2Pix, ControlNet | `{"prompt": "make it snow", "image": photo}` | |
 | T2I adapter | `{"prompt": "a barn", "image": sketch}` | |
+| several ControlNets | `{"prompt": "a barn", "image": [edges, depth]}` | |
 | classes (DiT) | `{"class_labels": 207}` | |
 | unconditional (DDPM, DDIM) | `{}` | |
 | AnimateDiff | `"a barn in the wind"` | `{"num_frames": 16}` |
@@ -35,6 +36,7 @@ from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import make_scheduler
 from slimdiff.denoising.sizes import autoencoder_of, check_size
+from slimdiff.denoising.steering import join_controls
 from slimdiff.denoising.strength import check_strength
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
@@ -266,6 +268,7 @@ def _arguments(
     if any(row.keys() != rows[0].keys() for row in rows):
         raise InputError("the inputs of one batch name different arguments: give all of them the same")
     columns = {name: [row[name] for row in rows] for name in rows[0]}
+    join_controls(pipeline, columns)
     inputs = {n: torch.stack(c) if all(isinstance(v, Tensor) for v in c) else c for n, c in columns.items()}
     inputs |= sampling.model_dump(include={"height", "width"}, exclude_none=True) | sampling.arguments
     for name, value in inputs.items():  # diffusers wants a list of them where it is given a list of prompts

@@ -19,9 +19,10 @@ from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_component, check_model_directory
 from slimdiff.loading.naming import check_lora, choose_variants, find_component, find_model
 from slimdiff.loading.single_file_weights import load_single_file
+from slimdiff.loading.steering import check_steering, steer
 from slimdiff.loading.weights import choose_variant
 from slimdiff.progress import working
-from slimdiff.settings import DTYPES, Lora
+from slimdiff.settings import DTYPES, Lora, SteeringSettings
 
 
 @working("load the model")
@@ -34,6 +35,7 @@ def load_pipeline(
     without: Sequence[str] = (),
     lora: Sequence[Lora | str] = (),
     rest: str | None = None,
+    steering: SteeringSettings | None = None,
 ) -> DiffusionPipeline:
     """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
 
@@ -51,15 +53,18 @@ def load_pipeline(
         without: components that are not needed, and are neither fetched nor loaded: they become None.
         lora: files to fuse into the weights, each at its scale, or as text `FILE:SCALE` (see `fuse_loras`).
         rest: the model that gives the other components to a denoiser alone; the pipeline that it lies in if not given.
+        steering: ControlNets or a T2I-Adapter to add to it (see `steer`).
 
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
-            not that variant, or it asks for code of its own; or a LoRA does not fit it.
+            not that variant, or it asks for code of its own; or a LoRA or what is to steer it does not fit it.
         MissingPackageError: if there is a LoRA and peft is not here.
     """
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
     for one in loras:
         check_lora(Path(one.file))
+    steering = steering or SteeringSettings()
+    check_steering(steering)
     instead: dict[str, Any] = dict.fromkeys(without)
     try:
         path, whole, own = find_model(model, rest), model, None
@@ -80,7 +85,7 @@ def load_pipeline(
             raise InputError(f"{rest} is a {type(pipeline).__name__}, which has no {own.name}: name another --pipeline")
         if loras:
             fuse_loras(pipeline, loras)
-        return pipeline
+        return steer(pipeline, steering, read_dtype(dtype))
     except SlimdiffError:
         raise
     except Exception as error:  # diffusers raises anything from OSError to KeyError for a broken directory

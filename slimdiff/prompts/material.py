@@ -29,6 +29,8 @@ class Material:
     """How many images to make; if not given, as many as the longest list has."""
     default_prompts: bool = False
     """Whether nobody chose the prompts: a pipeline that takes none then does without."""
+    controls: Sequence[Path] = ()
+    """Pictures that steer: one for each image or, where several ControlNets steer, one for each of these."""
 
 
 def find_pictures(folder: Path | str, what: str = "images", least: int = 1) -> list[Path]:

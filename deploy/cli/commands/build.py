@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from deploy.artifacts import build_folder
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
-from deploy.recipe.material import calibration_material
+from deploy.recipe.material import PICTURES, calibration_material
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
 
@@ -50,15 +49,15 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
     recipe = load_recipe(source)
     find_model(recipe.model)
-    named = (recipe.model, recipe.prompts, recipe.images, recipe.masks, recipe.compare.reference)
+    pictures = {name: getattr(recipe, name) for name in PICTURES}
+    named = (recipe.model, recipe.prompts, *pictures.values(), recipe.compare.reference)
     places = [*named, *(one.file for one in recipe.lora), *(one.weights for one in recipe.compare.metrics.values())]
     read = [place for place in places if isinstance(place, str)]
     out = Path(args.out) if args.out else Path(source.stem)
     check_apart({"--out": out}, read)
     check_folder(out, "build")
     if recipe.prompts is not None:
-        folders: Any = {"images": recipe.images, "masks": recipe.masks, "classes": recipe.classes}
-        calibration_material(recipe.prompts, recipe.calibration.samples, 0, **folders)
+        calibration_material(recipe.prompts, recipe.calibration.samples, 0, **pictures, classes=recipe.classes)
 
     calm_libraries()
     from deploy.build import run_build

@@ -13,6 +13,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, 
 from exporters.registry import names
 from exporters.settings import ExportSettings, parse_sizes
 from slimdiff.errors import InputError, require
+from slimdiff.settings import SteeringSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Write a folder with graphs or engines, tokenizer, scheduler, licences, a README with the command that
@@ -45,6 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
+    flags.add_steering(parser)
     flags.add_usage(parser, "guidance")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    kept = flags.read(args, ExportSettings).keep_fp32
-    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, kept)
+    kept, steering = flags.read(args, ExportSettings).keep_fp32, flags.read(args, SteeringSettings)
+    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, kept, steering)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    return result(args, value, _text(value, description, material_flags(source.rest.takes, "TEXT")))
+    return result(args, value, _text(value, description, material_flags(source.rest, "TEXT")))
 
 
 def _archive(out: Path) -> Path:

@@ -16,7 +16,7 @@ from deploy.recipe.material import comparison_material
 from deploy.recipe.prompts import EMBEDDED, default_source
 from exporters.registry import names
 from slimdiff.errors import InputError
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 
 DESCRIPTION = """Hold a slim model, or any artifact, against the dense one on the dense one's trajectories, and their
 images of the same captions and seeds against each other. The embedded model's images are also judged by its
@@ -41,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     by_default = "'general', the built-in ones from the back; for demo, captions held out of its training"
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.add_material(parser, "input-")
+    flags.add_steering(parser)
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
     flags.add_usage(parser, "steps", "guidance", steps=STEPS)
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = flags.read_usage(args, args.slim, args.dense, args.pipeline, steps=STEPS)
     variants = flags.read_variants(args, *both, args.pipeline)
     source = args.prompts or default_source(args.dense if kind_of(args.dense) == "model" else args.pipeline or "")
-    folders = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
+    folders = flags.named_material(args)
     count = max(args.images, args.trajectories)
     material = comparison_material(source, 0, count, CAPTIONS_SEED, **folders, default=args.prompts is None)
 
@@ -78,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import compare
     from slimdiff.denoising.tasks import has_prompts, make_inputs, text_of
 
+    steering = flags.read(args, SteeringSettings)
     loras = {"dense": args.lora, "slim": args.slim_lora}
-    dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras)
+    dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras, steering)
     prompts, sampling = make_inputs(dense.pipeline, material, sampling)
     counts = {"--images": min(args.images, len(prompts)), "--trajectories": min(args.trajectories, len(prompts))}
     if dense.fixed_batch or slim.fixed_batch:

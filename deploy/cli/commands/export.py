@@ -14,7 +14,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_component, find_model
-from slimdiff.settings import MOST_AT_ONCE, Sampling, WeightSettings
+from slimdiff.settings import MOST_AT_ONCE, Sampling, SteeringSettings, WeightSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Write a pipeline's components as ONNX with fixed shapes, for optimum's ORTDiffusionPipeline; of the
@@ -24,7 +24,9 @@ EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
   slimdiff export slim --out slim-onnx --dynamic batch,size
   slimdiff export slim --out slim-onnx --precision fp16 --height 2048 --width 2048 --vae-tile 512
-  slimdiff export my-checkpoint/unet --out unet-onnx"""
+  slimdiff export my-checkpoint/unet --out unet-onnx
+  slimdiff export slim --out canny-onnx --controlnet sd-controlnet-canny
+  slimdiff generate canny-onnx --control-image edges.png --prompt "a barn" --out barn.png"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
     flags.add_lora(parser)
+    flags.add_steering(parser)
     flags.add(parser, WeightSettings, "variant")
     flags.add_usage(parser, "guidance")
     flags.add(parser, Sampling, "scheduler")
@@ -57,27 +60,26 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
     settings, image = flags.read(args, ExportSettings, **dynamic), flags.read_usage(args, args.model)
-    weights = flags.read(args, WeightSettings)
+    weights, steering = flags.read(args, WeightSettings), flags.read(args, SteeringSettings)
     alone = args.pipeline is None and find_component(args.model) is not None
     if not alone:
         find_model(args.model, args.pipeline)
-    elif args.vae_tile is not None:
-        raise InputError(
-            f"--vae-tile: {args.model} is a UNet alone, without a VAE: say with --pipeline whose goes with it"
-        )
+    for flag, asked in (("--vae-tile", args.vae_tile), ("what steers it", steering)):
+        if alone and asked:
+            raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
     calm_libraries()
     from deploy.artifacts.files import copy_licenses
-    from deploy.artifacts.hashes import model_hash
+    from deploy.artifacts.hashes import folder_hash, model_hash
     from deploy.build import shapes
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import export_pipeline
     from exporters.graphs.precision import fp32_islands
     from slimdiff.adapters import fused_files
 
-    pipeline, unet, call = _open(args, image, weights.variant)
+    pipeline, unet, call = _open(args, image, weights.variant, steering)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
         if alone:
@@ -92,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}
-        made_from = {"model": model_hash(args.model, args.pipeline), **said_of(image), **fused, **settings.model_dump()}
+        folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
+        steered = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        model = {"model": model_hash(args.model, args.pipeline)}
+        made_from = {**model, **said_of(image), **fused, **steered, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
@@ -101,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     return result(args, value, "\n".join(lines))
 
 
-def _open(args: argparse.Namespace, image: Sampling, variant: str | None) -> tuple[Any, Any, Any]:
+def _open(
+    args: argparse.Namespace, image: Sampling, variant: str | None, steering: SteeringSettings
+) -> tuple[Any, Any, Any]:
     """The pipeline, its denoiser, and a call of it that graphs are for; no pipeline for a UNet that lies in none."""
     from deploy.artifacts.figures import denoiser_of
     from exporters.graphs.alone import call_of_unet
@@ -112,7 +119,8 @@ def _open(args: argparse.Namespace, image: Sampling, variant: str | None) -> tup
     shapes: dict[str, Any] = {"batch": args.batch, "guidance": image.guidance}
     component = find_component(args.model)
     if component is None or component.pipeline or args.pipeline or args.lora:
-        pipeline = load_pipeline(args.model, "fp32", variant=variant, lora=args.lora, rest=args.pipeline)
+        more: Any = {"lora": args.lora, "rest": args.pipeline, "steering": steering}
+        pipeline = load_pipeline(args.model, "fp32", variant=variant, **more)
         pipeline = with_scheduler(pipeline, image)
         return pipeline, denoiser_of(pipeline), example_call(pipeline, height=image.height, width=image.width, **shapes)
     for flag, value in (("--height and --width", image.height), ("--scheduler", image.scheduler)):

@@ -17,7 +17,7 @@ from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.prompts import check_inputs
 from slimdiff.prompts.material import Material, find_pictures
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Make images. The same seed gives the same starting noise, whatever the artifact. A text-to-image model
@@ -36,6 +36,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.sentence(parser, "--negative-prompt", "what not to show; without guidance it says nothing")
     flags.text(parser, "--image", "FILE", "that the image is made from", dest="input_images")
     flags.text(parser, "--mask", "FILE", "what of it is painted: white", dest="input_masks")
+    control = "that steers it, of a model with a ControlNet or a T2I-Adapter; of several ControlNets, one each in turn"
+    flags.text(parser, "--control-image", "FILE", control, dest="control_images", action="append", default=[])
     flags.text(
         parser,
         "--class",
@@ -56,6 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
     flags.add_variant(parser)
     flags.add_lora(parser)
+    flags.add_steering(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,13 +74,18 @@ def run(args: argparse.Namespace) -> int:
     from PIL.Image import Image
 
     from deploy.opening.openers import open_denoiser, whole_pipeline
+    from slimdiff.denoising.steering import nets_of
     from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import sample_images
 
     size = {"height": asked.height, "width": asked.width}
     how: dict[str, Any] = {**size, "variant": variants[args.artifact], "lora": args.lora, "rest": args.pipeline}
-    opened = open_denoiser(args.artifact, args.runtime, **how)
+    opened = open_denoiser(args.artifact, args.runtime, **how, steering=flags.read(args, SteeringSettings))
     pipeline = for_task(whole_pipeline(opened, args.artifact, args.pipeline, variants[args.pipeline]), material)
+    if material.controls and len(material.controls) != (nets := max(1, len(nets_of(pipeline)))):
+        raise InputError(
+            f"--control-image is there {len(material.controls)} times for {nets}: give one for each in turn"
+        )
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
         raise InputError(f"{args.artifact} makes videos, and generate writes images: call the pipeline from Python")
     fixed = opened.pixels(pipeline)
@@ -129,7 +137,8 @@ def _outs(args: argparse.Namespace) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: name a file that ends in .png")
     outs = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(args.count)]
-    read = [path for path in (args.artifact, args.pipeline, args.input_images, args.input_masks) if path is not None]
+    named = (args.artifact, args.pipeline, args.input_images, args.input_masks, *args.control_images)
+    read = [path for path in named if path is not None]
     for one in outs:
         check_new_file(one, "PNG image")
         check_apart({"--out": one}, read)
@@ -152,4 +161,5 @@ def _material(args: argparse.Namespace) -> Material:
     classes = parse_classes(args.classes) if args.classes is not None else []
     if len(classes) > args.count:
         raise InputError(f"--class names {len(classes)} classes for {args.count} images: say --count {len(classes)}")
-    return Material(prompts, images, masks, classes, args.count)
+    controls = [picture for file in args.control_images for picture in find_pictures(file, "control images")]
+    return Material(prompts, images, masks, classes, args.count, controls=controls)

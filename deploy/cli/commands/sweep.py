@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     variant = flags.read(args, WeightSettings).variant
     chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
-    material = {"images": args.input_images, "masks": args.input_masks, "classes": args.classes}
-    recipe = Recipe(model=args.model, prompts=args.prompts, lora=tuple(args.lora), **material, **chosen)
+    named = {"prompts": args.prompts, **flags.named_material(args)}
+    recipe = Recipe(model=args.model, lora=tuple(args.lora), **named, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
 

@@ -12,7 +12,7 @@ from deploy.cli.outputs import check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError, require
 from slimdiff.prompts import check_inputs
-from slimdiff.settings import Sampling
+from slimdiff.settings import Sampling, SteeringSettings
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
 timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision, and the
@@ -33,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.add_variant(parser)
     flags.add_lora(parser, into="BASE")
+    flags.add_steering(parser)
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add_usage(parser, "steps", "guidance")
     neutral = "of the trajectory, whose image, where one is needed, is grey (default: 'a photo')"
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
 
-    rest = args.pipeline
-    base = open_denoiser(args.base, variant=variants[args.base], lora=args.lora, rest=rest)
+    rest, steering = args.pipeline, flags.read(args, SteeringSettings)
+    base = open_denoiser(args.base, variant=variants[args.base], lora=args.lora, rest=rest, steering=steering)
     candidate = open_denoiser(args.candidate, args.runtime, variant=variants[args.candidate], rest=rest)
     if base.precision != "fp32":
         raise InputError(
