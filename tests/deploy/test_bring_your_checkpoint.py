@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from command_line import call
 from conftest import tiny_pipeline
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from families import tasks
 from families.family import TWO_LEVELS, picture
 from families.images import inpainting, instruct_pix2pix, unconditional, xl
 from families.original_layout import make_pipeline, original_tensors
+from families.steering import make_adapter, make_controlnet
 from loras import peft_layout
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 PAGE = Path(__file__).parents[2] / "docs" / "bring-your-checkpoint.md"
 FEW = ["--steps", 1, "--guidance", 0]
 STEPS = ["--steps", 2, "--guidance", 3]
+MORE = ("--steps", 4, "--guidance", 3)
 PROMPTS = ["--prompts", "prompts.txt"]
 PROMPT = ["--prompt", "a red circle"]
 IMAGES, IMAGE = ["--images", "images"], ["--image", "images/1.png"]
@@ -39,6 +42,7 @@ class Row:
         usage: how many steps, at which guidance.
         said_once: `compress` alone is given the usage.
         compress, export: more flags of these commands.
+        added: flags of what goes with the model in torch: for `export` and `validate`, and to run the slim model.
         samples: in a call of the graph, of one image.
         targets: of bundles.
         also: further members, by name.
@@ -52,6 +56,7 @@ class Row:
     said_once: bool = False
     compress: tuple[Any, ...] = ()
     export: tuple[Any, ...] = ()
+    added: tuple[Any, ...] = ()
     targets: tuple[str, ...] = ("edge", "server")
     also: dict[str, Callable[[Path], Path]] = field(default_factory=dict)
 
@@ -76,11 +81,6 @@ def one_file(kind: str) -> Callable[[Path], Path]:
     return write
 
 
-def ddpm() -> Any:
-    pipeline = unconditional()
-    return DDPMPipeline(pipeline.unet, DDPMScheduler(clip_sample=False))
-
-
 def second() -> Any:
     """As Stable Diffusion 2: linear projections, heads of one size, v-prediction."""
     pipeline = tiny_pipeline(**{**TWO_LEVELS, "attention_head_dim": (1, 1)}, use_linear_projection=True)
@@ -92,6 +92,14 @@ def second() -> Any:
 def with_lora(folder: Path) -> Path:
     model = small()
     peft_layout(model, folder / "style.safetensors", lambda path: path.endswith(("to_q", "to_out.0")))
+    return directory(lambda: model)(folder)
+
+
+def steered(folder: Path) -> Path:
+    """A model beside a ControlNet and a T2I-Adapter of it."""
+    model = small()
+    make_controlnet(model.unet).save_pretrained(folder / "edges")
+    make_adapter((32, 32)).save_pretrained(folder / "adapter")
     return directory(lambda: model)(folder)
 
 
@@ -123,10 +131,36 @@ ROWS = {
         directory(inpainting), PROMPTS + IMAGES + MASKS, PROMPT + IMAGE + MASK
     ),
     "InstructPix2Pix": Row(directory(instruct_pix2pix), PROMPTS + IMAGES, PROMPT + IMAGE, samples=3),
-    "unconditional (DDPM, DDIM)": Row(directory(unconditional), [], [], samples=1, also={"DDPM": directory(ddpm)}),
+    "SDXL's refiner": Row(directory(tasks.refiner), PROMPTS + IMAGES, PROMPT + IMAGE, usage=MORE),
+    "upscaling: of images (x4), of latents": Row(
+        directory(tasks.upscaler),
+        [*PROMPTS, "--images", "small"],
+        [*PROMPT, "--image", "small/1.png"],
+        usage=MORE,
+    ),
+    "depth to image": Row(directory(tasks.depth_to_image), PROMPTS + IMAGES, PROMPT + IMAGE, usage=MORE),
+    "latent diffusion (LDM)": Row(directory(tasks.ldm), PROMPTS, PROMPT),
+    "unconditional (DDPM, DDIM)": Row(
+        directory(unconditional), [], [], samples=1, also={"DDPM": directory(tasks.ddpm)}
+    ),
+    "class-conditional (consistency models)": Row(
+        directory(tasks.consistency), ["--classes", "0-4"], ["--class", 3], samples=1, usage=("--steps", 2)
+    ),
     "LCM, its guidance embedded": Row(directory(lcm), PROMPTS, PROMPT, samples=1),
     "Turbo, Lightning, Hyper": Row(directory(turbo), PROMPTS, PROMPT, samples=1, usage=tuple(FEW), said_once=True),
     "LoRA files": Row(with_lora, PROMPTS, PROMPT, compress=("--lora", "style.safetensors:0.8")),
+    "ControlNet": Row(
+        steered,
+        PROMPTS,
+        [*PROMPT, "--control-image", "images/0.png"],
+        added=("--controlnet", "edges"),
+    ),
+    "T2I-Adapter": Row(
+        steered,
+        PROMPTS,
+        [*PROMPT, "--control-image", "images/0.png"],
+        added=("--adapter", "adapter"),
+    ),
     "one `.safetensors` file of a whole model: SD 1.x, 2.x, XL, also inpainting": Row(
         one_file("sd1"),
         PROMPTS,
@@ -163,14 +197,14 @@ def test_a_row_goes_from_compress_to_generate(title, make, tmp_path, capsys, mon
     usage = () if row.said_once else row.usage
     small = ("--reduce", "4%", "--samples", 2, "--align", 4, *row.usage, *row.compress)
     call(["compress", model, "--out", "slim", *row.calibration, *small], capsys)
-    exported = call(["export", "slim", "--out", "onnx", *row.export], capsys)
+    exported = call(["export", "slim", "--out", "onnx", *row.export, *row.added], capsys)
     assert exported["unet_inputs"]["sample"][0] == row.samples
-    assert call(["validate", "slim", "onnx", "--steps", 2], capsys)["passed"]
+    assert call(["validate", "slim", "onnx", "--steps", 4, "--calls", 2, *row.added], capsys)["passed"]
     for target in row.targets:
         call(["bundle", "onnx", "--target", target, "--out", target], capsys)
     images = {}
     for name in ("slim", "onnx", *row.targets):
-        more = {"slim": row.export, "edge": ("--runtime", "openvino-fp32")}.get(name, ())
+        more = {"slim": (*row.export, *row.added), "edge": ("--runtime", "openvino-fp32")}.get(name, ())
         call(["generate", name, "--out", f"{name}.png", *row.generation, *usage, *more], capsys)
         images[name] = np.asarray(Image.open(f"{name}.png"), dtype=int)
     assert images["slim"].std() > 0
@@ -184,6 +218,8 @@ def write_material() -> None:
     Path("prompts.txt").write_text("a red circle\na blue star\n")
     for kind in ("images", "masks"):
         Path(kind).mkdir()
+    Path("small").mkdir()
     for number in range(2):
         picture(number).save(f"images/{number}.png")
+        picture(number, 8).save(f"small/{number}.png")
         Image.fromarray(np.uint8(255 * (np.indices((16, 16))[0] > 7 + number))).save(f"masks/{number}.png")
