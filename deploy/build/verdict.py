@@ -123,6 +123,8 @@ def _parity(gate: str, name: str, validate: Mapping[str, Any]) -> dict[str, Any]
     if failed:
         worst = failed[0]
         detail += f"; {worst['metric']} of {worst['tensor']} is {worst['value']}, bound {worst['bound']}"
+        advice = (validate.get("divergence") or {}).get("advice")
+        detail += f"; {advice}" if advice else ""
     passed = bool(validate["passed"])
     return _gate(gate, f"Parity of {name}", passed, True, "true", "", passed, detail)
 

@@ -111,6 +111,7 @@ class TextToImage:
             ValueError: for a value out of its range, saying which, and for a scheduler whose timesteps are not whole
                 where the UNet takes whole ones.
             Cancelled: once `is_cancelled` says so.
+            FloatingPointError: if a model overflows.
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty: say what to show")
@@ -136,6 +137,8 @@ class TextToImage:
             callback_on_step_end=after_step,
             **self.size,
         ).images[0]
+        if not np.isfinite(image).all():
+            raise FloatingPointError("the image is not finite: a model overflows; `slimdiff validate` names where")
         return (image * 255).round().astype(np.uint8)
 
 
