@@ -25,6 +25,7 @@ from exporters.layout import (
     read_config,
 )
 from exporters.settings import EngineSettings, ShapeRange
+from slimdiff.denoising.sizes import LATENT_UPSCALER
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
@@ -55,12 +56,13 @@ def request_pipeline(
         MissingPackageError: see `request_engine`.
     """
     folder, settings = Path(folder), settings or EngineSettings()
-    names = _graphs(folder)
+    names, index = _graphs(folder), manifest.read_json(folder / INDEX)
+    enlarged = 2 if index.get("_class_name") == LATENT_UPSCALER else 1
     unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
-        scale = latent_scale(read_config(file)) if name == "vae_encoder" else 1
+        scale = latent_scale(read_config(file)) // enlarged if name == "vae_encoder" else 1
         shapes = component_shapes(dims_of_inputs(read_graph(file)), unet.parts["shapes"], scale)
         fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
         found[name] = request_engine(file, fitted, gpu=gpu)
