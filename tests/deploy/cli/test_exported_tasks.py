@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,8 @@ def exported(tmp_path_factory):
         for name, size in (("photo", 16), ("small", 8), ("big", 32)):
             picture(0, size).save(folder / f"{name}.png")
         TASKS[task][0]().save_pretrained(folder / "model")
-        assert main(["export", str(folder / "model"), "--out", str(folder / "onnx"), "--quiet"]) == 0
+        with redirect_stdout(StringIO()):
+            assert main(["export", str(folder / "model"), "--out", str(folder / "onnx"), "--quiet"]) == 0
         return folder
 
     return export
