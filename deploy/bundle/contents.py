@@ -16,7 +16,7 @@ from deploy.artifacts.usage import SAMPLING, usage_of
 from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model, describe
 from deploy.bundle.rest import ExportedRest, TorchRest, place_of
 from deploy.bundle.sources import Candidate, Selection, Source
-from deploy.triton import write_repository
+from deploy.triton import check_served, write_repository
 from exporters.engine.check import ENGINE, REPORT, runs_on
 from exporters.graphs.int8 import processors_for
 from exporters.graphs.reading import read_graph
@@ -83,6 +83,8 @@ def write_bundle(
     Raises:
         InputError: if the source's parts do not fit together.
     """
+    if triton:
+        check_served(source.rest.kind.__name__, "the source")
     edge = selection.target == "edge"
     sizes = list(dict.fromkeys(c.latents for c in taken))
     odd = next((c for c in taken if c.precision not in _GRAPHS_ON_SERVERS), None)

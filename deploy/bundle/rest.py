@@ -1,9 +1,10 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both leave a safety checker out unless `safety_checker`, have `decoder`, the folder of what makes images of latents
-(None where the images themselves are denoised), `scale`, pixels per latent along a side, `controls`, how many pictures
-steer an image, `takes`, the arguments of the pipeline's call (`control_image` where `image` steers), and
-`write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have the pipeline's class (`kind`), `decoder`, the folder of
+what makes images of latents (None where the images themselves are denoised), `scale`, pixels per latent along a side,
+`controls`, how many pictures steer an image, `takes`, the arguments of the pipeline's call (`control_image` where
+`image` steers), and `write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in
+optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -60,6 +61,10 @@ class ExportedRest:
             manifest.verify_manifest(folder)
 
     @cached_property
+    def kind(self) -> Any:
+        return check_index(self.folder)[1]
+
+    @cached_property
     def decoder(self) -> str | None:
         name = autoencoder_of(read_index(self.folder))
         return name and f"{name}_decoder"
@@ -70,7 +75,7 @@ class ExportedRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(check_index(self.folder)[1], read_config(self.folder / "unet"), self.controls)
+        return _takes(self.kind, read_config(self.folder / "unet"), self.controls)
 
     @cached_property
     def controls(self) -> int:
@@ -105,9 +110,9 @@ class ExportedRest:
                 shutil.copytree(self.folder / place, folder / place, ignore=_other_files)
 
 
-def _takes(pipeline: Any, denoiser: Mapping[str, Any], controls: int) -> set[str]:
-    """The arguments of a pipeline's call; classes only if its denoiser knows some."""
-    takes = set(inspect.signature(pipeline.__call__).parameters)
+def _takes(kind: Any, denoiser: Mapping[str, Any], controls: int) -> set[str]:
+    """The arguments of the call of a pipeline's class; classes only if its denoiser knows some."""
+    takes = set(inspect.signature(kind.__call__).parameters)
     takes = takes if denoiser.get("num_class_embeds") else takes - {"class_labels"}
     return takes - {"image"} | {"control_image"} if controls and "control_image" not in takes else takes
 
@@ -143,6 +148,10 @@ class TorchRest:
         return with_scheduler(pipeline, use(Sampling(), usage_of(self.model)))
 
     @cached_property
+    def kind(self) -> Any:
+        return type(self.pipeline)
+
+    @cached_property
     def decoder(self) -> str | None:
         name = autoencoder_of(self.pipeline.config)
         return name and f"{name}_decoder"
@@ -154,7 +163,7 @@ class TorchRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(self.pipeline, self.pipeline.unet.config, self.controls)
+        return _takes(self.kind, self.pipeline.unet.config, self.controls)
 
     @cached_property
     def controls(self) -> int:

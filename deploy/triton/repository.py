@@ -74,6 +74,12 @@ def write_repository(
     return sorted(p for p in out.rglob("*") if p.is_file())
 
 
+def check_served(name: str, source: Path | str) -> None:
+    """Refuse a pipeline of a class that a server does not run; `source` is what has it."""
+    if name not in text_to_image.PIPELINES:
+        raise InputError(f"{source} is a {name}; served are {' and '.join(text_to_image.PIPELINES)}")
+
+
 def _index(source: Path) -> dict[str, Any]:
     """The pipeline's index without what text to image does not use."""
     file = source / INDEX
@@ -81,8 +87,7 @@ def _index(source: Path) -> dict[str, Any]:
         raise InputError(f"{source} is no exported pipeline: it has no {INDEX}; make one with slimdiff export")
     index = read_index(source)
     name = str(index.get("_class_name")).removeprefix("ORT")
-    if name not in text_to_image.PIPELINES:
-        raise InputError(f"{source} is a {name}; served are {' and '.join(text_to_image.PIPELINES)}")
+    check_served(name, source)
     check_carried(index, file)
     kept: dict[str, Any] = {"_class_name": name}
     for part, value in index.items():

@@ -26,6 +26,7 @@ from exporters.layout import (
     steering_folders,
 )
 from exporters.settings import EngineSettings, ShapeRange
+from slimdiff.denoising.sizes import LATENT_UPSCALER
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest
 
@@ -56,18 +57,19 @@ def request_pipeline(
         MissingPackageError: see `request_engine`.
     """
     folder, settings = Path(folder), settings or EngineSettings()
-    names = _graphs(folder)
+    names, index = _graphs(folder), manifest.read_json(folder / INDEX)
+    enlarged = 2 if index.get("_class_name") == LATENT_UPSCALER else 1
     unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
-        pixels = name == "vae_encoder" or name.startswith("adapter")
+        encoder, dims = name == "vae_encoder", dims_of_inputs(read_graph(file))
+        pixels = encoder or name.startswith("adapter")
         scale = latent_scale(read_config(folder / "vae_decoder")) if pixels else 1
-        dims = dims_of_inputs(read_graph(file))
         if name.startswith("controlnet"):
             shapes = controlnet_shapes(dims, unet.parts["shapes"])
         else:
-            shapes = component_shapes(dims, unet.parts["shapes"], scale)
+            shapes = component_shapes(dims, unet.parts["shapes"], scale // (enlarged if encoder else 1))
         fitted = settings.model_copy(update={"batch": None, "shapes": {}, "profiles": [], **shapes})
         found[name] = request_engine(file, fitted, gpu=gpu)
     return found

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
+from PIL import Image
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
@@ -30,7 +31,7 @@ from exporters.layout import (
     without_safety_checker,
 )
 from exporters.settings import ExportSettings
-from slimdiff.denoising.sizes import autoencoder_of
+from slimdiff.denoising.sizes import LATENT_UPSCALER, autoencoder_of, pixels_per_latent
 from slimdiff.denoising.tasks import neutral_inputs
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, denoiser_name, record_calls
@@ -40,19 +41,21 @@ from slimdiff.loading.transformers_files import write_vocabulary
 from slimdiff.progress import bar
 from slimdiff.settings import Sampling
 
-_NAMED: dict[str, tuple[str, Callable[[Any], Tensor], tuple[str, ...]]] = {
-    "LDMBertModel": (
-        "input_ids",
-        lambda _model: torch.ones(2, 77, dtype=torch.long),  # LDM's pipelines ask their tokenizer for as many
-        ("last_hidden_state",),
-    ),
-    "DPTForDepthEstimation": (
-        "pixel_values",
-        lambda model: torch.randn(2, model.config.num_channels, *2 * [model.config.image_size]),
-        ("predicted_depth",),
-    ),
+
+def _tokens(_pipeline: Any, _size: tuple[int, int]) -> Tensor:
+    return torch.ones(2, 77, dtype=torch.long)  # LDM's pipeline asks its tokenizer for as many
+
+
+def _features(pipeline: Any, size: tuple[int, int]) -> Tensor:
+    return pipeline.feature_extractor([Image.new("RGB", size)] * 2, return_tensors="pt").pixel_values
+
+
+_NAMED: dict[str, tuple[str, Callable[[Any, tuple[int, int]], Tensor], tuple[str, ...]]] = {
+    "LDMBertModel": ("input_ids", _tokens, ("last_hidden_state",)),
+    "DPTForDepthEstimation": ("pixel_values", _features, ("predicted_depth",)),
 }
-"""Of transformers' classes that pipelines call on one tensor: its name, an example, and the outputs that they read."""
+"""Of transformers' classes that pipelines call on one tensor: its name, an example (by the pipeline, and width and
+height of its images), and the outputs that are read."""
 
 FEW_STEPS = (1, 2, 4, 8)
 """Numbers of steps of a call for export: Runge-Kutta schedulers take four or more, and SCM two alone."""
@@ -245,8 +248,7 @@ def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, _call: Call, 
     """The graph of one of CLIP's text encoders, in the folder of its name."""
     length = getattr(pipeline, folder.name.replace("text_encoder", "tokenizer")).model_max_length
     norm = getattr(pipeline, "text_encoder_2", None) is None  # SDXL takes hidden states as they are
-    # Which reads the last hidden state itself.
-    last = type(pipeline).__name__ == "StableDiffusionLatentUpscalePipeline"
+    last = type(pipeline).__name__ == LATENT_UPSCALER  # which reads it
     wrapped = _TextEncoder(in_precision(encoder, dtype_of(settings)), norm, last)
     inputs = {"input_ids": torch.ones(2, length, dtype=torch.long)}
     open_batch = {"input_ids": {0: "batch"}}
@@ -255,11 +257,12 @@ def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, _call: Call, 
     return file
 
 
-def export_transformer(model: Any, folder: Path, _pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
+def export_transformer(model: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings) -> Path:
     """The graph of a model of transformers that is called on one tensor, its outputs by their names there."""
     name, example, outputs = _NAMED[type(model).__name__]
     wrapped = _Transformer(in_precision(model, dtype_of(settings)), outputs)
-    value = example(model)
+    high, wide = (side * pixels_per_latent(pipeline) for side in call.arguments["sample"].shape[-2:])
+    value = example(pipeline, (wide, high))
     inputs = {name: value.to(dtype_of(settings)) if value.is_floating_point() else value}
     file = export_module(wrapped, inputs, list(outputs), folder, settings, {name: {0: "batch"}}, "model.")
     write_config(model, folder)

@@ -10,6 +10,9 @@ from slimdiff.errors import InputError
 _RESIZING = ("UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel")
 """UNets that bring what they scale up to the size of what it is added to, so any size goes through them."""
 
+LATENT_UPSCALER = "StableDiffusionLatentUpscalePipeline"
+"""Whose latents have twice the sides of those of the picture that it encodes."""
+
 
 def autoencoder_of(pipeline: Any) -> Any:
     """What makes a pipeline's images of latents; None of one that denoises images themselves."""
@@ -26,7 +29,7 @@ def pixels_per_latent(pipeline: Any) -> int:
 def enlarges(pipeline: Any) -> int:
     """How many times larger a side of the images is than that of the picture they are made from: an upscaler's."""
     kind = type(pipeline).__name__
-    if kind == "StableDiffusionLatentUpscalePipeline":
+    if kind == LATENT_UPSCALER:
         return 2
     in_pixels = hasattr(pipeline, "low_res_scheduler") or kind == "LDMSuperResolutionPipeline"
     return pixels_per_latent(pipeline) if in_pixels else 1

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import call, refused
+from conftest import tiny_pipeline
+from diffusers import AutoencoderTiny
 from families import tasks
-from families.family import picture
+from families.family import TWO_LEVELS, picture
 from PIL import Image
 
 for module in ("onnxscript", "onnxruntime"):
@@ -61,7 +65,8 @@ def exported(tmp_path_factory):
         for name, size in (("photo", 16), ("small", 8), ("big", 32)):
             picture(0, size).save(folder / f"{name}.png")
         TASKS[task][0]().save_pretrained(folder / "model")
-        assert main(["export", str(folder / "model"), "--out", str(folder / "onnx"), "--quiet"]) == 0
+        with redirect_stdout(StringIO()):
+            assert main(["export", str(folder / "model"), "--out", str(folder / "onnx"), "--quiet"]) == 0
         return folder
 
     return export
@@ -102,6 +107,14 @@ def test_several_images_of_classes_go_through_a_graph_of_one_and_none_is_refused
     }
     for flags, message in refusals.items():
         assert message in refused(["generate", "onnx", *flags, "--out", "x.png"], capsys)
+
+
+def test_a_server_that_would_not_run_a_task_is_refused_before_anything_is_written(exported, capsys, monkeypatch):
+    pytest.importorskip("tritonclient", reason="tritonclient is an extra")
+    monkeypatch.chdir(exported("class-conditional"))
+    monkeypatch.setattr("deploy.bundle.sources._copy", lambda *_: pytest.fail("something is written"))
+    message = refused(["bundle", "onnx", "--target", "server", "--triton", "--out", "x"], capsys)
+    assert "the source is a ConsistencyModelPipeline; served are StableDiffusionPipeline and" in message
 
 
 def graphs_of(pipeline, folder: Path, *kept: str, **settings) -> Path:
@@ -146,6 +159,20 @@ def test_the_last_hidden_state_comes_before_the_norm_where_a_pipeline_reads_it(t
     found = encoder(ids, output_hidden_states=True)
     torch.testing.assert_close(found.hidden_states[-1], expected.hidden_states[-1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found.hidden_states[-1], found.last_hidden_state, atol=1e-2)
+
+
+def test_a_tiny_autoencoder_encodes_and_decodes_as_torch_does(tmp_path):
+    """TAESD: it gives the latents themselves, no distribution of them."""
+    pipeline = tiny_pipeline(**TWO_LEVELS)
+    halves = {f"{side}coder_block_out_channels": (8, 8) for side in ("en", "de")}
+    pipeline.vae = AutoencoderTiny(**halves, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+    vae = VAE.open(graphs_of(pipeline, tmp_path, "vae_encoder", "vae_decoder"))
+    pixels = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels).latents
+        decoded = pipeline.vae.decode(latents).sample
+    torch.testing.assert_close(vae.encode(pixels).latents, latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latents).sample, decoded, rtol=1e-4, atol=1e-4)
 
 
 def test_a_call_for_export_has_the_shapes_of_the_task():
