@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
+from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.components import load_component
@@ -53,8 +54,9 @@ def load_pipeline(
         rest: the model that gives the other components to a denoiser alone; the pipeline that it lies in if not given.
 
     Raises:
-        InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
-            not that variant, or it asks for code of its own; or a LoRA does not fit it.
+        InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, its
+            parts do not fit each other, it has not that variant, or it asks for code of its own; or a LoRA does not
+            fit it.
         MissingPackageError: if there is a LoRA and peft is not here.
     """
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
@@ -78,6 +80,7 @@ def load_pipeline(
             pipeline = _load_directory(path, read_dtype(dtype), variant, instead)
         if own is not None and own.name not in pipeline.components:
             raise InputError(f"{rest} is a {type(pipeline).__name__}, which has no {own.name}: name another --pipeline")
+        check_fit(pipeline)
         if loras:
             fuse_loras(pipeline, loras)
         return pipeline
