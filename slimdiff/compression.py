@@ -14,6 +14,7 @@ from torch import nn
 
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.modules import carry_modes
 from slimdiff.denoising.precision import held_like, in_float32
 from slimdiff.denoising.sizes import check_size
@@ -196,6 +197,7 @@ class Compressor:
         """
         denoiser = getattr(self._work, denoiser_name(self._work))
         slim_class_of(denoiser)
+        check_fit(self.source)
         sampling = self.calibration.sampling
         check_size(self.source, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
         if not budgets:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
+from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.components import load_component
@@ -56,8 +57,9 @@ def load_pipeline(
         steering: ControlNets or a T2I-Adapter to add to it (see `steer`).
 
     Raises:
-        InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, it has
-            not that variant, or it asks for code of its own; or a LoRA or what is to steer it does not fit it.
+        InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, its
+            parts do not fit each other, it has not that variant, or it asks for code of its own; or a LoRA or what is
+            to steer it does not fit it.
         MissingPackageError: if there is a LoRA and peft is not here.
     """
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
@@ -83,6 +85,7 @@ def load_pipeline(
             pipeline = _load_directory(path, read_dtype(dtype), variant, instead)
         if own is not None and own.name not in pipeline.components:
             raise InputError(f"{rest} is a {type(pipeline).__name__}, which has no {own.name}: name another --pipeline")
+        check_fit(pipeline)
         if loras:
             fuse_loras(pipeline, loras)
         return steer(pipeline, steering, read_dtype(dtype))

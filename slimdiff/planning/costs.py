@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.denoising.modules import twin
 from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.progress import working
@@ -83,6 +84,9 @@ def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any]
     """What `count` counts of a call to a model, which it runs.
 
     Shapes are all that counts, so nothing is computed; but where a model's numbers decide on its shapes, all is.
+
+    Raises:
+        InputError: if the model does not take the call.
     """
     parameter = next(denoiser.parameters())
     arguments = call.to(parameter.device, parameter.dtype)
@@ -95,7 +99,14 @@ def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any]
         with FakeTensorMode(allow_non_fake_inputs=True):
             return count_in(other)
     except Exception:
-        return count_in(denoiser)
+        try:
+            return count_in(denoiser)
+        except RuntimeError as error:  # of shapes: its call is made by the other parts of its pipeline
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{type(denoiser).__name__} does not run on what its pipeline calls it with ({reason}): name a model "
+                "whose parts were trained together"
+            ) from error
 
 
 def batch_of(call: Call) -> int:
