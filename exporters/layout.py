@@ -16,6 +16,8 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 VAES = ("vae_decoder", "vae_encoder")
 GRAPHS = ("unet", *TEXT_ENCODERS, *VAES)
 """Folders with a graph each, or an engine of it."""
+IMAGE_ENCODER = "image_encoder"
+"""A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"
 """A folder with a graph, beside engines too: it is in float32 wherever it runs, as rounding could turn its verdict."""
 STEERING = ("controlnet", "adapter")
@@ -25,7 +27,7 @@ FINAL_NORM = ("final_layer_norm.weight", "final_layer_norm.bias")
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 """Folders with settings alone."""
 _CHECKER = "StableDiffusionSafetyChecker"
-_CARRIED = ("unet", "vae", *TEXT_ENCODERS, SAFETY_CHECKER, *STEERING, *CONFIGURED)
+_CARRIED = ("unet", "vae", *TEXT_ENCODERS, IMAGE_ENCODER, SAFETY_CHECKER, *STEERING, *CONFIGURED)
 ENGINE_PIPELINE = "engine-pipeline"
 """The kind, in its manifest, of a folder with engines in the graphs' places."""
 

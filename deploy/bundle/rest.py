@@ -25,6 +25,7 @@ from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import (
     CONFIGURED,
     GRAPH,
+    IMAGE_ENCODER,
     INDEX,
     SAFETY_CHECKER,
     TEXT_ENCODERS,
@@ -87,7 +88,7 @@ class ExportedRest:
         manifest.write_json(folder / INDEX, index)
         checker = [SAFETY_CHECKER] * is_component(index.get(SAFETY_CHECKER))
         vaes = ("vae_decoder", "vae_encoder") if encoder else ("vae_decoder",)
-        for name in (*CONFIGURED, *TEXT_ENCODERS, *steering_folders(self.folder), *vaes, *checker):
+        for name in (*CONFIGURED, *TEXT_ENCODERS, IMAGE_ENCODER, *steering_folders(self.folder), *vaes, *checker):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, ignore=_other_files)
 
@@ -149,7 +150,7 @@ class TorchRest:
         steering = folders_of(self.pipeline)
         if steering and len(sizes) > 1:  # one ControlNet for all of them
             settings = settings.model_copy(update={"dynamic_size": True})
-        beside = (*TEXT_ENCODERS, SAFETY_CHECKER, *steering)
+        beside = (*TEXT_ENCODERS, IMAGE_ENCODER, SAFETY_CHECKER, *steering)
         for size in sizes:
             pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)

@@ -17,6 +17,7 @@ from exporters.layout import (
     ENGINE_PIPELINE,
     GRAPH,
     GRAPHS,
+    IMAGE_ENCODER,
     INDEX,
     SAFETY_CHECKER,
     STEERING,
@@ -155,12 +156,14 @@ def _graphs(folder: Path) -> list[str]:
     index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
-    needed = [name for name in (*TEXT_ENCODERS, *STEERING) if is_component(entries.get(name))] + ["vae_decoder"]
+    needed = [name for name in (*TEXT_ENCODERS, IMAGE_ENCODER, *STEERING) if is_component(entries.get(name))] + [
+        "vae_decoder"
+    ]
     checked = [SAFETY_CHECKER] * is_component(entries.get(SAFETY_CHECKER))
     lacking = [name for name in needed + checked if not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
-    lying = [name for name in GRAPHS[1:] if name in needed or (folder / name / GRAPH).is_file()]
+    lying = [name for name in (*GRAPHS[1:], IMAGE_ENCODER) if name in needed or (folder / name / GRAPH).is_file()]
     return lying + steering_folders(folder)
 
 
@@ -180,7 +183,7 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     """
     mark_unfinished(out)
     copied = [name for name in (*CONFIGURED, SAFETY_CHECKER) if (source / name).is_dir()]
-    for name in (*GRAPHS, *CONFIGURED, SAFETY_CHECKER, *steering_folders(out)):
+    for name in (*GRAPHS, IMAGE_ENCODER, *CONFIGURED, SAFETY_CHECKER, *steering_folders(out)):
         if name not in (*reports, *copied):
             shutil.rmtree(out / name, ignore_errors=True)
     for name in copied:

@@ -22,9 +22,11 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
+from exporters.layout import IMAGE_ENCODER
 from exporters.settings import ExportSettings
 from slimdiff.denoising.steering import nets_of
 from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import InputError
 from slimdiff.loading.steering import features_of, pixels_of
 
 
@@ -45,6 +47,18 @@ class _Adapter(nn.Module):
         return tuple(self.adapter(image))
 
 
+class _ImageEncoder(nn.Module):
+    """CLIP's, as IP-Adapters take it: its embedding, and the last hidden states but one."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.image_encoder = encoder
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.image_encoder(pixel_values, output_hidden_states=True)
+        return found.image_embeds, found.hidden_states[-2]
+
+
 def folders_of(pipeline: Any) -> dict[str, Any]:
     """The ControlNets or the adapter of a pipeline by the names of their folders: `controlnet_1` is the second."""
     kind = "controlnet" if getattr(pipeline, "controlnet", None) is not None else "adapter"
@@ -52,10 +66,15 @@ def folders_of(pipeline: Any) -> dict[str, Any]:
 
 
 def steering_jobs(pipeline: Any, folder: Path, call: Call, settings: ExportSettings) -> dict[str, Callable[[], Path]]:
-    """What exports each of `folders_of`, by name; `call` is the UNet's."""
+    """What exports each of `folders_of`, and an IP-Adapter's image encoder, by name; `call` is the UNet's."""
     export = export_controlnet if getattr(pipeline, "controlnet", None) is not None else export_adapter
     nets = folders_of(pipeline)
-    return {name: partial(export, pipeline, net, folder / name, call, settings) for name, net in nets.items()}
+    jobs: dict[str, Callable[[], Path]] = {
+        name: partial(export, pipeline, net, folder / name, call, settings) for name, net in nets.items()
+    }
+    if (encoder := getattr(pipeline, IMAGE_ENCODER, None)) is not None:
+        jobs[IMAGE_ENCODER] = partial(export_image_encoder, encoder, folder / IMAGE_ENCODER, settings)
+    return jobs
 
 
 def controlnet_call(net: Any, call: Call) -> Call:
@@ -110,4 +129,21 @@ def export_adapter(pipeline: Any, adapter: Any, folder: Path, call: Call, settin
     inputs, names = {"image": example.to(dtype)}, [f"features_{i}" for i in range(count)]
     file = export_module(wrapped, inputs, names, folder, settings, {"image": opened}, "adapter.")
     write_config(adapter, folder)
+    return file
+
+
+def export_image_encoder(encoder: Any, folder: Path, settings: ExportSettings) -> Path:
+    """Export CLIP's vision model, open in the batch: `pixel_values [B, 3, S, S]` to `image_embeds [B, E]` and
+    `penultimate_hidden_state [B, 1 + patches, D]`.
+
+    Raises:
+        InputError: for another model.
+    """
+    if type(encoder).__name__ != "CLIPVisionModelWithProjection":
+        raise InputError(f"the image_encoder is a {type(encoder).__name__}: only CLIP's with a projection is exported")
+    dtype, size = dtype_of(settings), encoder.config.image_size
+    inputs = {"pixel_values": torch.zeros(2, encoder.config.num_channels, size, size, dtype=dtype)}
+    wrapped, outputs = _ImageEncoder(in_precision(encoder, dtype)), ["image_embeds", "penultimate_hidden_state"]
+    file = export_module(wrapped, inputs, outputs, folder, settings, {"pixel_values": {0: "batch"}}, "image_encoder.")
+    write_config(encoder, folder)
     return file

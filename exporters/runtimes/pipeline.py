@@ -11,10 +11,10 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_invisible_watermark_available
 
-from exporters.layout import CONFIGURED, INDEX, SAFETY_CHECKER, STEERING, TEXT_ENCODERS, check_carried
+from exporters.layout import CONFIGURED, IMAGE_ENCODER, INDEX, SAFETY_CHECKER, STEERING, TEXT_ENCODERS, check_carried
 from exporters.runtimes.module import refuse_torchs_own
 from exporters.runtimes.safety_checker import SafetyChecker, exact_runtime
-from exporters.runtimes.steering import open_all
+from exporters.runtimes.steering import ImageEncoder, open_all
 from exporters.runtimes.text_encoder import TextEncoder
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
@@ -68,6 +68,8 @@ def load_pipeline(
                 parts[name] = vae or VAE.open(folder, runtime, threads)
             elif value[:1] in ([], [None]):
                 parts[name] = None
+            elif name == IMAGE_ENCODER:
+                parts[name] = ImageEncoder.open(folder / name, runtime, threads)
             elif name in STEERING:
                 parts[name] = open_all(folder, name, runtime, threads)
             elif name in TEXT_ENCODERS:

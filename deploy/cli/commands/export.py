@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploy.artifacts.numbers import size as in_bytes
 from deploy.artifacts.usage import said_of
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if (fused := fused_files(pipeline)) else {}
         folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
-        steered = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        steered: dict[str, Any] = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        if (shown := steering.ip_adapter) is not None:
+            steered["ip_adapter"] = {"sha256": manifest.sha256_of(Path(shown.file)), "scale": shown.scale}
         made_from = {"model": model_hash(args.model), **said_of(image), **fused, **steered, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))

@@ -119,7 +119,7 @@ STEERED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STEERED)
-def test_graphs_a_bundle_and_engines_are_made_of_what_steers(kind, folder, tmp_path, capsys, monkeypatch, rtx):
+def test_graphs_a_bundle_and_engines_are_made_of_what_steers(kind, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     (steering, controls), onnx, bundle = STEERED[kind], tmp_path / "onnx", tmp_path / "bundle"
     control = [part for name in controls for part in ("--control-image", name)]
@@ -153,5 +153,6 @@ def test_graphs_a_bundle_and_engines_are_made_of_what_steers(kind, folder, tmp_p
     assert "takes no ControlNet or adapter any more" in refused(
         ["generate", onnx, *steering, *PROMPT, "--out", "a.png"], capsys
     )
+    pytest.importorskip("tensorrt_rtx", reason="engines need the extra tensorrt-rtx")
     engines = call(["engine", onnx, "--whole", "--out", tmp_path / "engines", "--target", "sm89"], capsys)["engines"]
     assert {"controlnet", "adapter"} & {engine["name"] for engine in engines}
