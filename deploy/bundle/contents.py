@@ -159,7 +159,12 @@ def _readme(description: Description, rest: ExportedRest | TorchRest) -> str:
     packages = [f"'{name}{version}'" for name, version in description.packages.items()]
     runtimes = dict.fromkeys(runtime for d in description.denoisers for runtime in d.runtimes)
     return templates.get_template("README.md.j2").render(
-        bundle=description, packages=packages, runtimes=runtimes, takes=rest.takes, controls=rest.controls
+        bundle=description,
+        packages=packages,
+        runtimes=runtimes,
+        takes=rest.takes,
+        controls=rest.controls,
+        shown=rest.shown,
     )
 
 

@@ -23,7 +23,7 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
-from exporters.graphs.steering import steering_jobs
+from exporters.graphs.steering import check_image_encoder, steering_jobs
 from exporters.layout import (
     CONFIGURED,
     FINAL_NORM,
@@ -159,6 +159,7 @@ def export_pipeline(
     index = dict(pipeline.config) if settings.safety_checker else without_safety_checker(pipeline.config)
     check_carried(index, type(pipeline).__name__)
     check_steered(pipeline)
+    check_image_encoder(pipeline)
     call = call or example_call(pipeline)
     export = partial(export_unet, scheduler=parts["scheduler"])
     jobs: dict[str, Callable[[], Path]] = {"unet": partial(export, parts["unet"], folder / "unet", call, settings)}

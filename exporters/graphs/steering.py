@@ -22,9 +22,9 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
-from exporters.layout import IMAGE_ENCODER
+from exporters.layout import IMAGE_ENCODER, INDEX
 from exporters.settings import ExportSettings
-from slimdiff.denoising.steering import nets_of
+from slimdiff.denoising.steering import has_ip_adapter, nets_of
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.loading.steering import features_of, pixels_of
@@ -57,6 +57,20 @@ class _ImageEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         found = self.image_encoder(pixel_values, output_hidden_states=True)
         return found.image_embeds, found.hidden_states[-2]
+
+
+def check_image_encoder(pipeline: Any) -> None:
+    """Refuse an image encoder that waits for an IP-Adapter: none can be loaded into graphs.
+
+    Raises:
+        InputError: saying what would be right.
+    """
+    waits = hasattr(pipeline, "load_ip_adapter") and getattr(pipeline, IMAGE_ENCODER, None) is not None
+    if waits and not has_ip_adapter(pipeline):
+        raise InputError(
+            f"{type(pipeline).__name__} has an {IMAGE_ENCODER} and no IP-Adapter, which alone needs it: name one "
+            f"(--ip-adapter FILE), or take it out ({IMAGE_ENCODER}=None; in {INDEX} [null, null])"
+        )
 
 
 def folders_of(pipeline: Any) -> dict[str, Any]:

@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
+    steering = flags.read(args, SteeringSettings)
+    if args.triton and steering:
+        raise InputError("--triton serves text to image: leave out --controlnet, --adapter and --ip-adapter")
     check_artifact(out, "bundle")
     if args.archive:
         check_new_file(_archive(out), "archive of a bundle")
@@ -80,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    steering = flags.read(args, SteeringSettings)
     selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, steering)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files.values()),
     }
-    control = " --control-image FILE" * source.rest.controls
+    control = " --control-image FILE" * source.rest.controls + " --ip-adapter-image FILE" * source.rest.shown
     return result(args, value, f"{_text(value, description)}{control} --prompt TEXT --out image.png")
 
 
