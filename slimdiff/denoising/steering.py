@@ -9,10 +9,10 @@ from slimdiff.errors import InputError
 
 
 def nets_of(pipeline: Any) -> list[Any]:
-    """The ControlNets of a pipeline, or its T2I-Adapters; none of a pipeline that nothing steers."""
+    """The ControlNets of a pipeline, or its T2I-Adapter; none of a pipeline that nothing steers."""
     part = getattr(pipeline, "controlnet", None)
     part = part if part is not None else getattr(pipeline, "adapter", None)
-    several = next((found for name in ("nets", "adapters") if (found := getattr(part, name, None)) is not None), None)
+    several = getattr(part, "nets", None)
     return list(several) if several is not None else [part] * (part is not None)
 
 

@@ -34,6 +34,7 @@ def folder(tmp_path_factory) -> Path:
     make_adapter((32, 32)).save_pretrained(made / "adapter")
     steering = SteeringSettings(controlnet=(str(made / "edges"),))
     quiet(load_pipeline(made / "model", steering=steering)).save_pretrained(made / "controlled")
+    picture(size=18).save(made / "odd.png")
     (made / "ip").mkdir()
     save_ip_adapter(pipeline.unet, made / "ip")
     (made / "controls").mkdir()
@@ -110,6 +111,9 @@ REFUSED = {
         *["model", *IP, "--adapter", "adapter", "--control-image", "edges.png"]
     ],
     "none.safetensors: there is no such file; an IP-Adapter is FILE": ["model", "--ip-adapter", "none.safetensors"],
+    "odd.png: height 18 is no size of StableDiffusionAdapterPipeline, whose sizes are multiples of 4": [
+        *["model", "--adapter", "adapter", "--control-image", "odd.png"]
+    ],
     "StableDiffusionAdapterPipeline makes no images from images": [
         *["model", "--adapter", "adapter", "--control-image", "edges.png", "--image", "depth.png"]
     ],

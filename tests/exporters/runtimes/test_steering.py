@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, T2IAdapter
+from diffusers import ControlNetModel, DiffusionPipeline, MultiAdapter, StableDiffusionAdapterPipeline, T2IAdapter
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
@@ -27,8 +27,10 @@ from exporters.settings import EngineSettings, ExportSettings  # noqa: E402
 from exporters.validation.graph import check_parity  # noqa: E402
 from slimdiff.denoising.trajectory import record_calls, sample_images  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
+from slimdiff.groups import find_sites  # noqa: E402
 from slimdiff.loading.steering import steer  # noqa: E402
 from slimdiff.settings import Sampling, ScaledFile, SteeringSettings  # noqa: E402
+from slimdiff.slimming.skeleton import skeleton  # noqa: E402
 
 SIZE = {"height": 16, "width": 16}
 UNCHECKED = {"requires_safety_checker": False}
@@ -69,9 +71,18 @@ def assert_same(exported: DiffusionPipeline, torchs: DiffusionPipeline, *given: 
 
 
 @pytest.fixture(scope="module")
-def controlled(slim_pipeline, tmp_path_factory) -> DiffusionPipeline:
+def small(pipeline, tiny) -> DiffusionPipeline:
+    """With one transformer block, which is soon exported."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return type(pipeline)(**{**pipeline.components, "unet": tiny.unet(**blocks)}, **UNCHECKED)
+
+
+@pytest.fixture(scope="module")
+def controlled(small, tmp_path_factory) -> DiffusionPipeline:
     """A slim UNet with a ControlNet of the dense one."""
-    return controlled_by(slim_pipeline, [make_controlnet(slim_pipeline.unet)], tmp_path_factory.mktemp("nets"))
+    unet = skeleton(small.unet, {site.path: site.dense_rank // 2 for site in find_sites(small.unet)[0]})
+    slim = type(small)(**{**small.components, "unet": unet}, **UNCHECKED)
+    return controlled_by(slim, [make_controlnet(small.unet)], tmp_path_factory.mktemp("nets"))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +171,17 @@ def test_what_is_no_controlnet_and_what_cannot_have_one_is_refused(pipeline, con
     (tmp_path / "net" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="net holds no weights"):
         steer(pipeline, steering(controlnet=(str(tmp_path / "net"),)))
+    adapters = StableDiffusionAdapterPipeline(
+        **{name: part for name, part in pipeline.components.items() if name != "image_encoder"},
+        adapter=MultiAdapter([make_adapter((32, 64)), make_adapter((32, 64))]),
+        **UNCHECKED,
+    )
+    with pytest.raises(InputError, match="holds a MultiAdapter: only ControlNetModel and T2IAdapter are taken"):
+        export_pipeline(adapters, tmp_path / "onnx")
+    waiting = copy.copy(pipeline)
+    waiting.register_modules(image_encoder=torch.nn.Identity())
+    with pytest.raises(InputError, match="an image_encoder and no IP-Adapter.*--ip-adapter FILE"):
+        export_pipeline(waiting, tmp_path / "onnx")
     with pytest.raises(ValueError, match="no pipeline that ControlNets and a T2I-Adapter steer together"):
         steering(controlnet=("one",), adapter="other")
     with pytest.raises(InputError, match="is no ControlNet: its inputs are sample"):
@@ -183,13 +205,13 @@ def test_a_slim_unet_with_a_t2i_adapter_makes_torchs_image(slim_pipeline, onnx_f
 
 
 @pytest.mark.parametrize("plus", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_ip_adapter_takes_a_picture_as_a_prompt_in_graphs_as_in_torch(plus, pipeline, onnx_folder, tmp_path):
+def test_an_ip_adapter_takes_a_picture_as_a_prompt_in_graphs_as_in_torch(plus, small, onnx_folder, tmp_path):
     """By CLIP's embedding or, `plus`, by hidden states; and at the scale that was exported."""
     shown, size = {"prompt": "abc"}, {**SIZE, "steps": 2, "guidance": 3.0, "batch": 2}
-    file = save_ip_adapter(pipeline.unet, tmp_path, plus)
+    file = save_ip_adapter(small.unet, tmp_path, plus)
     found = {}
     for scale in (1.0, 0.3):
-        fresh = type(pipeline)(**{**pipeline.components, "unet": copy.deepcopy(pipeline.unet)}, **UNCHECKED)
+        fresh = type(small)(**{**small.components, "unet": copy.deepcopy(small.unet)}, **UNCHECKED)
         adapted = steer(fresh, SteeringSettings(ip_adapter=ScaledFile(file=str(file), scale=scale)))
         rows = [{**shown, "ip_adapter_image": picture()}] * 2
         found[scale] = np.asarray(sample_images(adapted, rows, Sampling(**size)), dtype=int)
