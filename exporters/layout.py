@@ -14,6 +14,8 @@ from slimdiff.storage import manifest
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
 CONFIG = "config.json"
+IMAGE_ENCODER = "image_encoder"
+"""A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"
 STEERING = ("controlnet", "adapter")
 """Components that give the UNet residuals, beside its prompt. A second one lies in `controlnet_1`."""
@@ -108,6 +110,13 @@ COMPONENTS = (
         graphs=("",),
         exports="exporters.graphs.steering:export_adapter",
         opens=f"{_RUNTIMES}.steering:Adapter",
+    ),
+    Component(
+        names=(IMAGE_ENCODER,),
+        classes=("CLIPVisionModelWithProjection",),
+        graphs=("",),
+        exports="exporters.graphs.steering:export_image_encoder",
+        opens=f"{_RUNTIMES}.steering:ImageEncoder",
     ),
     Component(
         names=("vqvae",),  # whose pipelines encode nothing

@@ -60,11 +60,11 @@ class WeightSettings(Settings):
     not given."""
 
 
-class Lora(Settings, frozen=True):
-    """A LoRA that is fused into a model's weights when it is loaded; also written `FILE` or `FILE:SCALE`."""
+class ScaledFile(Settings, frozen=True):
+    """A file, and how much of what it holds is added to a model; also written `FILE` or `FILE:SCALE`."""
 
     file: str = Field(min_length=1)
-    """A safetensors file in diffusers', PEFT's or kohya's layout."""
+    """A safetensors file."""
     scale: float = Field(1.0, ge=-MOST_SCALE, le=MOST_SCALE)
     """How much of it is added."""
 
@@ -81,6 +81,10 @@ class Lora(Settings, frozen=True):
             return {"file": str(value)}
 
 
+class Lora(ScaledFile, frozen=True):
+    """A LoRA that is fused into a model's weights when it is loaded, in diffusers', PEFT's or kohya's layout."""
+
+
 class LoraSettings(Settings):
     """What is fused into a model."""
 
@@ -95,9 +99,11 @@ class SteeringSettings(Settings):
     """A diffusers directory of a ControlNet that steers the model; again for several."""
     adapter: str | None = Field(None, min_length=1)
     """A diffusers directory of a T2I-Adapter that steers the model."""
+    ip_adapter: ScaledFile | None = None
+    """A safetensors file of an IP-Adapter, its image encoder in image_encoder beside it, at a scale."""
 
     def __bool__(self) -> bool:
-        return bool(self.controlnet) or self.adapter is not None
+        return bool(self.controlnet) or self.adapter is not None or self.ip_adapter is not None
 
     @model_validator(mode="after")
     def _one_kind(self) -> SteeringSettings:

@@ -161,6 +161,7 @@ def material_flags(rest: ExportedRest | TorchRest, text: str) -> str:
         "mask_image": ["--mask mask.png"],
         "control_image": ["--control-image edges.png"] * rest.controls,
         "class_labels": ["--class 0"],
+        "ip_adapter_image": ["--ip-adapter-image style.png"] * rest.shown,
         "prompt": [f"--prompt {text}"],
     }
     return " ".join(flag for name, several in flags.items() if name in rest.takes for flag in several)
@@ -179,6 +180,7 @@ def _readme(description: Description, rest: ExportedRest | TorchRest) -> str:
         runtimes=runtimes,
         takes=rest.takes,
         controls=rest.controls,
+        shown=rest.shown,
         material=material_flags(rest, '"a lighthouse at dusk"'),
     )
 

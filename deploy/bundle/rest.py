@@ -2,9 +2,9 @@
 
 Both leave a safety checker out unless `safety_checker`, have the pipeline's class (`kind`), `decoder`, the folder of
 what makes images of latents (None where the images themselves are denoised), `scale`, pixels per latent along a side,
-`controls`, how many pictures steer an image, `takes`, the arguments of the pipeline's call (`control_image` where
-`image` steers), and `write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in
-optimum's layout:
+`controls`, how many pictures steer an image, `shown`, whether an IP-Adapter takes a picture as a prompt, `takes`, the
+arguments of the pipeline's call (`control_image` where `image` steers), and `write(folder, precision, sizes, encoder)`,
+which writes tokenizers, scheduler and graphs in optimum's layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -27,6 +27,7 @@ from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import (
     FOLDERS,
     GRAPH,
+    IMAGE_ENCODER,
     INDEX,
     autoencoder_of,
     check_carried,
@@ -37,7 +38,7 @@ from exporters.layout import (
     without_safety_checker,
 )
 from exporters.runtimes.pipeline import check_index
-from slimdiff.denoising.steering import nets_of
+from slimdiff.denoising.steering import has_ip_adapter, nets_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
 from slimdiff.settings import Sampling, SteeringSettings
@@ -80,6 +81,10 @@ class ExportedRest:
     @cached_property
     def controls(self) -> int:
         return len(steering_folders(self.folder))
+
+    @cached_property
+    def shown(self) -> bool:
+        return (self.folder / IMAGE_ENCODER).is_dir() and hasattr(check_index(self.folder)[1], "load_ip_adapter")
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Copy all; an InputError if a size is not the one that the VAE is for."""
@@ -168,6 +173,10 @@ class TorchRest:
     @cached_property
     def controls(self) -> int:
         return len(nets_of(self.pipeline))
+
+    @cached_property
+    def shown(self) -> bool:
+        return has_ip_adapter(self.pipeline)
 
     def write(self, folder: Path, precision: str, sizes: Sequence[Latents], encoder: bool) -> None:
         """Export all for the first size, and VAEs for the others."""

@@ -26,7 +26,7 @@ from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import cached_snapshot, check_lora, choose_variants, find_model
-from slimdiff.prompts.material import Material
+from slimdiff.prompts.material import Material, find_pictures
 from slimdiff.settings import (
     BUDGETS,
     MOST,
@@ -147,6 +147,18 @@ def add_steering(parser: Any) -> None:
     """What steers the model beside its prompt; `read(args, SteeringSettings)` takes it."""
     add(parser, SteeringSettings, "controlnet", action="append", metavar="DIR")
     add(parser, SteeringSettings, "adapter", metavar="DIR")
+    add(parser, SteeringSettings, "ip_adapter", metavar="FILE[:SCALE]")
+
+
+def add_ip_adapter_image(parser: Any) -> None:
+    """What an IP-Adapter is shown."""
+    text(parser, "--ip-adapter-image", "FILE", "a picture as a prompt, of a model with an IP-Adapter")
+
+
+def find_ip_adapter_image(args: argparse.Namespace) -> Path | None:
+    """The file of `add_ip_adapter_image`, which can be read."""
+    shown = args.ip_adapter_image
+    return None if shown is None else find_pictures(shown, "IP-Adapter images")[0]
 
 
 def add_variant(parser: Any) -> None:

@@ -35,7 +35,7 @@ READ = (
         "merge",
         "reference",
     ),
-    *("SteeringSettings.controlnet", "SteeringSettings.adapter"),
+    *("SteeringSettings.controlnet", "SteeringSettings.adapter", "ip_adapter_image"),
 )
 """Arguments, by their names in the namespace, that may be places to read."""
 WRITTEN = ("out", "history", "junit", "markdown", "plot", "save_images")

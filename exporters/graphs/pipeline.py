@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
-from exporters.graphs.steering import folders_of
+from exporters.graphs.steering import check_image_encoder, folders_of
 from exporters.graphs.vae import settings_for_unet, tile_call
 from exporters.layout import (
     FINAL_NORM,
@@ -167,6 +167,7 @@ def export_pipeline(
     index = index if settings.safety_checker else without_safety_checker(index)
     check_carried({**index, "_class_name": type(pipeline).__name__}, type(pipeline).__name__)
     check_steered(pipeline)
+    check_image_encoder(pipeline)
     call = call or example_call(pipeline)
     autoencoder = autoencoder_of(pipeline)
     settings_for_unet(pipeline.unet, autoencoder, settings)

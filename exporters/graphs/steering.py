@@ -20,9 +20,11 @@ from exporters.graphs.export import (
     open_size,
     write_config,
 )
+from exporters.layout import IMAGE_ENCODER, INDEX
 from exporters.settings import ExportSettings
-from slimdiff.denoising.steering import nets_of
+from slimdiff.denoising.steering import has_ip_adapter, nets_of
 from slimdiff.denoising.trajectory import Call
+from slimdiff.errors import InputError
 from slimdiff.loading.steering import features_of, pixels_of
 
 
@@ -41,6 +43,32 @@ class _Adapter(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.adapter(image))
+
+
+class _ImageEncoder(nn.Module):
+    """CLIP's, as IP-Adapters take it: its embedding, and the last hidden states but one."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.image_encoder = encoder
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.image_encoder(pixel_values, output_hidden_states=True)
+        return found.image_embeds, found.hidden_states[-2]
+
+
+def check_image_encoder(pipeline: Any) -> None:
+    """Refuse an image encoder that waits for an IP-Adapter: none can be loaded into graphs.
+
+    Raises:
+        InputError: saying what would be right.
+    """
+    waits = hasattr(pipeline, "load_ip_adapter") and getattr(pipeline, IMAGE_ENCODER, None) is not None
+    if waits and not has_ip_adapter(pipeline):
+        raise InputError(
+            f"{type(pipeline).__name__} has an {IMAGE_ENCODER} and no IP-Adapter, which alone needs it: name one "
+            f"(--ip-adapter FILE), or take it out ({IMAGE_ENCODER}=None; in {INDEX} [null, null])"
+        )
 
 
 def folders_of(pipeline: Any) -> dict[str, Any]:
@@ -101,4 +129,16 @@ def export_adapter(adapter: Any, folder: Path, pipeline: Any, call: Call, settin
     inputs, names = {"image": example.to(dtype)}, [f"features_{i}" for i in range(count)]
     file = export_module(wrapped, inputs, names, folder, settings, {"image": opened}, "adapter.")
     write_config(adapter, folder)
+    return file
+
+
+def export_image_encoder(encoder: Any, folder: Path, _pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
+    """Export CLIP's vision model, open in the batch: `pixel_values [B, 3, S, S]` to `image_embeds [B, E]` and
+    `penultimate_hidden_state [B, 1 + patches, D]`.
+    """
+    dtype, size = dtype_of(settings), encoder.config.image_size
+    inputs = {"pixel_values": torch.zeros(2, encoder.config.num_channels, size, size, dtype=dtype)}
+    wrapped, outputs = _ImageEncoder(in_precision(encoder, dtype)), ["image_embeds", "penultimate_hidden_state"]
+    file = export_module(wrapped, inputs, outputs, folder, settings, {"pixel_values": {0: "batch"}}, "image_encoder.")
+    write_config(encoder, folder)
     return file

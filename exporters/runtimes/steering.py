@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from exporters.layout import steering_folders
 from exporters.runtimes.module import RuntimeModule, answer
 from slimdiff.errors import InputError
 from slimdiff.loading.steering import MultiControlNetModel
+
+
+class ImageEncoder(RuntimeModule):
+    """Drop-in for a pipeline's image_encoder, a CLIPVisionModelWithProjection, as IP-Adapters use it.
+
+    Raises:
+        InputError: if the session is none.
+    """
+
+    tensor = "pixel_values"
+
+    def __init__(self, session: Any, config: Any):
+        if set(session.inputs) != {"pixel_values"} or "penultimate_hidden_state" not in session.outputs:
+            raise InputError(f"{session.source} is no image encoder: its inputs are {', '.join(session.inputs)}")
+        super().__init__(session, SimpleNamespace(**config))
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> Any:
+        """Of `[B, 3, S, S]` the embedding `[B, E]`, and hidden states `[B, 1 + patches, D]`: the last but one alone."""
+        found = answer(self.session, {"pixel_values": pixel_values})
+        states = (found["penultimate_hidden_state"].to(pixel_values.dtype), None)
+        return SimpleNamespace(image_embeds=found["image_embeds"].to(pixel_values.dtype), hidden_states=states)
 
 
 class ControlNet(RuntimeModule):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
@@ -44,6 +45,10 @@ class UNet(RuntimeModule):
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+        if shown := [shape for name, shape in session.inputs.items() if name.startswith("image_embeds_")]:
+            # Pipelines ask each IP-Adapter's projection whether it takes CLIP's embedding, or hidden states.
+            kinds = [ImageProjection(1, 1, 1) if len(shape) == 3 else nn.Identity() for shape in shown]
+            self.encoder_hid_proj = SimpleNamespace(image_projection_layers=kinds)
 
     @property
     def inputs(self) -> dict[str, Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,8 @@ def _step(pipeline: Any) -> int:
     """What heights and widths must be multiples of, pixels."""
     names = ("vae_spatial_compression_ratio", "vae_scale_factor_spatial", "vae_scale_factor")
     scale = next((n for name in names if isinstance(n := getattr(pipeline, name, None), int)), 1)
+    # A T2I-Adapter rounds where a UNet does not.
+    scale = math.lcm(scale, getattr(getattr(pipeline, "adapter", None), "total_downscale_factor", 1))
     denoiser, config = _denoiser(pipeline)
     if hasattr(pipeline, "_pack_latents") and not hasattr(pipeline, "transformer_spatial_patch_size"):
         return 2 * scale  # Flux: two by two latents are one token, whatever its transformer's patch

@@ -9,10 +9,10 @@ from slimdiff.errors import InputError
 
 
 def nets_of(pipeline: Any) -> list[Any]:
-    """The ControlNets of a pipeline, or its T2I-Adapters; none of a pipeline that nothing steers."""
+    """The ControlNets of a pipeline, or its T2I-Adapter; none of a pipeline that nothing steers."""
     part = getattr(pipeline, "controlnet", None)
     part = part if part is not None else getattr(pipeline, "adapter", None)
-    several = next((found for name in ("nets", "adapters") if (found := getattr(part, name, None)) is not None), None)
+    several = getattr(part, "nets", None)
     return list(several) if several is not None else [part] * (part is not None)
 
 
@@ -25,14 +25,23 @@ def control_name(pipeline: Any) -> str | None:
     return "control_image" if "control_image" in takes else "image" if nets_of(pipeline) else None
 
 
+def has_ip_adapter(pipeline: Any) -> bool:
+    """Whether an IP-Adapter is loaded into a pipeline's UNet, which then takes a picture as a prompt."""
+    projection = getattr(getattr(pipeline, "unet", None), "encoder_hid_proj", None)
+    return hasattr(projection, "image_projection_layers")
+
+
 def join_controls(pipeline: Any, columns: dict[str, list[Any]]) -> None:
-    """Have what several ControlNets are given once for a batch, as a picture each: no pipeline takes other pictures.
+    """Give once for a batch what pipelines take once: a picture for each of several ControlNets or IP-Adapters.
 
     Raises:
         InputError: if the images of the batch have different ones.
     """
-    column = columns.get(str(control_name(pipeline)), []) if len(nets_of(pipeline)) > 1 else []
-    if column and all(isinstance(value, list) for value in column):
-        if any(value != column[0] for value in column):
-            raise InputError("several ControlNets steer all images of a batch by the same pictures: take a batch of 1")
-        columns[str(control_name(pipeline))] = column[0]
+    shared = {"ip_adapter_image": "an IP-Adapter takes"}
+    if len(nets_of(pipeline)) > 1:
+        shared[str(control_name(pipeline))] = "several ControlNets take"
+    for name in shared.keys() & columns.keys():
+        first, *others = columns[name]
+        if any(other != first for other in others):
+            raise InputError(f"{shared[name]} the same pictures for all images of a batch: take a batch of 1")
+        columns[name] = first if isinstance(first, list) else [first]

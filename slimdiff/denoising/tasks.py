@@ -24,7 +24,7 @@ from PIL import Image
 from slimdiff.adapters import carry_fused
 from slimdiff.denoising.long_prompts import warn_of_cuts
 from slimdiff.denoising.sizes import check_size, enlarges, pixels_per_latent
-from slimdiff.denoising.steering import control_name, nets_of
+from slimdiff.denoising.steering import control_name, has_ip_adapter, nets_of
 from slimdiff.denoising.strength import check_strength
 from slimdiff.errors import InputError
 from slimdiff.prompts import Inputs
@@ -48,6 +48,9 @@ def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeli
         raise InputError(f"no picture steers {who}: leave the control image out, or add what it steers (--controlnet)")
     if control is not None and not material.controls:
         raise InputError(f"a picture steers {who}: say which (--control-image, or --control-images for a folder)")
+    if has_ip_adapter(pipeline) != (material.ip_adapter_image is not None):
+        odd = "takes a picture as a prompt: say which" if has_ip_adapter(pipeline) else "has no IP-Adapter: leave out"
+        raise InputError(f"{who} {odd} (--ip-adapter-image)")
     needed = [name for name, files in (("image", material.images), ("mask_image", material.masks)) if files]
     if set(needed) <= takes - ({control} if material.images else set()):
         return pipeline
@@ -100,6 +103,10 @@ def make_inputs(pipeline: DiffusionPipeline, material: Material, sampling: Sampl
     if controls:
         _steer(pipeline, rows, controls)
         sampling = _sized(sampling, controls[0].size, takes)
+    if material.ip_adapter_image is not None:
+        shown = open_picture(material.ip_adapter_image)
+        for row in rows:
+            row["ip_adapter_image"] = shown
     if images:
         pictures = [open_picture(file, size) for file in images]
         _check_sizes(pipeline, [*images, *list(material.controls)[:1]], [*pictures, *controls[:1]])
@@ -144,6 +151,8 @@ def neutral_inputs(
             row[name] = _as_taken(pipeline, picture)
     if (control := control_name(pipeline)) is not None:
         _steer(pipeline, [row], [row[control].convert(_mode(pipeline))] * max(1, len(nets_of(pipeline))))
+    if has_ip_adapter(pipeline):
+        row["ip_adapter_image"] = Image.new("RGB", (wide, high), "grey")
     sized = pictures.keys() & row.keys() or size == whole_size
     if sized and not {"height", "width"} <= takes:
         sampling = sampling.model_copy(update={"height": None, "width": None})

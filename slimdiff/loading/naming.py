@@ -135,15 +135,20 @@ def cached_snapshot(name: str) -> Path | None:
 
 
 def check_lora(path: Path) -> None:
-    """See that a file may be a LoRA, by its name.
+    """See that a file may be a LoRA, by its name; see `check_weights_file`."""
+    check_weights_file(path, "a LoRA")
+
+
+def check_weights_file(path: Path, what: str) -> None:
+    """See that a file may be weights of that kind, by its name.
 
     Raises:
         InputError: if there is none, or its name is a pickle's.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name the LoRA's safetensors file in it")
+        raise InputError(f"{path} is a folder: name the safetensors file in it of {what}")
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file; a LoRA is FILE.safetensors, or FILE.safetensors:SCALE")
+        raise InputError(f"{path}: there is no such file; {what} is FILE.safetensors, or FILE.safetensors:SCALE")
     if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened: refused; save it as safetensors")
 

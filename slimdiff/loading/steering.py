@@ -17,6 +17,7 @@ from slimdiff.adapters import carry_fused
 from slimdiff.denoising.steering import nets_of
 from slimdiff.errors import InputError
 from slimdiff.loading.components import load_component
+from slimdiff.loading.ip_adapter import add_ip_adapter, check_ip_adapter
 from slimdiff.loading.weights import find_weights
 from slimdiff.settings import SteeringSettings
 from slimdiff.storage import manifest
@@ -38,7 +39,7 @@ _ALIKE = (
 
 
 def check_steering(settings: SteeringSettings) -> None:
-    """Refuse folders that hold no such model, by their configurations.
+    """Refuse folders and files that hold no such model, by configurations and names of tensors.
 
     Raises:
         InputError: naming the folder and what it holds.
@@ -52,17 +53,20 @@ def check_steering(settings: SteeringSettings) -> None:
         if name != kind.__name__:
             raise InputError(f"{folder} holds a {name}, and a {kind.__name__} is asked for")
         find_weights(folder, kind)
+    if settings.ip_adapter is not None:
+        check_ip_adapter(settings.ip_adapter)
 
 
 def steer(
     pipeline: DiffusionPipeline, settings: SteeringSettings, dtype: torch.dtype | None = None
 ) -> DiffusionPipeline:
-    """The pipeline of the same task, with the same components, that ControlNets or a T2I-Adapter steer.
+    """The pipeline of the same task, with the same components, that ControlNets or adapters steer.
 
     Args:
         pipeline: Stable Diffusion (XL), from text, from an image, or inpainting (an adapter: from text alone); dense or
             slim, for slimming leaves all that these meet as it is.
-        settings: which; the pipeline itself is given back if they name nothing.
+        settings: which; the pipeline itself is given back if they name none of the first two. An IP-Adapter is loaded
+            into its UNet, as diffusers does.
         dtype: of their weights; that of their files if not given.
 
     Raises:
@@ -70,15 +74,17 @@ def steer(
     """
     check_steering(settings)
     loaded = [_load(folder, kind, dtype) for folder, kind in _folders(settings)]
-    if not loaded:
-        return pipeline
+    made = pipeline
     if settings.adapter is not None:
         made = _sibling(pipeline, "Adapter", adapter=loaded[0])
-    else:
+    elif loaded:
         made = _sibling(
             pipeline, "ControlNet", controlnet=loaded[0] if len(loaded) == 1 else MultiControlNetModel(loaded)
         )
-    check_steered(made, [str(folder) for folder, _ in _folders(settings)])
+    if loaded:
+        check_steered(made, [str(folder) for folder, _ in _folders(settings)])
+    if settings.ip_adapter is not None:
+        add_ip_adapter(made, settings.ip_adapter, dtype)
     return made
 
 

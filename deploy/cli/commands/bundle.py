@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.triton and args.target != "server":
         raise InputError("--triton is for servers: say --target server")
+    steering = flags.read(args, SteeringSettings)
+    if args.triton and steering:
+        raise InputError("--triton serves text to image: leave out --controlnet, --adapter and --ip-adapter")
     check_artifact(out, "bundle")
     if args.archive:
         check_new_file(_archive(out), "archive of a bundle")
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    kept, steering = flags.read(args, ExportSettings).keep_fp32, flags.read(args, SteeringSettings)
+    kept = flags.read(args, ExportSettings).keep_fp32
     selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, kept, steering)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.add_material(parser, "input-")
     flags.add_steering(parser)
+    flags.add_ip_adapter_image(parser)
     flags.whole(parser, "--images", "images of each", default=16)
     flags.whole(parser, "--trajectories", "prompts for the noise error", default=2)
     flags.add_usage(parser, "steps", "guidance", steps=STEPS)
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     folders = flags.named_material(args)
     count = max(args.images, args.trajectories)
     material = comparison_material(source, 0, count, CAPTIONS_SEED, **folders, default=args.prompts is None)
+    material = replace(material, ip_adapter_image=flags.find_ip_adapter_image(args))
 
     calm_libraries()
     from deploy.build import quality

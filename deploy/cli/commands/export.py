@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}
         folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
-        steered = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        steered: dict[str, Any] = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+        if (shown := steering.ip_adapter) is not None:
+            steered["ip_adapter"] = {"sha256": manifest.sha256_of(Path(shown.file)), "scale": shown.scale}
         model = {"model": model_hash(args.model, args.pipeline)}
         made_from = {**model, **said_of(image), **fused, **steered, **settings.model_dump()}
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)

@@ -59,6 +59,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_variant(parser)
     flags.add_lora(parser)
     flags.add_steering(parser)
+    flags.add_ip_adapter_image(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,7 +138,14 @@ def _outs(args: argparse.Namespace) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: name a file that ends in .png")
     outs = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(args.count)]
-    named = (args.artifact, args.pipeline, args.input_images, args.input_masks, *args.control_images)
+    named = (
+        args.artifact,
+        args.pipeline,
+        args.input_images,
+        args.input_masks,
+        *args.control_images,
+        args.ip_adapter_image,
+    )
     read = [path for path in named if path is not None]
     for one in outs:
         check_new_file(one, "PNG image")
@@ -162,4 +170,5 @@ def _material(args: argparse.Namespace) -> Material:
     if len(classes) > args.count:
         raise InputError(f"--class names {len(classes)} classes for {args.count} images: say --count {len(classes)}")
     controls = [picture for file in args.control_images for picture in find_pictures(file, "control images")]
-    return Material(prompts, images, masks, classes, args.count, controls=controls)
+    shown = flags.find_ip_adapter_image(args)
+    return Material(prompts, images, masks, classes, args.count, controls=controls, ip_adapter_image=shown)

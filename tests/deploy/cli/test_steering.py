@@ -11,7 +11,7 @@ import pytest
 from command_line import call, refused
 from conftest import tiny_pipeline
 from families.family import TWO_LEVELS, quiet
-from families.steering import make_adapter, make_controlnet, picture
+from families.steering import make_adapter, make_controlnet, picture, save_ip_adapter
 from PIL import Image
 
 from slimdiff.loading.pipelines import load_pipeline
@@ -34,6 +34,9 @@ def folder(tmp_path_factory) -> Path:
     make_adapter((32, 32)).save_pretrained(made / "adapter")
     steering = SteeringSettings(controlnet=(str(made / "edges"),))
     quiet(load_pipeline(made / "model", steering=steering)).save_pretrained(made / "controlled")
+    picture(size=18).save(made / "odd.png")
+    (made / "ip").mkdir()
+    save_ip_adapter(pipeline.unet, made / "ip")
     (made / "controls").mkdir()
     for number in range(3):
         picture(number).save(made / "controls" / f"{number}.png")
@@ -60,6 +63,7 @@ def test_a_model_in_torch_is_steered_by_what_is_added_to_it(folder, tmp_path, ca
             [model, *one, "--controlnet", folder / "depth", *edges, *depth],
             [model, *one, *edges, "--image", folder / "depth.png"],
             [model, "--adapter", folder / "adapter", *edges],
+            [model, "--ip-adapter", folder / "ip/ip-adapter.safetensors", "--ip-adapter-image", folder / "edges.png"],
         )
     ]
     assert all(abs(a - b).max() > 1 for i, a in enumerate(images) for b in images[:i])
@@ -81,6 +85,7 @@ def test_a_directory_with_a_controlnet_is_compressed_compared_and_run(folder, tm
     assert call(["inspect", slim], capsys)["pipeline"] == "StableDiffusionControlNetPipeline"
 
 
+IP = ["--ip-adapter", "ip/ip-adapter.safetensors"]
 REFUSED = {
     "a picture steers StableDiffusionControlNetPipeline: say which (--control-image": ["controlled"],
     "a picture steers StableDiffusionControlNetPipeline": ["controlled", "--image", "edges.png"],
@@ -98,6 +103,17 @@ REFUSED = {
     "no pipeline that ControlNets and a T2I-Adapter steer together": [
         *["model", "--adapter", "adapter", "--controlnet", "edges", "--control-image", "edges.png"]
     ],
+    "StableDiffusionPipeline takes a picture as a prompt: say which (--ip-adapter-image)": ["model", *IP],
+    "StableDiffusionPipeline has no IP-Adapter: leave out (--ip-adapter-image)": [
+        *["model", "--ip-adapter-image", "edges.png"]
+    ],
+    "StableDiffusionAdapterPipeline takes no IP-Adapter": [
+        *["model", *IP, "--adapter", "adapter", "--control-image", "edges.png"]
+    ],
+    "none.safetensors: there is no such file; an IP-Adapter is FILE": ["model", "--ip-adapter", "none.safetensors"],
+    "odd.png: height 18 is no size of StableDiffusionAdapterPipeline, whose sizes are multiples of 4": [
+        *["model", "--adapter", "adapter", "--control-image", "odd.png"]
+    ],
     "StableDiffusionAdapterPipeline makes no images from images": [
         *["model", "--adapter", "adapter", "--control-image", "edges.png", "--image", "depth.png"]
     ],
@@ -110,48 +126,35 @@ def test_what_does_not_steer_is_one_line(said, folder, tmp_path, capsys, monkeyp
     assert said in refused(["generate", *REFUSED[said], *PROMPT, "--out", tmp_path / "image.png"], capsys)
 
 
+EDGES, DEPTH = (["--control-image", f"{name}.png"] for name in ("edges", "depth"))
 STEERED = {
-    "a ControlNet": (["--controlnet", "edges"], ["edges.png"]),
-    "two ControlNets": (["--controlnet", "edges", "--controlnet", "depth"], ["edges.png", "depth.png"]),
-    "a T2I-Adapter": (["--adapter", "adapter"], ["edges.png"]),
+    "a ControlNet": (["--controlnet", "edges"], EDGES),
+    "two ControlNets": (["--controlnet", "edges", "--controlnet", "depth"], [*EDGES, *DEPTH]),
+    "a T2I-Adapter": (["--adapter", "adapter"], EDGES),
+    "an IP-Adapter": ([*IP[:1], f"{IP[1]}:0.5"], ["--ip-adapter-image", "edges.png"]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STEERED)
-def test_graphs_a_bundle_and_engines_are_made_of_what_steers(kind, folder, tmp_path, capsys, monkeypatch, rtx):
+def test_graphs_a_bundle_and_engines_are_made_of_what_steers(kind, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    (steering, controls), onnx, bundle = STEERED[kind], tmp_path / "onnx", tmp_path / "bundle"
-    control = [part for name in controls for part in ("--control-image", name)]
+    (steering, pictures), onnx, bundle = STEERED[kind], tmp_path / "onnx", tmp_path / "bundle"
     call(["export", "model", "--out", onnx, *steering], capsys)
-    expected = generated(capsys, tmp_path / "image.png", "model", *steering, *control)
+    expected = generated(capsys, tmp_path / "image.png", "model", *steering, *pictures)
     call(["bundle", onnx, "--target", "edge", "--out", bundle], capsys)
-    run = f"slimdiff generate . {' '.join(['--control-image edges.png'] * len(controls))} --prompt"
-    assert run in (bundle / "README.md").read_text()
+    command = (bundle / "README.md").read_text().split("--prompt")[0]
+    assert [command.count(flag) for flag in pictures[::2]] == [pictures.count(flag) for flag in pictures[::2]]
     for name, more in ((onnx, []), (onnx, ["--runtime", "openvino-fp32"]), (bundle, ["--runtime", "openvino-fp32"])):
-        assert abs(generated(capsys, tmp_path / "image.png", name, *control, *more) - expected).max() <= 1
+        assert abs(generated(capsys, tmp_path / "image.png", name, *pictures, *more) - expected).max() <= 1
     assert call(["validate", "model", onnx, *steering, "--steps", 2], capsys)["passed"]
-    found = call(
-        [
-            "compare",
-            "model",
-            onnx,
-            *steering,
-            "--control-images",
-            "controls",
-            "--images",
-            1,
-            "--trajectories",
-            1,
-            *STEPS,
-        ]
-        if len(controls) == 1
-        else ["inspect", onnx],
-        capsys,
-    )
-    assert len(controls) > 1 or found["noise_error"]["relative_mse"] < 1e-6
-    assert "takes no ControlNet or adapter any more" in refused(
-        ["generate", onnx, *steering, *PROMPT, "--out", "a.png"], capsys
-    )
+    if len(pictures) == 2:
+        shown = pictures if kind == "an IP-Adapter" else ["--control-images", "controls"]
+        counts = ["--images", 1, "--trajectories", 1]
+        found = call(["compare", "model", onnx, *steering, *shown, *counts, *STEPS], capsys)
+        assert found["noise_error"]["relative_mse"] < 1e-6
+    said = refused(["generate", onnx, *steering, *PROMPT, "--out", "a.png"], capsys)
+    assert "takes no ControlNet or adapter any more (onnx): add it at export" in said
+    pytest.importorskip("tensorrt_rtx", reason="engines need the extra tensorrt-rtx")
     engines = call(["engine", onnx, "--whole", "--out", tmp_path / "engines", "--target", "sm89"], capsys)["engines"]
-    assert {"controlnet", "adapter"} & {engine["name"] for engine in engines}
+    assert {"controlnet", "adapter", "image_encoder"} & {engine["name"] for engine in engines}

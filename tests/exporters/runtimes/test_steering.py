@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import ControlNetModel, DiffusionPipeline, T2IAdapter
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, MultiAdapter, StableDiffusionAdapterPipeline, T2IAdapter
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 
-from families.steering import make_adapter, make_controlnet, picture  # noqa: E402
+from families.steering import make_adapter, make_controlnet, picture, save_ip_adapter  # noqa: E402
 
 from exporters.engine.check import choose_profile  # noqa: E402
 from exporters.engine.pipeline import request_pipeline  # noqa: E402
@@ -24,10 +27,13 @@ from exporters.settings import EngineSettings, ExportSettings  # noqa: E402
 from exporters.validation.graph import check_parity  # noqa: E402
 from slimdiff.denoising.trajectory import record_calls, sample_images  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
+from slimdiff.groups import find_sites  # noqa: E402
 from slimdiff.loading.steering import steer  # noqa: E402
-from slimdiff.settings import Sampling, SteeringSettings  # noqa: E402
+from slimdiff.settings import Sampling, ScaledFile, SteeringSettings  # noqa: E402
+from slimdiff.slimming.skeleton import skeleton  # noqa: E402
 
 SIZE = {"height": 16, "width": 16}
+UNCHECKED = {"requires_safety_checker": False}
 OTHERS = ("text_encoder", "vae_decoder", "vae_encoder")
 """Graphs that are those of the pipeline that nothing steers."""
 
@@ -65,9 +71,18 @@ def assert_same(exported: DiffusionPipeline, torchs: DiffusionPipeline, *given: 
 
 
 @pytest.fixture(scope="module")
-def controlled(slim_pipeline, tmp_path_factory) -> DiffusionPipeline:
+def small(pipeline, tiny) -> DiffusionPipeline:
+    """With one transformer block, which is soon exported."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return type(pipeline)(**{**pipeline.components, "unet": tiny.unet(**blocks)}, **UNCHECKED)
+
+
+@pytest.fixture(scope="module")
+def controlled(small, tmp_path_factory) -> DiffusionPipeline:
     """A slim UNet with a ControlNet of the dense one."""
-    return controlled_by(slim_pipeline, [make_controlnet(slim_pipeline.unet)], tmp_path_factory.mktemp("nets"))
+    unet = skeleton(small.unet, {site.path: site.dense_rank // 2 for site in find_sites(small.unet)[0]})
+    slim = type(small)(**{**small.components, "unet": unet}, **UNCHECKED)
+    return controlled_by(slim, [make_controlnet(small.unet)], tmp_path_factory.mktemp("nets"))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +171,17 @@ def test_what_is_no_controlnet_and_what_cannot_have_one_is_refused(pipeline, con
     (tmp_path / "net" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="net holds no weights"):
         steer(pipeline, steering(controlnet=(str(tmp_path / "net"),)))
+    adapters = StableDiffusionAdapterPipeline(
+        **{name: part for name, part in pipeline.components.items() if name != "image_encoder"},
+        adapter=MultiAdapter([make_adapter((32, 64)), make_adapter((32, 64))]),
+        **UNCHECKED,
+    )
+    with pytest.raises(InputError, match="holds a MultiAdapter: only ControlNetModel and T2IAdapter are taken"):
+        export_pipeline(adapters, tmp_path / "onnx")
+    waiting = copy.copy(pipeline)
+    waiting.register_modules(image_encoder=torch.nn.Identity())
+    with pytest.raises(InputError, match="an image_encoder and no IP-Adapter.*--ip-adapter FILE"):
+        export_pipeline(waiting, tmp_path / "onnx")
     with pytest.raises(ValueError, match="no pipeline that ControlNets and a T2I-Adapter steer together"):
         steering(controlnet=("one",), adapter="other")
     with pytest.raises(InputError, match="is no ControlNet: its inputs are sample"):
@@ -176,6 +202,53 @@ def test_a_slim_unet_with_a_t2i_adapter_makes_torchs_image(slim_pipeline, onnx_f
         assert_same(exported, adapted, grey[0], adapter_conditioning_scale=0.2),
     ]
     assert all(abs(other - plain).max() > 1 for other in others)
+
+
+@pytest.mark.parametrize("plus", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_ip_adapter_takes_a_picture_as_a_prompt_in_graphs_as_in_torch(plus, small, onnx_folder, tmp_path):
+    """By CLIP's embedding or, `plus`, by hidden states; and at the scale that was exported."""
+    shown, size = {"prompt": "abc"}, {**SIZE, "steps": 2, "guidance": 3.0, "batch": 2}
+    file = save_ip_adapter(small.unet, tmp_path, plus)
+    found = {}
+    for scale in (1.0, 0.3):
+        fresh = type(small)(**{**small.components, "unet": copy.deepcopy(small.unet)}, **UNCHECKED)
+        adapted = steer(fresh, SteeringSettings(ip_adapter=ScaledFile(file=str(file), scale=scale)))
+        rows = [{**shown, "ip_adapter_image": picture()}] * 2
+        found[scale] = np.asarray(sample_images(adapted, rows, Sampling(**size)), dtype=int)
+    assert abs(found[1.0] - found[0.3]).max() > 1
+    exported_beside(onnx_folder, adapted, tmp_path / "onnx", dynamic_batch=True)
+    exported = load_pipeline(tmp_path / "onnx", threads=1)
+    assert abs(np.asarray(sample_images(exported, rows, Sampling(**size)), dtype=int) - found[0.3]).max() <= 1
+    rows[1] = {**shown, "ip_adapter_image": picture(1)}
+    with pytest.raises(InputError, match="an IP-Adapter takes the same pictures for all images of a batch"):
+        sample_images(exported, rows, Sampling(**size))
+
+
+def test_an_ip_adapter_of_another_model_or_kind_is_refused(pipeline, slim_pipeline, tmp_path):
+    file = save_ip_adapter(pipeline.unet, tmp_path)
+    weights = load_file(file)
+
+    def refused(said: str, into: Any = pipeline, **changed: Any) -> None:
+        save_file({**weights, **changed}, file)
+        fresh = type(into)(**{**into.components, "unet": copy.deepcopy(into.unet)}, **UNCHECKED)
+        with pytest.raises(InputError, match=said):
+            steer(fresh, SteeringSettings(ip_adapter=ScaledFile(file=str(file))))
+
+    first = "ip_adapter.1.to_k_ip.weight"
+    refused(rf"of another UNet: its {first} is \(8, 8\), and for this model it is", **{first: torch.ones(8, 8)})
+    refused("of another UNet: its ip_adapter.99.to_v_ip.weight is", **{"ip_adapter.99.to_v_ip.weight": torch.ones(1)})
+    refused("takes 8 numbers of an image encoder, .* gives 20", **{"image_proj.proj.weight": torch.ones(128, 8)})
+    refused("no whole IP-Adapter: .*norm", **{"image_proj.norm.weight": torch.ones(7)})
+    refused("is a FaceID adapter", **{"image_proj.perceiver_resampler.proj_in.weight": torch.ones(1)})
+    refused("the model is slim, and .*add the IP-Adapter to the dense model", slim_pipeline)
+    (tmp_path / "image_encoder" / "config.json").unlink()
+    refused("needs an image encoder, and there is no .*image_encoder/config.json")
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(InputError, match="is no IP-Adapter: it has no tensors image_proj"):
+        steer(pipeline, SteeringSettings(ip_adapter=ScaledFile(file=str(file))))
+    with pytest.raises(InputError, match="is a pickle"):
+        (tmp_path / "ip.bin").write_bytes(b"x")
+        steer(pipeline, SteeringSettings(ip_adapter=ScaledFile(file=str(tmp_path / "ip.bin"))))
 
 
 @pytest.mark.slow
