@@ -156,6 +156,8 @@ def _graphs(folder: Path) -> list[str]:
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
     rows = components_of(entries)
+    if "unet" not in rows:
+        raise InputError(f"{folder / INDEX} names no unet: export the pipeline again, whole")
     graphs = [graph for name, row in rows.items() if row.graphs for graph in row.folders(name)]
     lacking = [name for name in graphs if name != "vae_encoder" and not (folder / name / GRAPH).is_file()]
     if lacking:

@@ -140,3 +140,6 @@ def test_what_is_no_pipeline_is_refused(rtx, onnx_folder, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
     assert "text_encoder" not in request_pipeline(folder, RTX.model_copy(update={"batch": 2}), gpu=lambda: None)
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(InputError, match="names no unet"):
+        request_pipeline(folder, RTX.model_copy(update={"batch": 2}), gpu=lambda: None)
