@@ -146,7 +146,7 @@ def _candidate(name: str, write: Callable[[Path], None], precision: str, sample:
 
 
 def _model(name: str, selection: Selection) -> Source:
-    from deploy.artifacts.hashes import model_hash
+    from deploy.artifacts.hashes import model_hash, steering_hashes
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.settings import ExportSettings
@@ -172,7 +172,8 @@ def _model(name: str, selection: Selection) -> Source:
             export = partial(write, batch, high, wide, precision)
             candidates.append(_candidate(label, export, precision, sample, scale))
     folders = [] if name == "demo" else [Path(name)]
-    return Source("model", folders, candidates, rest, {"model": model_hash(name)})
+    made_from = {"model": model_hash(name), **steering_hashes(selection.steering)}
+    return Source("model", folders, candidates, rest, made_from)
 
 
 def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest | TorchRest:

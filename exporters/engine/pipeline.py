@@ -124,17 +124,13 @@ def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
     """
     profiles = []
     for profile in profiles_of(unet):
-        ends = {end: dict(profile["sample"])[end] for end in ("min", "opt", "max")}
-        ends["min"] = [1, *ends["min"][1:]]
-        dims = inputs["sample"]  # an inpainting UNet's has more channels
-        profiles.append(
-            ShapeRange(
-                **{
-                    end: {"sample": tuple(d if isinstance(d, int) else n for d, n in zip(dims, shape, strict=True))}
-                    for end, shape in ends.items()
-                }
-            )
-        )
+        ends: dict[str, Any] = {}
+        for end in ("min", "opt", "max"):
+            _, *rest = profile["sample"][end]
+            sizes = [1 if end == "min" else profile["sample"][end][0], *rest]
+            dims = zip(inputs["sample"], sizes, strict=True)  # an inpainting UNet's sample has more channels
+            ends[end] = {"sample": tuple(own if isinstance(own, int) else size for own, size in dims)}
+        profiles.append(ShapeRange(**ends))
     return {"profiles": profiles}
 
 
@@ -156,9 +152,8 @@ def _graphs(folder: Path) -> list[str]:
     index = manifest.read_json(folder / INDEX)
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
-    needed = [name for name in (*TEXT_ENCODERS, IMAGE_ENCODER, *STEERING) if is_component(entries.get(name))] + [
-        "vae_decoder"
-    ]
+    parts = (*TEXT_ENCODERS, IMAGE_ENCODER, *STEERING)
+    needed = [name for name in parts if is_component(entries.get(name))] + ["vae_decoder"]
     checked = [SAFETY_CHECKER] * is_component(entries.get(SAFETY_CHECKER))
     lacking = [name for name in needed + checked if not (folder / name / GRAPH).is_file()]
     if lacking:
