@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from slimdiff.loading.naming import find_component, find_model
 from slimdiff.progress import working
+from slimdiff.settings import SteeringSettings
 from slimdiff.storage import manifest
 
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
@@ -48,6 +50,15 @@ def folder_hash(folder: Path) -> str:
     names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != manifest.MANIFEST]
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     return manifest.fingerprint({name.as_posix(): manifest.sha256_of(folder / name) for name in shown})
+
+
+def steering_hashes(steering: SteeringSettings) -> dict[str, Any]:
+    """What is added to a model to steer it, by its files."""
+    folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
+    found: dict[str, Any] = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
+    if (shown := steering.ip_adapter) is not None:
+        found["ip_adapter"] = {"sha256": manifest.sha256_of(Path(shown.file)), "scale": shown.scale}
+    return found
 
 
 def source_hash(package: Path, *patterns: str) -> str:

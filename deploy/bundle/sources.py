@@ -158,7 +158,7 @@ def _candidate(name: str, write: Callable[[Path], None], precision: str, sample:
 
 
 def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source:
-    from deploy.artifacts.hashes import model_hash
+    from deploy.artifacts.hashes import model_hash, steering_hashes
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.graphs.vae import settings_for_unet
@@ -189,7 +189,8 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
             export = partial(write, batch, high, wide, precision)
             candidates.append(_candidate(label, export, precision, sample, scale))
     folders = [] if name == "demo" else [*places_of(name), *([Path(rest.rest)] if rest.rest else [])]
-    return Source("model", folders, candidates, rest, {"model": model_hash(name, rest.rest)})
+    made_from = {"model": model_hash(name, rest.rest), **steering_hashes(selection.steering)}
+    return Source("model", folders, candidates, rest, made_from)
 
 
 def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest | TorchRest:

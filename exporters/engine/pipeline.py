@@ -123,17 +123,13 @@ def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
     """
     profiles = []
     for profile in profiles_of(unet):
-        ends = {end: dict(profile["sample"])[end] for end in ("min", "opt", "max")}
-        ends["min"] = [1, *ends["min"][1:]]
-        dims = inputs["sample"]  # an inpainting UNet's has more channels
-        profiles.append(
-            ShapeRange(
-                **{
-                    end: {"sample": tuple(d if isinstance(d, int) else n for d, n in zip(dims, shape, strict=True))}
-                    for end, shape in ends.items()
-                }
-            )
-        )
+        ends: dict[str, Any] = {}
+        for end in ("min", "opt", "max"):
+            _, *rest = profile["sample"][end]
+            sizes = [1 if end == "min" else profile["sample"][end][0], *rest]
+            dims = zip(inputs["sample"], sizes, strict=True)  # an inpainting UNet's sample has more channels
+            ends[end] = {"sample": tuple(own if isinstance(own, int) else size for own, size in dims)}
+        profiles.append(ShapeRange(**ends))
     return {"profiles": profiles}
 
 

@@ -1,5 +1,4 @@
-"""What steers a UNet beside its prompt, exported beside it: ControlNets and T2I-Adapters, and the UNet's call with
-what they give."""
+"""What steers a UNet beside its prompt, exported beside it: ControlNets, T2I-Adapters, IP-Adapters' image encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNets and T2I-Adapters in another runtime, in the places of a pipeline's own."""
+"""ControlNets, T2I-Adapters and image encoders in another runtime, in the places of a pipeline's own."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from deploy.artifacts.numbers import size as in_bytes
 from deploy.artifacts.usage import said_of
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     calm_libraries()
     from deploy.artifacts.files import copy_licenses
-    from deploy.artifacts.hashes import folder_hash, model_hash
+    from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.build import shapes
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import export_pipeline
@@ -94,12 +93,13 @@ def run(args: argparse.Namespace) -> int:
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}
-        folders = [*steering.controlnet, *([steering.adapter] if steering.adapter is not None else [])]
-        steered: dict[str, Any] = {"steering": [folder_hash(Path(folder)) for folder in folders]} if folders else {}
-        if (shown := steering.ip_adapter) is not None:
-            steered["ip_adapter"] = {"sha256": manifest.sha256_of(Path(shown.file)), "scale": shown.scale}
-        model = {"model": model_hash(args.model, args.pipeline)}
-        made_from = {**model, **said_of(image), **fused, **steered, **settings.model_dump()}
+        made_from = {
+            "model": model_hash(args.model, args.pipeline),
+            **said_of(image),
+            **fused,
+            **steering_hashes(steering),
+            **settings.model_dump(),
+        }
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
