@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploy.artifacts.numbers import size as in_bytes
 from deploy.artifacts.usage import said_of
