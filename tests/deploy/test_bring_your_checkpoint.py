@@ -17,7 +17,7 @@ from families import tasks
 from families.family import TWO_LEVELS, picture
 from families.images import inpainting, instruct_pix2pix, unconditional, xl
 from families.original_layout import make_pipeline, original_tensors
-from families.steering import make_adapter, make_controlnet
+from families.steering import make_adapter, make_controlnet, save_ip_adapter
 from loras import peft_layout
 from PIL import Image
 from safetensors.torch import save_file
@@ -45,6 +45,7 @@ class Row:
         added: flags of what goes with the model in torch: for `export` and `validate`, and to run the slim model.
         samples: in a call of the graph, of one image.
         targets: of bundles.
+        dense: nothing is compressed, as the row says.
         also: further members, by name.
     """
 
@@ -58,6 +59,7 @@ class Row:
     export: tuple[Any, ...] = ()
     added: tuple[Any, ...] = ()
     targets: tuple[str, ...] = ("edge", "server")
+    dense: bool = False
     also: dict[str, Callable[[Path], Path]] = field(default_factory=dict)
 
 
@@ -96,8 +98,9 @@ def with_lora(folder: Path) -> Path:
 
 
 def steered(folder: Path) -> Path:
-    """A model beside a ControlNet and a T2I-Adapter of it."""
+    """A model beside a ControlNet, a T2I-Adapter and an IP-Adapter of it."""
     model = small()
+    save_ip_adapter(model.unet, folder / "ip")
     make_controlnet(model.unet).save_pretrained(folder / "edges")
     make_adapter((32, 32)).save_pretrained(folder / "adapter")
     return directory(lambda: model)(folder)
@@ -161,6 +164,13 @@ ROWS = {
         [*PROMPT, "--control-image", "images/0.png"],
         added=("--adapter", "adapter"),
     ),
+    "IP-Adapter": Row(
+        steered,
+        PROMPTS,
+        [*PROMPT, "--ip-adapter-image", "images/0.png"],
+        added=("--ip-adapter", "ip/ip-adapter.safetensors:0.6"),
+        dense=True,
+    ),
     "one `.safetensors` file of a whole model: SD 1.x, 2.x, XL, also inpainting": Row(
         one_file("sd1"),
         PROMPTS,
@@ -168,6 +178,9 @@ ROWS = {
         compress=AT_16,
         export=AT_16,
         also={"2.x": one_file("sd2-v"), "XL": one_file("sdxl")},
+    ),
+    "the folder of a denoiser alone (`.../unet`)": Row(
+        lambda folder: directory(small)(folder) / "unet", PROMPTS, PROMPT
     ),
 }
 MEMBERS = [pytest.param(title, row.make, id=title) for title, row in ROWS.items()] + [
@@ -196,7 +209,10 @@ def test_a_row_goes_from_compress_to_generate(title, make, tmp_path, capsys, mon
     model = make(tmp_path)
     usage = () if row.said_once else row.usage
     small = ("--reduce", "4%", "--samples", 2, "--align", 4, *row.usage, *row.compress)
-    call(["compress", model, "--out", "slim", *row.calibration, *small], capsys)
+    if row.dense:
+        model.rename("slim")
+    else:
+        call(["compress", model, "--out", "slim", *row.calibration, *small], capsys)
     exported = call(["export", "slim", "--out", "onnx", *row.export, *row.added], capsys)
     assert exported["unet_inputs"]["sample"][0] == row.samples
     assert call(["validate", "slim", "onnx", "--steps", 4, "--calls", 2, *row.added], capsys)["passed"]

@@ -14,6 +14,7 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionInpaintPipeline
 from families.family import picture
 from families.original_layout import make_pipeline, original_tensors
+from families.steering import make_controlnet
 from loras import peft_layout
 from safetensors.torch import save_file
 
@@ -63,6 +64,7 @@ PAGES = {
             "--reduce 10%": "--reduce 5% --samples 2 --align 4",
             "--samples 32": "--steps 2",
             "512 --width 512": "16 --width 16",
+            "1024 --width 1024": "32 --width 32",
         },
     ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),
@@ -93,7 +95,7 @@ def test_every_page_is_tried():
 
 
 def _bring(folder: Path) -> None:
-    """An inpainting model, pictures, masks and LoRA files, as people have them."""
+    """An inpainting model, a ControlNet, pictures, masks and LoRA files, as people have them."""
     parts = tiny_pipeline(in_channels=9).components
     parts.pop("image_encoder", None)
     StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "inpainting")
@@ -102,6 +104,8 @@ def _bring(folder: Path) -> None:
         for number in range(2):
             picture(number).convert(mode).save(folder / f"{name}s" / f"{number}.png")
         picture(0).convert(mode).save(folder / f"{name}.png")
+    picture(1).save(folder / "edges.png")
+    make_controlnet(tiny_pipeline().unet).save_pretrained(folder / "my-controlnet")
     save_file(original_tensors(make_pipeline("sd1")), folder / "sd15.safetensors")
     for name in ("style", "detail", "other"):
         peft_layout(tiny_pipeline(), folder / f"{name}.safetensors", lambda path: path.endswith(("to_q", "to_out.0")))
