@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from deploy.artifacts.files import save_pipeline
 from deploy.cli.app import main
 from deploy.triton.components import find_components
+from deploy.triton.server.text_to_image import TextToImage
 from deploy.triton.settings import TritonSettings
 from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call
@@ -94,6 +96,15 @@ def test_a_vae_that_overflows_makes_one_line_and_no_black_image(graphs, capsys, 
     line = refused(["generate", graphs["black"], *SHOT, "--out", tmp_path / "black.png"], capsys)
     assert "vae_decoder/model.onnx overflows" in line and "--keep-fp32" in line
     assert not (tmp_path / "black.png").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_server_answers_what_is_no_image_with_an_error(value):
+    served = TextToImage.__new__(TextToImage)
+    served.max_steps, served.usage, served.size = 10, {}, {}
+    served.pipeline = lambda *_, **__: SimpleNamespace(images=[np.full((8, 8, 3), value)])
+    with pytest.raises(FloatingPointError, match="a model overflows"):
+        served("a red circle")
 
 
 def test_kept_modules_cure_it_and_the_rest_is_half(hot, graphs, capsys, tmp_path):
