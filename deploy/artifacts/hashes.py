@@ -44,6 +44,11 @@ def model_hash(model: str, rest: str | None = None) -> str:
     return manifest.fingerprint({"hub": model, "weights": weights_hash(denoiser_of(load_pipeline(model)))})
 
 
+def content_hash(place: Path) -> str:
+    """SHA-256 of a file, or a hash of a folder's files (`folder_hash`)."""
+    return folder_hash(place) if place.is_dir() else manifest.sha256_of(place)
+
+
 @working("hash the model's files")
 def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files, hidden ones and the manifest aside."""

@@ -3,6 +3,7 @@
 from deploy.build.chain import run_build, run_sweep
 from deploy.build.steps.compare import quality
 from deploy.build.steps.export import shapes
+from deploy.build.verdict import EXIT_CODE, judge, overall
 from deploy.build.workshop import spread
 
-__all__ = ["quality", "run_build", "run_sweep", "shapes", "spread"]
+__all__ = ["EXIT_CODE", "judge", "overall", "quality", "run_build", "run_sweep", "shapes", "spread"]

@@ -27,12 +27,26 @@ def save_images(
     manifest.write_manifest(folder, KIND, made_from)
 
 
-def read_images(folder: Path, at_least: int) -> list[Any]:
-    """The images in a folder, in the order of their names, in RGB.
+class Pictures(Sequence[Any]):
+    """Pictures of files in RGB, each opened when it is asked for: a folder of real images may hold many thousands."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, at: Any) -> Any:
+        files = self._files[at]
+        return [open_picture(file) for file in files] if isinstance(at, slice) else open_picture(files)
+
+
+def read_images(folder: Path, at_least: int) -> Pictures:
+    """The images in a folder, in the order of their names.
 
     Raises:
         InputError: if there is no such folder, one cannot be read, or there are fewer.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} of reference images")
-    return [open_picture(file) for file in find_pictures(folder, "reference images", at_least)]
+    return Pictures(find_pictures(folder, "reference images", at_least))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.hashes import content_hash
 from deploy.quality import intervals
 from deploy.quality.folders import read_images
 from deploy.quality.metrics import METRICS, Metric, check_names, check_weights
@@ -54,6 +55,8 @@ class Measures:
                 )
         real = read_images(Path(reference), at_least=2) if reference is not None else None
         self.weights = dict(weights)
+        self.hashes = {name: content_hash(Path(path)) for name, path in weights.items() if path}
+        self.reference_hash = content_hash(Path(reference)) if reference is not None else None
         self.opened = {name: METRICS[name].open(Path(path) if path else None) for name, path in weights.items()}
         self.real = {name: METRICS[name].summary(self.opened[name](real)) for name in sets} if real else {}
         self.real_count = len(real) if real else 0
@@ -65,7 +68,9 @@ class Measures:
             `images`: by metric, how close slim is to dense: `value`, with `low` and `high` of its 95 % interval.
             `quality`: by metric that judges each side, `dense` and `slim`, their `difference` slim - dense with its
             `low` and `high`, and their own `intervals`. Both with `unit`, `better` and `count`; metrics of sets also
-            with the `resamples` of the interval, the `features`, and the `reference` images where there are any.
+            with the `resamples` of the interval, the `features`, and the `reference` images where there are any, with
+            the hash of their folder. `weights` has the `name` of the file or folder that a network is of, and its
+            `sha256`: figures of other weights are no two of one metric.
         """
         images: dict[str, Any] = {}
         quality: dict[str, Any] = {}
@@ -81,6 +86,8 @@ class Measures:
             else:
                 found = self._of_sets(name, metric, function(dense), function(slim))
             found |= {"unit": metric.unit, "better": metric.better, "count": len(slim)}
+            if name in self.hashes:
+                found["weights"] = {"name": Path(str(self.weights[name])).name, "sha256": self.hashes[name]}
             (images if "value" in found else quality)[name] = found
         return {"images": images, "quality": quality}
 
@@ -108,8 +115,9 @@ class Measures:
         how = {"resamples": intervals.SET_RESAMPLES, "features": "clip" if is_clip else "inception"}
         if real is None:
             return {**_interval("value", values[0], ends[0]), **how}
+        about = {"reference": self.real_count, "reference_sha256": self.reference_hash}
         sides = {"dense": values[0], "slim": values[1]} | _interval("difference", values[2], ends[2])
-        return {**sides, "intervals": {"dense": ends[0], "slim": ends[1]}, **how, "reference": self.real_count}
+        return {**sides, "intervals": {"dense": ends[0], "slim": ends[1]}, **how, **about}
 
 
 def _check_size(name: str, metric: Metric, count: int, pixels: int | None) -> None:

@@ -178,9 +178,9 @@ def open_features(weights: Path | None) -> Callable[[Sequence[Any]], Tensor]:
 
     @torch.no_grad()
     def features(images: Sequence[Any]) -> Tensor:
-        parts = [images[start : start + _TOGETHER] for start in range(0, len(images), _TOGETHER)]
+        starts = range(0, len(images), _TOGETHER)
         try:
-            return torch.cat([embed(part).double() for part in parts])
+            return torch.cat([embed(images[start : start + _TOGETHER]).double() for start in starts])
         except (RuntimeError, AttributeError) as error:  # of a TorchScript file that is another network
             last = str(error).strip().splitlines()[-1]
             raise InputError(f"{weights} gives no features of images as Inception's file does: {last}") from error

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Sequence
+
+from pydantic import Field, ValidationError
 
 from deploy.quality.metrics import METRICS
+from slimdiff.errors import InputError
 from slimdiff.settings import Settings
+
+MEASURED_ELSEWHERE = ("parity", "min_speedup")
+"""Gates of a build that a comparison alone cannot decide."""
 
 
 class Gates(Settings):
@@ -29,6 +35,29 @@ class Gates(Settings):
     """Least CLIP score of slim images and their captions."""
     max_fid: float | None = Field(None, gt=0, le=1e6)
     """Largest FID of slim images, to the reference where the recipe has one, else to dense ones."""
+
+    @classmethod
+    def of_comparison(cls, texts: Sequence[str]) -> Gates:
+        """Gates of a comparison, from texts such as `max_lpips=0.1`.
+
+        Raises:
+            InputError: naming the gates that there are, or what the bound must be.
+        """
+        names = [name for name in cls.model_fields if name not in MEASURED_ELSEWHERE]
+        bounds: dict[str, str] = {}
+        for text in texts:
+            name, _, bound = text.partition("=")
+            if name not in names or name in bounds:
+                fault = "is there twice" if name in bounds else f"is none of {', '.join(names)}"
+                raise InputError(f"--gate {text}: {name!r} {fault}; write NAME=BOUND, such as max_lpips=0.1")
+            bounds[name] = bound
+        try:
+            return cls.model_validate({"parity": False, **bounds})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            reason = first["msg"][:1].lower() + first["msg"][1:]
+            raise InputError(f"--gate {name}={bounds[name]}: {reason}") from error
 
     def metrics(self) -> dict[str, str]:
         """The metrics that gates are of, by the gate's key."""

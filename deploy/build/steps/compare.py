@@ -7,7 +7,7 @@ from typing import Any
 
 import deploy.quality
 from deploy.artifacts import build_folder
-from deploy.artifacts.hashes import source_hash
+from deploy.artifacts.hashes import content_hash, source_hash
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
 from deploy.quality.measure import Measures
@@ -18,7 +18,6 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
-from slimdiff.storage import manifest
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
@@ -77,19 +76,13 @@ def _inputs(shop: Workshop) -> dict[str, str]:
     """What decides the comparison beside its settings: code, captions, and what weights and reference hold."""
     settings = shop.recipe.compare
     named = {name: metric.weights for name, metric in settings.metrics.items()} | {"reference": settings.reference}
-    contents = {name: _content(Path(place)) for name, place in named.items() if place is not None}
+    contents = {name: content_hash(Path(place)) for name, place in named.items() if place is not None}
     return {
         **shop.exporting,
         **shop.captions_hash,
         **contents,
         "quality": source_hash(Path(deploy.quality.__file__).parent),
     }
-
-
-def _content(place: Path) -> str:
-    """Of a file, or of all files in a folder."""
-    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
-    return manifest.fingerprint({file.relative_to(place).as_posix(): manifest.sha256_of(file) for file in files})
 
 
 def _packages(shop: Workshop) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import artifact_folder, check_apart, check_artifact, check_runnable
 from deploy.quality.metrics import METRICS, check_names, check_weights
+from deploy.recipe.gates import Gates
 from deploy.recipe.material import comparison_material
 from deploy.recipe.prompts import EMBEDDED, default_source
 from exporters.registry import names
@@ -26,6 +27,7 @@ EXAMPLE = """examples:
   slimdiff compare demo demo-slim
   slimdiff compare my-checkpoint slim --images 8 --save-images pairs
   slimdiff compare my-checkpoint slim --metrics lpips,clip --weights lpips=vgg16.pth --weights clip=clip-vit-b
+  slimdiff compare my-checkpoint slim --gate max_noise_error=1e-2 --gate min_ssim=0.9
   slimdiff compare demo-slim demo-onnx --json"""
 
 STEPS = 25
@@ -57,10 +59,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     weights = "a metric's weights, which are never fetched: a file, or the folder of a CLIP model"
     flags.several(parser, "--weights", "NAME=PATH", weights)
     flags.text(parser, "--reference", "DIR", "real images that fid and kid hold both sides against")
+    bounds = (
+        "a bound as in a recipe's gates, such as max_noise_error=1e-3 or max_lpips=0.1: beyond it the exit code is 1"
+    )
+    flags.several(parser, "--gate", "NAME=BOUND", bounds)
 
 
 def run(args: argparse.Namespace) -> int:
-    weights = _weights(args)
+    weights, gates = _weights(args), Gates.of_comparison(args.gate)
+    for gate, metric in gates.metrics().items():
+        if metric not in ("ssim", *weights):
+            raise InputError(f"--gate {gate} is of {metric}, which is not measured: ask for it with --metrics {metric}")
     if args.save_images is not None:
         check_apart({"--save-images": Path(args.save_images)}, [path for path in weights.values() if path])
         check_artifact(Path(args.save_images), "images", "--save-images")
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     material = replace(material, ip_adapter_image=flags.find_ip_adapter_image(args))
 
     calm_libraries()
-    from deploy.build import quality
+    from deploy.build import EXIT_CODE, judge, overall, quality
     from deploy.opening.pairs import open_pair
     from deploy.quality.folders import save_images
     from deploy.quality.measure import Measures
@@ -97,14 +106,14 @@ def run(args: argparse.Namespace) -> int:
     measures = Measures(weights, args.reference, **about)
     images: dict[str, list[Any]] = {}
 
-    def judge(before: list[Any], after: list[Any]) -> dict[str, Any]:
+    def look(before: list[Any], after: list[Any]) -> dict[str, Any]:
         images.update(dense=before, slim=after)
         return quality(before, after, CAPTIONS_SEED) if source == EMBEDDED else {}
 
     place = artifact_folder(Path(args.save_images), "images", "--save-images") if args.save_images else nullcontext()
     with place as folder:
         shown = {"images": args.images, "trajectories": args.trajectories}
-        value = compare(dense.pipeline, slim.pipeline, prompts, sampling, **shown, quality=judge)
+        value = compare(dense.pipeline, slim.pipeline, prompts, sampling, **shown, quality=look)
         captions = list(map(text_of, prompts))
         measured = measures(**images, captions=captions)
         value["images"]["metrics"] = measured["images"]
@@ -113,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
             made_from = {"command": "compare", "sampling": value["sampling"]}
             save_images(folder, **images, captions=captions, made_from=made_from)
             value["saved"] = args.save_images
-    return result(args, value, _text(value))
+    if args.gate:
+        value["gates"] = judge(gates, {"compare": value})
+        value["verdict"] = overall(value["gates"])
+    return result(args, value, _text(value), EXIT_CODE[value.get("verdict", "pass")])
 
 
 def _weights(args: argparse.Namespace) -> dict[str, str | None]:
@@ -146,6 +158,9 @@ def _text(value: dict[str, Any]) -> str:
         change = f", difference {q['difference']:.4g}{_between(q)}" if "difference" in q else ""
         lines.append(f"{name}: {q['dense']:.4g} dense, {q['slim']:.4g} slim{change}")
     lines += [f"images of both: {value['saved']}"] if "saved" in value else []
+    for gate in value.get("gates", []):
+        found = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
+        lines.append(f"gate {gate['gate']}: {found}, bound {gate['bound']:g}: {gate['verdict']}")
     return "\n".join(lines)
 
 

@@ -51,7 +51,25 @@ def test_metrics_are_measured_with_weights_by_path(models, tmp_path, capsys, wei
         assert {"dense", "slim", "difference", "low", "high", "unit", "better", "count"} <= metric.keys()
 
 
+def test_a_bound_that_does_not_hold_is_an_exit_code(models, capsys):
+    gates = ["--gate", "max_noise_error=100", "--gate", "min_ssim=1e-9"]
+    found = call(["compare", *models, *FEW, *gates], capsys)
+    assert found["verdict"] == "pass" and [g["gate"] for g in found["gates"]] == ["noise_error", "ssim"]
+    found = call(["compare", *models, *FEW, *gates, "--gate", "min_psnr_db=900"], capsys, 1)
+    assert found["verdict"] == "fail"
+    assert [g["verdict"] for g in found["gates"]] == ["pass", "fail", "pass"]
+    assert found["gates"][1]["value"] == found["images"]["psnr_db"] < found["gates"][1]["bound"]
+    assert main(["compare", *map(str, (*models, *FEW)), "--gate", "max_quality_loss=1"]) == 4
+    assert "gate quality_loss: not measured, bound 1: inconclusive" in capsys.readouterr().out
+
+
 REFUSED = {
+    "no gate": (["--gate", "lpips=0.1"], "'lpips' is none of max_quality_loss, max_noise_error, min_psnr_db, min_ssim"),
+    "a gate of a build": (["--gate", "min_speedup=2"], "'min_speedup' is none of"),
+    "no bound": (["--gate", "min_ssim"], "--gate min_ssim=: input should be a valid number"),
+    "a bound beyond": (["--gate", "min_ssim=2"], "--gate min_ssim=2: input should be less than or equal to 1"),
+    "two bounds": (["--gate", "min_ssim=0.1", "--gate", "min_ssim=0.2"], "'min_ssim' is there twice"),
+    "a gate of no metric": (["--gate", "max_lpips=1"], "max_lpips is of lpips, which is not measured"),
     "unknown": (["--metrics", "psnr,beauty"], "there is no metric 'beauty': metrics are psnr, ssim"),
     "no weights": (["--metrics", "lpips"], "lpips needs weights, which are never fetched: give --weights lpips=PATH"),
     "not asked for": (["--weights", "clip=folder"], "does not ask for: add clip there"),

@@ -12,11 +12,13 @@ from PIL import Image
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from deploy.quality import distances, intervals
+from deploy.artifacts.hashes import content_hash
+from deploy.quality import distances, folders, intervals
 from deploy.quality.measure import Measures
 from deploy.quality.metrics import METRICS
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
+from slimdiff.storage import manifest
 
 CAPTIONS = PROMPTS * 2
 
@@ -215,3 +217,32 @@ def test_a_reference_that_cannot_be_read_is_refused(weights, tmp_path):
         Measures(fid, str(tmp_path), count=8)
     with pytest.raises(InputError, match="a reference folder is for fid and kid"):
         Measures({"psnr": None}, str(tmp_path), count=8)
+
+
+def test_figures_name_their_weights_and_their_reference_by_hash(weights, tmp_path):
+    for number, image in enumerate(pictures(3, seed=7)):
+        image.save(tmp_path / f"{number}.png")
+    fid = {"fid": weights["inception"], "clip": weights["clip"], "ssim": None}
+    found = measure(fid, pictures(3), pictures(3, noise=20), str(tmp_path))
+    said = found["quality"]["fid"]["weights"]
+    assert said == {"name": weights["inception"].name, "sha256": manifest.sha256_of(weights["inception"])}
+    assert found["quality"]["clip"]["weights"]["sha256"] == content_hash(weights["clip"])
+    assert found["quality"]["fid"]["reference_sha256"] == content_hash(tmp_path)
+    assert "weights" not in found["images"]["ssim"]
+
+
+def test_a_reference_folder_is_read_a_few_pictures_at_a_time(weights, tmp_path, monkeypatch):
+    for number, image in enumerate(pictures(20, side=8)):
+        image.save(tmp_path / f"{number:02d}.png")
+    most = [0]
+    features = METRICS["fid"].open(weights["inception"])
+
+    class Counted(folders.Pictures):
+        def __getitem__(self, at):
+            found = super().__getitem__(at)
+            most.append(len(found))
+            return found
+
+    monkeypatch.setattr(folders, "Pictures", Counted)
+    streamed = features(folders.read_images(tmp_path, 2))
+    assert torch.equal(streamed, features(pictures(20, side=8))) and 1 < max(most) <= 16
