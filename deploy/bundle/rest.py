@@ -146,7 +146,7 @@ class TorchRest:
 
     @cached_property
     def pipeline(self) -> Any:
-        from slimdiff.denoising.trajectory import with_scheduler
+        from slimdiff.denoising.schedulers import with_scheduler
         from slimdiff.loading.pipelines import load_pipeline
 
         pipeline = load_pipeline(self.model, "fp32", variant=self.variant, rest=self.rest, steering=self.steering)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import diffusers
+from diffusers import DiffusionPipeline
 
 from slimdiff.errors import InputError
+from slimdiff.settings import Sampling
 
 SHORT = {
     "ddim": "DDIMScheduler",
@@ -72,3 +75,19 @@ def make_scheduler(own: Any, name: str) -> Any:
     # Where its own scheduler knows no clipping, the model's latents are not to be clipped.
     unclipped = {"clip_sample": False} if "clip_sample" in takes and "clip_sample" not in own.config else {}
     return kind.from_config(own.config, **unclipped)
+
+
+def with_scheduler(pipeline: DiffusionPipeline, sampling: Sampling) -> DiffusionPipeline:
+    """The pipeline with the scheduler that the sampling names, if it names one.
+
+    Raises:
+        InputError: if it takes no other scheduler, or not that one.
+    """
+    if sampling.scheduler is None:
+        return pipeline
+    own = getattr(pipeline, "scheduler", None)
+    if own is None:
+        raise InputError(f"{type(pipeline).__name__} has no scheduler to exchange: leave out the scheduler")
+    other = copy.copy(pipeline)
+    other.scheduler = make_scheduler(own, sampling.scheduler)
+    return other

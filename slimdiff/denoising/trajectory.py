@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from slimdiff.denoising.long_prompts import by_length, encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
 from slimdiff.denoising.precision import in_float32
-from slimdiff.denoising.schedulers import make_scheduler
+from slimdiff.denoising.schedulers import with_scheduler
 from slimdiff.denoising.sizes import autoencoder_of, check_size
 from slimdiff.denoising.steering import join_controls
 from slimdiff.denoising.strength import check_strength
@@ -213,22 +213,6 @@ def sample_batch(
             raise
         raise InputError(_refusal(pipeline, arguments, error)) from error
     return images
-
-
-def with_scheduler(pipeline: DiffusionPipeline, sampling: Sampling) -> DiffusionPipeline:
-    """The pipeline with the scheduler that the sampling names, if it names one.
-
-    Raises:
-        InputError: if it takes no other scheduler, or not that one.
-    """
-    if sampling.scheduler is None:
-        return pipeline
-    own = getattr(pipeline, "scheduler", None)
-    if own is None:
-        raise InputError(f"{type(pipeline).__name__} has no scheduler to exchange: leave out the scheduler")
-    other = copy.copy(pipeline)
-    other.scheduler = make_scheduler(own, sampling.scheduler)
-    return other
 
 
 def _refusal(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], error: Exception) -> str:

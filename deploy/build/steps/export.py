@@ -13,7 +13,7 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from exporters.graphs.export import export_unet, unet_inputs
 from exporters.graphs.precision import fp32_islands
-from slimdiff.denoising.trajectory import with_scheduler
+from slimdiff.denoising.schedulers import with_scheduler
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")

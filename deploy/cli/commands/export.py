@@ -116,7 +116,7 @@ def _open(
     from deploy.artifacts.figures import denoiser_of
     from exporters.graphs.alone import call_of_unet
     from exporters.graphs.pipeline import example_call
-    from slimdiff.denoising.trajectory import with_scheduler
+    from slimdiff.denoising.schedulers import with_scheduler
     from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 
     shapes: dict[str, Any] = {"batch": args.batch, "guidance": image.guidance}
