@@ -77,8 +77,7 @@ _BEGINNINGS = {
 def check_places(args: argparse.Namespace) -> None:
     """Refuse a command that would write over what it reads; see `check_apart`."""
     values = [value for name in READ if (value := getattr(args, name, None)) is not None]
-    names = [str(path) for value in values for path in (value if isinstance(value, list) else [value])]
-    read = [str(place) for name in names for place in (places_of(name) if Path(name).is_dir() else [name])]
+    read = [str(path) for value in values for path in (value if isinstance(value, list) else [value])]
     written = {
         f"--{name.replace('_', '-')}": Path(path) for name in WRITTEN if (path := getattr(args, name, None)) is not None
     }
@@ -90,12 +89,12 @@ def check_apart(written: Mapping[str, Path], read: Iterable[str]) -> None:
 
     Args:
         written: places by the flags that name them.
-        read: files, folders, and names that are neither.
+        read: files, folders, and names that are neither; a component folder is read with its pipeline.
     """
     for (flag, path), (other, second) in combinations(written.items(), 2):
         if _same(Path(os.path.realpath(path)), Path(os.path.realpath(second))):
             raise InputError(f"{flag} and {other} are both {path}: give each a place of its own")
-    for name in dict.fromkeys(read):
+    for name in dict.fromkeys(str(place) for one in read for place in places_of(one)):
         source = embedded.path() if name == "demo" else Path(name)
         if name in _NO_FILES or not os.path.lexists(source):
             continue
