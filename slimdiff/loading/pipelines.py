@@ -17,7 +17,7 @@ from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_model_directory
 from slimdiff.loading.naming import check_lora, find_model
 from slimdiff.loading.single_file_weights import load_single_file
-from slimdiff.loading.steering import check_steering, steer
+from slimdiff.loading.steering import MultiControlNetModel, check_steering, load_controlnets, steer
 from slimdiff.progress import working
 from slimdiff.settings import DTYPES, Lora, SteeringSettings
 
@@ -86,7 +86,10 @@ def _load_directory(
     found = check_model_directory(path, variant, without)
     parts = found.values | without
     for name, (kind, weights) in found.models.items():
-        parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
+        if kind is MultiControlNetModel:
+            parts[name] = load_controlnets(weights.folder, dtype, variant)
+        else:
+            parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
     for name, (kind, folder) in found.others.items():
         parts[name] = kind.from_pretrained(folder, local_files_only=True)
     takes = inspect.signature(found.pipeline.__init__).parameters
