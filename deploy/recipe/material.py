@@ -77,8 +77,7 @@ def comparison_material(
         return (some[used:] + some[:used])[:count]
 
     controls = find_pictures(control_images, "control images") if control_images is not None else []
-    turned = controls[used:] + controls[:used]  # not cut to `count`: several ControlNets need one each
-    return Material(prompts, unseen(found), unseen(painted), unseen(numbers), count, default, turned)
+    return Material(prompts, unseen(found), unseen(painted), unseen(numbers), count, default, controls, used)
 
 
 def parse_classes(text: str) -> list[int]:

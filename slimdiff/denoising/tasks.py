@@ -232,7 +232,8 @@ def _check_sizes(pipeline: Any, files: Sequence[Path], pictures: Sequence[Any]) 
 def _controls(pipeline: Any, material: Material, count: int, size: tuple[int, int] | None) -> list[Any]:
     """The pictures that steer, all of one size."""
     nets = len(nets_of(pipeline))
-    files = material.controls if nets > 1 else material.controls[:count]
+    files, first = list(material.controls), material.first
+    files = files if nets > 1 else (files[first:] + files[:first])[:count]
     if files and len(files) != nets > 1:
         raise InputError(f"{len(files)} control images are there for {nets} ControlNets: give one for each")
     pictures = [open_picture(file, size, _mode(pipeline)) for file in files]

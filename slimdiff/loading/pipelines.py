@@ -20,7 +20,7 @@ from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_component, check_model_directory
 from slimdiff.loading.naming import check_lora, choose_variants, find_component, find_model
 from slimdiff.loading.single_file_weights import load_single_file
-from slimdiff.loading.steering import check_steering, steer
+from slimdiff.loading.steering import MultiControlNetModel, check_steering, load_controlnets, steer
 from slimdiff.loading.weights import choose_variant
 from slimdiff.progress import working
 from slimdiff.settings import DTYPES, Lora, SteeringSettings
@@ -120,7 +120,10 @@ def _load_directory(
     found = check_model_directory(path, variant, instead)
     parts = {**found.values, **instead}
     for name, (kind, weights) in found.models.items():
-        parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
+        if kind is MultiControlNetModel:
+            parts[name] = load_controlnets(weights.folder, dtype, variant)
+        else:
+            parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
     for name, (kind, folder) in found.others.items():
         parts[name] = kind.from_pretrained(folder, local_files_only=True)
     takes = inspect.signature(found.pipeline.__init__).parameters

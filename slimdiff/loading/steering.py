@@ -88,6 +88,17 @@ def steer(
     return made
 
 
+def load_controlnets(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> nn.Module:
+    """The ControlNets of a pipeline's directory: in `controlnet`, `controlnet_1` and on."""
+    places = [folder]
+    while (another := folder.with_name(f"{folder.name}_{len(places)}")).is_dir():
+        places.append(another)
+    kind = ControlNetModel
+    return MultiControlNetModel(
+        [load_component(place, kind, find_weights(place, kind), dtype, variant) for place in places]
+    ).eval()
+
+
 def check_steered(pipeline: Any, places: list[str] | None = None) -> None:
     """Refuse a pipeline whose ControlNets or T2I-Adapter are of another UNet than its own.
 

@@ -31,6 +31,8 @@ class Material:
     """Whether nobody chose the prompts: a pipeline that takes none then does without."""
     controls: Sequence[Path] = ()
     """Pictures that steer: one for each image or, where several ControlNets steer, one for each of these."""
+    first: int = 0
+    """Which of `controls` goes with the first image, where each image has one of its own."""
     ip_adapter_image: Path | None = None
     """A picture that an IP-Adapter takes as a prompt, of all images."""
 

@@ -32,8 +32,9 @@ def folder(tmp_path_factory) -> Path:
         make_controlnet(pipeline.unet, number).save_pretrained(made / name)
         picture(number).save(made / f"{name}.png")
     make_adapter((32, 32)).save_pretrained(made / "adapter")
-    steering = SteeringSettings(controlnet=(str(made / "edges"),))
-    quiet(load_pipeline(made / "model", steering=steering)).save_pretrained(made / "controlled")
+    for name, nets in (("controlled", ["edges"]), ("both", ["edges", "depth"])):
+        steering = SteeringSettings(controlnet=tuple(str(made / net) for net in nets))
+        quiet(load_pipeline(made / "model", steering=steering)).save_pretrained(made / name)
     picture(size=18).save(made / "odd.png")
     (made / "ip").mkdir()
     save_ip_adapter(pipeline.unet, made / "ip")
@@ -68,6 +69,7 @@ def test_a_model_in_torch_is_steered_by_what_is_added_to_it(folder, tmp_path, ca
     ]
     assert all(abs(a - b).max() > 1 for i, a in enumerate(images) for b in images[:i])
     assert (generated(capsys, out, folder / "controlled", *edges) == images[1]).all()
+    assert (generated(capsys, out, folder / "both", *edges, *depth) == images[3]).all()
 
 
 def test_a_directory_with_a_controlnet_is_compressed_compared_and_run(folder, tmp_path, capsys):
@@ -94,6 +96,7 @@ REFUSED = {
     "--control-image is there 1 times for 2": [
         *["model", "--controlnet", "edges", "--controlnet", "depth", "--control-image", "edges.png"]
     ],
+    "--control-image is there 3 times for 2": ["both", *["--control-image", "edges.png"] * 3],
     "none.png: there is no such file or folder of control images": ["controlled", "--control-image", "none.png"],
     "broken.png cannot be read as a picture": ["controlled", "--control-image", "broken.png"],
     "model is no ControlNetModel: there is no": ["model", "--controlnet", "model", "--control-image", "edges.png"],
