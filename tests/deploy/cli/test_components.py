@@ -149,3 +149,16 @@ def test_a_component_is_checked_as_its_pipeline_is(slim, tmp_path):
     config.write_text(json.dumps({"_class_name": "CustomUNet"}))
     with pytest.raises(InputError, match="CustomUNet, which this diffusers does not have"):
         load_denoiser(whole / "unet")
+
+
+@pytest.mark.slow
+def test_a_unet_alone_is_timed_and_bundled(alone, workspace, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    few = ["--processes", "3", "--rounds", "3", "--warmup", "1"]
+    found = call(["bench", alone, alone, "--runtime", "torch", "--gate", "latency<=1000", *few], capsys)
+    assert found["speedup"]["median"] > 0
+    argv = ["bundle", alone, "--pipeline", workspace / "tiny", "--target", "edge", "--runtime", "onnxruntime"]
+    call([*argv, "--out", tmp_path / "edge"], capsys)
+    image = ["--prompt", "a star", "--steps", "1", "--out", tmp_path / "a.png"]
+    assert call(["generate", tmp_path / "edge", *image], capsys)["kind"] == "bundle"
+    assert (tmp_path / "edge" / "licenses" / "model-LICENSE.txt").read_text() == "theirs"
