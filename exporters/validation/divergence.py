@@ -162,7 +162,7 @@ def graph_inputs(call: Call) -> dict[str, np.ndarray]:
     inputs = call.to("cpu", torch.float32)
     if time_name(inputs):
         inputs = unet_inputs(Call(call.step, call.timestep, inputs))
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
+    return {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
 
 
 def _parts(fragments: OnnxFragments, denoiser: nn.Module, call: Call) -> list[Part]:

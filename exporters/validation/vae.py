@@ -33,7 +33,7 @@ def watch_vae(vae: Any) -> Iterator[dict[str, Call]]:
     def watched(name: str, method: Any) -> Any:
         @wraps(method)
         def noting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.setdefault(name, Call(0, 0, {_TAKES[name]: tensor[:1].detach().float().cpu().contiguous()}))
+            seen.setdefault(name, Call(0, 0, {_TAKES[name]: tensor[:1].detach().float().cpu()}))
             return method(tensor, *args, **kwargs)
 
         return noting
