@@ -60,6 +60,7 @@ def test_ranks_keep_what_the_table_promises():
     assert len(set(ranks.values())) > 1
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_told_and_kept(tmp_path, capsys):
     argv = ["--model=tiny", "--batch=1", "--runtime=torch", "--threads=1", "--processes=2", "--speedup=1.03"]
     argv += ["--table-ranks=2", "--table-rounds=3", f"--out={tmp_path}"]

@@ -194,7 +194,8 @@ def check_trajectory(
 
 
 def _array(output: Tensor) -> np.ndarray:
-    return output.detach().cpu().double().numpy()
+    """Contiguous, as Polygraphy looks at it: a model answers to a picture `[B, H, W, C]` that was turned as it was."""
+    return output.detach().cpu().double().contiguous().numpy()
 
 
 def check(tensor: str, metric: str, value: Any, bound: Any, passed: bool) -> dict[str, Any]:

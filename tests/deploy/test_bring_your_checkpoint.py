@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,10 +184,12 @@ ROWS = {
         lambda folder: directory(small)(folder) / "unet", PROMPTS, PROMPT
     ),
 }
-MEMBERS = [pytest.param(title, row.make, id=title) for title, row in ROWS.items()] + [
-    pytest.param(title, make, id=f"{title}: {name}", marks=pytest.mark.slow)
+QUICK = ("inpainting, with a UNet of 9 channels", "upscaling: of images (x4), of latents")
+"""Rows of every run of the suite. The others, and further members, take as long each, and are marked slow."""
+MEMBERS = [
+    pytest.param(title, make, id=f"{title}{name}", marks=() if title in QUICK and not name else pytest.mark.slow)
     for title, row in ROWS.items()
-    for name, make in row.also.items()
+    for name, make in {"": row.make, **{f": {name}": make for name, make in row.also.items()}}.items()
 ]
 
 
@@ -218,6 +221,8 @@ def test_a_row_goes_from_compress_to_generate(title, make, tmp_path, capsys, mon
     assert call(["validate", "slim", "onnx", "--steps", 4, "--calls", 2, *row.added], capsys)["passed"]
     for target in row.targets:
         call(["bundle", "onnx", "--target", target, "--out", target], capsys)
+        asked = {flag for flag in _command(Path(target)) if flag.startswith("--")} - {"--out"}
+        assert asked == {str(flag) for flag in row.generation if str(flag).startswith("--")}
     images = {}
     for name in ("slim", "onnx", *row.targets):
         more = {"slim": (*row.export, *row.added), "edge": ("--runtime", "openvino-fp32")}.get(name, ())
@@ -227,6 +232,12 @@ def test_a_row_goes_from_compress_to_generate(title, make, tmp_path, capsys, mon
     assert {name: abs(image - images["slim"]).max() for name, image in images.items()} == pytest.approx(
         dict.fromkeys(images, 0), abs=1
     )
+
+
+def _command(bundle: Path) -> list[str]:
+    """What the bundle's README says to run."""
+    (line,) = re.findall(r"^slimdiff generate .*", (bundle / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return shlex.split(line)
 
 
 def write_material() -> None:

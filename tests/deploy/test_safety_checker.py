@@ -59,6 +59,7 @@ def test_an_exported_pipeline_blackens_what_torch_blackens(strict, tmp_path, cap
         assert (pixels(tmp_path / "image.png") == 0).all() == black, artifact
 
 
+@pytest.mark.slow
 def test_it_is_left_out_when_that_is_said(strict, tmp_path, capsys):
     onnx = tmp_path / "onnx"
     call(["export", strict, "--out", onnx, "--no-safety-checker"], capsys)

@@ -22,6 +22,7 @@ def calibrated(workspace, common, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_file_is_all_that_is_left_and_all_that_a_budget_needs(calibrated, workspace, common, tmp_path, capsys):
     assert list(calibrated.parent.iterdir()) == [calibrated]
     statistics = Statistics.load(calibrated)

@@ -208,7 +208,7 @@ def test_an_image_at_a_strength_that_leaves_no_step_is_refused(tmp_path, capsys,
     picture(0, 16).save("photo.png")
     tasks.refiner().save_pretrained("model")
     flags = [*PROMPT, *PHOTO, "--out", "x.png", "--steps", 2]
-    assert "of 2 steps that leaves none: give more steps" in refused(["generate", "model", *flags], capsys)
+    assert "leaves not one of 2 steps: take 4 steps or more" in refused(["generate", "model", *flags], capsys)
     call(["generate", "model", *flags, "--argument", "strength=0.6"], capsys)
 
 

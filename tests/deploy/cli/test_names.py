@@ -28,7 +28,13 @@ def run(argv: list[bytes], folder: Path, locale: dict[str, str]) -> subprocess.C
 @pytest.mark.parametrize(
     "locale", [pytest.param(ASCII, id="ascii"), pytest.param(UTF8, id="utf-8", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", ["gr\u00fcn \u2603".encode(), b"\xff\xfe"], ids=["letters", "no-text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gr\u00fcn \u2603".encode(), id="letters", marks=pytest.mark.slow),
+        pytest.param(b"\xff\xfe", id="no-text"),
+    ],
+)
 def test_an_output_is_named_as_it_was_said(tmp_path, locale, name):
     make = [b"generate", b"demo", b"--steps", b"1", b"--prompt", "ein gr\u00fcner Kreis".encode(), b"--out"]
     done = run([*make, name + b".png", b"--json"], tmp_path, locale)

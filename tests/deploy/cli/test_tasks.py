@@ -89,32 +89,6 @@ def test_a_task_is_calibrated_compressed_compared_and_run(task, folder, tmp_path
     assert (images["own"] != images["image"]).any() == bool(PICTURES[task])
 
 
-@pytest.mark.parametrize(
-    "task",
-    ["inpainting", *(pytest.param(task, marks=pytest.mark.slow) for task in ("image to image", "InstructPix2Pix"))],
-)
-def test_a_tasks_graphs_and_bundle_make_torchs_image(task, folder, tmp_path, capsys):
-    """InstructPix2Pix has three samples an image, inpainting two."""
-    text_to_image = task == "image to image"  # whose edge bundle has no encoder
-    model, onnx, bundle = folder / ("text to image" if text_to_image else task), tmp_path / "onnx", tmp_path / "bundle"
-    exported = call(["export", model, "--out", onnx], capsys)
-    assert exported["unet_inputs"]["sample"][0] == (3 if task == "InstructPix2Pix" else 2)
-    assert call(["validate", model, onnx, "--steps", 2], capsys)["passed"]
-    target = "server" if text_to_image else "edge"
-    call(["bundle", onnx, "--target", target, "--out", bundle], capsys)
-    pictures = [part for name in PICTURES[task] for part in (f"--{name[:-1]}", folder / name / "1.png")]
-    images = []
-    for name, more in ((model, []), (onnx, []), (bundle, ["--runtime", "openvino-fp32"])):
-        flags = [*pictures, "--prompt", "a red circle", *STEPS, *more]
-        call(["generate", name, *flags, "--out", tmp_path / "image.png"], capsys)
-        images.append(np.asarray(Image.open(tmp_path / "image.png"), dtype=int))
-    assert abs(images[1] - images[0]).max() <= 1 and abs(images[2] - images[0]).max() <= 1
-    command = next(
-        line for line in (bundle / "README.md").read_text().splitlines() if line.startswith("slimdiff generate")
-    )
-    assert all((f"--{name[:-1]} " in command) != text_to_image for name in PICTURES[task])
-
-
 def test_a_masked_image_keeps_what_is_not_painted(folder, tmp_path, capsys):
     """A text-to-image model inpaints by keeping the image's latents where the mask is black."""
     flags = ["--image", folder / "images/0.png", "--prompt", "a red circle", *STEPS, "--out", tmp_path / "a.png"]

@@ -61,7 +61,7 @@ def graphs(hot, exported, tmp_path_factory) -> dict[str, Path]:
         folders[name] = folder = tmp_path_factory.mktemp(name) / "onnx"
         shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("manifest.json", "vae_decoder"))
         settings = ExportSettings(precision="fp16", keep_fp32=keep)
-        export_vae("vae_decoder", hot[0], folder / "vae_decoder", example_call(hot[0]), settings)
+        export_vae(hot[0].vae, folder / "vae_decoder", hot[0], example_call(hot[0]), settings)
     return folders
 
 
@@ -142,7 +142,7 @@ def open_graphs(pipeline, exported, tmp_path_factory) -> dict[str, Path]:
         shutil.copytree(unet, folder / "unet")
     decoder = folders["open"] / "vae_decoder"
     shutil.rmtree(decoder)
-    export_vae("vae_decoder", pipeline, decoder, example, settings)
+    export_vae(pipeline.vae, decoder, pipeline, example, settings)
     return folders
 
 

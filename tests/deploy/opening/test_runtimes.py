@@ -53,6 +53,7 @@ def test_validate_judges_openvino_by_the_precision_it_computes_in(exported, work
         assert not call([*argv, "--runtime", "openvino", "--precision", "fp32"], capsys, 1)["passed"]
 
 
+@pytest.mark.slow
 def test_bench_times_two_runtimes_against_each_other(exported, workspace, capsys):
     quick = ["--rounds", "3", "--warmup", "1", "--processes", "2"]
     argv = ["bench", exported, exported, *quick]

@@ -40,6 +40,7 @@ def test_layout_is_optimums(onnx_folder):
     assert (onnx_folder / "tokenizer" / "vocab.json").is_file() and (onnx_folder / "scheduler").is_dir()
 
 
+@pytest.mark.slow
 def test_a_slim_pipeline_of_open_size_makes_the_same_images_at_any(open_folder, slim_pipeline):
     loaded = runtime_pipeline(open_folder)
     for height, width in ((16, 16), (24, 40)):

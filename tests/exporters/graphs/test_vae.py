@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from exporters.graphs.precision import paths_to_keep
@@ -79,10 +80,15 @@ def test_paths_of_both_are_checked_before_either_is_exported(pipeline):
 
 
 def test_a_tile_is_of_whole_steps_and_no_larger_than_the_image():
+    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    vae = AutoencoderKL(3, 3, *blocks, block_out_channels=(4,) * 4, norm_num_groups=4)
     call = Call(0, 981, {"sample": torch.zeros(2, 4, 32, 64)})
-    assert tile_call(call, 64, 8, fp16()).arguments["sample"].shape[2:] == (8, 8)
+    assert tile_call(call, 64, vae, fp16()).arguments["sample"].shape[2:] == (8, 8)
     for side in (60, 8, 288):
         with pytest.raises(InputError, match=f"a tile of images of 256 x 512 is a multiple of 32 .*, not {side}"):
-            tile_call(call, side, 8, fp16())
+            tile_call(call, side, vae, fp16())
     with pytest.raises(InputError, match="open size"):
-        tile_call(call, 64, 8, ExportSettings(dynamic_size=True))
+        tile_call(call, 64, vae, ExportSettings(dynamic_size=True))
+    for other, message in ((None, "has no VAE"), (nn.Identity(), "a Identity, which does not work by tiles")):
+        with pytest.raises(InputError, match=message):
+            tile_call(call, 64, other, fp16())

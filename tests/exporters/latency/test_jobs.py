@@ -39,7 +39,7 @@ def test_a_saved_denoiser_computes_the_same(slim, calls, tmp_path):
     assert not torch.equal(half.run(), opened.run()) and torch.allclose(half.run().float(), opened.run(), atol=0.1)
 
 
-@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("runtime", [pytest.param("torch", marks=pytest.mark.slow), "onnxruntime"])
 def test_the_result_is_what_the_contract_says(dense, slim, calls, tmp_path, runtime):
     if runtime != "torch":
         pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")

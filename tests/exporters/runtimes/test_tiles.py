@@ -62,6 +62,7 @@ def opened(folder) -> object:
     return VAE.open(folder, threads=1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_of_open_size_works_by_the_tiles_of_the_model(open_folder, in_torch):
     vae = opened(open_folder)

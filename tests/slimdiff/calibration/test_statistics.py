@@ -318,6 +318,7 @@ for name, limit in (("one", 2.0), ("turns", {limit!r})):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_statistics_and_sensitivities_of_one(pipeline, tmp_path, request):
     """As a launcher starts them. Three prompts: unequal shards, and batches are not what they are in one process."""
     groups = (*TRANSFORMER_GROUPS, "resnet")
