@@ -1,8 +1,8 @@
 """Statistics, planning and slimming at full size: the UNets of SD 1.5, SD 2.1 and SDXL with random weights.
 
 `python -m benchmarks.full_size [--model sd15,sd21,sdxl] [--dtype float32]` prints a Markdown table of time and memory.
-Random weights say nothing of quality. Sensitivities are set to 1, for measuring them takes a forward pass per site and
-call; `--sensitivities` times one site and tells what all would take. Nor are projections solved again, which takes two
+Random weights say nothing of quality. Sensitivities are set to 1, for measuring them takes a part of a forward pass per
+site and call; `--sensitivities` measures them all on two calls. Projections are not solved again, which takes two
 forward passes per call.
 """
 
@@ -34,7 +34,7 @@ from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.planning.costs import count_bytes, count_parameters
 from slimdiff.planning.planner import Planner, chosen_sites
-from slimdiff.planning.sensitivity import measure_sensitivities
+from slimdiff.planning.sensitivity import PORTION, measure_sensitivities
 from slimdiff.settings import Forms, StatisticsSettings
 from slimdiff.slimming.slim import factorise
 
@@ -186,12 +186,13 @@ def measure(name: str, dtype: torch.dtype = torch.float32, pairs: int = 2, sensi
     planning = PlanSettings(forms=Forms().local())
     clocks: dict[str, Clock] = {}
     with clocks.setdefault("factorise", Clock()):
-        factors = factorise(denoiser, statistics, chosen_sites(sites, planning), planning.forms)
+        chosen = chosen_sites(sites, planning)
+        factors = factorise(denoiser, statistics, chosen, planning.forms)
     if sensitivities:
-        one = [next(site for site in sites if site.group == "feed_forward")]
-        with clocks.setdefault("sensitivity", Clock()) as clock:
-            measure_sensitivities(denoiser, statistics, one, factors, calls[:1], forms=planning.forms)
-        clock.wall -= row["plain"]  # the reference, which all sites share
+        few, row["sensitivity_sites"] = calls[:PORTION], len(chosen)
+        with clocks.setdefault("sensitivity", Clock()):
+            measured = measure_sensitivities(denoiser, statistics, chosen, factors, few, forms=planning.forms)
+        statistics.sensitivities = measured
     budget = Budget(model.budget)
     with clocks.setdefault("knapsack", Clock()):
         planner = Planner(denoiser, statistics, planning)
@@ -227,14 +228,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         lines.append(
             f"{r['model']}: calls of batch {r['batch']} at {r['latents']}x{r['latents']} latents; {r['sites']} sites, "
-            f"in {r['turns']} turns; sensitivities set to 1, projections not solved again."
+            f"in {r['turns']} turns; sensitivities {'measured' if 'sensitivity' in r else 'set to 1'}, projections not "
+            "solved again."
         )
         if "sensitivity" in r:
-            hours = r["sensitivity"] * r["sites"] * PlanSettings().sensitivity_calls / 3600
-            fitting = 2 * r["plain"] * PlanSettings().fitting_calls / 60
+            most = PlanSettings().fitting_calls
             lines.append(
-                f"Measuring them takes {r['sensitivity']:.1f} s a site and call: {hours:.1f} h for all. "
-                f"Solving projections again takes {fitting:.0f} min on {PlanSettings().fitting_calls} calls."
+                f"Sensitivities of {r['sensitivity_sites']} sites take {r['sensitivity'] / 60:.1f} min for {PORTION} "
+                f"calls, and plans need {2 * PORTION} or more. "
+                f"Solving projections again takes {2 * r['plain'] * most / 60:.0f} min on {most} calls."
             )
     return "\n".join([*lines, f"{machine_name()}; {own_threads()} threads; torch {torch.__version__}"])
 
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--model", default="sd15,sd21,sdxl", help=f"of {', '.join(MODELS)} (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     parser.add_argument("--pairs", type=int, default=2, help="of plain and watched calls (default: %(default)s)")
-    parser.add_argument("--sensitivities", action="store_true", help="tell what measuring sensitivities would take")
+    parser.add_argument("--sensitivities", action="store_true", help="measure sensitivities, too")
     parser.add_argument("--row", action="store_true", help="measure one model here and print its row as JSON")
     args = parser.parse_args()
     if args.row:

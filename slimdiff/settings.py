@@ -247,7 +247,7 @@ class PlanSettings(Settings):
     groups: tuple[str, ...] = TRANSFORMER_GROUPS
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1, le=MOST)
-    """Recorded denoiser calls on which sensitivities are measured."""
+    """Recorded denoiser calls on which sensitivities are measured at most: no more are when plans no longer change."""
     resnets: ResnetSettings = ResnetSettings()
     """How slim resnets are fitted."""
     fitting_calls: int = Field(64, ge=1, le=MOST)

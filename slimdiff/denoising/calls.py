@@ -19,6 +19,9 @@ PURPOSES = {
     "held": "max_error is measured",
 }
 
+MOST_IMAGES = 8
+"""Whose calls sensitivities are measured on at a time: more calls say more than more images do."""
+
 
 class Calls:
     """A denoiser's calls, recorded when first asked for; calibration sees the first `calibration.samples` prompts."""
@@ -55,10 +58,12 @@ class Calls:
     def sensitivity(self) -> list[Call]:
         """At most `planning.sensitivity_calls` of them, spread evenly over one batch of trajectories.
 
+        That batch is of `MOST_IMAGES` at most.
+
         Raises:
             InputError: if they are not there and no pipeline can make them; so do `fitting` and `held`.
         """
-        return self._spread("sensitivity", self.prompts, self.calibration.sampling)
+        return self._spread("sensitivity", self.prompts[:MOST_IMAGES], self.calibration.sampling)
 
     @cached_property
     def fitting(self) -> list[Call]:

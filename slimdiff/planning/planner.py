@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
@@ -30,6 +30,9 @@ from slimdiff.statistics import Statistics
 
 # What allocations measure by forward passes, and therefore need recorded calls for.
 MEASURED = {"global": "sensitivities", "softmax": "how much each block changes its input"}
+
+CUTS = (0.15, 0.4)
+"""Shares of all that can go, at which plans are held against each other."""
 
 PLANNED: dict[str, PlannedBy] = {
     "parameters": PlannedBy(lambda costs: costs.parameters),
@@ -141,7 +144,23 @@ class Planner:
             self.settings.forms,
             fitting_calls=self.calls.fitting if any(GROUPS[name].fitted for name in self.settings.groups) else (),
             resnet_settings=self.settings.resnets,
+            regret=self._regret,
         )
+
+    def _regret(self, known: Mapping[str, float], better: Mapping[str, float]) -> float:
+        """How much more plans by sensitivities err than the best ones, by better sensitivities: the worst of `CUTS`.
+
+        Shares of what the smallest ranks would remove are cut, in parameters.
+        """
+        savings = [self.costs.parameters.savings(layer.path, layer.candidates) for layer in self.layers]
+        most = float(sum(saved.max() for saved in savings))
+        before, after = ([self._errors(layer, by) for layer in self.layers] for by in (known, better))
+
+        def error(by: list[np.ndarray], share: float) -> float:
+            picks = choose(savings, by, share * most)
+            return float(sum(errors[pick] for errors, pick in zip(after, picks, strict=True)))
+
+        return max(error(before, share) / max(error(after, share), 1e-300) - 1 for share in CUTS)
 
     @cached_property
     def weights(self) -> list[float]:
@@ -188,7 +207,7 @@ class Planner:
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
         by_error = self.settings.allocation not in ("uniform", "softmax")
         if by_error:
-            errors = [self._errors(layer) for layer in self.layers]
+            errors = [self._errors(layer, self.sensitivities) for layer in self.layers]
         else:
             errors = distances(self.layers, savings, self.weights, removed)
         # A cut in parameters runs no model to count MACs alone.
@@ -216,9 +235,9 @@ class Planner:
             calibration=self.statistics.made_from,
         )
 
-    def _errors(self, layer: Layer) -> np.ndarray:
+    def _errors(self, layer: Layer, sensitivities: Mapping[str, float]) -> np.ndarray:
         curves = ((s.name, self.factors[s.name].tail[layer.candidates].numpy()) for s in layer.sites)
-        return np.sum([self.sensitivities.get(name, 1.0) * curve for name, curve in curves], axis=0)
+        return np.sum([sensitivities.get(name, 1.0) * curve for name, curve in curves], axis=0)
 
     def _site_plan(self, site: Site, rank: int | None) -> SitePlan:
         """What a site keeps; None if it was not to be slimmed."""

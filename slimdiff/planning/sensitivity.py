@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration import distributed
-from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.denoising.replay import Replay
+from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Evidence, Site
@@ -18,6 +21,16 @@ from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, fit_groups
 from slimdiff.statistics import Statistics
+
+log = logging.getLogger("slimdiff")
+
+
+PORTION = 2
+"""Calls that are measured before it is asked whether more are needed."""
+STABLE = 0.05
+"""More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
+
+Sensitivities = Mapping[str, float]
 
 
 @torch.no_grad()
@@ -31,11 +44,19 @@ def measure_sensitivities(
     *,
     fitting_calls: Sequence[Call] = (),
     resnet_settings: ResnetSettings | None = None,
+    regret: Callable[[Sensitivities, Sensitivities], float] | None = None,
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
+    Of the denoiser, what comes before a site is computed once for all sites (`Replay`). Calls are taken a few at a
+    time, early and late ones in turn.
+
     Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
     arguments, and each returns all of them.
+
+    Args:
+        regret: how much worse a plan by the first sensitivities is than by the second, by the second. Below `STABLE`
+            no more calls are taken. If not given, all are.
 
     Returns:
         by site name: relative mean squared change of the noise prediction over the relative local error.
@@ -44,34 +65,81 @@ def measure_sensitivities(
         InputError: if the dense model predicts nothing, or something that is not finite.
     """
     process, processes = distributed.world()
-    modules = dict(denoiser.named_modules())
+    own = sites[process::processes]
+    fitted = fit_groups(denoiser, factors, {site: _half(site) for site in own}, fitting_calls, resnet_settings)
+    ordered = in_turn(calls)
 
-    def measure() -> dict[str, float]:
-        reference = [predict(denoiser, call) for call in bar(calls, "dense outputs", "call")]
-        energy = sum(float(r.double().square().sum()) for r in reference)
-        if not 0 < energy < math.inf:
-            what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
-            raise InputError(f"the dense model's noise prediction is {what}")
-        own = sites[process::processes]
-        halves = {site: max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple) for site in own}
-        fitted = fit_groups(denoiser, factors, halves, fitting_calls, resnet_settings)
-        result = {}
-        for site, rank in bar(halves.items(), "sensitivity", "site"):
-            evidence = Evidence(modules[site.path], site, statistics, forms or Forms())
-            weights = fitted.get(site.name)
-            if weights is None:
-                weights = GROUPS[site.group].emulate(evidence, rank, factors[site.name])
-            with exchanged(evidence.module, weights):
-                changed = sum(
-                    float((predict(denoiser, call) - r).double().square().sum())
-                    for call, r in zip(calls, reference, strict=True)
-                )
-            # A site that loses nothing at half rank locally says nothing of its slope; the floor keeps it finite.
-            result[site.name] = (changed / energy) / max(float(factors[site.name].tail[rank]), 1e-9)
-        return result
+    def weights(site: Site) -> Mapping[str, Tensor]:
+        if site.name in fitted:
+            return fitted[site.name]
+        evidence = Evidence(denoiser.get_submodule(site.path), site, statistics, forms or Forms())
+        return GROUPS[site.group].emulate(evidence, _half(site), factors[site.name])
 
-    everyone = {name: value for part in distributed.agree(measure) for name, value in part.items()}
-    return {site.name: everyone[site.name] for site in sites}
+    changed, energy = dict.fromkeys((site.name for site in sites), 0.0), 0.0
+    known: dict[str, float] = {}
+    for number in range(0, len(ordered), PORTION):
+        portion = ordered[number : number + PORTION]
+        parts = distributed.agree(partial(_measure, denoiser, own, weights, portion, number))
+        energy += parts[0][1]  # the same in every process
+        for changes, _ in parts:
+            for name, value in changes.items():
+                changed[name] += value
+        before = known
+        # A site that loses nothing at half rank locally says nothing of its slope; the floor keeps it finite.
+        known = {
+            site.name: changed[site.name] / energy / max(float(factors[site.name].tail[_half(site)]), 1e-9)
+            for site in sites
+        }
+        if before and regret is not None and (worse := regret(before, known)) < STABLE:
+            taken = number + len(portion)
+            log.info(
+                "sensitivities from %d of %d calls: the last %d change a plan's error by %.1f %%",
+                taken,
+                len(ordered),
+                len(portion),
+                100 * worse,
+            )
+            break
+    return known
+
+
+def in_turn(calls: Sequence[Call]) -> list[Call]:
+    """Calls of a trajectory in an order whose every beginning is spread over all of it."""
+    golden = (math.sqrt(5) - 1) / 2
+    return [calls[i] for i in sorted(range(len(calls)), key=lambda i: i * golden % 1)]
+
+
+def _half(site: Site) -> int:
+    return max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple)
+
+
+def _measure(
+    denoiser: nn.Module,
+    sites: Sequence[Site],
+    weights: Callable[[Site], Mapping[str, Tensor]],
+    calls: Sequence[Call],
+    number: int,
+) -> tuple[dict[str, float], float]:
+    """By site name, the squared change of the output over some calls; and the squared output itself.
+
+    Args:
+        number: of calls measured before these.
+    """
+    replays = [Replay(denoiser, call, [site.path for site in sites]) for call in bar(calls, "dense outputs", "call")]
+    energy = sum(float(replay.output.double().square().sum()) for replay in replays)
+    if not 0 < energy < math.inf:
+        what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
+        raise InputError(f"the dense model's noise prediction is {what}")
+    if not number:
+        seconds = sum(replay.seconds * replay.share(site.path) for replay in replays for site in sites)
+        log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), seconds, len(calls))
+    changed = {}
+    for site in bar(sites, "sensitivity", "site"):
+        with exchanged(denoiser.get_submodule(site.path), weights(site)):
+            changed[site.name] = sum(
+                float((replay.predict(site.path) - replay.output).double().square().sum()) for replay in replays
+            )
+    return changed, energy
 
 
 @contextmanager

@@ -39,10 +39,12 @@ from slimdiff import (
 )
 from slimdiff.calibration.calibrate import calibrate_on_calls, weights_hash
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, denoiser_name, predict, record_calls, sample_images
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import find_sites
 from slimdiff.planning.costs import count_macs, count_parameters
+from slimdiff.planning.sensitivity import exchanged
 from slimdiff.settings import TRANSFORMER_GROUPS
 from slimdiff.slimming.slim import factorise
 
@@ -121,6 +123,19 @@ def test_full_rank_reproduces_the_dense_model(case):
     slim = slim_denoiser(case.dense, case.statistics, with_rank(case.plan, 1.0))
     for call in case.calls:
         torch.testing.assert_close(predict(slim, call), predict(case.dense, call), atol=1e-5, rtol=1e-5)
+
+
+def test_what_comes_before_a_change_need_not_run_again(case):
+    paths = sorted({site.path for site in find_sites(case.dense)[0]})
+    replay = Replay(case.dense, case.calls[0], paths)
+    assert torch.equal(replay.output, predict(case.dense, case.calls[0]))
+    for path in (paths[0], paths[len(paths) // 2], paths[-1]):
+        weights = {n: p * 0.5 for n, p in case.dense.get_submodule(path).named_parameters()}
+        with exchanged(case.dense.get_submodule(path), weights):
+            changed = predict(case.dense, case.calls[0])
+            assert torch.equal(replay.predict(path), changed) and not torch.equal(changed, replay.output)
+    assert any(replay.before(path) for path in paths)
+    assert torch.equal(replay.output, predict(case.dense, case.calls[0]))
 
 
 def test_half_rank_runs_and_costs_what_the_plan_says(case):
