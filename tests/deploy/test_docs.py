@@ -63,6 +63,7 @@ PAGES = {
         {
             "--reduce 10%": "--reduce 5% --samples 2 --align 4",
             "--samples 32": "--steps 2",
+            "sd15.safetensors --out": "sd15.safetensors --height 16 --width 16 --steps 2 --out",
             "512 --width 512": "16 --width 16",
             "1024 --width 1024": "32 --width 32",
         },
