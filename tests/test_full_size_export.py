@@ -17,6 +17,7 @@ from slimdiff.planning.costs import count_parameters
 from slimdiff.slimming.skeleton import skeleton
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_and_told(tmp_path):
     row = measure("tiny", "slim", ExportSettings(), tmp_path, torch.float32, check=True)
     assert set(row["bytes"]) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}

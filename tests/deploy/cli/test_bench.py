@@ -112,7 +112,7 @@ def steps(workflow: str) -> list[tuple[str, dict[str, str]]]:
     return [(script, variables) for script in scripts if "slimdiff bench" in script]
 
 
-@pytest.mark.parametrize("workflow", ["github.yml", "gitlab.yml"])
+@pytest.mark.parametrize("workflow", ["github.yml", pytest.param("gitlab.yml", marks=pytest.mark.slow)])
 def test_the_steps_of_the_workflows(workflow, exported, tmp_path):
     """As a shell runs them, with a tiny model and a second to measure: too little for a verdict."""
     scripts = steps(workflow)

@@ -100,6 +100,7 @@ def test_use_is_found_in_every_kind_of_manifest(made_from, tmp_path):
     assert usage_of(None, "no-such-folder", str(tmp_path)) == {"guidance": 0.0}
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_was_said_goes_along(turbo, tmp_path, capsys):
     model, prompts = turbo
     slim = tmp_path / "slim"
