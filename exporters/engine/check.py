@@ -13,11 +13,11 @@ from typing import Any
 from exporters.engine.backends import BACKENDS, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.shapes import profiles_of, shape_text
+from exporters.layout import ENGINE as ENGINE
 from exporters.registry import runtime_of
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
 
-ENGINE = "model.engine"
 REPORT = "engine.json"
 
 
