@@ -13,7 +13,10 @@ from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
+ENGINE = "model.engine"
 CONFIG = "config.json"
+PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
+"""Folders in that of a denoiser whose graph, or engine, is in parts: `exporters.graphs.split` says what is in them."""
 IMAGE_ENCODER = "image_encoder"
 """A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"
@@ -41,6 +44,8 @@ class Component:
     """`module:function` that writes one of its graphs: see `exporters.graphs.pipeline.export_pipeline`."""
     opens: str = ""
     """`module:class` of a `RuntimeModule`, which opens it."""
+    parts: tuple[str, ...] = ()
+    """Folders in its own that hold its graph, or engines of it, in parts, where it was exported so."""
     optimum: str = ""
     """optimum's class for it, which `model_index.json` then names in the place of its own."""
     exact: bool = False
@@ -67,6 +72,7 @@ COMPONENTS = (
     Component(
         names=("unet",),
         graphs=("",),
+        parts=PARTS,
         exports=f"{_GRAPHS}:export_denoiser",
         opens=f"{_RUNTIMES}.unet:UNet",
         optimum="ORTUnet",
@@ -185,9 +191,25 @@ def autoencoder_of(index: Mapping[str, Any]) -> str | None:
     return next((name for name in AUTOENCODERS if is_component(index.get(name))), None)
 
 
-def exported_entry(name: str, entry: Sequence[str]) -> list[str]:
-    """What the index of an exported pipeline says of a component: optimum's class where it has one."""
-    return [_OPTIMUM, _ROWS[name].optimum] if _ROWS[name].optimum else list(entry)
+def exported_entry(name: str, entry: Sequence[str], split: bool = False) -> list[str]:
+    """What the index of an exported pipeline says of a component: optimum's class where it has one.
+
+    Args:
+        split: denoisers are in parts, which optimum has no class for: then the model's own is named.
+    """
+    row = _ROWS[name]
+    return [_OPTIMUM, row.optimum] if row.optimum and not (split and row.parts) else list(entry)
+
+
+def parts_of(folder: Path | str) -> dict[str, Path]:
+    """The folders with the graphs, or engines, of a denoiser that is in parts; none for a whole one, or another folder.
+
+    Args:
+        folder: of the denoiser, with its `config.json`.
+    """
+    found = {part: Path(folder) / part for part in PARTS}
+    found = {part: at for part, at in found.items() if (at / GRAPH).is_file() or (at / ENGINE).is_file()}
+    return found if STEP in found else {}
 
 
 def steering_folders(folder: Path) -> list[str]:

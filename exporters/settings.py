@@ -56,6 +56,9 @@ class ExportSettings(Settings):
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
     """Leave height and width open, in the steps that the model's down-scaling makes. Engines want them fixed."""
+    split: bool = False
+    """Write the UNet in parts, for slimdiff's runtimes: graphs of what the prompt and the time alone decide, which run
+    once, and the graph of a step, which takes both. optimum opens the whole one alone."""
     safety_checker: bool = True
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 

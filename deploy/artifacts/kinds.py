@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.layout import ENGINE_PIPELINE
+from exporters.layout import ENGINE_PIPELINE, STEP, parts_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, is_part, read_index
 from slimdiff.loading.single_file import PICKLES, is_weights_file
@@ -22,6 +22,8 @@ _MARKS = {
     "build.json": "build",
     "unet/model.onnx": "onnx",
     "model.onnx": "onnx",
+    f"unet/{STEP}/model.onnx": "onnx",
+    f"{STEP}/model.onnx": "onnx",
     ENGINE_REPORT: "engine",
     "model_index.json": "model",
     "statistics.safetensors": "statistics",
@@ -79,14 +81,16 @@ def is_archive(path: Path) -> bool:
 
 
 def graph_of(name: str, *, verified: bool = True) -> Path:
-    """The UNet's graph of an ONNX file or folder; a folder with a manifest is checked against it, if `verified`.
+    """The UNet's graph of an ONNX file or folder, or the folder with its parts; a folder with a manifest is checked
+    against it, if `verified`.
 
     Raises:
         InputError: if there is none, or it is not what the manifest says.
     """
     path = Path(name)
     found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
-    if found is None or found.suffix != ".onnx":
+    found = found or next((folder for folder in (path / "unet", path) if parts_of(folder)), None)
+    if found is None or not (found.suffix == ".onnx" or found.is_dir()):
         raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
     if verified and path.is_dir() and (path / manifest.MANIFEST).is_file():
         manifest.verify_manifest(path)
@@ -102,7 +106,7 @@ def plan_beside(graph: Path) -> Plan | None:
     """The plan in the `config.json` beside a slim graph; None for a dense one."""
     from slimdiff import Plan
 
-    config = graph.parent / "config.json"
+    config = (graph if graph.is_dir() else graph.parent) / "config.json"
     if not config.is_file():
         return None
     content = manifest.read_json(config)

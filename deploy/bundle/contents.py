@@ -17,10 +17,10 @@ from deploy.bundle.description import KIND, TRITON, Denoiser, Description, Model
 from deploy.bundle.rest import ExportedRest, TorchRest, place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import check_served, write_repository
-from exporters.engine.check import ENGINE, REPORT, runs_on
+from exporters.engine.check import REPORT, runs_on
 from exporters.graphs.int8 import processors_for
 from exporters.graphs.reading import read_graph
-from exporters.layout import GRAPH
+from exporters.layout import GRAPH, parts_of
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
@@ -133,10 +133,11 @@ def _make_lean(folder: Path) -> None:
     """Take out what only a denoiser's builder reads: the plan in its configuration, an engine's layers."""
     config = manifests.read_json(folder / "config.json")
     manifests.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "slim_plan"})
-    if (folder / ENGINE).is_file():
-        report = manifests.read_json(folder / REPORT)
-        manifests.write_json(folder / REPORT, {k: report[k] for k in _READ_OF_ENGINES if k in report})
-        manifests.write_manifest(folder, "engine", {"key": report["key"]}, runs_on(report))
+    for place in (*parts_of(folder).values(), folder):  # the manifest around parts lists theirs
+        if (place / REPORT).is_file():
+            report = manifests.read_json(place / REPORT)
+            manifests.write_json(place / REPORT, {k: report[k] for k in _READ_OF_ENGINES if k in report})
+            manifests.write_manifest(place, "engine", {"key": report["key"]}, runs_on(report))
 
 
 def _packages(denoisers: Sequence[Denoiser]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exporters.layout import AUTOENCODERS
+from exporters.layout import AUTOENCODERS, ENGINE, GRAPH, STEP
 from exporters.settings import SessionRuntime
 from slimdiff.errors import InputError
 from slimdiff.storage import manifest as manifests
@@ -52,7 +52,7 @@ class Denoiser(Model):
     """One of a bundle."""
 
     folder: str
-    """Below the bundle, with `model.onnx` or `model.engine`, and `config.json`."""
+    """Below the bundle, with `model.onnx` or `model.engine`, or a folder for each part of it, and `config.json`."""
     vae: str | None
     """Below the bundle (or `.`), with a `vae_decoder` (or `vqvae_decoder`) for images of this size. None where the
     images themselves are denoised."""
@@ -120,10 +120,11 @@ def describe(manifest: dict[str, Any], where: str) -> Description:
         if not allowed(name):
             raise InputError(f"{where} lists {name}, and no bundle has files of that kind: refused")
     for denoiser in description.denoisers:
-        model = "model.engine" if denoiser.is_engine else "model.onnx"
+        model = ENGINE if denoiser.is_engine else GRAPH
         vae = "" if denoiser.vae == "." else f"{denoiser.vae}/"
         decoders = [f"{vae}{name}_decoder/model.onnx" for name in AUTOENCODERS] if denoiser.vae else []
-        needed = [[f"{denoiser.folder}/{model}"], [f"{denoiser.folder}/config.json"], *([decoders] if decoders else [])]
+        models = [f"{denoiser.folder}/{place}{model}" for place in ("", f"{STEP}/")]  # whole, or in parts
+        needed = [models, [f"{denoiser.folder}/config.json"], *([decoders] if decoders else [])]
         for names in needed:
             if not set(names) & manifest["files"].keys():
                 raise InputError(f"{where} has no {names[0]}, which its denoiser {denoiser.name!r} needs")

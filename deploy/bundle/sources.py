@@ -16,7 +16,7 @@ from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
+from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, parts_of, read_config
 from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
@@ -48,6 +48,8 @@ class Selection:
 
     steering: SteeringSettings = field(default_factory=SteeringSettings)
     """What is added to a model in torch."""
+    split: bool = False
+    """Whether the UNet of a model in torch is exported in parts; see `ExportSettings.split`."""
 
     def rest(self, model: str, pipeline: str | None = None) -> TorchRest:
         """The other components of a model in torch; of a denoiser alone, those of `pipeline`."""
@@ -112,11 +114,13 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         raise InputError(
             f"--keep-fp32 {late[0]}: {name} is exported already, and takes that then (a build, in its recipe)"
         )
+    if selection.split:
+        raise InputError(f"--split: {name} is exported already, and takes that then (a build, in its recipe)")
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
         manifests.verify_manifest(path)
-        folders = sorted(file.parent for file in path.glob(f"*/{ENGINE}"))
+        folders = sorted(file.parent for file in path.glob(f"*/{REPORT}"))
         candidates = [_engine(folder.name, folder, rest.scale) for folder in folders]
     elif kind == "build":
         candidates = _build(path, rest)
@@ -127,14 +131,17 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
 
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
-    """A graph of a UNet, as it is."""
+    """A graph of a UNet, or the folder with its parts, as it is."""
     inputs = inputs_of(read_graph(graph))
     if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
     precision = PRECISIONS.get(inputs["sample"].dtype, "other")
     endings = (".onnx", ".onnx.data", ".onnx_data")
-    files = [p.name for p in graph.parent.iterdir() if p.is_file() and (p.name == CONFIG or p.name.endswith(endings))]
-    return _candidate(name, partial(_copy, graph.parent, files), precision, inputs["sample"].shape, scale)
+    folder = graph if graph.is_dir() else graph.parent
+    places = [folder, *parts_of(folder).values()]
+    there = [p for place in places for p in place.iterdir() if p.is_file()]
+    kept = [p.relative_to(folder).as_posix() for p in there if p.name == CONFIG or p.name.endswith(endings)]
+    return _candidate(name, partial(_copy, folder, kept), precision, inputs["sample"].shape, scale)
 
 
 def _engine(name: str, folder: Path, scale: int) -> Candidate:
@@ -144,7 +151,9 @@ def _engine(name: str, folder: Path, scale: int) -> Candidate:
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:
         raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
-    copy = partial(_copy, folder, [ENGINE, REPORT, CONFIG, manifests.MANIFEST])
+    places = ["", *(f"{part}/" for part in parts_of(folder))]
+    kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, manifests.MANIFEST)]
+    copy = partial(_copy, folder, [name for name in kept if (folder / name).is_file()])
     about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
     return _candidate(name, copy, report["parts"]["precision"], shape, scale, **about)
 
@@ -170,7 +179,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
-    settings = ExportSettings(keep_fp32=list(selection.keep_fp32))
+    settings = ExportSettings(keep_fp32=list(selection.keep_fp32), split=selection.split)
     settings = settings_for_unet(pipeline.unet, autoencoder_of(pipeline), settings)
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
@@ -200,7 +209,7 @@ def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest
             f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
             "exported folder they were built from"
         )
-    if (whole / INDEX).is_file() and (whole / "unet" / GRAPH).is_file():
+    if (whole / INDEX).is_file() and ((whole / "unet" / GRAPH).is_file() or parts_of(whole / "unet")):
         return ExportedRest(whole, selection.safety_checker)
     if pipeline is None:
         raise InputError(
@@ -219,11 +228,11 @@ def _build(folder: Path, rest: TorchRest | ExportedRest) -> list[Candidate]:
         for stage in ("export", "engine"):
             if (place / stage).is_dir():
                 manifests.verify_manifest(place / stage)
-        candidates.append(_graph(f"{prefix}onnx", place / "export" / "slim" / GRAPH, scale))
-        if (place / "engine" / ENGINE).is_file():
+        candidates.append(_graph(f"{prefix}onnx", graph_of(str(place / "export" / "slim"), verified=False), scale))
+        if (place / "engine" / ENGINE).is_file() or parts_of(place / "engine"):
             candidates.append(_engine(f"{prefix}engine", place / "engine", scale))
-        if (half := place / "engine" / "onnx-fp16" / GRAPH).is_file():
-            candidates.append(_graph(f"{prefix}onnx-fp16", half, scale))
+        if (half := place / "engine" / "onnx-fp16").is_dir():
+            candidates.append(_graph(f"{prefix}onnx-fp16", graph_of(str(half), verified=False), scale))
     # Cells for several GPUs have the same graph.
     first = {(c.name if c.is_engine else (c.precision, c.batch, c.latents)): c for c in reversed(candidates)}
     return [candidate for candidate in candidates if candidate in first.values()]
@@ -246,4 +255,5 @@ def _made_from(folder: Path) -> dict[str, Any]:
 def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)

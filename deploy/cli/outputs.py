@@ -226,10 +226,10 @@ def check_runnable(*names: str | None) -> None:
         elif kind in ("plan", "statistics"):
             raise not_runnable(name, kind)
         elif kind == "onnx":
-            from exporters.graphs.reading import read_graph, weight_files
+            from exporters.graphs.reading import graph_files, read_graph, weight_files
 
-            graph = graph_of(name, verified=False)
-            weight_files(graph, read_graph(graph))
+            for graph in graph_files(graph_of(name, verified=False)):
+                weight_files(graph, read_graph(graph))
 
 
 def check_artifact(out: Path, kind: str, flag: str = "--out") -> None:

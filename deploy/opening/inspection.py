@@ -15,8 +15,8 @@ from deploy.bundle.description import read_bundle
 from exporters.graphs.alone import call_of_unet
 from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.pipeline import example_call
-from exporters.graphs.reading import inputs_of, outputs_of, read_graph
-from exporters.layout import ENGINE_PIPELINE
+from exporters.graphs.reading import graph_files, inputs_of, outputs_of, read_graph
+from exporters.layout import ENGINE_PIPELINE, GRAPH, parts_of
 from slimdiff import Plan, Statistics
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
@@ -75,8 +75,8 @@ def onnx(name: str) -> dict[str, Any]:
         "nodes": len(content.graph),
         "inputs": {name: list(spec.shape) for name, spec in inputs_of(content).items()},
         "outputs": {name: list(spec.shape) for name, spec in outputs_of(content).items()},
-        "parameters": sum(w.const_value.size for w in content.graph.initializers.values() if w.const_value),
-        "bytes": sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*")),
+        **_sizes(graph_files(graph)),
+        "parts": [{"part": part, **_sizes([folder / GRAPH])} for part, folder in parts_of(graph).items()] or None,
         "slim": plan is not None,
     }
     if plan is not None:
@@ -85,6 +85,13 @@ def onnx(name: str) -> dict[str, Any]:
         wrong = {row["site"] for row in checked if not row["ok"]}
         rows = [{**row, "ok": row["site"] not in wrong} for row in sites_of(plan)]
     return {**value, "sites": rows, "provenance": provenance(Path(name))}
+
+
+def _sizes(graphs: list[Path]) -> dict[str, int]:
+    """Parameters and bytes of graphs, weights beside them."""
+    weights = [w.const_value for g in graphs for w in read_graph(g).graph.initializers.values() if w.const_value]
+    files = [file for graph in graphs for file in graph.parent.glob(f"{graph.name}*")]
+    return {"parameters": sum(w.size for w in weights), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def engine(name: str) -> dict[str, Any]:

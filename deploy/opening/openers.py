@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of, not_runnable
 from deploy.artifacts.usage import usage_of
 from exporters.dtypes import PRECISIONS
-from exporters.layout import ENGINE_PIPELINE
+from exporters.layout import ENGINE_PIPELINE, parts_of
 from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component
@@ -206,7 +206,7 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | N
     folder = Path(rest or name)
     if (kind := kind_of(str(folder))) == ENGINE_PIPELINE:
         return load_graphs(folder, runtime_for(str(folder), kind, None), unet=opened.denoiser)
-    if rest is not None and not (folder / "unet" / "model.onnx").is_file():
+    if rest is not None and not ((unet := folder / "unet") / "model.onnx").is_file() and not parts_of(unet):
         from slimdiff.compression import with_denoiser
         from slimdiff.loading.pipelines import load_pipeline
 

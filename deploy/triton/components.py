@@ -11,7 +11,7 @@ from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
 from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph, weight_files
 from exporters.graphs.timesteps import timestep_per_sample
-from exporters.layout import GRAPH, SAFETY_CHECKER
+from exporters.layout import CONFIG, GRAPH, SAFETY_CHECKER, STEP, parts_of
 from slimdiff.errors import InputError
 
 _OPTIONAL = ("text_encoder_2", SAFETY_CHECKER)
@@ -26,8 +26,9 @@ class Component:
     """A model to be served.
 
     Attributes:
-        name: one of `MODELS`.
-        folder: where its file and `config.json` lie.
+        name: one of `MODELS`; of a UNet in parts, `unet_prompt`, `unet_time` and `unet_step`.
+        folder: where its file lies.
+        config: its `config.json`.
         max_batch: largest batch that it takes; 0 where its batch is fixed, and is the first size of all tensors.
         graph: the ONNX model without its weights, as it is to be served; None for an engine.
         made_for: what an engine runs on, for people; empty for a graph.
@@ -36,6 +37,7 @@ class Component:
     name: str
     backend: Literal["onnxruntime", "tensorrt"]
     folder: Path
+    config: Path
     inputs: Tensors
     outputs: Tensors
     max_batch: int
@@ -59,14 +61,15 @@ def find_components(source: Path, index: Mapping[str, Any], settings: TritonSett
         InputError: if a model is missing or damaged, or an engine cannot be served.
     """
     components = []
-    for name in (name for name in MODELS if name not in _OPTIONAL or index.get(name)):
-        folder = source / name
+    wanted = [part for part in MODELS if part not in _OPTIONAL or index.get(part)]
+    for name, folder in (place for part in wanted for place in _places(part, source / part)):
         if settings.backend == "tensorrt" and (folder / ENGINE).is_file():
             components.append(_engine(name, folder, settings))
         elif (folder / GRAPH).is_file():
             components.append(_graph(name, folder, settings))
         else:
-            raise InputError(f"{source} has no {name}/{GRAPH}: name a folder that `slimdiff export` wrote")
+            place = (folder / GRAPH).relative_to(source)
+            raise InputError(f"{source} has no {place}: name a folder that `slimdiff export` wrote")
     for component in components:
         for name, tensor in (component.inputs | component.outputs).items():
             if -1 in tensor.shape[1 if component.max_batch else 0 :]:
@@ -75,18 +78,31 @@ def find_components(source: Path, index: Mapping[str, Any], settings: TritonSett
                     "makes images of one size, so export for that (slimdiff export --height --width)"
                 )
     sides = {c.name: (c.inputs.get("sample") or c.inputs.get("latent_sample")) for c in components}
-    unet, vae = (spec and spec.shape[-2:] for spec in (sides["unet"], sides["vae_decoder"]))
+    denoiser = "unet" if "unet" in sides else f"unet_{STEP}"
+    unet, vae = (spec and spec.shape[-2:] for spec in (sides[denoiser], sides["vae_decoder"]))
     if unet != vae:
         raise InputError(
             f"the UNet in {source} takes latents of {unet} and the VAE of {vae}: a server makes no images by tiles, so "
             "export both for one size, without --vae-tile"
         )
-    if settings.backend == "tensorrt" and not any(c.name == "unet" and c.backend == "tensorrt" for c in components):
+    if settings.backend == "tensorrt" and not any(c.name == denoiser and c.backend == "tensorrt" for c in components):
         raise InputError(
             f"there is no engine of the UNet in {source}: put what `slimdiff engine` wrote into its folder unet, or "
             "take the onnxruntime backend"
         )
     return components
+
+
+def _places(name: str, folder: Path) -> list[tuple[str, Path]]:
+    """The models of a component, each with its folder: one, or one for each part; an InputError if these do not fit."""
+    if (folder / STEP / GRAPH).is_file():
+        read_graph(folder)
+    return [(f"{name}_{part}", place) for part, place in parts_of(folder).items()] or [(name, folder)]
+
+
+def _config(folder: Path) -> Path:
+    """A model's configuration: that of a denoiser's parts lies around them."""
+    return next((place / CONFIG for place in (folder, folder.parent) if (place / CONFIG).is_file()), folder / CONFIG)
 
 
 def _graph(name: str, folder: Path, settings: TritonSettings) -> Component:
@@ -99,7 +115,7 @@ def _graph(name: str, folder: Path, settings: TritonSettings) -> Component:
         for side in (inputs_of(model), outputs_of(model))
     )
     max_batch = settings.max_batch if _is_open(inputs | outputs) else 0
-    return Component(name, "onnxruntime", folder, inputs, outputs, max_batch, model)
+    return Component(name, "onnxruntime", folder, _config(folder), inputs, outputs, max_batch, model)
 
 
 def _engine(name: str, folder: Path, settings: TritonSettings) -> Component:
@@ -126,7 +142,7 @@ def _engine(name: str, folder: Path, settings: TritonSettings) -> Component:
     place = report["parts"]["runs_on"]
     gpu = place["gpu"]["name"] if "gpu" in place else ", ".join(place["targets"])
     made_for = f"TensorRT {report['version']}, {gpu}"
-    return Component(name, "tensorrt", folder, inputs, outputs, max_batch, made_for=made_for)
+    return Component(name, "tensorrt", folder, _config(folder), inputs, outputs, max_batch, made_for=made_for)
 
 
 def _is_open(tensors: Tensors) -> bool:

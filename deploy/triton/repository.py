@@ -31,7 +31,8 @@ def write_repository(
     """Write what a Triton server needs to turn prompts into images.
 
         models/unet/             `config.pbtxt`, and the graph or engine in `1/`; so are the text encoders,
-                                 vae_decoder and a safety_checker
+                                 vae_decoder and a safety_checker; of a UNet in parts, there are unet_prompt, unet_time
+                                 and unet_step in its place
         models/text_to_image/    the model that clients call, in Python: diffusers' pipeline over the others
         compose.yaml             makes the server's image, with diffusers in it, and starts it
         client.py                asks it for an image
@@ -117,7 +118,7 @@ def _write_component(component: Component, folder: Path, settings: TritonSetting
         shutil.copyfile(component.folder / name, inside / name)
     require("onnx_ir", "triton").save(component.graph, str(inside / FILES["onnxruntime"]))
     # An engine of this graph is held against the plan in there.
-    shutil.copyfile(component.folder / "config.json", inside / "config.json")
+    shutil.copyfile(component.config, inside / "config.json")
 
 
 def _write_pipeline(
@@ -136,7 +137,7 @@ def _write_pipeline(
         tensors = {side: {name: vars(tensor) for name, tensor in specs.items()} for side, specs in sides.items()}
         described[component.name] = {"batch": component.fixed_batch, **tensors}
         (inside / component.name).mkdir(exist_ok=True)
-        shutil.copyfile(component.folder / "config.json", inside / component.name / "config.json")
+        shutil.copyfile(component.config, inside / component.name / "config.json")
     manifest.write_json(inside / text_to_image.COMPONENTS, described)
     for part in text_to_image.PARTS:
         if part in index:

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
-from exporters.engine.shapes import dims_of_inputs, engine_shapes
+from exporters.engine.shapes import dims_of_inputs, engine_shapes, part_shapes
 from exporters.engine.sites import compare_layers, compare_network, demand_plan
-from exporters.graphs.naming import check_reduced_dims
+from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.reading import read_graph, weight_files
+from exporters.layout import CONFIG, GRAPH, STEP, parts_of
 from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -28,6 +30,8 @@ from slimdiff.progress import bar
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from slimdiff import Plan
 
 
@@ -45,6 +49,8 @@ class EngineRequest:
     """Bytes of the graph's weights."""
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
+    only: frozenset[str] | None = None
+    """Of a denoiser's part, the layers that the plan is looked for in; None: all."""
 
     @property
     def key(self) -> str:
@@ -54,7 +60,7 @@ class EngineRequest:
     def why_build(self, folder: Path | str) -> str | None:
         """Why what is in a folder will not do: `weights changed`, say; None if it is this engine, whole."""
         folder = Path(folder)
-        if not (folder / ENGINE).exists():
+        if not any((folder / name).exists() for name in (ENGINE, REPORT)):
             return "there is none yet"
         try:
             found = read_engine(folder)
@@ -84,7 +90,7 @@ class EngineRequest:
             dims, layers = found.pop("dims"), found.pop("engine_layers")
             sites = in_engine = None
             if self.plan is not None:
-                sites = compare_network(dims, found["attention"], self.plan)
+                sites = compare_network(dims, found["attention"], self.plan, self.only)
                 demand_plan(sites, "the parsed network", SlimdiffError)
                 in_engine = compare_layers(layers, self.plan) if layers else None
         report = {
@@ -103,11 +109,51 @@ class EngineRequest:
 
     def _describe(self, report: dict[str, Any], folder: Path) -> dict[str, Any]:
         made_from = {"key": self.key, "parts": self.parts, "settings": self.settings.model_dump()}
-        config = self.onnx_file.parent / "config.json"
+        config = (self.onnx_file if self.onnx_file.is_dir() else self.onnx_file.parent) / CONFIG
         if config.is_file():  # what a pipeline reads of its unet
             shutil.copy(config, folder)
         manifest.write_manifest(folder, "engine", made_from, runs_on(report))
         return report
+
+
+@dataclass(frozen=True)
+class PartsRequest(EngineRequest):
+    """Engines of a denoiser in parts, in folders as its graphs; beside them one report and one manifest for all."""
+
+    requests: Mapping[str, EngineRequest] = field(default_factory=dict)
+    """By part."""
+
+    def reuse(self, source: Path | str, folder: Path | str) -> dict[str, Any]:
+        """See `EngineRequest`."""
+        for part, request in self.requests.items():
+            request.reuse(Path(source) / part, Path(folder) / part)
+        shutil.copyfile(Path(source) / REPORT, Path(folder) / REPORT)
+        return self._describe(json.loads((Path(folder) / REPORT).read_text(encoding="utf-8")), Path(folder))
+
+    def build(self, folder: Path | str) -> dict[str, Any]:
+        """Build all. The report has what `build_engine`'s has: sums and lists over the parts, the step's attention."""
+        reports = {part: request.build(Path(folder) / part) for part, request in self.requests.items()}
+        inputs = {i["name"]: i for report in reports.values() for i in report["inputs"]}
+        crossing = {o["name"] for part, report in reports.items() if part != STEP for o in report["outputs"]}
+        every = list(reports.values())
+        sums = {name: sum(report[name] for report in every) for name in ("weights", "bytes", "seconds", "layers")}
+        sites = {
+            name: None if reports[STEP][name] is None else [row for report in every for row in report[name] or []]
+            for name in ("sites", "engine_sites")
+        }
+        report = {
+            **reports[STEP],
+            **sums,
+            "seconds": round(sums["seconds"], 3),
+            **sites,
+            "precision": self.parts["precision"],
+            "inputs": [value for name, value in inputs.items() if name not in crossing],
+            "peak_memory": max(report["peak_memory"] for report in every),
+            "key": self.key,
+            "parts": self.parts,
+        }
+        manifest.write_json(Path(folder) / REPORT, report)
+        return self._describe(report, Path(folder))
 
 
 def request_engine(
@@ -120,7 +166,7 @@ def request_engine(
     """Find out whether an engine can be built, and what its key is; builds nothing.
 
     Args:
-        onnx_file: `model.onnx`, its external data beside it.
+        onnx_file: `model.onnx`, its external data beside it; or the folder of a denoiser in parts.
         plan: what the inner dims are held against.
 
     Raises:
@@ -129,12 +175,33 @@ def request_engine(
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
     """
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
-    backend, here = choose_backend(settings, gpu), gpu()
     model = read_graph(onnx_file)
-    weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, model))
-    shapes = engine_shapes(dims_of_inputs(model), settings)
     if plan is not None:
         demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
+    if not (parts := parts_of(onnx_file)):
+        return _request(onnx_file, model, settings, plan, gpu)
+    whole = engine_shapes(dims_of_inputs(model), settings)
+    requests = {}
+    for part, folder in parts.items():
+        own = read_graph(folder / GRAPH)
+        fitted = settings.model_copy(update=part_shapes(dims_of_inputs(own), whole))
+        request = _request(folder / GRAPH, own, fitted, plan, gpu)
+        requests[part] = replace(request, only=frozenset(weight_dims(own)))
+    step = requests[STEP]
+    alike = {name: step.parts[name] for name in ("precision", "options", "versions", "runs_on")}
+    decides = {"engines": {part: request.key for part, request in requests.items()}, "shapes": whole, **alike}
+    weights = max(request.weights for request in requests.values())
+    about = (onnx_file, settings, step.backend, plan, decides, weights, step.on_gpu)
+    return PartsRequest(*about, requests=requests)
+
+
+def _request(
+    onnx_file: Path, model: ir.Model, settings: EngineSettings, plan: Plan | None, gpu: AskGpu
+) -> EngineRequest:
+    """Of one graph, as it is."""
+    backend, here = choose_backend(settings, gpu), gpu()
+    weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, model))
+    shapes = engine_shapes(dims_of_inputs(model), settings)
     parts = engine_parts(onnx_file, model, settings, shapes, backend, here, plan)
     return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None)
 

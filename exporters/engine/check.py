@@ -13,11 +13,12 @@ from typing import Any
 from exporters.engine.backends import BACKENDS, installed_version
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.shapes import profiles_of, shape_text
+from exporters.layout import ENGINE as ENGINE
+from exporters.layout import STEP
 from exporters.registry import runtime_of
 from slimdiff.errors import InputError, MissingPackageError
 from slimdiff.storage import manifest as manifests
 
-ENGINE = "model.engine"
 REPORT = "engine.json"
 
 
@@ -74,7 +75,8 @@ def read_engine(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} is {manifest.get('kind')!r}, not an engine: name a folder that `slimdiff engine` wrote"
         )
-    lacking = [name for name in (ENGINE, REPORT) if name not in manifest["files"]]
+    engine = ENGINE if ENGINE in manifest["files"] else f"{STEP}/{ENGINE}"  # of a denoiser in parts
+    lacking = [name for name in (engine, REPORT) if name not in manifest["files"]]
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")
     report = manifests.read_json(folder / REPORT)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from exporters.engine.build import EngineRequest, request_engine
 from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
-from exporters.engine.shapes import dims_of_inputs, profiles_of
+from exporters.engine.shapes import dims_of_inputs, fewest, profiles_of
 from exporters.graphs.reading import read_graph
 from exporters.layout import (
     CONFIGURED,
@@ -22,6 +22,7 @@ from exporters.layout import (
     check_carried,
     components_of,
     latent_scale,
+    parts_of,
     read_config,
     steering_folders,
 )
@@ -59,7 +60,8 @@ def request_pipeline(
     folder, settings = Path(folder), settings or EngineSettings()
     names, index = _graphs(folder), manifest.read_json(folder / INDEX)
     enlarged = 2 if index.get("_class_name") == LATENT_UPSCALER else 1
-    unet = request_engine(folder / "unet" / GRAPH, settings, plan=plan, gpu=gpu)
+    place = folder / "unet"
+    unet = request_engine(place if parts_of(place) else place / GRAPH, settings, plan=plan, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
@@ -108,9 +110,7 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
         }
         if (shape_range := ShapeRange(**ends)) not in ranges:
             ranges.append(shape_range)
-    if len(ranges) == 1 and ranges[0].min == ranges[0].max:
-        return {"shapes": ranges[0].max}
-    return {"profiles": ranges}
+    return fewest(ranges)
 
 
 def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,8 @@ def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
 
 def _graphs(folder: Path) -> list[str]:
     """The folders with graphs besides the UNet's."""
-    if not (folder / INDEX).is_file() or not (folder / "unet" / GRAPH).is_file():
+    unet = (folder / "unet" / GRAPH).is_file() or parts_of(folder / "unet")
+    if not (folder / INDEX).is_file() or not unet:
         raise InputError(
             f"{folder} is no exported pipeline (it has no {INDEX} beside unet/{GRAPH}): make one with `slimdiff export`"
         )
@@ -155,7 +156,7 @@ def _graphs(folder: Path) -> list[str]:
     if "unet" not in rows:
         raise InputError(f"{folder / INDEX} names no unet: export the pipeline again, whole")
     graphs = [graph for name, row in rows.items() if row.graphs for graph in row.folders(name)]
-    lacking = [name for name in graphs if name != "vae_encoder" and not (folder / name / GRAPH).is_file()]
+    lacking = [name for name in graphs if name not in ("unet", "vae_encoder") and not (folder / name / GRAPH).is_file()]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
     graphs = list(dict.fromkeys((*graphs, *steering_folders(folder))))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporters.graphs.reading import inputs_of, steps_of
+from exporters.settings import ShapeRange
 from slimdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +44,31 @@ def engine_shapes(inputs: Dims, settings: EngineSettings) -> dict[str, Any]:
 def profiles_of(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `engine_shapes` gave as profiles: fixed shapes are one whose `min`, `opt` and `max` are the same."""
     return shapes.get("profiles") or [{n: dict.fromkeys(("min", "opt", "max"), s) for n, s in shapes["fixed"].items()}]
+
+
+def part_shapes(inputs: Dims, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of a denoiser's part that go with those of the whole: `shapes` or `profiles` of `EngineSettings`.
+
+    Args:
+        inputs: of the part; what crosses between parts follows by its open dims.
+        whole: `engine_shapes` of the whole denoiser.
+    """
+    ranges: list[ShapeRange] = []
+    for profile in profiles_of(whole):
+        ends: dict[str, Any] = {}
+        for end in ("min", "opt", "max"):
+            own = {name: tuple(profile[name][end]) for name in inputs if name in profile and name != "timestep"}
+            ends[end] = own | ({"timestep": tuple(profile["sample"][end][:1])} if "timestep" in inputs else {})
+        if (shape_range := ShapeRange(**ends)) not in ranges:
+            ranges.append(shape_range)
+    return {"batch": None, "shapes": {}, "profiles": [], **fewest(ranges)}
+
+
+def fewest(ranges: Sequence[ShapeRange]) -> dict[str, Any]:
+    """Ranges of shapes as `EngineSettings` have them: fixed shapes where there is but one shape."""
+    if len(ranges) == 1 and ranges[0].min == ranges[0].max:
+        return {"shapes": ranges[0].max}
+    return {"profiles": list(ranges)}
 
 
 def _fix(inputs: Dims, shapes: Mapping[str, Sequence[int]], batch: int | None) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporters.graphs.naming import WEIGHTED, compare_dims, site_row
@@ -12,9 +12,15 @@ from slimdiff.groups import GROUPS
 if TYPE_CHECKING:
     from slimdiff import Plan
 
+PRODUCTS_END = "to_out.0"
+"""The layer that attention's products go to."""
+
 
 def compare_network(
-    dims: Mapping[str, Sequence[int]], attention: list[dict[str, Any]], plan: Plan
+    dims: Mapping[str, Sequence[int]],
+    attention: list[dict[str, Any]],
+    plan: Plan,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Hold a parsed network against the plan: weight dims, and the head dims of the attention products.
 
@@ -22,11 +28,13 @@ def compare_network(
 
     Args:
         dims: module path -> `(out, in)`.
+        only: the layers that are looked for, in a denoiser's part; products are, where the output projection is.
     """
     by_module = {row["module"]: row for row in attention}
-    rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan)
+    rows = compare_dims({module: tuple(shape) for module, shape in dims.items()}, plan, only)
     for name, site in plan.sites.items():
-        if key := GROUPS[site.group].product_dim:
+        inside = only is None or f"{site.path}.{PRODUCTS_END}" in only
+        if inside and (key := GROUPS[site.group].product_dim):
             row = by_module.get(site.path, {})
             rows.append(site_row(name, site.path, {key: site.rank}, {key: row.get(key)}))
     return rows

@@ -22,6 +22,7 @@ from exporters.graphs.inputs import open_size as open_size
 from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import join_casts, keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.shapes import add_shapes, check_leftovers
+from exporters.graphs.split import split_graph
 from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import GRAPH
 from exporters.settings import ExportSettings
@@ -63,7 +64,8 @@ class _UNet(Denoiser):
 def export_unet(
     unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None, *, scheduler: Any = None
 ) -> Path:
-    """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`.
+    """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`, or the folder
+    where `settings.split` puts it in parts (`exporters.graphs.split`).
 
     Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32 where the
     call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]`, for SDXL `text_embeds [B, E]` and
@@ -72,12 +74,12 @@ def export_unet(
 
     Args:
         unet: a UNet2DConditionModel or UNet2DModel; its weights, dtype and training mode are as before afterwards.
-        folder: gets `model.onnx`, `model.onnx.data` and `config.json`.
+        folder: gets `model.onnx`, `model.onnx.data` and `config.json`; in parts, a folder for each with the first two.
         call: whose shapes the graph is for.
         scheduler: that the graph is to run with.
 
     Raises:
-        InputError: if the call has arguments that the graph would have no input for.
+        InputError: if the call has arguments that the graph would have no input for, or nothing is there to split off.
         SlimdiffError: if the graph has other shapes than torch, or something dense is left in a slim model's.
         MissingPackageError: without onnx and onnxscript.
     """
@@ -85,7 +87,12 @@ def export_unet(
     file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
     if plan := plan_of(unet):
         check_leftovers(file, plan)
-    return file
+    if not settings.split:
+        return file
+    split_graph(file, file.parent)
+    for whole in file.parent.glob(f"{GRAPH}*"):
+        whole.unlink()
+    return file.parent
 
 
 def export_called(

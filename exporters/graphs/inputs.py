@@ -5,7 +5,7 @@ A kind of input is a row of `NAMES`. Export, runtimes, validation, latency and e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ NAMES: dict[tuple[str, ...], str] = {
 Where a place holds a list, there is an input per item, with its number: `down_block_additional_residuals_0`.
 """
 
+PROMPT = ("encoder_hidden_states", "image_embeds")
+"""Inputs that stay the same from an image's first step to its last, and that cross-attention takes."""
+TIME = ("timestep", "class_labels", "timestep_cond", "text_embeds", "time_ids")
+"""Inputs that the embedding of the time is made of: all but `timestep` stay the same, too."""
 SCALARS = ("timestep", "conditioning_scale")
 """Inputs that are one number for all samples."""
 _FIRST = ("sample", "timestep", "encoder_hidden_states")
@@ -59,15 +63,20 @@ def named_inputs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     for name, value in found.items():
         if name not in (*_FIRST, *SCALARS) and value.ndim and len(value) == 1 < batch:
             found[name] = value.expand(batch, *value.shape[1:])
+    return {name: found[name] for name in in_order(found)}, unknown
+
+
+def in_order(inputs: Iterable[str]) -> list[str]:
+    """Names of a graph's inputs, in the graph's order."""
     ranks = {name: rank for rank, name in enumerate(NAMES.values())}
-    return {name: found[name] for name in sorted(found, key=lambda n: (ranks[_kind(n)], _number(n)))}, unknown
+    return sorted(inputs, key=lambda name: (ranks[kind_of_input(name)], _number(name)))
 
 
 def arguments_from(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The other way round: a call's arguments, lists being lists, from what `named_inputs` gave, in its order."""
     arguments: dict[str, Any] = {}
     for name, value in inputs.items():
-        kind = _kind(name)
+        kind = kind_of_input(name)
         *around, last = _PLACES[kind]
         within = arguments
         for key in around:
@@ -131,12 +140,12 @@ def in_steps(example: Tensor, step: int) -> Tensor:
 
 def is_denoiser_input(name: str) -> bool:
     """Whether a graph's input is one that the table knows."""
-    return _kind(name) in _PLACES
+    return kind_of_input(name) in _PLACES
 
 
 def _own_step(name: str, shape: tuple[int, ...], sample: tuple[int, ...], step: int) -> int | None:
     """What the sides of an input are multiples of where sample's are of `step`; None if they do not follow."""
-    if len(shape) != 4 or _kind(name) == "image_embeds":  # `[B, images, tokens, D]`
+    if len(shape) != 4 or kind_of_input(name) == "image_embeds":  # `[B, images, tokens, D]`
         return None
     (height, width), (whole_height, whole_width) = shape[-2:], sample[-2:]
     if height > whole_height:
@@ -151,14 +160,14 @@ def path_text(path: Path) -> str:
     return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
 
 
-def _kind(name: str) -> str:
+def kind_of_input(name: str) -> str:
     """`down_block_additional_residuals` of the name of one of them."""
     kind, _, number = name.rpartition("_")
     return kind if number.isdigit() and kind in _PLACES else name
 
 
 def _number(name: str) -> int:
-    return 0 if _kind(name) == name else int(name.rpartition("_")[2])
+    return 0 if kind_of_input(name) == name else int(name.rpartition("_")[2])
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,13 @@ def check_reduced_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]
     return compare_dims(weight_dims(read_graph(onnx_file)), plan)
 
 
-def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[str, Any]]:
+def compare_dims(
+    dims: Mapping[str, tuple[int, ...]], plan: Plan, only: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Hold weight dims (module path -> `(out, in)`), wherever they were read, against the plan.
+
+    Args:
+        only: the layers, by module path, that are looked for: those of a denoiser's part. All if not given.
 
     Returns:
         one dict per site: `site`, `path`, `expected` and `found` (layer -> inner dim; `found` has None for a layer
@@ -89,7 +94,10 @@ def compare_dims(dims: Mapping[str, tuple[int, ...]], plan: Plan) -> list[dict[s
     rows = []
     for name, site in plan.sites.items():
         layers = {layer: inner for layer, inner in GROUPS[site.group].inner.items() if inner.checked}
-        paths = {layer: f"{site.path}.{layer}" for layer in layers}
+        paths = {layer: f"{site.path}.{layer}" for layer in layers if only is None or f"{site.path}.{layer}" in only}
+        layers = {layer: layers[layer] for layer in paths}
+        if not layers:
+            continue
         found = {n: int(dims[paths[n]][inner.axis]) if paths[n] in dims else None for n, inner in layers.items()}
         # Nothing but the graph tells whether an activation is gated: then it receives twice what the last layer does.
         last = found[list(layers)[-1]] or 0

@@ -139,8 +139,9 @@ def export_pipeline(
 ) -> list[Path]:
     """Export every component of a pipeline, so that `ORTDiffusionPipeline` loads the folder where optimum has its kind.
 
-    It gives the graphs' files. What becomes of a component is said by its row of `exporters.layout.COMPONENTS`, whose
-    function is called once a graph: with the component, the graph's folder, the pipeline, `call` and `settings`.
+    It gives the graphs' files, and of a denoiser in parts (`settings.split`) its folder. What becomes of a component is
+    said by its row of `exporters.layout.COMPONENTS`, whose function is called once a graph: with the component, the
+    graph's folder, the pipeline, `call` and `settings`.
 
     Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
     pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
@@ -188,7 +189,7 @@ def export_pipeline(
         for graph, job in shown:
             shown.set_postfix_str(graph)
             files.append(job())
-    (folder / INDEX).write_text(json.dumps(_index(pipeline, index), indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(_index(pipeline, index, settings.split), indent=2) + "\n")
     return files
 
 
@@ -281,12 +282,12 @@ def export_safety_checker(checker: Any, folder: Path, _pipeline: Any, _call: Cal
     return file
 
 
-def _index(pipeline: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _index(pipeline: Any, config: Mapping[str, Any], split: bool) -> dict[str, Any]:
     """`model_index.json` as optimum writes it, from a pipeline's `config`: no path of this machine."""
     index = {name: value for name, value in config.items() if name != "_name_or_path"}
     for name, value in index.items():
         if is_component(value):
-            index[name] = exported_entry(name, value)
+            index[name] = exported_entry(name, value, split)
     # SDXL notes nowhere that it marks its images, and otherwise would mark them wherever the package for it is.
     marks = {"add_watermarker": pipeline.watermark is not None} if hasattr(pipeline, "watermark") else {}
     return {"_class_name": type(pipeline).__name__, **index, **marks}

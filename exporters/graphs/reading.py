@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.dtypes import DTYPES
+from exporters.layout import GRAPH, STEP, parts_of
 from slimdiff.errors import InputError, require
 from slimdiff.storage.manifest import is_inside, leads_inside
 
@@ -31,17 +32,45 @@ class TensorSpec:
 def read_graph(onnx_file: Path | str) -> ir.Model:
     """The model; a weight outside the graph's file is read when its values are asked for.
 
+    Args:
+        onnx_file: or the folder of a denoiser in parts, which are joined.
+
     Raises:
-        InputError: if there is no such file, or it is no ONNX model.
+        InputError: if there is no such file, or it is no ONNX model, or parts do not go together.
         MissingPackageError: without onnx and onnx_ir.
     """
     ir, path = require("onnx_ir", "onnx"), Path(onnx_file)
+    if parts := parts_of(path):
+        models = {part: read_graph(parts[part] / GRAPH) for part in reversed(parts)}  # the step first
+        check_parts({part: (inputs_of(model), outputs_of(model)) for part, model in models.items()}, path)
+        return _joined(models)
     if not path.is_file():
         raise InputError(f"there is no ONNX file {path}")
     try:
         return ir.load(path)
     except Exception as error:  # protobuf has its own exception per implementation
         raise InputError(f"{path} is no ONNX model: {error}") from error
+
+
+def graph_files(onnx_file: Path | str) -> list[Path]:
+    """The file itself; of the folder of a denoiser in parts, those of the parts."""
+    path = Path(onnx_file)
+    return [folder / GRAPH for folder in parts_of(path).values()] or [path]
+
+
+def check_parts(tensors: Mapping[str, tuple[Iterable[str], Iterable[str]]], where: object) -> None:
+    """Refuse parts of a denoiser that do not go together.
+
+    Args:
+        tensors: by part, the names of its inputs and outputs.
+        where: they lie, for people.
+    """
+    gives = {name: part for part, (_, outputs) in tensors.items() if part != STEP for name in outputs}
+    # What crosses is named after a module of some depth, and no input of a denoiser has a dot.
+    takes = {name for name in tensors[STEP][0] if "." in name or name in gives}
+    if odd := sorted(takes ^ set(gives)):
+        what = f"nothing gives {odd[0]} to the step" if odd[0] in takes else f"the step does not take {odd[0]}"
+        raise InputError(f"{where} has graphs that are not of one export: {what}; export it again")
 
 
 def inputs_of(model: ir.Model) -> dict[str, TensorSpec]:
@@ -118,3 +147,69 @@ def _spec(value: ir.Value) -> TensorSpec:
     shape = (f"{value.name}.{axis}" if dim == "" else dim for axis, dim in enumerate(shape_of(value)))
     dtype = value.dtype.name if value.dtype else "UNDEFINED"
     return TensorSpec(DTYPES.get(dtype, dtype.lower()), tuple(shape))
+
+
+def _joined(models: Mapping[str, ir.Model]) -> ir.Model:
+    """The whole graph of a denoiser in parts, the step first: all inputs (`timestep` a scalar), nodes and weights.
+
+    What two parts both compute is in it twice.
+    """
+    from exporters.graphs.inputs import in_order
+
+    onnx_ir = require("onnx_ir", "onnx")
+    step = models[STEP].graph
+    inputs: dict[str, ir.Value] = {name_of(value): value for value in step.inputs}
+    results = [*step.outputs]
+    nodes: list[ir.Node] = []
+    weights: dict[str, ir.Value] = {}
+    taken: set[tuple[bool, str | None]] = set()
+    for part, model in models.items():
+        crossing = {name_of(value): value for value in model.graph.outputs if part != STEP}
+        values = [*model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
+        for named in (*values, *model.graph):
+            key = (isinstance(named, onnx_ir.Node), named.name)
+            if key in taken:
+                named.name = f"{named.name}:{part}"
+            taken.add(key)
+        own, at, initializers = list(model.graph.inputs), list(model.graph), list(model.graph.initializers.values())
+        for held in (model.graph.inputs, model.graph.outputs, model.graph.initializers):
+            held.clear()
+        model.graph.remove(at)
+        for value in own:
+            known = inputs.setdefault(name_of(value), value)
+            if known is not value:
+                value.replace_all_uses_with(known)
+        for name, value in crossing.items():
+            inputs.pop(name).replace_all_uses_with(value)
+        weights |= {name_of(value): value for value in initializers}
+        nodes = nodes + at if part == STEP else at + nodes
+    spread, constants = _spread(inputs)
+    ordered = [inputs[name] for name in in_order(inputs)]
+    graph = onnx_ir.Graph(
+        ordered,
+        results,
+        nodes=[*spread, *nodes],
+        initializers=[*weights.values(), *constants],
+        opset_imports=dict(models[STEP].opset_imports),
+        name=step.name,
+    )
+    return onnx_ir.Model(graph, ir_version=models[STEP].ir_version)
+
+
+def _spread(inputs: dict[str, ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes that spread a scalar `timestep`, which is put into `inputs`, over the batch; and their constant."""
+    onnx_ir = require("onnx_ir", "onnx")
+    per_sample, sample = inputs["timestep"], inputs["sample"]
+    inputs["timestep"] = onnx_ir.Value(name="timestep", type=per_sample.type, shape=onnx_ir.Shape([]))
+    axis = onnx_ir.Value(name="timestep:axis", const_value=onnx_ir.tensor([0], name="timestep:axis"))
+    whole = onnx_ir.TensorType(onnx_ir.DataType.INT64)
+    size = onnx_ir.Value(name="timestep:batch", type=whole, shape=onnx_ir.Shape([1]))
+    one = onnx_ir.Value(name="timestep:one", type=per_sample.type, shape=onnx_ir.Shape([1]))
+    many = onnx_ir.Value(name="timestep:spread", type=per_sample.type, shape=per_sample.shape)
+    per_sample.replace_all_uses_with(many)
+    nodes = [
+        onnx_ir.node("Shape", [sample], {"start": 0, "end": 1}, outputs=[size], name="/Shape:timestep"),
+        onnx_ir.node("Unsqueeze", [inputs["timestep"], axis], outputs=[one], name="/Unsqueeze:timestep"),
+        onnx_ir.node("Expand", [one, size], outputs=[many], name="/Expand:timestep"),
+    ]
+    return nodes, [axis]

@@ -62,8 +62,8 @@ def timestep_per_sample(model: ir.Model) -> None:
 
     Servers gather calls at different steps into a batch, and Triton has no scalars.
 
-    The exported graph begins by spreading its scalar timestep over the batch; these nodes go. With the same timestep
-    for all, it computes what it did.
+    The exported graph begins by spreading its scalar timestep over the batch (a UNet2DModel's, by multiplying it by
+    ones); these nodes go. With the same timestep for all, it computes what it did.
 
     Args:
         model: what `export_unet` wrote. One that has it so already stays as it is.
@@ -78,13 +78,23 @@ def timestep_per_sample(model: ir.Model) -> None:
     if timestep.shape or not sample.shape:
         return
     first = _only_reader(timestep, "Unsqueeze")
-    second = first and _only_reader(first.outputs[0], "Expand")
+    second = first and (_only_reader(first.outputs[0], "Expand") or _only_reader(first.outputs[0], "Mul"))
+    if second and second.op_type == "Mul" and not any(map(_is_ones, second.inputs)):
+        second = None
     last = second or (first if sample.shape[0] == 1 else None)  # a batch of 1 needs no spreading
     if first is None or last is None:
         raise InputError("this UNet's graph does not begin by spreading its timestep over the batch: export it again")
     last.outputs[0].replace_all_uses_with(timestep)
     model.graph.remove([node for node in (first, second) if node], safe=True)
     timestep.shape = require("onnx_ir", "onnx").Shape([sample.shape[0]])
+
+
+def _is_ones(value: ir.Value | None) -> bool:
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Expand":
+        value = node.inputs[0]
+    tensor = require("onnx_ir", "onnx").convenience.get_const_tensor(value) if value is not None else None
+    return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
 def _only_reader(value: ir.Value, operator: str) -> ir.Node | None:

@@ -30,6 +30,7 @@ import numpy as np
 
 from exporters.machine import peak_memory
 from exporters.registry import Runtime
+from exporters.runtimes.split import open_parts
 from slimdiff.errors import InputError, SlimdiffError
 
 WARM_SECONDS = 2.0
@@ -134,7 +135,7 @@ class Side:
         if self.takes_model:
             self.open_it = partial(row.load(), path, threads, batch=batch, **row.options)
         else:
-            self.open_it = partial(row.load(), Path(path), threads, **row.options)
+            self.open_it = partial(open_parts, row, Path(path), threads)
         return {}
 
     def open(self, cores: list[int] | None, warmup: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,10 +108,16 @@ def refuse_torchs_own(pipeline: Any) -> None:
 
 
 def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run a session on its inputs by name, of any dtype and device.
+    """Run a session on its inputs by name, of any dtype and device; see `feed_of`.
 
     Returns:
         its outputs by name, on the CPU, in its own dtypes.
+    """
+    return {name: torch.from_numpy(array) for name, array in session.run(feed_of(session, tensors)).items()}
+
+
+def feed_of(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """A session's inputs as it takes them, from tensors of any dtype and device.
 
     Raises:
         InputError: for other inputs than the session has, or a shape that it was not made for.
@@ -122,8 +129,7 @@ def answer(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         )
     _check(session, tensors)
     dtypes = {name: getattr(torch, session.dtypes[name]) for name in tensors}
-    feed = {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in tensors.items()}
-    return {name: torch.from_numpy(array) for name, array in session.run(feed).items()}
+    return {name: tensor.detach().to("cpu", dtypes[name]).contiguous().numpy() for name, tensor in tensors.items()}
 
 
 def _check(session: Session, tensors: Mapping[str, Tensor]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters.graphs.int8 import check_int8
-from exporters.graphs.reading import read_graph, weight_files
-from exporters.layout import GRAPH
+from exporters.graphs.reading import graph_files, read_graph, weight_files
+from exporters.layout import GRAPH, parts_of
 from exporters.registry import Runtime, runtime_of
 from exporters.runtimes.session import Session
+from exporters.runtimes.split import open_parts
 
 
 def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threads: int | None = None) -> Session:
     """Open a graph or an engine.
 
     Args:
-        path: a folder with `model.onnx`, or the file itself; for TensorRT, a folder with `model.engine`.
+        path: a folder with `model.onnx`, or the file itself; for TensorRT, a folder with `model.engine`; a denoiser's
+            folder, if its graph or engine is in parts.
         threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
@@ -27,11 +29,12 @@ def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threa
     path = Path(path)
     row = runtime if isinstance(runtime, Runtime) else runtime_of(runtime, "graph", "engine")
     if row.takes == "graph":
-        path = path / GRAPH if path.is_dir() else path
+        path = path / GRAPH if path.is_dir() and not parts_of(path) else path
         row.require()
-        weight_files(path, graph := read_graph(path))
-        check_int8(path, row, graph)
-    return row.load()(path, threads, **row.options)
+        for file in graph_files(path):
+            weight_files(file, graph := read_graph(file))
+            check_int8(file, row, graph)
+    return open_parts(row, path, threads)
 
 
 def version_of(runtime: str) -> str:

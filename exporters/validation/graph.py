@@ -10,11 +10,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from exporters.dtypes import PRECISIONS
+from exporters.runtimes.split import SplitSession
 from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
 from exporters.validation.fragments import OnnxFragments
 from exporters.validation.overflow import explain_overflow, first_not_finite
 from exporters.validation.parity import BOUNDS, Bounds, Precision, at_time, check, check_calls
+from exporters.validation.parts import bounds_for, check_parts
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 
@@ -30,6 +32,9 @@ def check_parity(
     every_module: bool = False,
 ) -> dict[str, Any]:
     """Hold one artifact of a model against another on recorded calls.
+
+    A denoiser in parts is also checked part by part (`exporters.validation.parts`), and against the whole graph in the
+    same runtime, both fp32, bounds are those of exactness.
 
     Of a graph with its model in torch, the inside is checked too. An fp16 graph is run node by node, and every tensor
     in it must be finite. Running it whole does not show that: ONNX Runtime's CPU provider computes fp16 nodes in fp32
@@ -64,9 +69,14 @@ def check_parity(
     if graph is None:
         if every_module:
             raise InputError("every_module is for a graph in ONNX Runtime and its model in torch")
-        return check_calls(calls, partial(predict, reference), partial(predict, side), precision, bounds=bounds)
-    every = every_module
-    return check_graph(OnnxFragments(graph), reference, partial(predict, side), calls, precision, bounds, every)
+        bounds = bounds or bounds_for(reference, side)
+        result = check_calls(calls, partial(predict, reference), partial(predict, side), precision, bounds=bounds)
+    else:
+        every = every_module
+        result = check_graph(OnnxFragments(graph), reference, partial(predict, side), calls, precision, bounds, every)
+    if not isinstance(session, SplitSession):
+        return result
+    return check_parts(result, reference, session, calls, bounds or BOUNDS[precision])
 
 
 def check_graph(

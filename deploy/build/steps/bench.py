@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.steps.export import shapes
 from deploy.build.workshop import Workshop, packages_of
@@ -16,7 +17,8 @@ from exporters.latency.pair import Job
 def run(shop: Workshop, _: Path) -> dict[str, Any]:
     inputs = shapes(shop.trajectory[len(shop.trajectory) // 2])  # where the graphs are open
     dense, slim = (
-        Job(name, str(shop.folder / "export" / name / "model.onnx"), shop.runtime, inputs) for name in ("dense", "slim")
+        Job(name, str(graph_of(str(shop.folder / "export" / name), verified=False)), shop.runtime, inputs)
+        for name in ("dense", "slim")
     )
     bound = shop.recipe.gates.min_speedup
     gate = None if bound is None else Gate("speedup", bound)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
+from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, versions
 from exporters.engine.backends import BACKENDS, available_backend
@@ -24,7 +25,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     if (reason := _why_none(shop)) is not None:
         log.info("engine: skipped, %s", reason)
         return {"skipped": reason}
-    graph = shop.folder / "export" / "slim" / "model.onnx"
+    graph = graph_of(str(shop.folder / "export" / "slim"), verified=False)
     if shop.recipe.export.precision != shop.engine_precision:
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
         half = shop.of_unet.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})

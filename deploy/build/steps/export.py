@@ -26,18 +26,17 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         pipeline = with_scheduler(shop.dense if name == "dense" else shop.slim, shop.sampling)
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
-        export_unet(
-            denoiser_of(pipeline), folder / name, shop.trajectory[0], shop.of_unet, scheduler=pipeline.scheduler
-        )
+        unet, call = denoiser_of(pipeline), shop.trajectory[0]
+        graph = export_unet(unet, folder / name, call, shop.of_unet, scheduler=pipeline.scheduler)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         made_from |= shop.usage
-        inputs, wide = shapes(shop.trajectory[0]), fp32_islands(folder / name / "model.onnx")
+        inputs, wide = shapes(call), fp32_islands(graph)
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
         result[name] = {
             "folder": f"export/{name}",
-            "bytes": sum(f.stat().st_size for f in (folder / name).glob("model.onnx*")),
+            "bytes": sum(f.stat().st_size for f in (folder / name).rglob("model.onnx*")),
             "inputs": inputs,
             "seconds": seconds,
             "fp32_islands": wide,

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy.artifacts.figures import denoiser_of
+from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.graphs.vae import HALVES, export_vae, is_half
@@ -31,11 +32,11 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
     captions, sampling = shop.together
     parts = []
     title = runtime_of(shop.runtime).title
-    for graph in graphs:
+    for graph in (graph_of(str(folder), verified=False) for folder in graphs):
         unet = UNet.open(graph, shop.runtime)
         precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
-        found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph / "model.onnx")
+        found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph)
         with watch_vae(getattr(shop.slim, "vae", None)) as seen:
             found = check_trajectory(found, shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
         parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})

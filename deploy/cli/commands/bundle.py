@@ -51,6 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
     flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
+    flags.add(parser, ExportSettings, "split")
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")
     runs_in = "what the denoiser runs in (default for edge: OpenVINO, which computes in bf16 where the CPU does)"
     parser.add_argument("--runtime", choices=names()[1:], help=runs_in)
@@ -84,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
     denoisers = (shapes, args.precision, args.capability, args.runtime)
     used = flags.read_usage(args, args.source, args.pipeline)
-    kept = flags.read(args, ExportSettings).keep_fp32
-    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, kept, steering)
+    exports = flags.read(args, ExportSettings)
+    how: Any = {"keep_fp32": exports.keep_fp32, "split": exports.split, "steering": steering}
+    selection = Selection(args.target, *denoisers, args.safety_checker, used.guidance, variants, **how)
     source = open_source(args.source, args.pipeline, selection)
     taken, left = choose(source, selection)
     log.info("bundle: %s for %s", ", ".join(c.name for c in taken), args.target)

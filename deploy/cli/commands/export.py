@@ -24,6 +24,7 @@ EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
   slimdiff export slim --out slim-onnx --dynamic batch,size
   slimdiff export slim --out slim-onnx --precision fp16 --height 2048 --width 2048 --vae-tile 512
+  slimdiff export slim --out slim-parts --split
   slimdiff export my-checkpoint/unet --out unet-onnx
   slimdiff export slim --out canny-onnx --controlnet sd-controlnet-canny
   slimdiff generate canny-onnx --control-image edges.png --prompt "a barn" --out barn.png"""
@@ -46,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
     flags.text(parser, "--dynamic", "batch,size", dynamic)
+    flags.add(parser, ExportSettings, "split")
     tile = "side in pixels of the VAE's graphs, which make larger images by tiles of that size, for less memory"
     flags.whole(parser, "--vae-tile", tile)
     unchecked = "leave the safety checker out, where the pipeline has one: no image is checked"
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import export_pipeline
     from exporters.graphs.precision import fp32_islands
+    from exporters.graphs.reading import graph_files
     from slimdiff.adapters import fused_files
 
     pipeline, unet, call = _open(args, image, weights.variant, steering)
@@ -89,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
             files = export_pipeline(pipeline, temporary, settings, call=call, vae_tile=args.vae_tile)
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
-        names = [file.relative_to(temporary).as_posix() for file in files]
-        islands = fp32_islands(temporary / names[0])  # the UNet's
+        names = [file.relative_to(temporary).as_posix() for each in files for file in graph_files(each)]
+        islands = fp32_islands(files[0])  # the UNet's
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,10 @@ PARTS = {
 }
 """Components that are not models, and the library that has their class: no other code is imported."""
 _ENCODERS = ("text_encoder", "text_encoder_2")
+STEP = "unet_step"
+"""Of a UNet in parts, the model that takes what the others give: those run once for a prompt, and for a time."""
+_HELD = {"unet_prompt": 2, "unet_time": 128}
+"""And these others, with how many of their answers are kept."""
 
 
 class Cancelled(Exception):
@@ -67,7 +72,9 @@ class TextToImage:
         parts: dict[str, Any] = {}
         for part in inspect.signature(kind).parameters:
             value = index.get(part)
-            if part in makers and value is not None:
+            if part == "unet" and STEP in graphs:
+                parts[part] = _UNetInParts(graphs, _read(folder / STEP / "config.json"), infer)
+            elif part in makers and value is not None:
                 model = "vae_decoder" if part == "vae" else part
                 parts[part] = makers[part](model, graphs[model], _read(folder / model / "config.json"), infer)
             elif part in PARTS and value is not None:
@@ -79,7 +86,7 @@ class TextToImage:
         self.max_steps, self.usage = max_steps, _read(folder / USAGE)
         self.pipeline = kind(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
-        height, width = graphs["unet"]["inputs"]["sample"]["shape"][-2:]
+        height, width = graphs[STEP if STEP in graphs else "unet"]["inputs"]["sample"]["shape"][-2:]
         scale = self.pipeline.vae_scale_factor
         self.size = {"height": height * scale, "width": width * scale}
 
@@ -156,18 +163,23 @@ class _Remote(nn.Module):
 
     def ask(self, outputs: list[str], **given: Tensor) -> list[Tensor]:
         """Outputs for inputs `[B, ...]` of any B: in parts of the graph's own batch, where that is fixed."""
-        arrays = {
-            name: np.ascontiguousarray(tensor.detach().cpu().numpy().astype(self.graph["inputs"][name]["dtype"]))
-            for name, tensor in given.items()
-        }
-        arrays = {name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()}
-        count = len(next(iter(arrays.values())))
-        size = self.graph["batch"] or count
-        answers = []
-        for start in range(0, count, size):
-            rows = np.minimum(np.arange(start, start + size), count - 1)  # the last part is filled up
-            answers.append(self.infer(self.name, {name: array[rows] for name, array in arrays.items()}, outputs))
-        return [torch.from_numpy(np.concatenate([a[name] for a in answers])[:count]) for name in outputs]
+        return _ask(self.infer, self.name, self.graph, outputs, given)
+
+
+def _ask(infer: Infer, name: str, graph: dict[str, Any], outputs: list[str], given: dict[str, Tensor]) -> list[Tensor]:
+    """See `_Remote.ask`."""
+    arrays = {
+        key: np.ascontiguousarray(tensor.detach().cpu().numpy().astype(graph["inputs"][key]["dtype"], copy=False))
+        for key, tensor in given.items()
+    }
+    arrays = {key: array[:, None] if array.ndim == 1 else array for key, array in arrays.items()}
+    count = len(next(iter(arrays.values())))
+    size = graph["batch"] or count
+    answers = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)  # the last part is filled up
+        answers.append(infer(name, {key: array[rows] for key, array in arrays.items()}, outputs))
+    return [torch.from_numpy(np.concatenate([a[key] for a in answers])[:count]) for key in outputs]
 
 
 class _Encoded(NamedTuple):
@@ -212,15 +224,51 @@ class _UNet(_Remote):
         **_others: Any,
     ) -> tuple[Tensor]:
         timesteps = torch.full((len(sample),), timestep.item(), dtype=timestep.dtype)
-        whole = self.graph["inputs"]["timestep"]["dtype"].startswith("int")
-        if whole and not float(timestep).is_integer():
+        if self.whole_times and not float(timestep).is_integer():
             raise ValueError(
                 f"the UNet takes whole timesteps, not {float(timestep):g}: export the model again with this scheduler "
                 "in its pipeline, or serve one whose timesteps are whole"
             )
         given = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": encoder_hidden_states}
-        (noise,) = self.ask(["out_sample"], **given, **(added_cond_kwargs or {}))
+        (noise,) = self.answer(given | (added_cond_kwargs or {}))
         return (noise.to(sample.dtype),)
+
+    @property
+    def whole_times(self) -> bool:
+        return self.graph["inputs"]["timestep"]["dtype"].startswith("int")
+
+    def answer(self, given: dict[str, Tensor]) -> list[Tensor]:
+        return self.ask(["out_sample"], **given)
+
+
+class _UNetInParts(_UNet):
+    """What the prompt and the time decide is kept by the values that it was computed from."""
+
+    def __init__(self, graphs: dict[str, Any], config: dict[str, Any], infer: Infer):
+        super().__init__(STEP, graphs[STEP], config, infer)
+        self.others = {name: graphs[name] for name in _HELD if name in graphs}
+        self.held: dict[str, OrderedDict[object, dict[str, Tensor]]] = {name: OrderedDict() for name in self.others}
+
+    @property
+    def whole_times(self) -> bool:
+        return self.others["unet_time"]["inputs"]["timestep"]["dtype"].startswith("int")
+
+    def answer(self, given: dict[str, Tensor]) -> list[Tensor]:
+        values = dict(given)
+        for name, graph in self.others.items():
+            values |= self._kept(name, graph, {key: given[key] for key in graph["inputs"]})
+        return self.ask(["out_sample"], **{key: values[key] for key in self.graph["inputs"]})
+
+    def _kept(self, name: str, graph: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+        held, outputs = self.held[name], list(graph["outputs"])
+        arrays = {key: tensor.detach().cpu().numpy() for key, tensor in given.items()}
+        values = tuple((key, array.shape, array.dtype.str, array.tobytes()) for key, array in arrays.items())
+        if values not in held:
+            while len(held) >= _HELD[name]:
+                held.popitem(last=False)
+            held[values] = dict(zip(outputs, _ask(self.infer, name, graph, outputs, given), strict=True))
+        held.move_to_end(values)
+        return held[values]
 
 
 class _VAE(_Remote):
