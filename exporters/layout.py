@@ -13,6 +13,8 @@ from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
+SHALLOW = "shallow.onnx"
+"""Beside a UNet's graph: the part of it that a schedule runs in some steps, on the same file of weights."""
 CONFIG = "config.json"
 IMAGE_ENCODER = "image_encoder"
 """A folder with a graph of what IP-Adapters are shown pictures by."""

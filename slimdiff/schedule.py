@@ -16,11 +16,40 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimdiff.errors import InputError
+from slimdiff.settings import Settings
 from slimdiff.storage.manifest import replacing
 
 FILE = "schedule.json"
 """Its name in a model's directory."""
 MOST_STEPS = 1000
+DEPTH = r"^up_blocks\.[1-9][0-9]?$"
+"""Paths of what can be reused: the input of an up block but the first, which takes the middle's."""
+
+
+class ScheduleSettings(Settings):
+    """How a schedule is said by hand."""
+
+    guidance_interval: str = Field("0:1", pattern=r"^(0(\.[0-9]+)?|1(\.0+)?):(0(\.[0-9]+)?|1(\.0+)?)$")
+    """Where steps are guided, as fractions of the trajectory from the noise on, such as 0.0:0.5 for the first half."""
+    deep_every: int = Field(1, ge=1, le=MOST_STEPS)
+    """Steps from one that runs the whole network to the next; the others reuse what it left."""
+    depth: str | None = Field(None, pattern=DEPTH)
+    """The up block whose input is reused, such as up_blocks.2; the last one if not given, and all are tried where a
+    schedule is chosen."""
+
+    def make(self, levels: int, steps: int) -> Schedule:
+        """The schedule for a UNet of these levels; see `make_schedule`."""
+        low, high = map(float, self.guidance_interval.split(":"))
+        return make_schedule(levels, steps, guidance_interval=(low, high), deep_every=self.deep_every, depth=self.depth)
+
+
+class ChoiceSettings(Settings):
+    """What a schedule is chosen for: one of these."""
+
+    speedup: float | None = Field(None, gt=1, le=1000)
+    """How many times fewer multiply-adds the denoiser's calls of an image take, such as 2."""
+    max_error: float | None = Field(None, gt=0, le=1_000_000)
+    """The cheapest schedule that changes the final latents by at most this (relative mean squared), measured."""
 
 
 class Schedule(BaseModel):
@@ -33,7 +62,7 @@ class Schedule(BaseModel):
     """Of the UNet: how many up blocks it has."""
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Calls of the denoiser a picture: one a step with nearly all samplers."""
-    depth: str | None = Field(None, pattern=r"^up_blocks\.[1-9][0-9]?$")
+    depth: str | None = Field(None, pattern=DEPTH)
     """The up block whose input is kept and reused, such as `up_blocks.2`; None if every step runs the whole network."""
     guided: list[int]
     """Steps, from 0, that run all branches of guidance; the others run the branch of the prompt alone."""

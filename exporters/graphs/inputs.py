@@ -26,12 +26,15 @@ NAMES: dict[tuple[str, ...], str] = {
     ("down_intrablock_additional_residuals",): "down_intrablock_additional_residuals",
     ("controlnet_cond",): "controlnet_cond",
     ("conditioning_scale",): "conditioning_scale",
+    ("kept",): "kept",
 }
 """Place among the arguments of a denoiser's call -> name of the graph's input.
 
 Where a place holds a list, there is an input per item, with its number: `down_block_additional_residuals_0`.
 """
 
+KEPT = "kept"
+"""What enters an up block, given by a whole UNet's graph and taken by its shallow one: `exporters.graphs.scheduled`."""
 SCALARS = ("timestep", "conditioning_scale")
 """Inputs that are one number for all samples."""
 _FIRST = ("sample", "timestep", "encoder_hidden_states")

@@ -43,8 +43,9 @@ _GUIDES = "do_classifier_free_guidance"
 class Passes(Protocol):
     """The two ways that a runtime runs a denoiser."""
 
-    denoiser: nn.Module
-    """What pipelines take for the denoiser: its configuration, dtype and device."""
+    @property
+    def denoiser(self) -> nn.Module:
+        """What pipelines take for the denoiser: its configuration, dtype and device."""
 
     def whole(self, arguments: Mapping[str, Any], depth: str | None) -> tuple[Tensor, Tensor | None]:
         """The whole network: its output `[B, C, H, W]`, and what enters the up block of that path `[B, D, h, w]`."""
@@ -333,6 +334,13 @@ def _prompt_first(pipeline: Any) -> bool:
             f"how {kind} arranges its branches of guidance is not known: make a schedule that guides every step"
         )
     return False
+
+
+def guides_as_known(pipeline: Any) -> bool:
+    """Whether steps of this pipeline can go without guidance."""
+    kind = type(pipeline)
+    known = _PROMPT_FIRST.fullmatch(kind.__name__) or _PROMPT_LAST.fullmatch(kind.__name__)
+    return known is not None and hasattr(kind, _GUIDES)
 
 
 def _branches(pipeline: Any, batch: int) -> int:
