@@ -14,6 +14,8 @@ from slimdiff.storage import manifest
 INDEX = "model_index.json"
 GRAPH = "model.onnx"
 ENGINE = "model.engine"
+SHALLOW = "shallow.onnx"
+"""Beside a UNet's graph: the part of it that a schedule runs in some steps, on the same file of weights."""
 CONFIG = "config.json"
 PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
 """Folders in that of a denoiser whose graph, or engine, is in parts: `exporters.graphs.split` says what is in them."""

@@ -20,6 +20,7 @@ COMMANDS = {
     "build": "the whole chain from a recipe; finished stages with unchanged inputs are skipped",
     "calibrate": "collect a model's statistics into a file, for any number of budgets",
     "compress": "calibrate, plan, slim; writes a diffusers pipeline directory",
+    "schedule": "which steps of an image are guided and which run the whole network: by hand, or measured and chosen",
     "lora": "a LoRA of a dense model converted onto its slim one, without training and without the dense model",
     "sweep": "the frontier: size and latency against fidelity, as JSON and as a page",
     "prompts": "a compact calibration set: few prompts that stand for all of a large file",

@@ -161,6 +161,11 @@ def find_ip_adapter_image(args: argparse.Namespace) -> Path | None:
     return None if shown is None else find_pictures(shown, "IP-Adapter images")[0]
 
 
+def add_schedule(parser: Any) -> None:
+    """A schedule in the place of the artifact's own, for `find_schedule`."""
+    text(parser, "--schedule", "FILE", "which steps are guided and whole (default: the artifact's own); none: all are")
+
+
 def add_variant(parser: Any) -> None:
     """Which weights are read, for `read_variants`."""
     add(parser, WeightSettings, "variant")

@@ -32,6 +32,7 @@ READ = (
         "control_images",
         "statistics",
         "plan",
+        "schedule",
         "merge",
         "reference",
     ),
@@ -68,6 +69,7 @@ _BEGINNINGS = {
     "history": rb"\s*(\{|$)",
     "LoRA file": rb"(?s:.{8})\{",
     "statistics file": rb"(?s:.{8})\{",
+    "schedule": rb"\s*\{",
     "archive of a bundle": rb"\x28\xb5\x2f\xfd",
     "text file": rb"[^\0]*\Z",
 }

@@ -26,6 +26,7 @@ NAMES: dict[tuple[str, ...], str] = {
     ("down_intrablock_additional_residuals",): "down_intrablock_additional_residuals",
     ("controlnet_cond",): "controlnet_cond",
     ("conditioning_scale",): "conditioning_scale",
+    ("kept",): "kept",
 }
 """Place among the arguments of a denoiser's call -> name of the graph's input.
 
@@ -36,6 +37,8 @@ PROMPT = ("encoder_hidden_states", "image_embeds")
 """Inputs that stay the same from an image's first step to its last, and that cross-attention takes."""
 TIME = ("timestep", "class_labels", "timestep_cond", "text_embeds", "time_ids")
 """Inputs that the embedding of the time is made of: all but `timestep` stay the same, too."""
+KEPT = "kept"
+"""What enters an up block, given by a whole UNet's graph and taken by its shallow one: `exporters.graphs.scheduled`."""
 SCALARS = ("timestep", "conditioning_scale")
 """Inputs that are one number for all samples."""
 _FIRST = ("sample", "timestep", "encoder_hidden_states")

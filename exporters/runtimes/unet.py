@@ -81,15 +81,22 @@ class UNet(RuntimeModule):
         Raises:
             InputError: for a shape that the graph was not exported for, a timestep not whole, or other arguments.
         """
-        arguments = {
-            "sample": sample,
-            "timestep": graph_time(timestep, self.session.dtypes["timestep"], self.session.source),
-            "encoder_hidden_states": encoder_hidden_states,
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "added_cond_kwargs": added_cond_kwargs,
-        }
-        inputs, unknown = named_inputs(arguments | others)
+        inputs = self.named(
+            sample=sample,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added_cond_kwargs,
+            **others,
+        )
+        noise = answer(self.session, inputs)["out_sample"].to(sample.device, sample.dtype)
+        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def named(self, sample: Tensor, timestep: Tensor | float | int, **others: Any) -> dict[str, Tensor]:
+        """A call's arguments as the graph's inputs; see `forward`."""
+        timestep = graph_time(timestep, self.session.dtypes["timestep"], self.session.source)
+        inputs, unknown = named_inputs({"sample": sample, "timestep": timestep, **others})
         if unknown := unknown + [name for name in inputs if name not in self.session.inputs]:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
         for name in self.session.inputs:
@@ -100,8 +107,7 @@ class UNet(RuntimeModule):
                 f"a ControlNet steers {self.session.source}, and nothing was given for its input {steered[0]}: run it "
                 "in the pipeline that it was exported with, or name the ControlNet (--controlnet)"
             )
-        noise = answer(self.session, inputs)["out_sample"].to(sample.device, sample.dtype)
-        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+        return inputs
 
     def _nothing(self, name: str, sample: Tensor) -> Tensor:
         """Zeros for an input whose height and width follow those of `sample`."""

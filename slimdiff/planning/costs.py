@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.denoising.modules import twin
+from slimdiff.denoising.scheduled import shallow_unet
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
@@ -78,6 +80,34 @@ def count_macs(denoiser: nn.Module, call: Call) -> int:
         return counter.get_total_flops() // 2
 
     return _counted(denoiser, call, count)
+
+
+@working("count multiply-accumulates of a shallow call")
+@torch.no_grad()
+def shallow_share(unet: nn.Module, depth: str, call: Call) -> float:
+    """What a call from that up block on costs, as a share of a whole one's multiply-accumulates.
+
+    Args:
+        depth: as of `slimdiff.schedule.Schedule`.
+
+    Raises:
+        InputError: if the UNet has no such depth.
+    """
+    shallow = shallow_unet(unet, depth)
+    runs = {f"up_blocks.{len(unet.up_blocks) - 1 - i}" for i in range(len(shallow.up_blocks))}  # type: ignore[arg-type]
+    runs |= {f"down_blocks.{i}" for i in range(len(shallow.down_blocks))}
+    blocks = [name for name, _ in unet.named_modules() if re.fullmatch(r"mid_block|(up|down)_blocks\.[0-9]+", name)]
+    left_out = [name for name in blocks if name not in runs]
+    left_out += [f"down_blocks.{len(shallow.down_blocks) - 1}.downsamplers.0"]
+
+    def count(run: Callable[[], Any], _model: nn.Module) -> float:
+        counter = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+        by_module = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+        return 1 - sum(by_module.get(name, 0) for name in left_out) / counter.get_total_flops()
+
+    return _counted(unet, call, count)
 
 
 def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any], nn.Module], _Count]) -> _Count:

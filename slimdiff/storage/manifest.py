@@ -110,6 +110,20 @@ def write_manifest(
     return manifest
 
 
+def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Write a file into a folder, and into its manifest where it has one; nothing else of either changes.
+
+    Killed in between, it leaves a file that the manifest does not list, and never one that is not as it says.
+    """
+    whole = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if whole is not None and whole["files"].pop(name, None) is not None:
+        write_json(folder / MANIFEST, whole)
+    write(folder / name)
+    if whole is not None:
+        whole["files"][name] = {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
+        write_json(folder / MANIFEST, whole)
+
+
 def strangers(folder: Path) -> Iterator[Path]:
     """Files and links below a folder that neither its manifest nor one in a folder below it lists.
 

@@ -68,6 +68,15 @@ PAGES = {
             "1024 --width 1024": "32 --width 32",
         },
     ),
+    "docs/schedule.md": Page(
+        {"my-checkpoint": "tiny", "my-slim": "slim"},
+        6,
+        {
+            "--samples 8": "--samples 2 --steps 4",
+            "--deep-every 3": "--deep-every 3 --steps 6",
+            "--images 8": "--images 2",
+        },
+    ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),
     "docs/bundles.md": Page(
         {"my-checkpoint": "tiny", "my-slim": "slim", "my-build": "build"},

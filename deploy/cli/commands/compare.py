@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.kinds import kind_of
+from deploy.artifacts.schedules import find_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import artifact_folder, check_apart, check_artifact, check_runnable
@@ -28,6 +29,7 @@ EXAMPLE = """examples:
   slimdiff compare my-checkpoint slim --images 8 --save-images pairs
   slimdiff compare my-checkpoint slim --metrics lpips,clip --weights lpips=vgg16.pth --weights clip=clip-vit-b
   slimdiff compare my-checkpoint slim --gate max_noise_error=1e-2 --gate min_ssim=0.9
+  slimdiff compare my-checkpoint slim --schedule schedule.json     # DENSE has every step guided and whole
   slimdiff compare demo-slim demo-onnx --json"""
 
 STEPS = 25
@@ -54,6 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, Sampling, "seed", default=10_000)
     parser.add_argument("--runtime", choices=names(), help="what runs ONNX and bundles (default: as for generate)")
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.add_schedule(parser)
     flags.text(parser, "--save-images", "DIR", "a folder to write the images of both into, with equal names")
     flags.text(parser, "--metrics", "LIST", f"of {', '.join(METRICS)}", type=lambda said: said.split(","), default=[])
     weights = "a metric's weights, which are never fetched: a file, or the folder of a CLIP model"
@@ -86,15 +89,18 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import EXIT_CODE, judge, overall, quality
     from deploy.opening.pairs import open_pair
+    from deploy.opening.schedules import compute_of, with_schedule
     from deploy.quality.folders import save_images
     from deploy.quality.measure import Measures
     from slimdiff import compare
     from slimdiff.denoising.tasks import has_prompts, make_inputs, text_of
 
+    schedule = find_schedule(args.slim, args.schedule)
     steering = flags.read(args, SteeringSettings)
     loras = {"dense": args.lora, "slim": args.slim_lora}
     dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras, steering)
     prompts, sampling = make_inputs(dense.pipeline, material, sampling)
+    slim.pipeline = with_schedule(slim.pipeline, slim.opened, args.slim, schedule)
     counts = {"--images": min(args.images, len(prompts)), "--trajectories": min(args.trajectories, len(prompts))}
     if dense.fixed_batch or slim.fixed_batch:
         for flag, count in counts.items():
@@ -118,6 +124,9 @@ def run(args: argparse.Namespace) -> int:
         measured = measures(**images, captions=captions)
         value["images"]["metrics"] = measured["images"]
         value["quality"] |= measured["quality"]
+        if schedule is not None:
+            value["schedule"] = schedule.model_dump(exclude_none=True)
+            value["macs_per_image"] = compute_of(dense, slim, schedule, sampling)
         if folder is not None:
             made_from = {"command": "compare", "sampling": value["sampling"]}
             save_images(folder, **images, captions=captions, made_from=made_from)
@@ -153,6 +162,11 @@ def _text(value: dict[str, Any]) -> str:
         f"noise-prediction error: {value['noise_error']['relative_mse']:.3g} relative mean squared",
         f"images: PSNR {images['psnr_db']:.1f} dB, SSIM {images['ssim']:.4f}, {images['count']} pairs",
     ]
+    if (macs := value.get("macs_per_image", {})).get("saved") is not None:
+        lines.append(
+            f"multiply-adds per image: {macs['dense']:.4g} dense, every step guided and whole; {macs['slim']:.4g} "
+            f"slim, by its schedule: {macs['saved']:.1%} saved"
+        )
     lines += [f"{name}: {m['value']:.4g}{_between(m)}" for name, m in images["metrics"].items()]
     for name, q in value["quality"].items():
         change = f", difference {q['difference']:.4g}{_between(q)}" if "difference" in q else ""

@@ -58,6 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.kinds import graph_of, plan_beside
+    from deploy.artifacts.schedules import refuse_schedule
     from exporters.layout import ENGINE_PIPELINE
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         clear_leftovers(out)  # a folder with nothing else in it looks like somebody else's
     check_folder(out, kind)
     graph = graph_of(args.onnx)
+    refuse_schedule(args.onnx, "an engine")
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.numbers import size as in_bytes
+from deploy.artifacts.schedules import find_schedule
 from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
@@ -14,6 +15,7 @@ from deploy.cli.outputs import artifact_folder, check_artifact
 from exporters.settings import ExportSettings
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import find_component, find_model
+from slimdiff.schedule import FILE, Schedule
 from slimdiff.settings import MOST_AT_ONCE, Sampling, SteeringSettings, WeightSettings
 from slimdiff.storage import manifest
 
@@ -38,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, Sampling, "height", "width")
+    flags.add_schedule(parser)
     flags.add_lora(parser)
     flags.add_steering(parser)
     flags.add(parser, WeightSettings, "variant")
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, asked in (("--vae-tile", args.vae_tile), ("what steers it", steering)):
         if alone and asked:
             raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
+    schedule = find_schedule(args.model, args.schedule)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
 
@@ -76,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.files import copy_licenses
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.build import shapes
-    from exporters.graphs.export import export_unet
-    from exporters.graphs.pipeline import export_pipeline
     from exporters.graphs.precision import fp32_islands
     from exporters.graphs.reading import graph_files
     from slimdiff.adapters import fused_files
@@ -85,11 +87,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline, unet, call = _open(args, image, weights.variant, steering)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
-        if alone:
-            scheduler = getattr(pipeline, "scheduler", None)
-            files = [export_unet(unet, temporary, call, settings, scheduler=scheduler)]
-        else:
-            files = export_pipeline(pipeline, temporary, settings, call=call, vae_tile=args.vae_tile)
+        unet_alone = unet if alone else None
+        files = _write(pipeline, unet_alone, temporary, settings, schedule, call=call, vae_tile=args.vae_tile)
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
         names = [file.relative_to(temporary).as_posix() for each in files for file in graph_files(each)]
@@ -103,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             **fused,
             **steering_hashes(steering),
             **settings.model_dump(),
+            **({"schedule": schedule.model_dump(exclude_none=True)} if schedule else {}),
         }
         manifest.write_manifest(temporary, "onnx", made_from, runs_on)
         written = sum(file.stat().st_size for file in temporary.rglob("*.onnx*"))
@@ -110,6 +110,30 @@ def run(args: argparse.Namespace) -> int:
     graphs = "1 graph" if alone else f"{len(names)} graphs"
     lines = [f"{out}: {graphs}, {settings.precision}, {in_bytes(written)}", *(f"  {name}" for name in names)]
     return result(args, value, "\n".join(lines))
+
+
+def _write(
+    pipeline: Any, unet: Any, folder: Path, settings: ExportSettings, schedule: Schedule | None, **how: Any
+) -> list[Path]:
+    """Export a pipeline, or a UNet alone if there is one; by a schedule, with that beside it.
+
+    Args:
+        how: `call`, and `vae_tile` of a pipeline.
+    """
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.pipeline import export_pipeline
+    from exporters.graphs.scheduled import export_scheduled, export_scheduled_pipeline
+
+    if schedule is not None:
+        schedule.save(folder / FILE)
+    if unet is None:
+        if schedule is None:
+            return export_pipeline(pipeline, folder, settings, **how)
+        return export_scheduled_pipeline(pipeline, folder, schedule, settings, **how)
+    scheduler = getattr(pipeline, "scheduler", None)
+    if schedule is None:
+        return [export_unet(unet, folder, how["call"], settings, scheduler=scheduler)]
+    return export_scheduled(unet, folder, how["call"], schedule, settings, scheduler=scheduler)
 
 
 def _open(

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.schedules import find_schedule
 from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
@@ -56,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tiled = "make large images by tiles, for less memory; of ONNX, where the VAE's graph is open in size"
     parser.add_argument("--tiled", action="store_true", help=tiled)
     flags.text(parser, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.add_schedule(parser)
     flags.add_variant(parser)
     flags.add_lora(parser)
     flags.add_steering(parser)
@@ -72,13 +74,14 @@ def run(args: argparse.Namespace) -> int:
     check_runnable(args.artifact, args.pipeline)
     variants = flags.read_variants(args, args.artifact, args.pipeline)
     calm_libraries()
-    from PIL.Image import Image
 
     from deploy.opening.openers import open_denoiser, whole_pipeline
+    from deploy.opening.schedules import with_schedule
     from slimdiff.denoising.steering import nets_of
     from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import sample_images
 
+    schedule = find_schedule(args.artifact, args.schedule)
     size = {"height": asked.height, "width": asked.width}
     how: dict[str, Any] = {**size, "variant": variants[args.artifact], "lora": args.lora, "rest": args.pipeline}
     opened = open_denoiser(args.artifact, args.runtime, **how, steering=flags.read(args, SteeringSettings))
@@ -100,17 +103,13 @@ def run(args: argparse.Namespace) -> int:
 
         enable_tiling(pipeline)
     inputs, sampling = make_inputs(pipeline, material, sampling)
-    log.info("generate: %d steps", sampling.steps)
+    pipeline = with_schedule(pipeline, opened, args.artifact, schedule)
+    log.info("generate: %d steps%s", sampling.steps, f", by the schedule of {schedule}" if schedule else "")
     start = time.perf_counter()
     filled = -(-len(inputs) // sampling.batch) * sampling.batch  # a graph's batch is fixed
     images = sample_images(pipeline, [inputs[i % len(inputs)] for i in range(filled)], sampling)[: len(inputs)]
     seconds = round(time.perf_counter() - start, 3)
-    for out, image in zip(outs, images, strict=True):
-        if not isinstance(image, Image):
-            kind = type(image).__name__
-            raise InputError(f"{args.artifact} makes a {kind} and no image: call the pipeline from Python")
-        with manifest.replacing(out.absolute(), is_file=True) as temporary:
-            image.save(temporary, format="PNG")
+    _write(outs, images, args.artifact)
     value = {
         "out": str(outs[0]),
         "outs": [str(out) for out in outs],
@@ -123,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         "width": images[0].width,
         "height": images[0].height,
         "tiled": args.tiled,
+        "schedule": schedule and schedule.model_dump(exclude_none=True),
         "seconds": seconds,
         "why": getattr(getattr(pipeline, "chosen", None), "why", None),
     }
@@ -130,6 +130,17 @@ def run(args: argparse.Namespace) -> int:
     return result(
         args, value, f"{made}: {value['width']} x {value['height']}, {sampling.steps} steps in {seconds:.1f} s"
     )
+
+
+def _write(outs: list[Path], images: list[Any], artifact: str) -> None:
+    from PIL.Image import Image
+
+    for out, image in zip(outs, images, strict=True):
+        if not isinstance(image, Image):
+            kind = type(image).__name__
+            raise InputError(f"{artifact} makes a {kind} and no image: call the pipeline from Python")
+        with manifest.replacing(out.absolute(), is_file=True) as temporary:
+            image.save(temporary, format="PNG")
 
 
 def _outs(args: argparse.Namespace) -> list[Path]:

@@ -1,0 +1,111 @@
+"""`schedule`: by hand and chosen, into a model's directory; `generate` and `compare` make their images by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import call, refused
+from conftest import PROMPTS
+from PIL import Image, ImageChops
+
+from slimdiff import Schedule
+from slimdiff.storage import manifest
+
+FEW = ["--images", 2, "--trajectories", 1, "--steps", 6, "--batch", 1]
+
+
+@pytest.fixture
+def model(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def image(model: Path, out: Path, capsys, *more: str) -> Image.Image:
+    found = call(["generate", model, "--prompt", PROMPTS[0], "--steps", 6, "--out", out, *more], capsys)
+    assert (found["schedule"] is None) == ("none" in more or not (model / "schedule.json").exists())
+    return Image.open(out).convert("RGB")
+
+
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    return ImageChops.difference(one, other).getbbox() is not None
+
+
+def test_a_schedule_by_hand_lies_beside_the_model_and_is_followed(model, tmp_path, capsys):
+    manifest.write_manifest(model, "slim-model", {})
+    plain = image(model, tmp_path / "plain.png", capsys)
+    asked = ["--guidance-interval", "0.0:0.5", "--deep-every", 3, "--depth", "up_blocks.1", "--steps", 6]
+    found = call(["schedule", model, *asked], capsys)
+    schedule = Schedule.load(model)
+    assert (schedule.guided, schedule.whole, schedule.depth) == ([0, 1, 2], [0, 3], "up_blocks.1")
+    assert found["cost"] == pytest.approx(schedule.cost(found["shallow"])) and 0 < found["shallow"] < 1
+    assert "schedule.json" in manifest.verify_manifest(model)["files"] and not [*manifest.strangers(model)]
+    assert differ(image(model, tmp_path / "scheduled.png", capsys), plain)
+    assert not differ(image(model, tmp_path / "none.png", capsys, "--schedule", "none"), plain)
+    call(["schedule", model, "--deep-every", 2, "--steps", 6], capsys)  # again, in its place
+    assert Schedule.load(model).whole == [0, 2, 4]
+    manifest.verify_manifest(model)
+
+
+def test_compare_holds_a_scheduled_model_against_the_dense_one_at_full_schedule(model, tmp_path, capsys):
+    file = tmp_path / "schedule.json"
+    found = call(["schedule", model, "--deep-every", 3, "--steps", 6, "--out", file], capsys)
+    assert not (model / "schedule.json").exists()
+    compared = call(["compare", model, model, *FEW, "--schedule", file], capsys)
+    assert compared["noise_error"]["relative_mse"] == 0 and 10 < compared["images"]["psnr_db"] < 200
+    macs = compared["macs_per_image"]
+    assert macs["saved"] == pytest.approx(1 - found["cost"]) and macs["slim"] == pytest.approx(
+        macs["dense"] * found["cost"], rel=1e-6
+    )
+    plain = call(["compare", model, model, *FEW], capsys)
+    assert "macs_per_image" not in plain and plain["images"]["ssim"] == 1
+
+
+def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 4]
+    found = call(["schedule", model, "--speedup", 1.4, *measured], capsys)
+    assert found["speedup"] >= 1.4 - 1e-6
+    said = Schedule.load(model).made_by
+    assert said["latent_error"] > 0 and said["images"] == 2 and said["cost"] == pytest.approx(found["cost"])
+    bound = said["latent_error"] * 1.01
+    call(["schedule", model, "--max-error", bound, *measured], capsys)
+    cheapest = Schedule.load(model).made_by
+    assert cheapest["latent_error"] <= bound
+    line = refused(["schedule", model, "--speedup", 50, *measured], capsys)
+    assert "no schedule of this model is 50 times as fast: the fastest is" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("schedule demo --deep-every 3", "demo is no directory of yours that a schedule could go into: say --out FILE"),
+        ("schedule MODEL --steps 6", "say a schedule (--guidance-interval, --deep-every) or what to choose"),
+        ("schedule MODEL --deep-every 2 --speedup 2", "say a schedule by hand: leave out --speedup and --max-error"),
+        ("schedule MODEL --guidance-interval 0.5:2", "guidance-interval"),
+        ("schedule MODEL --guidance-interval 0.8:0.2", "an interval of guidance is like 0.0:0.5"),
+        ("schedule MODEL --deep-every 2 --depth up_blocks.7", "a UNet of 3 levels has up_blocks.1 or up_blocks.2"),
+        ("schedule MODEL --deep-every 2 --out schedule.txt", "name a file that ends in .json"),
+        ("schedule MODEL --deep-every 2 --out photo.json", "is there and no schedule: name another file"),
+        ("generate MODEL --prompt a --out a.png --schedule four.json", "for a UNet of 4 levels, and this one has 3"),
+        ("generate MODEL --prompt a --out a.png --schedule broken.json", "broken.json: whole: "),
+        ("generate MODEL --prompt a --out a.png --schedule absent.json", "no schedule can be read there"),
+    ],
+)
+def test_what_no_schedule_can_be_is_one_line(argv, said, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    four = {"levels": 4, "steps": 4, "depth": "up_blocks.3", "guided": [0, 1, 2, 3], "whole": [0, 2]}
+    Path("four.json").write_text(json.dumps(four))
+    Path("broken.json").write_text(json.dumps({**four, "whole": "all"}))
+    Path("photo.json").write_bytes(b"\x89PNG")
+    assert said in refused([str(model) if word == "MODEL" else word for word in argv.split()], capsys)
+    assert not (model / "schedule.json").exists() and not Path("a.png").exists()
+
+
+def test_a_file_of_the_users_own_is_not_taken_for_a_schedule(model, capsys):
+    (model / "schedule.json").write_text('{"monday": "swimming"}')
+    assert "schedule.json: " in refused(["schedule", model, "--deep-every", 2], capsys)
+    assert "swimming" in (model / "schedule.json").read_text()
+    shutil.rmtree(model)
