@@ -50,7 +50,8 @@ def export_scheduled(
     without guidance, both are open in the batch.
 
     Raises:
-        InputError: if the schedule is of another UNet, or residuals of a ControlNet steer this one.
+        InputError: if the schedule is of another UNet, residuals of a ControlNet steer this one, or it is to be in parts
+            and to reuse a depth.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
@@ -60,6 +61,10 @@ def export_scheduled(
     depth = schedule.depth
     if depth is None:
         return [export_unet(unet, folder, call, settings, scheduler=scheduler)]
+    if settings.split:
+        raise InputError(
+            f"a UNet in parts cannot reuse {depth} yet: export without --split, or with a schedule of whole steps"
+        )
     if any("residual" in name for name in call.arguments):
         raise InputError("residuals steer this UNet, and its graphs cannot reuse a depth: export without the schedule")
     whole, shallow = _wrappers(depth)

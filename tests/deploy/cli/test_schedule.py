@@ -109,3 +109,10 @@ def test_a_file_of_the_users_own_is_not_taken_for_a_schedule(model, capsys):
     assert "schedule.json: " in refused(["schedule", model, "--deep-every", 2], capsys)
     assert "swimming" in (model / "schedule.json").read_text()
     shutil.rmtree(model)
+
+
+def test_a_model_that_reuses_a_depth_is_not_exported_in_parts(model, tmp_path, capsys):
+    call(["schedule", model, "--deep-every", 2, "--steps", 6], capsys)
+    line = refused(["export", model, "--split", "--out", tmp_path / "onnx"], capsys)
+    assert "a UNet in parts cannot reuse up_blocks.2 yet: export without --split" in line
+    assert not (tmp_path / "onnx").exists()
