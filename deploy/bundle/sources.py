@@ -15,6 +15,7 @@ from deploy.bundle.description import Model
 from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
+from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, read_config
 from exporters.settings import of_vae
@@ -128,10 +129,10 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
     """A graph of a UNet, as it is."""
-    inputs = inputs_of(read_graph(graph))
+    inputs = inputs_of(content := read_graph(graph))
     if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    precision = PRECISIONS.get(inputs["sample"].dtype, "other")
+    precision = "int8" if is_int8(content) else PRECISIONS.get(inputs["sample"].dtype, "other")
     endings = (".onnx", ".onnx.data", ".onnx_data")
     files = [p.name for p in graph.parent.iterdir() if p.is_file() and (p.name == CONFIG or p.name.endswith(endings))]
     return _candidate(name, partial(_copy, graph.parent, files), precision, inputs["sample"].shape, scale)
@@ -166,6 +167,10 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from slimdiff.denoising.sizes import autoencoder_of
     from slimdiff.planning.costs import batch_of
 
+    if "int8" in selection.precisions:
+        raise InputError(
+            f"{name} is in torch: put it into int8 first (slimdiff export --precision int8), and bundle that"
+        )
     rest = selection.rest(name, pipeline_name)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:

@@ -18,7 +18,8 @@ from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import dims_of_inputs, engine_shapes
-from exporters.engine.sites import compare_layers, compare_network, demand_plan
+from exporters.engine.sites import compare_layers, compare_network, demand_int8, demand_plan
+from exporters.graphs.int8_layers import int8_layers, report_of
 from exporters.graphs.naming import check_reduced_dims
 from exporters.graphs.reading import read_graph, weight_files
 from exporters.process import worker_command
@@ -43,6 +44,8 @@ class EngineRequest:
     """What decides the engine: `engine_parts`."""
     weights: int
     """Bytes of the graph's weights."""
+    int8: list[str]
+    """Paths of the layers that the graph says are in int8."""
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
 
@@ -82,6 +85,7 @@ class EngineRequest:
         with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
             found = _in_process(self, temporary)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
+            demand_int8(found["int8"], self.int8, "the parsed network", SlimdiffError)
             sites = in_engine = None
             if self.plan is not None:
                 sites = compare_network(dims, found["attention"], self.plan)
@@ -124,8 +128,8 @@ def request_engine(
         plan: what the inner dims are held against.
 
     Raises:
-        InputError: for a graph, shapes or targets that the backend does not take, or a plan that the graph does not
-            follow.
+        InputError: for a graph, shapes or targets that the backend does not take, a plan that the graph does not
+            follow, or int8 layers that are not those that the graph names.
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
     """
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
@@ -135,8 +139,11 @@ def request_engine(
     shapes = engine_shapes(dims_of_inputs(model), settings)
     if plan is not None:
         demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
+    layers = int8_layers(model)
+    int8 = (report_of(model) or {"layers": list(layers)})["layers"]
+    demand_int8(layers, int8, f"{onnx_file}", InputError)
     parts = engine_parts(onnx_file, model, settings, shapes, backend, here, plan)
-    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None)
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, int8, here is not None)
 
 
 def build_engine(
@@ -160,7 +167,8 @@ def build_engine(
         what `engine.json` has: `backend`, `version`, `targets`, `precision`, `weights` (bytes of the graph's), `bytes`
         (of the engine, which holds kernels and constants as well), `seconds`, `peak_memory` (bytes),
         `inputs` and `outputs` (`name`, `shape`, `dtype`; -1 where profiles leave a dim open), `layers`, `attention`
-        (per module: heads, head dims, tokens, product shapes), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
+        (per module: heads, head dims, tokens, product shapes), `int8` (paths of the layers that the parsed network
+        quantises), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
         nor do head dims below 16), `sites` (`compare_network`'s rows on the parsed network; None without a plan),
         `engine_sites` (`compare_layers`'s rows on the finished engine; None without a plan or a GPU), and `key` with
         its `parts`.
@@ -168,7 +176,8 @@ def build_engine(
     Raises:
         InputError: see `request_engine`; also if the build would not fit into memory.
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
-        SlimdiffError: if the build fails, or the network is not the plan's.
+        SlimdiffError: if the build fails, or the network is not the plan's, or not in int8 where the graph
+            is.
     """
     return request_engine(onnx_file, settings, plan=plan).build(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters.graphs.int8 import check_int8
+from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import read_graph, weight_files
 from exporters.layout import GRAPH
 from exporters.registry import Runtime, runtime_of
@@ -26,12 +27,16 @@ def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threa
     """
     path = Path(path)
     row = runtime if isinstance(runtime, Runtime) else runtime_of(runtime, "graph", "engine")
-    if row.takes == "graph":
-        path = path / GRAPH if path.is_dir() else path
-        row.require()
-        weight_files(path, graph := read_graph(path))
-        check_int8(path, row, graph)
-    return row.load()(path, threads, **row.options)
+    if row.takes != "graph":
+        return row.load()(path, threads, **row.options)
+    path = path / GRAPH if path.is_dir() else path
+    row.require()
+    weight_files(path, graph := read_graph(path))
+    check_int8(path, row, graph)
+    session = row.load()(path, threads, **row.options)
+    if is_int8(graph):
+        session.precision = "int8"
+    return session
 
 
 def version_of(runtime: str) -> str:

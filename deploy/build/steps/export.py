@@ -12,7 +12,9 @@ from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.int8_layers import report_of
 from exporters.graphs.precision import fp32_islands
+from exporters.graphs.reading import read_graph
 from slimdiff.denoising.schedulers import with_scheduler
 from slimdiff.storage import manifest
 
@@ -26,14 +28,15 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         pipeline = with_scheduler(shop.dense if name == "dense" else shop.slim, shop.sampling)
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
-        export_unet(
-            denoiser_of(pipeline), folder / name, shop.trajectory[0], shop.of_unet, scheduler=pipeline.scheduler
-        )
+        more: Any = {"scheduler": pipeline.scheduler, "calibration": shop.trajectory}  # which int8 alone looks at
+        export_unet(denoiser_of(pipeline), folder / name, shop.trajectory[0], shop.of_unet, **more)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         made_from |= shop.usage
         inputs, wide = shapes(shop.trajectory[0]), fp32_islands(folder / name / "model.onnx")
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
+        int8 = report_of(read_graph(folder / name / "model.onnx"))
+        runs_on |= {"int8": int8} if int8 else {}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
         result[name] = {
             "folder": f"export/{name}",
