@@ -10,6 +10,8 @@ What NNCF is asked for, and why:
 
 - Symmetric steps, zero points all 0: TensorRT takes no others.
 - Weights of 7 bits, for x86 processors without VNNI clip sums of wider ones without a word (`exporters.graphs.int8`).
+- Ranges of all calls: by itself it takes the mean of their largest values, and inputs grow and shrink over a
+  trajectory, so that it would cut them off at one end of it.
 - No smoothing (SmoothQuant) ahead of linears: it is a product more at run time.
 - Products of two activations, and whatever is no linear or convolution, are left alone; so are time layers, which
   multiply one row a sample.
@@ -242,6 +244,7 @@ def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Seq
     onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     nncf = _nncf()
     advanced = require("nncf.quantization.advanced_parameters", "int8")
+    ranges = require("nncf.quantization.range_estimator", "int8")
     model = onnx.load(str(file), load_external_data=False)
     chosen = {node.name for node in nodes}
     others = [node for node in model.graph.node if node.name not in chosen]
@@ -255,6 +258,7 @@ def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Seq
             ignored_scope=nncf.IgnoredScope(names=[node.name for node in others], validate=False),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
                 overflow_fix=advanced.OverflowFix.ENABLE,
+                activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
                 smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1),
                 backend_params={"external_data_dir": str(file.parent.resolve())},
             ),

@@ -129,7 +129,7 @@ def _with_int8(
 ) -> dict[str, Any]:
     """The result with checks of the int8 layers, and of the runtime against the graph as it is written."""
     middle = calls[len(calls) // 2]
-    rows, fault = check_int8_layers(fragments.file, reference, middle)
+    rows, fault = check_int8_layers(fragments.file, reference, calls)
     written = UNet(OnnxRuntimeSession(fragments.file, as_written=True), read_config(fragments.file)).predict(middle)
     pair = written.double().numpy(), candidate(middle).double().numpy()
     rows += compare(at_time("out_sample as written", middle), *pair, AS_WRITTEN)

@@ -1,9 +1,9 @@
 """Whether a graph's int8 layers are what they should be: held, one by one, against the model that the graph is of.
 
 Of a right graph the weights are within half a step of the model's, and rounding an input to the graph's steps costs
-about what rounding to the best steps for that very input does. A wrong scale or zero point breaks one of both, however
-little the image shows of it. A layer that should be in int8 and is not changes no image at all: it is held against what
-the graph says of itself.
+about what rounding to the best ones does: those that the largest input of all calls just fits into. A wrong scale or
+zero point breaks one of both, however little the image shows of it. A layer that should be in int8 and is not changes
+no image at all: it is held against what the graph says of itself.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from slimdiff.progress import bar
 WEIGHT_STEPS = 0.51
 """Most that a weight may be from the model's, in steps of its channel: half of one, and the rounding of floats."""
 STEPS_ERROR = 4.0
-"""Most times the error of a layer with the best steps for an input that it may have with the graph's own."""
+"""Most times the error of a layer with the best steps that it may have with the graph's own."""
 FLOOR = 5e-3
 """Relative error of a layer below which its steps are right, whatever the best ones are."""
 _SEVEN_BITS = 63
 
 
-def check_int8_layers(graph: Path | str, unet: nn.Module, call: Call) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Hold every int8 layer of a graph against the model, on one call.
+def check_int8_layers(
+    graph: Path | str, unet: nn.Module, calls: Sequence[Call]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Hold every int8 layer of a graph against the model: its errors on the call in the middle.
 
     Args:
         unet: the graph's model in torch, float32.
+        calls: whose largest inputs say what steps are best: of all times, for inputs grow and shrink with it.
 
     Returns:
         checks, and the fault of the first layer that fails one, in `find_divergence`'s form; empty if none does. Of
@@ -60,7 +63,7 @@ def check_int8_layers(graph: Path | str, unet: nn.Module, call: Call) -> tuple[l
         rows.append((path, check(path, "zero_point", zero, 0, zero == 0)))
         steps = _weight_steps(layer, modules[path])
         rows.append((path, check(path, "weight_steps", steps, WEIGHT_STEPS, steps <= WEIGHT_STEPS)))
-    errors = _own_errors(ours, unet, call)
+    errors = _own_errors(ours, unet, calls)
     for path, (own, best) in errors.items():
         times = own / best if best else float(own > 0)
         rows.append((path, check(path, "int8_error", times, STEPS_ERROR, times <= STEPS_ERROR or own <= FLOOR)))
@@ -117,29 +120,34 @@ def _weight_steps(layer: Int8Layer, module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _own_errors(layers: dict[str, Int8Layer], unet: nn.Module, call: Call) -> dict[str, tuple[float, float]]:
+def _own_errors(layers: dict[str, Int8Layer], unet: nn.Module, calls: Sequence[Call]) -> dict[str, tuple[float, float]]:
     """Of each layer, on the model's own input: relative error with the graph's steps, and with the best ones."""
-    found: dict[str, tuple[float, float]] = {}
+    largest, found = dict.fromkeys(layers, 0.0), dict[str, tuple[float, float]]()
+
+    def measure(path: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        largest[path] = max(largest[path], float(args[0].abs().max()))
 
     def see(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if path in found or path in within:
+        if path in found:  # its own calls below, too
             return
-        within.add(path)
-        layer, values = layers[path], args[0]
-        best = np.maximum(np.float32(values.abs().max() / 127), np.finfo(np.float32).tiny)
-        zero = np.zeros_like(layer.zero_points[0].reshape(-1)[:1], dtype=np.int8)
-        fitted = replace(layer, scales=(best, layer.scales[1]), zero_points=(zero, layer.zero_points[1]))
-        norm = float(output.norm()) or 1.0
+        found[path] = 0.0, 0.0
+        layer, norm = layers[path], float(output.norm()) or 1.0
+        step = np.maximum(np.float32(largest[path] / 127), np.finfo(np.float32).tiny)
+        zero = np.zeros(1, np.int8)
+        best = replace(layer, scales=(step, layer.scales[1]), zero_points=(zero, layer.zero_points[1]))
         errors = []
-        for steps in (layer, fitted):
+        for steps in (layer, best):
             with in_int8(module, steps):
                 errors.append(float((module(*args) - output).norm()) / norm)
         found[path] = errors[0], errors[1]
-        within.discard(path)
 
-    within: set[str] = set()
-    with bar(total=1, name="int8 layers", unit="call"), ExitStack() as hooks:
+    with ExitStack() as hooks:
+        for path in layers:
+            hooks.enter_context(unet.get_submodule(path).register_forward_pre_hook(partial(measure, path)))
+        for call in bar(calls, "int8 layers", "call"):
+            predict(unet, call)
+    with ExitStack() as hooks:
         for path in layers:
             hooks.enter_context(unet.get_submodule(path).register_forward_hook(partial(see, path)))
-        predict(unet, call)
+        predict(unet, calls[len(calls) // 2])
     return found

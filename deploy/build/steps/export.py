@@ -44,6 +44,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
             "inputs": inputs,
             "seconds": seconds,
             "fp32_islands": wide,
+            **({"int8": int8} if int8 else {}),
         }
     return result
 
@@ -53,6 +54,12 @@ def shapes(call: Any) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
 
 
+def _shares(result: dict[str, Any]) -> dict[str, float]:
+    """Of graphs in int8, by side: the part of the multiply-adds that is."""
+    reports = {name: result.get(name, {}).get("int8") for name in ("dense", "slim")}
+    return {name: found["share"] for name, found in reports.items() if found and found["share"] is not None}
+
+
 STAGE = Stage(
     "export",
     run,
@@ -60,6 +67,11 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
     inputs=lambda shop: shop.exporting | shop.captions_hash,
     kind="onnx",
+    figures=lambda result: {"int8_macs": shares} if (shares := _shares(result)) else {},
     runs_on=lambda result: {"precision": result["precision"], "shapes": result["slim"]["inputs"]},
-    packages=lambda _: (("onnx", "onnx"), ("onnxscript", "onnx")),
+    packages=lambda shop: (
+        ("onnx", "onnx"),
+        ("onnxscript", "onnx"),
+        *([("nncf", "int8")] if shop.recipe.export.precision == "int8" else []),
+    ),
 )

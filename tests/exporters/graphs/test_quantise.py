@@ -43,6 +43,12 @@ def as_written(graph):
 
 
 @pytest.fixture(scope="module")
+def wide_graph(tmp_path_factory, dense, calls):
+    """The same UNet's graph in fp32."""
+    return export_unet(dense, tmp_path_factory.mktemp("wide"), calls[0])
+
+
+@pytest.fixture(scope="module")
 def report(int8_graph):
     return report_of(read_graph(int8_graph))
 
@@ -61,8 +67,8 @@ def test_the_graph_says_what_is_in_int8_and_why_the_rest_is_not(int8_graph, dens
     assert 0 < report["noise_error"] <= 3e-4 and report["share"] == share_of_macs(model)
 
 
-def test_names_dims_and_inputs_are_the_wide_graphs(int8_graph, exported):
-    model, wide = read_graph(int8_graph), read_graph(exported["dense"])
+def test_names_dims_and_inputs_are_the_wide_graphs(int8_graph, wide_graph):
+    model, wide = read_graph(int8_graph), read_graph(wide_graph)
     assert weight_dims(model) == weight_dims(wide) and inputs_of(model) == inputs_of(wide)
     layer = int8_layers(model)[QKV]
     assert layer.node.name == f"{QKV}/MatMul" and layer.node.inputs[1].producer().inputs[0].name == f"{QKV}.weight"
@@ -120,18 +126,18 @@ def test_layers_are_chosen_by_what_they_cost_for_their_work():
     assert choose_int8(errors, macs, 1.0) == list(errors) and choose_int8(errors, macs, 1e-6) == []
 
 
-def copied(exported, tmp_path):
+def copied(wide_graph, tmp_path):
     """The dense UNet's graph in fp32, to be quantised."""
-    for file in exported["dense"].parent.iterdir():
+    for file in wide_graph.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path / "model.onnx"
 
 
-def test_what_is_named_and_what_is_constant_stays_wide(exported, dense, calls, tmp_path, capfd):
+def test_what_is_named_and_what_is_constant_stays_wide(wide_graph, dense, calls, tmp_path, capfd):
     unet, path = copy.deepcopy(dense), "mid_block.resnets.0.conv2"
     unet.get_submodule(path).register_forward_pre_hook(lambda _module, args: (torch.zeros_like(args[0]),))
     settings = ExportSettings(precision="int8", int8_error=1e-2, keep_fp32=["*.attn2"])
-    report = quantise_graph(copied(exported, tmp_path), unet, calls, settings)
+    report = quantise_graph(copied(wide_graph, tmp_path), unet, calls, settings)
     assert capfd.readouterr().out == ""  # stdout belongs to results
     wide = {row["layer"]: row["reason"] for row in report["wide"]}
     assert wide[path] == "its input is 0 in all calls" and "conv_in" in report["layers"]
@@ -140,8 +146,8 @@ def test_what_is_named_and_what_is_constant_stays_wide(exported, dense, calls, t
     assert not any(".attn2." in layer for layer in report["layers"])
 
 
-def test_what_cannot_be_calibrated_is_refused_in_one_line(exported, dense, calls, tmp_path):
-    graph, asked = copied(exported, tmp_path), partial(ExportSettings, precision="int8")
+def test_what_cannot_be_calibrated_is_refused_in_one_line(wide_graph, dense, calls, tmp_path):
+    graph, asked = copied(wide_graph, tmp_path), partial(ExportSettings, precision="int8")
     before = graph.read_bytes()
     with pytest.raises(InputError, match="calibrated on recorded denoiser calls, and there are none"):
         export_unet(dense, tmp_path / "none", calls[0], asked())
