@@ -45,13 +45,19 @@ TableRuntime = Annotated[str, OneOf(lambda: ("torch", *names("graph")))]
 class ExportSettings(Settings):
     """How a module becomes a graph."""
 
-    precision: Literal["fp32", "fp16"] = "fp32"
-    """Dtype of weights and of floating-point inputs and outputs. fp16 is for GPUs: on CPUs it is slower than fp32."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of weights and products. fp16 is for GPUs: on CPUs it is slower than fp32. int8 is the UNet's alone: its inputs
+    and outputs, and all else, stay in fp32."""
     opset: int = Field(default=22, ge=21, le=22)
     """From 21 GroupNormalization is one node; from 23 attention would be one that TensorRT-RTX does not take slim."""
     keep_fp32: list[str] = Field(default_factory=list)
-    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 graph computes them in fp32. `vae`
-    is the VAE, and paths and patterns that begin with `vae.` are of its modules (`vae.decoder.up_blocks.2`)."""
+    """Paths, or patterns such as `*.attn1`, of UNet modules that overflow: an fp16 or int8 graph computes them in fp32.
+    `vae` is the VAE, and paths and patterns that begin with `vae.` are of its modules (`vae.decoder.up_blocks.2`)."""
+    int8_error: float = Field(default=1e-3, gt=0, le=1)
+    """Most that int8 may change the noise prediction, as its relative mean squared error; layers that cost more for
+    their multiply-adds than others stay in fp32."""
+    int8_calls: int = Field(default=32, ge=1, le=MOST)
+    """Recorded denoiser calls, of all times, that int8 is calibrated on, 8 of each image."""
     dynamic_batch: bool = False
     """Leave the batch open, for ONNX Runtime. Engines want it fixed."""
     dynamic_size: bool = False
@@ -61,6 +67,12 @@ class ExportSettings(Settings):
     once, and the graph of a step, which takes both. optimum opens the whole one alone."""
     safety_checker: bool = True
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
+
+    @model_validator(mode="after")
+    def _whole_in_int8(self) -> ExportSettings:
+        if self.split and self.precision == "int8":
+            raise ValueError("a UNet in parts is not put into int8 yet: leave out split, or int8")
+        return self
 
 
 def of_vae(path: str) -> bool:

@@ -29,6 +29,7 @@ from slimdiff.storage import manifest as manifests
 _GRAPHS_ON_SERVERS = {
     "fp32": ["onnxruntime-cuda", "openvino-fp32", "onnxruntime"],
     "fp16": ["onnxruntime-cuda", "openvino", "onnxruntime"],
+    "int8": ["openvino", "onnxruntime"],
 }
 _GRAPHS_ON_EDGES = ["openvino"]  # the fastest on CPUs: `python -m benchmarks.runtimes`
 # What a machine reads of an engine's report; the rest of it is about how it was built.
@@ -89,7 +90,9 @@ def write_bundle(
     sizes = list(dict.fromkeys(c.latents for c in taken))
     odd = next((c for c in taken if c.precision not in _GRAPHS_ON_SERVERS), None)
     if odd is not None:
-        raise InputError(f"{odd.name} is neither fp32 nor fp16: export it in one of these to bundle it")
+        raise InputError(
+            f"{odd.name} is in none of {', '.join(_GRAPHS_ON_SERVERS)}: export it in one of these to bundle it"
+        )
     denoisers: list[Denoiser] = []
     for candidate in taken:
         place = f"engines/{candidate.name}" if candidate.is_engine else "unet"

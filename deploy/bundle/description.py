@@ -58,7 +58,7 @@ class Denoiser(Model):
     images themselves are denoised."""
     runtimes: list[SessionRuntime] = Field(min_length=1)
     """What it is meant to run in, best first."""
-    precision: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "int8"]
 
     def __str__(self) -> str:
         where = f" for {', '.join(self.capabilities)}" if self.is_engine else ""

@@ -15,6 +15,7 @@ from deploy.bundle.description import Model
 from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
+from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, parts_of, read_config
 from exporters.settings import of_vae
@@ -132,10 +133,10 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
     """A graph of a UNet, or the folder with its parts, as it is."""
-    inputs = inputs_of(read_graph(graph))
+    inputs = inputs_of(content := read_graph(graph))
     if "sample" not in inputs or len(inputs["sample"].shape) != 4:
         raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    precision = PRECISIONS.get(inputs["sample"].dtype, "other")
+    precision = "int8" if is_int8(content) else PRECISIONS.get(inputs["sample"].dtype, "other")
     endings = (".onnx", ".onnx.data", ".onnx_data")
     folder = graph if graph.is_dir() else graph.parent
     places = [folder, *parts_of(folder).values()]
@@ -175,6 +176,10 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from slimdiff.denoising.sizes import autoencoder_of
     from slimdiff.planning.costs import batch_of
 
+    if "int8" in selection.precisions:
+        raise InputError(
+            f"{name} is in torch: put it into int8 first (slimdiff export --precision int8), and bundle that"
+        )
     rest = selection.rest(name, pipeline_name)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:

@@ -30,9 +30,10 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "macs": amount,
     "bytes": size,
     "latency_ms": lambda ms: f"{ms:.2f} ms",
+    "int8_macs": lambda share: f"{100 * share:.1f} %",
 }
 """Figures of a model, and how people read them."""
-LABELS = {"macs": "MACs/sample", "latency_ms": "latency"}
+LABELS = {"macs": "MACs/sample", "latency_ms": "latency", "int8_macs": "MACs in int8"}
 """What they are called where that is not their key."""
 
 

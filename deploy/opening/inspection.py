@@ -12,7 +12,9 @@ from deploy.artifacts.figures import costs, denoiser_of
 from deploy.artifacts.kinds import ENGINE_REPORT, graph_of, plan_beside
 from deploy.bundle.archive import unpack
 from deploy.bundle.description import read_bundle
+from exporters.dtypes import PRECISIONS
 from exporters.graphs.alone import call_of_unet
+from exporters.graphs.int8_layers import is_int8, share_of_macs
 from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.pipeline import example_call
 from exporters.graphs.reading import graph_files, inputs_of, outputs_of, read_graph
@@ -73,6 +75,7 @@ def onnx(name: str) -> dict[str, Any]:
         "graph": graph.name,
         "opset": content.opset_imports[""],
         "nodes": len(content.graph),
+        **precision_of(content),
         "inputs": {name: list(spec.shape) for name, spec in inputs_of(content).items()},
         "outputs": {name: list(spec.shape) for name, spec in outputs_of(content).items()},
         **_sizes(graph_files(graph)),
@@ -94,6 +97,13 @@ def _sizes(graphs: list[Path]) -> dict[str, int]:
     return {"parameters": sum(w.size for w in weights), "bytes": sum(file.stat().st_size for file in files)}
 
 
+def precision_of(graph: Any) -> dict[str, Any]:
+    """A graph's `precision`, and `int8_macs`: the part of its multiply-adds in int8, None where its size is open."""
+    if is_int8(graph):
+        return {"precision": "int8", "int8_macs": share_of_macs(graph)}
+    return {"precision": next((p for s in inputs_of(graph).values() if (p := PRECISIONS.get(s.dtype))), None)}
+
+
 def engine(name: str) -> dict[str, Any]:
     """An engine, by what was read when it was built: without its GPU it cannot be opened."""
     folder = Path(name)
@@ -110,8 +120,10 @@ def engine(name: str) -> dict[str, Any]:
         {"site": row["site"], "dims": ", ".join(f"{name} {dim}" for name, dim in row["found"].items()), "ok": row["ok"]}
         for row in report.get("sites") or []
     ]
-    kept = ("backend", "version", "targets", "bytes", "seconds", "inputs", "outputs", "layers", "fused_attention")
-    return {**_only(report, kept), "sites": rows, "provenance": provenance(folder)}
+    built = ("backend", "version", "targets", "precision", "bytes", "seconds")
+    kept = (*built, "inputs", "outputs", "layers", "fused_attention")
+    layers = {"int8_layers": len(report["int8"])} if report.get("int8") else {}
+    return {**_only(report, kept), **layers, "sites": rows, "provenance": provenance(folder)}
 
 
 def engines(name: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from deploy.artifacts.kinds import kind_of
 from deploy.opening.openers import Opened, open_denoiser, whole_pipeline
+from exporters.graphs.int8_layers import share_of_macs
+from exporters.graphs.reading import read_graph
 from slimdiff.denoising.sizes import pixels_per_latent
 from slimdiff.denoising.tasks import for_task
 from slimdiff.denoising.trajectory import denoiser_name
@@ -39,6 +41,16 @@ class Side:
         denoiser = getattr(self.pipeline, denoiser_name(self.pipeline))
         side, scale = getattr(denoiser.config, "sample_size", None), pixels_per_latent(self.pipeline)
         return dict.fromkeys(("height", "width"), side * scale) if isinstance(side, int) else {}
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """`precision` that its denoiser computes in, and `int8_macs`: the part of its multiply-adds that is in int8,
+        None where that is not known."""
+        opened, found = self.opened, {"precision": self.opened.precision, "int8_macs": 0.0}
+        if opened.kind == "model" or opened.precision != "int8":
+            return found
+        graph = Path(opened.denoiser.session.source)
+        return found | {"int8_macs": share_of_macs(read_graph(graph)) if graph.suffix == ".onnx" else None}
 
     def shorter_side(self, sampling: Sampling) -> int | None:
         """Of its images, pixels; None if it is not known before there are any."""

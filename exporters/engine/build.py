@@ -19,7 +19,8 @@ from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
 from exporters.engine.shapes import dims_of_inputs, engine_shapes, part_shapes
-from exporters.engine.sites import compare_layers, compare_network, demand_plan
+from exporters.engine.sites import compare_layers, compare_network, demand_int8, demand_plan
+from exporters.graphs.int8_layers import int8_layers, report_of
 from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.reading import read_graph, weight_files
 from exporters.layout import CONFIG, GRAPH, STEP, parts_of
@@ -47,6 +48,8 @@ class EngineRequest:
     """What decides the engine: `engine_parts`."""
     weights: int
     """Bytes of the graph's weights."""
+    int8: list[str]
+    """Paths of the layers that the graph says are in int8."""
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
     only: frozenset[str] | None = None
@@ -88,6 +91,7 @@ class EngineRequest:
         with manifest.replacing(folder / ENGINE, is_file=True) as temporary:
             found = _in_process(self, temporary)
             dims, layers = found.pop("dims"), found.pop("engine_layers")
+            demand_int8(found["int8"], self.int8, "the parsed network", SlimdiffError)
             sites = in_engine = None
             if self.plan is not None:
                 sites = compare_network(dims, found["attention"], self.plan, self.only)
@@ -170,8 +174,8 @@ def request_engine(
         plan: what the inner dims are held against.
 
     Raises:
-        InputError: for a graph, shapes or targets that the backend does not take, or a plan that the graph does not
-            follow.
+        InputError: for a graph, shapes or targets that the backend does not take, a plan that the graph does not
+            follow, or int8 layers that are not those that the graph names.
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
     """
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
@@ -191,7 +195,8 @@ def request_engine(
     alike = {name: step.parts[name] for name in ("precision", "options", "versions", "runs_on")}
     decides = {"engines": {part: request.key for part, request in requests.items()}, "shapes": whole, **alike}
     weights = max(request.weights for request in requests.values())
-    about = (onnx_file, settings, step.backend, plan, decides, weights, step.on_gpu)
+    int8 = [layer for request in requests.values() for layer in request.int8]
+    about = (onnx_file, settings, step.backend, plan, decides, weights, int8, step.on_gpu)
     return PartsRequest(*about, requests=requests)
 
 
@@ -202,8 +207,11 @@ def _request(
     backend, here = choose_backend(settings, gpu), gpu()
     weights = sum((onnx_file.parent / name).stat().st_size for name in weight_files(onnx_file, model))
     shapes = engine_shapes(dims_of_inputs(model), settings)
+    layers = int8_layers(model)
+    int8 = (report_of(model) or {"layers": list(layers)})["layers"]
+    demand_int8(layers, int8, f"{onnx_file}", InputError)
     parts = engine_parts(onnx_file, model, settings, shapes, backend, here, plan)
-    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, here is not None)
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, int8, here is not None)
 
 
 def build_engine(
@@ -227,7 +235,8 @@ def build_engine(
         what `engine.json` has: `backend`, `version`, `targets`, `precision`, `weights` (bytes of the graph's), `bytes`
         (of the engine, which holds kernels and constants as well), `seconds`, `peak_memory` (bytes),
         `inputs` and `outputs` (`name`, `shape`, `dtype`; -1 where profiles leave a dim open), `layers`, `attention`
-        (per module: heads, head dims, tokens, product shapes), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
+        (per module: heads, head dims, tokens, product shapes), `int8` (paths of the layers that the parsed network
+        quantises), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
         nor do head dims below 16), `sites` (`compare_network`'s rows on the parsed network; None without a plan),
         `engine_sites` (`compare_layers`'s rows on the finished engine; None without a plan or a GPU), and `key` with
         its `parts`.
@@ -235,7 +244,8 @@ def build_engine(
     Raises:
         InputError: see `request_engine`; also if the build would not fit into memory.
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
-        SlimdiffError: if the build fails, or the network is not the plan's.
+        SlimdiffError: if the build fails, or the network is not the plan's, or not in int8 where the graph
+            is.
     """
     return request_engine(onnx_file, settings, plan=plan).build(folder)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.dtypes import DTYPES, PRECISIONS
 from exporters.engine.backends import installed_version
+from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import weight_files
 from slimdiff.progress import bar
 from slimdiff.storage import manifest
@@ -40,8 +41,9 @@ def engine_parts(
         gpu: the GPU that is here, which matters if the settings name no targets.
 
     Returns:
-        `graph` and `weights` (SHA-256), `precision` (of most weights), `plan` (SHA-256 of its ranks), `shapes`,
-        `options`, `versions`, `builder` (SHA-256 of our own code that builds), `runs_on` (`targets`, or the `gpu`).
+        `graph` and `weights` (SHA-256), `precision` (int8 if any layer is, else of most weights), `plan` (SHA-256 of
+        its ranks), `shapes`, `options`, `versions`, `builder` (SHA-256 of our own code that builds), `runs_on`
+        (`targets`, or the `gpu`).
     """
     sites = None if plan is None else {n: [s.group, s.path, s.heads, s.rank] for n, s in plan.sites.items()}
     here = Path(__file__).parent
@@ -78,6 +80,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _precision(model: ir.Model) -> str:
+    if is_int8(model):
+        return "int8"
     counted: Counter[str] = Counter()
     for tensor in (weight.const_value for weight in model.graph.initializers.values()):
         if tensor is not None and (precision := PRECISIONS.get(DTYPES.get(tensor.dtype.name, ""))):

@@ -16,7 +16,7 @@ _FUSED = re.compile(rb"fqn=(_gemm_mha_v2_0x[0-9a-f]+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 """A kernel's `Metadata` lists the graph's nodes that it was made from, with control characters between them."""
 
-_THROUGH = ("SHUFFLE", "CAST", "UNSQUEEZE", "SQUEEZE", "IDENTITY")
+_THROUGH = ("SHUFFLE", "CAST", "UNSQUEEZE", "SQUEEZE", "IDENTITY", "DEQUANTIZE")
 """Layers that the parser puts between a weight and its product."""
 
 
@@ -28,17 +28,20 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
 
     Returns:
         `inputs` and `outputs` (`name`, `shape`, `dtype`), `layers` (count), `dims` (module path -> `(out, in)` of its
-        linear or convolution) and `attention` (see `attention_of`).
+        linear or convolution), `int8` (paths of those whose factors are both dequantised, in order) and `attention`
+        (see `attention_of`).
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
     dims: dict[str, tuple[int, ...]] = {}
     products: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    int8: list[str] = []
     for layer in layers:
         if layer.type == trt.LayerType.CONVOLUTION:
             layer.__class__ = trt.IConvolutionLayer
             channels = layer.get_input(0).shape[1] // layer.num_groups
-            dims[layer.name.rpartition("/")[0]] = (layer.num_output_maps, channels)
+            dims[module := layer.name.rpartition("/")[0]] = (layer.num_output_maps, channels)
+            int8 += [module] * _is_int8(layer, makers)
         if layer.type != trt.LayerType.MATRIX_MULTIPLY:
             continue
         layer.__class__ = trt.IMatrixMultiplyLayer  # the network hands out the base class, which lacks op1
@@ -47,6 +50,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
         if _is_constant(trt, b, makers):
             shape = tuple(b.shape)[-2:]
             dims[module] = shape if layer.op1 == trt.MatrixOperation.TRANSPOSE else shape[::-1]
+            int8 += [module] * _is_int8(layer, makers)
         elif not _is_constant(trt, a, makers):
             shapes = (a, b, layer.get_output(0))
             products[module].append(dict(zip(("a", "b", "out"), (list(s.shape) for s in shapes), strict=True)))
@@ -55,6 +59,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
         "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
         "layers": len(layers),
         "dims": dims,
+        "int8": int8,
         "attention": list(attention_of(products)),
     }
 
@@ -119,6 +124,19 @@ def dims_by_node(information: dict[str, Any]) -> dict[str, list[list[int]]]:
 def _tensor(tensor: Any) -> dict[str, Any]:
     name = tensor.dtype.name
     return {"name": tensor.name, "shape": list(tensor.shape), "dtype": DTYPES.get(name, name.lower())}
+
+
+def _is_int8(layer: Any, makers: dict[str, Any]) -> bool:
+    """Whether both factors of a product are dequantised; between weight and product the parser may turn dims."""
+    inputs = [layer.get_input(i) for i in range(min(2, layer.num_inputs))]
+    return len(inputs) == 2 and all(tensor is not None and _dequantised(tensor, makers) for tensor in inputs)
+
+
+def _dequantised(tensor: Any, makers: dict[str, Any]) -> bool:
+    layer = makers.get(tensor.name)
+    while layer is not None and layer.type.name in _THROUGH and layer.type.name != "DEQUANTIZE":
+        layer = makers.get(layer.get_input(0).name)
+    return layer is not None and layer.type.name == "DEQUANTIZE"
 
 
 def _is_constant(trt: Any, tensor: Any, makers: dict[str, Any]) -> bool:

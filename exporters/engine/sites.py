@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporters.graphs.naming import WEIGHTED, compare_dims, site_row
@@ -73,3 +73,12 @@ def demand_plan(rows: Sequence[Mapping[str, Any]], where: str, error: type[Slimd
             f"{where} is not what the plan says at {len(wrong)} of {len(rows)} places, first at {first['site']}: "
             f"the plan has {first['expected']}, found {first['found']}"
         )
+
+
+def demand_int8(found: Iterable[str], expected: Iterable[str], where: str, error: type[SlimdiffError]) -> None:
+    """Raise `error`, naming the first layer, unless just those layers are in int8 that a graph says are."""
+    there, said = list(found), list(expected)
+    odd = [path for path in said if path not in there] + [path for path in there if path not in said]
+    if odd:
+        what = "is not in int8, and the graph says that it is" if odd[0] in said else "is in int8, and should not be"
+        raise error(f"{where}: {odd[0]} {what} ({len(odd)} layers differ)")

@@ -21,6 +21,7 @@ from exporters.graphs.inputs import in_steps as in_steps
 from exporters.graphs.inputs import open_size as open_size
 from exporters.graphs.naming import name_by_module
 from exporters.graphs.precision import join_casts, keep_in_float32, paths_to_keep, widen_softmax
+from exporters.graphs.quantise import check_calibration, quantise_graph
 from exporters.graphs.shapes import add_shapes, check_leftovers
 from exporters.graphs.split import split_graph
 from exporters.graphs.timesteps import graph_time, has_whole_times
@@ -36,7 +37,7 @@ from slimdiff.progress import working
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
     """Of the weights, and of floating-point inputs and outputs."""
-    return getattr(torch, DTYPES[settings.precision])
+    return getattr(torch, DTYPES.get(settings.precision, "float32"))  # around int8 all is in floats
 
 
 class Denoiser(nn.Module):
@@ -62,7 +63,13 @@ class _UNet(Denoiser):
 
 @own_torch_state()
 def export_unet(
-    unet: nn.Module, folder: Path | str, call: Call, settings: ExportSettings | None = None, *, scheduler: Any = None
+    unet: nn.Module,
+    folder: Path | str,
+    call: Call,
+    settings: ExportSettings | None = None,
+    *,
+    scheduler: Any = None,
+    calibration: Sequence[Call] = (),
 ) -> Path:
     """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`, or the folder
     where `settings.split` puts it in parts (`exporters.graphs.split`).
@@ -77,16 +84,22 @@ def export_unet(
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`; in parts, a folder for each with the first two.
         call: whose shapes the graph is for.
         scheduler: that the graph is to run with.
+        calibration: recorded calls that int8 is calibrated on: see `quantise_graph`.
 
     Raises:
-        InputError: if the call has arguments that the graph would have no input for, or nothing is there to split off.
+        InputError: if the call has arguments that the graph would have no input for, nothing is there to split off, or
+            int8 has no calls.
         SlimdiffError: if the graph has other shapes than torch, or something dense is left in a slim model's.
-        MissingPackageError: without onnx and onnxscript.
+        MissingPackageError: without onnx and onnxscript, or nncf for int8.
     """
     settings = settings or ExportSettings()
+    if settings.precision == "int8":
+        check_calibration(calibration)
     file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
     if plan := plan_of(unet):
         check_leftovers(file, plan)
+    if settings.precision == "int8":
+        quantise_graph(file, in_precision(unet, torch.float32), calibration, settings)
     if not settings.split:
         return file
     split_graph(file, file.parent)

@@ -66,7 +66,7 @@ def weight_dims(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """
     found: dict[str, tuple[int, ...]] = {}
     for node in model.graph:
-        weight = _second_input(node) if node.op_type in WEIGHTED else None
+        weight = weight_of(node) if node.op_type in WEIGHTED else None
         if weight is not None and weight.const_value is not None:
             dims = tuple(weight.const_value.shape.numpy())
             keep = node.op_type == "Conv" or _transposed_b(node)
@@ -112,6 +112,15 @@ def compare_dims(
 def site_row(site: str, path: str, expected: dict[str, int], found: dict[str, int | None]) -> dict[str, Any]:
     """What the plan says of a site, what was found, and whether they agree."""
     return {"site": site, "path": path, "expected": expected, "found": found, "ok": expected == found}
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The weight that a linear or a convolution multiplies by, in bytes where it is quantised; None if it is none."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    maker = value.producer() if value is not None else None
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        value = maker.inputs[0]
+    return value if value is not None and value.is_initializer() else None
 
 
 def _second_input(node: ir.Node) -> ir.Value | None:

@@ -136,6 +136,7 @@ def export_pipeline(
     call: Call | None = None,
     without: Collection[str] = (),
     vae_tile: int | None = None,
+    calibration: Sequence[Call] = (),
 ) -> list[Path]:
     """Export every component of a pipeline, so that `ORTDiffusionPipeline` loads the folder where optimum has its kind.
 
@@ -155,6 +156,7 @@ def export_pipeline(
         call: whose shapes the graphs are for; `example_call`'s if not given.
         without: graphs that are not needed: `unet`, `vae_encoder`, ...
         vae_tile: side in pixels of the VAE's graphs, which then make larger images by tiles of that size.
+        calibration: recorded calls that int8, which is the UNet's alone, is calibrated on.
 
     Raises:
         InputError: for a pipeline without a unet, or with a component that there is no place for; for a path or pattern
@@ -180,7 +182,8 @@ def export_pipeline(
         for part, model in (folders_of(pipeline) if name in STEERING else {name: component}).items():
             for graph in row.folders(part):
                 if row.exports and graph not in without:
-                    jobs[graph] = partial(row.load("exports"), model, folder / graph, pipeline, own, settings)
+                    more = {"calibration": calibration} if component is pipeline.unet else {}
+                    jobs[graph] = partial(row.load("exports"), model, folder / graph, pipeline, own, settings, **more)
         if not row.exports:
             component.save_pretrained(folder / name)
             write_vocabulary(component, folder / name)
@@ -240,10 +243,12 @@ def named_components(pipeline: Any) -> dict[str, Any]:
     return index | {name: _fetch_class_library_tuple(part) for name, part in parts.items() if part is not None}
 
 
-def export_denoiser(unet: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings) -> Path:
+def export_denoiser(
+    unet: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings, calibration: Sequence[Call] = ()
+) -> Path:
     """The graph of a pipeline's unet; see `export_unet`."""
     settings = settings_for_unet(unet, autoencoder_of(pipeline), settings)
-    return export_unet(unet, folder, call, settings, scheduler=pipeline.scheduler)
+    return export_unet(unet, folder, call, settings, scheduler=pipeline.scheduler, calibration=calibration)
 
 
 def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, _call: Call, settings: ExportSettings) -> Path:

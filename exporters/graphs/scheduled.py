@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def export_scheduled(
     settings: ExportSettings | None = None,
     *,
     scheduler: Any = None,
+    calibration: Sequence[Call] = (),
 ) -> list[Path]:
     """Export a UNet as `export_unet` does, with `shallow.onnx` beside it if the schedule reuses a depth.
 
@@ -50,8 +52,8 @@ def export_scheduled(
     without guidance, both are open in the batch.
 
     Raises:
-        InputError: if the schedule is of another UNet, residuals of a ControlNet steer this one, or it is to be in parts
-            and to reuse a depth.
+        InputError: if the schedule is of another UNet, residuals of a ControlNet steer this one, or it is to reuse a
+            depth in parts or in int8.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
@@ -60,11 +62,10 @@ def export_scheduled(
         settings = settings.model_copy(update={"dynamic_batch": True})
     depth = schedule.depth
     if depth is None:
-        return [export_unet(unet, folder, call, settings, scheduler=scheduler)]
-    if settings.split:
-        raise InputError(
-            f"a UNet in parts cannot reuse {depth} yet: export without --split, or with a schedule of whole steps"
-        )
+        return [export_unet(unet, folder, call, settings, scheduler=scheduler, calibration=calibration)]
+    for asked, what in ((settings.split, "in parts"), (settings.precision == "int8", "in int8")):
+        if asked:
+            raise InputError(f"a UNet {what} cannot reuse {depth} yet: export it otherwise, or make another schedule")
     if any("residual" in name for name in call.arguments):
         raise InputError("residuals steer this UNet, and its graphs cannot reuse a depth: export without the schedule")
     whole, shallow = _wrappers(depth)
@@ -93,11 +94,13 @@ def export_scheduled_pipeline(
     *,
     call: Call,
     vae_tile: int | None = None,
+    calibration: Sequence[Call] = (),
 ) -> list[Path]:
     """`export_pipeline` with its UNet by `export_scheduled`, whose files come first."""
     unet: Any = pipeline.unet  # type: ignore[attr-defined]
     own = settings_for_unet(unet, autoencoder_of(pipeline), settings)
-    files = export_scheduled(unet, folder / "unet", call, schedule, own, scheduler=getattr(pipeline, "scheduler", None))
+    more: Any = {"scheduler": getattr(pipeline, "scheduler", None), "calibration": calibration}
+    files = export_scheduled(unet, folder / "unet", call, schedule, own, **more)
     return files + export_pipeline(pipeline, folder, settings, call=call, without=("unet",), vae_tile=vae_tile)
 
 

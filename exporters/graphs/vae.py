@@ -72,7 +72,7 @@ def is_half(vae: Any, settings: ExportSettings) -> bool:
     none of its modules: who names them has looked which overflow.
     """
     kept = paths_of_vae(settings)
-    return settings.precision != "fp32" and "vae" not in kept and bool(kept or not vae.config.get("force_upcast"))
+    return settings.precision == "fp16" and "vae" not in kept and bool(kept or not vae.config.get("force_upcast"))
 
 
 def tile_call(call: Call, side: int, vae: Any, settings: ExportSettings) -> Call:

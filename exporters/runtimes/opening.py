@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters.graphs.int8 import check_int8
+from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import graph_files, read_graph, weight_files
 from exporters.layout import GRAPH, parts_of
 from exporters.registry import Runtime, runtime_of
@@ -28,13 +29,19 @@ def open_session(path: Path | str, runtime: str | Runtime = "onnxruntime", threa
     """
     path = Path(path)
     row = runtime if isinstance(runtime, Runtime) else runtime_of(runtime, "graph", "engine")
-    if row.takes == "graph":
-        path = path / GRAPH if path.is_dir() and not parts_of(path) else path
-        row.require()
-        for file in graph_files(path):
-            weight_files(file, graph := read_graph(file))
-            check_int8(file, row, graph)
-    return open_parts(row, path, threads)
+    if row.takes != "graph":
+        return open_parts(row, path, threads)
+    path = path / GRAPH if path.is_dir() and not parts_of(path) else path
+    row.require()
+    int8 = False
+    for file in graph_files(path):
+        weight_files(file, graph := read_graph(file))
+        check_int8(file, row, graph)
+        int8 = int8 or is_int8(graph)
+    session = open_parts(row, path, threads)
+    if int8:
+        session.precision = "int8"
+    return session
 
 
 def version_of(runtime: str) -> str:

@@ -15,6 +15,8 @@ from exporters.runtimes.session import Shape
 from slimdiff.errors import InputError, MissingPackageError, require
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+QUANTISER = b"QuantizeLinear"
+"""In the bytes of every graph with a node of that kind."""
 _TITLES = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 
@@ -24,8 +26,8 @@ class OnnxRuntimeSession:
     Arguments and errors are `inference_session`'s.
     """
 
-    def __init__(self, file: Path, threads: int | None = None, *, provider: str = "cpu"):
-        self._session = inference_session(file, provider, threads)
+    def __init__(self, file: Path, threads: int | None = None, *, provider: str = "cpu", as_written: bool = False):
+        self._session = inference_session(file, provider, threads, as_written=as_written)
         self.source = str(file)
         self.runtime = f"ONNX Runtime {require('onnxruntime', 'onnx').__version__}, {_TITLES[provider]}"
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -40,13 +42,16 @@ class OnnxRuntimeSession:
         return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
 
 
-def inference_session(graph: Path | bytes, provider: str = "cpu", threads: int | None = None) -> Any:
+def inference_session(
+    graph: Path | bytes, provider: str = "cpu", threads: int | None = None, *, as_written: bool = False
+) -> Any:
     """ONNX Runtime's own session for a graph.
 
     Args:
         graph: its file, weights beside it; or the content of one that has its weights inside.
         provider: `cpu`, `cuda` or `tensorrt`.
         threads: within one operator; its own default if not given, or the cores that may be used.
+        as_written: node by node, nothing fused: of a graph in int8, products of the floats that it says.
 
     Raises:
         InputError: for a graph that ONNX Runtime does not load.
@@ -67,10 +72,15 @@ def inference_session(graph: Path | bytes, provider: str = "cpu", threads: int |
         options.intra_op_num_threads = threads
     if not exact_int8():  # then products of bytes in Q/DQ or dynamic graphs are computed by slower kernels, exactly
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # It makes a Gemm of a linear whose input is quantised, then a quantiser of two dtypes, and does not load that.
+    spoilt = ["MatMulAddFusion"] if QUANTISER in (graph if isinstance(graph, bytes) else graph.read_bytes()) else []
     # What TensorRT does not take runs in CUDA.
     providers = [needed] if provider != "tensorrt" else [needed, PROVIDERS["cuda"]]
     try:
-        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=providers)
+        source = graph if isinstance(graph, bytes) else str(graph)
+        session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=spoilt)
     except Exception as error:  # ONNX Runtime has a dozen exception classes and no common base
         name = "a part of a graph" if isinstance(graph, bytes) else graph
         raise InputError(f"ONNX Runtime does not load {name}: {str(error).splitlines()[0]}") from error

@@ -17,7 +17,7 @@ class Session(Protocol):
     Attributes:
         runtime: what runs it, for people: `ONNX Runtime 1.31.1, CPU`.
         source: the file, for messages.
-        precision: `fp32`, `fp16` or `bf16`: the coarsest that it computes in.
+        precision: `fp32`, `fp16`, `bf16` or `int8`: the coarsest that it computes in.
         inputs: name -> shape.
         outputs: name -> shape.
         dtypes: name -> numpy's name of the dtype, of inputs and outputs.

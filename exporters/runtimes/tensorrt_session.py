@@ -54,7 +54,8 @@ class EngineSession:
         self.inputs = {n: s for n, s in shapes.items() if modes[n] == trt.TensorIOMode.INPUT}
         self.outputs = {n: s for n, s in shapes.items() if n not in self.inputs}
         own = {name: DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
-        self.precision = PRECISIONS[own[next(iter(self.outputs))]]
+        int8 = self._report["parts"]["precision"] == "int8"
+        self.precision = "int8" if int8 else PRECISIONS[own[next(iter(self.outputs))]]
         self._own = {name: getattr(torch, dtype) for name, dtype in own.items()}
         self.dtypes = {
             name: "float32" if dtype == "bfloat16" else dtype for name, dtype in own.items()

@@ -78,6 +78,7 @@ PAGES = {
         },
     ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),
+    "docs/int8.md": Page({"my-checkpoint": "tiny"}, 8),
     "docs/bundles.md": Page(
         {"my-checkpoint": "tiny", "my-slim": "slim", "my-build": "build"},
         10,
@@ -125,8 +126,9 @@ def _bring(folder: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page(page, workspace, tmp_path, monkeypatch, slim_directory, built):
-    for module in ("onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "tritonclient"):
-        pytest.importorskip(module, reason="needs the extras onnx, openvino, tensorrt-rtx and triton")
+    needed = ("onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "tritonclient")
+    for module in (*needed, *(["nncf"] if page == "docs/int8.md" else [])):
+        pytest.importorskip(module, reason="needs the extras onnx, openvino, tensorrt-rtx, triton and int8")
     monkeypatch.chdir(tmp_path)
     if "inpainting" in PAGES[page].given.values():
         _bring(tmp_path)

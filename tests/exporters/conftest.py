@@ -311,3 +311,15 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=7)
+
+
+@pytest.fixture(scope="session")
+def int8_graph(tmp_path_factory, dense, calls) -> Path:
+    """The dense UNet's graph in int8, as many layers of it as cost little."""
+    pytest.importorskip("nncf", reason="int8 needs the extra int8")
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    from exporters.graphs.export import export_unet
+    from exporters.settings import ExportSettings
+
+    settings = ExportSettings(precision="int8", int8_error=3e-4)
+    return export_unet(dense, tmp_path_factory.mktemp("int8"), calls[0], settings, calibration=calls)

@@ -12,7 +12,9 @@ from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.int8_layers import report_of
 from exporters.graphs.precision import fp32_islands
+from exporters.graphs.reading import read_graph
 from slimdiff.denoising.schedulers import with_scheduler
 from slimdiff.storage import manifest
 
@@ -27,12 +29,15 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         log.info("export: %s to ONNX, %s", name, settings.precision)
         start = time.perf_counter()
         unet, call = denoiser_of(pipeline), shop.trajectory[0]
-        graph = export_unet(unet, folder / name, call, shop.of_unet, scheduler=pipeline.scheduler)
+        more: Any = {"scheduler": pipeline.scheduler, "calibration": shop.trajectory}  # which int8 alone looks at
+        graph = export_unet(unet, folder / name, call, shop.of_unet, **more)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
         made_from |= shop.usage
         inputs, wide = shapes(call), fp32_islands(graph)
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
+        int8 = report_of(read_graph(folder / name / "model.onnx"))
+        runs_on |= {"int8": int8} if int8 else {}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
         result[name] = {
             "folder": f"export/{name}",
@@ -40,6 +45,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
             "inputs": inputs,
             "seconds": seconds,
             "fp32_islands": wide,
+            **({"int8": int8} if int8 else {}),
         }
     return result
 
@@ -49,6 +55,12 @@ def shapes(call: Any) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
 
 
+def _shares(result: dict[str, Any]) -> dict[str, float]:
+    """Of graphs in int8, by side: the part of the multiply-adds that is."""
+    reports = {name: result.get(name, {}).get("int8") for name in ("dense", "slim")}
+    return {name: found["share"] for name, found in reports.items() if found and found["share"] is not None}
+
+
 STAGE = Stage(
     "export",
     run,
@@ -56,6 +68,11 @@ STAGE = Stage(
     settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
     inputs=lambda shop: shop.exporting | shop.captions_hash,
     kind="onnx",
+    figures=lambda result: {"int8_macs": shares} if (shares := _shares(result)) else {},
     runs_on=lambda result: {"precision": result["precision"], "shapes": result["slim"]["inputs"]},
-    packages=lambda _: (("onnx", "onnx"), ("onnxscript", "onnx")),
+    packages=lambda shop: (
+        ("onnx", "onnx"),
+        ("onnxscript", "onnx"),
+        *([("nncf", "int8")] if shop.recipe.export.precision == "int8" else []),
+    ),
 )

@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_steering(parser)
     flags.add_usage(parser, "guidance")
     flags.several(parser, "--shape", "BxHxW", "samples in a call (with guidance two per image), and pixels")
-    flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16"))
+    flags.several(parser, "--precision", None, "of denoisers", choices=("fp32", "fp16", "int8"))
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
     flags.add(parser, ExportSettings, "split")
     flags.several(parser, "--capability", "SM", "of engines, such as sm89")

@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         if schedule is not None:
             value["schedule"] = schedule.model_dump(exclude_none=True)
             value["macs_per_image"] = compute_of(dense, slim, schedule, sampling)
+        value["precision"] = {"dense": dense.precision, "slim": slim.precision}
         if folder is not None:
             made_from = {"command": "compare", "sampling": value["sampling"]}
             save_images(folder, **images, captions=captions, made_from=made_from)
@@ -168,6 +169,7 @@ def _text(value: dict[str, Any]) -> str:
             f"slim, by its schedule: {macs['saved']:.1%} saved"
         )
     lines += [f"{name}: {m['value']:.4g}{_between(m)}" for name, m in images["metrics"].items()]
+    lines.append(f"precision: {' -> '.join(map(_said, value['precision'].values()))}")
     for name, q in value["quality"].items():
         change = f", difference {q['difference']:.4g}{_between(q)}" if "difference" in q else ""
         lines.append(f"{name}: {q['dense']:.4g} dense, {q['slim']:.4g} slim{change}")
@@ -176,6 +178,11 @@ def _text(value: dict[str, Any]) -> str:
         found = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
         lines.append(f"gate {gate['gate']}: {found}, bound {gate['bound']:g}: {gate['verdict']}")
     return "\n".join(lines)
+
+
+def _said(side: dict[str, Any]) -> str:
+    share = side["int8_macs"]
+    return side["precision"] + (f" ({100 * share:.1f} % of the multiply-adds)" if share else "")
 
 
 def _between(metric: dict[str, Any]) -> str:

@@ -24,12 +24,16 @@ folder of a UNet alone, its graph."""
 EXAMPLE = """examples:
   slimdiff export demo --out demo-onnx
   slimdiff export slim --out slim-onnx --precision fp16 --height 512 --width 512 --batch 2
+  slimdiff export slim --out slim-int8 --precision int8 --prompts prompts.txt
   slimdiff export slim --out slim-onnx --dynamic batch,size
   slimdiff export slim --out slim-onnx --precision fp16 --height 2048 --width 2048 --vae-tile 512
   slimdiff export slim --out slim-parts --split
   slimdiff export my-checkpoint/unet --out unet-onnx
   slimdiff export slim --out canny-onnx --controlnet sd-controlnet-canny
   slimdiff generate canny-onnx --control-image edges.png --prompt "a barn" --out barn.png"""
+
+_CALLS_OF_IMAGE = 8
+"""Recorded for int8, of one image's: `ExportSettings.int8_calls` says so."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "--out", "DIR", "where the ONNX folder goes", required=True)
     flags.add(parser, ExportSettings, "precision")
     flags.add(parser, ExportSettings, "keep_fp32", nargs="+", metavar="PATH")
+    flags.add(parser, ExportSettings, "int8_error", "int8_calls")
+    calibrated = "prompts that int8 is calibrated on, one a line (default: 'general', the built-in ones; demo's own)"
+    flags.text(parser, "--prompts", "FILE", calibrated)
     flags.add(parser, Sampling, "height", "width")
     flags.add_schedule(parser)
     flags.add_lora(parser)
@@ -75,25 +82,30 @@ def run(args: argparse.Namespace) -> int:
     schedule = find_schedule(args.model, args.schedule)
     require("onnx", "onnx")
     require("onnxscript", "onnx")
+    prompts = _prompts(args, settings, image, alone)
 
     calm_libraries()
     from deploy.artifacts.files import copy_licenses
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.build import shapes
+    from exporters.graphs.int8_layers import report_of
     from exporters.graphs.precision import fp32_islands
-    from exporters.graphs.reading import graph_files
+    from exporters.graphs.reading import graph_files, read_graph
     from slimdiff.adapters import fused_files
 
     pipeline, unet, call = _open(args, image, weights.variant, steering)
+    calibration = _calibration(pipeline, prompts, image, settings)
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
-        unet_alone = unet if alone else None
-        files = _write(pipeline, unet_alone, temporary, settings, schedule, call=call, vae_tile=args.vae_tile)
+        how: Any = {"call": call, "vae_tile": args.vae_tile, "calibration": calibration}
+        files = _write(pipeline, unet if alone else None, temporary, settings, schedule, **how)
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
         names = [file.relative_to(temporary).as_posix() for each in files for file in graph_files(each)]
         islands = fp32_islands(files[0])  # the UNet's
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
+        if report := report_of(read_graph(temporary / names[0])):
+            about["int8"] = report
         runs_on = {"runtime": "onnxruntime", "unet": shapes(call), **about}
         fused = {"lora": fused} if pipeline is not None and (fused := fused_files(pipeline)) else {}
         made_from = {
@@ -109,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     value = {"out": str(out), "graphs": names, "unet_inputs": shapes(call), **about, "bytes": written}
     graphs = "1 graph" if alone else f"{len(names)} graphs"
     lines = [f"{out}: {graphs}, {settings.precision}, {in_bytes(written)}", *(f"  {name}" for name in names)]
+    lines += _of_int8(value.get("int8"))
     return result(args, value, "\n".join(lines))
 
 
@@ -134,6 +147,51 @@ def _write(
     if schedule is None:
         return [export_unet(unet, folder, how["call"], settings, scheduler=scheduler)]
     return export_scheduled(unet, folder, how["call"], schedule, settings, scheduler=scheduler)
+
+
+def _prompts(args: argparse.Namespace, settings: ExportSettings, image: Sampling, alone: bool) -> list[str]:
+    """What int8 is calibrated on images of; none in another precision."""
+    if settings.precision != "int8":
+        if args.prompts is not None:
+            raise InputError(f"--prompts are what int8 is calibrated on: leave them out of {settings.precision}")
+        return []
+    if alone:
+        raise InputError(
+            f"int8 is calibrated on images, and {args.model} is a UNet alone: say with --pipeline which model it goes "
+            "with"
+        )
+    require("nncf", "int8")
+    from deploy.recipe.prompts import calibration_prompts, default_source
+
+    images = -(-settings.int8_calls // min(_CALLS_OF_IMAGE, image.steps))
+    return calibration_prompts(args.prompts or default_source(args.pipeline or args.model), images)
+
+
+def _calibration(pipeline: Any, prompts: list[str], image: Sampling, settings: ExportSettings) -> list[Any]:
+    """Recorded calls of the denoiser, of all times, on images of prompts; pictures, where it needs some, are grey."""
+    if not prompts:
+        return []
+    from slimdiff.denoising.calls import Calls
+    from slimdiff.denoising.tasks import neutral_inputs
+    from slimdiff.settings import CalibrationSettings, PlanSettings
+
+    log.info("export: recording calls for int8, %d images of %d steps", len(prompts), image.steps)
+    inputs, sampling = [], image.model_copy(update={"batch": 1})
+    for prompt in prompts:
+        rows, sampling = neutral_inputs(pipeline, 1, sampling, prompt)
+        inputs += rows
+    watched = CalibrationSettings(samples=len(inputs), sampling=sampling)
+    return Calls(pipeline, inputs, watched, PlanSettings(fitting_calls=settings.int8_calls)).fitting
+
+
+def _of_int8(report: dict[str, Any] | None) -> list[str]:
+    if report is None:
+        return []
+    share = "" if report["share"] is None else f", {100 * report['share']:.1f} % of the multiply-adds"
+    layers = f"int8: {len(report['layers'])} layers{share}, noise error {report['noise_error']:.2g} in all"
+    lines = [f"  {row['layer']} stays in fp32: {row['reason']}" for row in report["wide"]]
+    costs = [f" (alone {row['noise_error']:.2g})" if row["noise_error"] else "" for row in report["wide"]]
+    return [layers, *map(str.__add__, lines, costs)]
 
 
 def _open(

@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "base", "BASE", "the reference, in fp32: a model, or ONNX")
     flags.text(parser, "candidate", "CANDIDATE", "what is checked: a model, or ONNX")
     bounds = "whose bounds hold (default: the candidate's)"
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help=bounds)
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), help=bounds)
     parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
     flags.add_variant(parser)
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
             value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
         if seen and (vae := vae_of(candidate, args.candidate)):
             log.info("validate: the VAE")
-            value = check_vae(value, pipeline.vae, vae, seen, precision=args.precision, every_module=every)
+            of_vae = None if args.precision == "int8" else args.precision  # which is the UNet's alone
+            value = check_vae(value, pipeline.vae, vae, seen, precision=of_vae, every_module=every)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
     if candidate.runtime in names("graph"):
         value["processors"] = processors_for(read_graph(candidate.denoiser.session.source))

@@ -91,9 +91,9 @@ def test_a_bundle_says_its_processors_and_passes_over_what_clips(wide, narrow, v
         assert call(["inspect", out], capsys)["processors"] == processors
         assert (EXACT_PROCESSORS in (out / "README.md").read_text()) == (source == wide)
     chosen = load(tmp_path / "wide").chosen
-    assert chosen.runtime == ("openvino-fp32" if vnni else "onnxruntime")
+    assert chosen.runtime == ("openvino" if vnni else "onnxruntime")
     assert any(REFUSAL in why for why in chosen.passed_over) != vnni
-    assert load(tmp_path / "narrow").chosen.runtime == "openvino-fp32"
+    assert load(tmp_path / "narrow").chosen.runtime == "openvino"
 
 
 def test_doctor_says_what_becomes_of_sums_of_bytes(vnni, capsys):

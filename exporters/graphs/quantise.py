@@ -1,0 +1,322 @@
+"""A UNet's graph in int8: NNCF quantises it on recorded calls, and the layers that suffer most stay as they are.
+
+Which those are is measured. NNCF quantises every linear and convolution once; then each of them alone is given, in
+torch, what that graph has of it (its input rounded to the graph's steps, its rounded weight, its moved bias), and the
+change of the noise prediction on recorded calls is what it costs. Errors of layers are as good as independent, so their
+sum stands for the error of all of them, and the layers that cost most for their multiply-adds stay wide until the sum
+is within `ExportSettings.int8_error`. NNCF then quantises the rest.
+
+What NNCF is asked for, and why:
+
+- Symmetric steps, zero points all 0: TensorRT takes no others.
+- Weights of 7 bits, for x86 processors without VNNI clip sums of wider ones without a word (`exporters.graphs.int8`).
+- Ranges of all calls: by itself it takes the mean of their largest values, and inputs grow and shrink over a
+  trajectory, so that it would cut them off at one end of it.
+- No smoothing (SmoothQuant) ahead of linears: it is a product more at run time.
+- Products of two activations, and whatever is no linear or convolution, are left alone; so are time layers, which
+  multiply one row a sample.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporters.graphs.inputs import in_graph_dtype, named_inputs
+from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers, products, share_of_macs
+from exporters.graphs.naming import WEIGHTED, weight_of
+from exporters.graphs.precision import paths_to_keep
+from exporters.graphs.reading import inputs_of, module_of, name_of, read_graph, shape_of
+from exporters.graphs.shapes import add_shapes
+from exporters.settings import ExportSettings
+from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.errors import InputError, SlimdiffError, require
+from slimdiff.planning.sensitivity import exchanged
+from slimdiff.progress import bar, working
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHT_BITS = 7
+"""Of weights: what no processor's sums clip."""
+ALONE_CALLS = 4
+"""Recorded calls that a layer alone is measured on, at most, spread over those that there are."""
+
+
+def quantise_graph(file: Path, unet: nn.Module, calls: Sequence[Call], settings: ExportSettings) -> dict[str, Any]:
+    """Put a UNet's fp32 graph into int8, in its place.
+
+    Args:
+        file: `model.onnx` as `export_unet` wrote it in fp32.
+        unet: that it was made from, float32.
+        calls: recorded from trajectories, of all times and both branches of guidance.
+
+    Returns:
+        what the graph carries from now on as `int8_layers.REPORT`, and the manifest of an export: `layers` (module
+        paths of what is in int8), `wide` (of what is not: `layer`, `reason` and `noise_error`, what it would have cost
+        alone, None where that was not measured), `noise_error` (the sum of the int8 layers' own), `share` (of the
+        multiply-adds, None where sizes are open), `weight_bits` and `calls`.
+
+    Raises:
+        InputError: without calls, for calls on which an activation is not finite, or if no layer can be in int8.
+        MissingPackageError: without nncf.
+    """
+    check_calibration(calls)
+    graph = read_graph(file)
+    layers = _layers(graph, unet)
+    feeds = [_feed(graph, call, number) for number, call in enumerate(calls)]
+    kept = paths_to_keep(unet, settings.keep_fp32)
+    wide: dict[str, dict[str, Any]] = {
+        path: _wide(path, "keep_fp32 names it") for path in layers if any(f"{path}.".startswith(f"{k}.") for k in kept)
+    }
+    rows = [path for path, node in layers.items() if len(shape_of(node.outputs[0])) < 3]
+    wide |= {path: _wide(path, "it multiplies one row a sample: there is nothing to gain") for path in rows}
+    constant = _constant_inputs(unet, list(layers), calls)
+    wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
+    asked = [path for path in layers if path not in wide]
+    trial = _quantised(file, feeds, [layers[path] for path in asked])
+    there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
+    alone = errors_alone(unet, there, calls)
+    macs = {module_of(node): count or 1 for node, count in products(graph)}
+    int8 = choose_int8(alone, macs, settings.int8_error)
+    if not int8:
+        raise InputError(
+            f"no layer of this UNet stays within int8_error {settings.int8_error:g} in int8; the cheapest costs "
+            f"{min(alone.values(), default=float('nan')):.2g}: allow more, or export in fp32"
+        )
+    for path in asked:
+        if path not in int8:
+            wide[path] = _wide(path, "it costs too much for its multiply-adds", alone.get(path))
+    model = trial if len(int8) == len(asked) else _quantised(file, feeds, [layers[path] for path in int8])
+    if list(int8_layers(model)) != int8:
+        odd = sorted(set(int8) ^ set(int8_layers(model)))
+        raise SlimdiffError(f"NNCF did not quantise what it was asked to, such as {odd[0]}: say so to its authors")
+    report: dict[str, Any] = {
+        "layers": int8,
+        "wide": [wide[path] for path in layers if path in wide],
+        "noise_error": sum(alone[path] for path in int8),
+        "weight_bits": WEIGHT_BITS,
+        "calls": len(calls),
+    }
+    _write(model, file, report)
+    return report
+
+
+def check_calibration(calls: Sequence[Call]) -> None:
+    """Refuse int8 without calls to calibrate on, or without NNCF, before the long work.
+
+    Raises:
+        InputError, MissingPackageError: see `quantise_graph`.
+    """
+    _nncf()
+    if not calls:
+        raise InputError("int8 is calibrated on recorded denoiser calls, and there are none: export a whole pipeline")
+
+
+def _nncf() -> Any:
+    with patch.dict(os.environ, {"NNCF_CI": "1"}):  # or it reports its use to its makers
+        return require("nncf", "int8")
+
+
+def choose_int8(errors: Mapping[str, float], macs: Mapping[str, int], most: float) -> list[str]:
+    """The layers that go into int8: as many as the sum of errors allows, those first that cost least for their MACs.
+
+    Args:
+        errors: by layer, what it costs alone.
+        most: that they may cost together.
+
+    Returns:
+        their paths, in the order of `errors`.
+    """
+    chosen, total = set(), 0.0
+    for path in sorted(errors, key=lambda path: errors[path] / macs.get(path, 1)):
+        if total + errors[path] <= most:
+            total += errors[path]
+            chosen.add(path)
+    return [path for path in errors if path in chosen]
+
+
+@torch.no_grad()
+def errors_alone(unet: nn.Module, layers: Mapping[str, Int8Layer], calls: Sequence[Call]) -> dict[str, float]:
+    """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction."""
+    some = [calls[i * len(calls) // min(len(calls), ALONE_CALLS)] for i in range(min(len(calls), ALONE_CALLS))]
+    reference = [predict(unet, call) for call in bar(some, "wide outputs", "call")]
+    energy = sum(float(r.double().square().sum()) for r in reference)
+    found = {}
+    for path, layer in bar(layers.items(), "int8, a layer alone", "layer"):
+        with in_int8(unet.get_submodule(path), layer):
+            changed = [
+                (predict(unet, call) - r).double().square().sum() for call, r in zip(some, reference, strict=True)
+            ]
+        found[path] = float(sum(changed)) / energy
+    return found
+
+
+@contextmanager
+def in_int8(module: nn.Module, layer: Int8Layer) -> Iterator[None]:
+    """Let a linear or convolution compute in torch what a graph computes in int8, for the length of a block."""
+    scale, zero = (float(part.reshape(-1)[0]) for part in (layer.scales[0], layer.zero_points[0]))
+    limits = np.iinfo(layer.zero_points[0].dtype)
+
+    def rounded(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.fake_quantize_per_tensor_affine(args[0], scale, int(zero), limits.min, limits.max), *args[1:])
+
+    weights = {"weight": torch.from_numpy(layer.weight())}
+    if getattr(module, "bias", None) is not None and (bias := layer.bias()) is not None:
+        weights["bias"] = torch.from_numpy(bias.copy())
+    with exchanged(module, weights), module.register_forward_pre_hook(rounded):
+        yield
+
+
+def _wide(path: str, reason: str, error: float | None = None) -> dict[str, Any]:
+    return {"layer": path, "reason": reason, "noise_error": error}
+
+
+def _layers(graph: ir.Model, unet: nn.Module) -> dict[str, ir.Node]:
+    """The linears and convolutions that the graph has one product of, by module path, in execution order."""
+    kinds = (nn.Linear, nn.Conv2d)
+    paths = {path for path, module in unet.named_modules() if isinstance(module, kinds)}
+    nodes = [node for node in graph.graph if node.op_type in WEIGHTED and weight_of(node) is not None]
+    times = Counter(map(module_of, nodes))
+    return {path: node for node in nodes if (path := module_of(node)) in paths and times[path] == 1}
+
+
+def _feed(graph: ir.Model, call: Call, number: int) -> dict[str, np.ndarray]:
+    """A recorded call as a graph takes it, whatever its batch: samples in turn, beginning with another each call."""
+    tensors, _ = named_inputs(call.arguments)
+    samples = int(call.arguments["sample"].shape[0])
+    feed = {}
+    for name, spec in inputs_of(graph).items():
+        tensor = in_graph_dtype(name, tensors[name], torch.float32)
+        if name == "timestep":
+            tensor = tensor.reshape(-1)[0]
+        elif spec.shape and isinstance(batch := spec.shape[0], int) and tensor.shape[:1] == (samples,) != (batch,):
+            tensor = tensor[(torch.arange(batch) + number) % samples]
+        feed[name] = tensor.contiguous().numpy().astype(spec.dtype)
+    return feed
+
+
+@torch.no_grad()
+def _constant_inputs(unet: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> dict[str, float]:
+    """The layers whose input is one number in all calls, with that number: no steps can be measured for it.
+
+    Raises:
+        InputError: for an input that is not finite.
+    """
+    ends: dict[str, tuple[float, float]] = {}
+
+    def see(path: str, call: Call, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        low, high = (float(end) for end in args[0].float().aminmax())
+        if not np.isfinite([low, high]).all():
+            raise InputError(
+                f"the input of {path} is not finite at t={call.timestep}: no int8 steps can be measured; use the "
+                "model in float32, with a scheduler that goes with it"
+            )
+        before = ends.get(path, (low, high))
+        ends[path] = min(low, before[0]), max(high, before[1])
+
+    for call in bar(calls, "ranges", "call"):
+        hooks = [unet.get_submodule(path).register_forward_pre_hook(partial(see, path, call)) for path in paths]
+        try:
+            predict(unet, call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {path: low for path, (low, high) in ends.items() if low == high}
+
+
+@working("quantise")
+def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Sequence[ir.Node]) -> ir.Model:
+    """The graph with these nodes in int8, all of it in memory."""
+    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
+    nncf = _nncf()
+    advanced = require("nncf.quantization.advanced_parameters", "int8")
+    ranges = require("nncf.quantization.range_estimator", "int8")
+    model = onnx.load(str(file), load_external_data=False)
+    chosen = {node.name for node in nodes}
+    others = [node for node in model.graph.node if node.name not in chosen]
+    with _quiet(nncf):
+        done = nncf.quantize(
+            model,
+            nncf.Dataset(list(feeds)),
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(feeds),
+            ignored_scope=nncf.IgnoredScope(names=[node.name for node in others], validate=False),
+            advanced_parameters=advanced.AdvancedQuantizationParameters(
+                overflow_fix=advanced.OverflowFix.ENABLE,
+                activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
+                smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1),
+                backend_params={"external_data_dir": str(file.parent.resolve())},
+            ),
+        )
+    return ir.from_proto(done)
+
+
+def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
+    """Write a quantised graph over the one that it was made from: named by module, with every tensor's shape."""
+    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
+    for layer in int8_layers(model).values():
+        _name(layer)
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
+    model.metadata_props.clear()
+    ir.save(model, str(file), external_data=f"{file.name}.data")
+    proto = onnx.load(str(file), load_external_data=False)
+    del proto.graph.value_info[:]
+    add_shapes(proto)
+    file.write_bytes(proto.SerializeToString())
+    report["share"] = share_of_macs(read_graph(file))
+    onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
+    file.write_bytes(proto.SerializeToString())
+    onnx.checker.check_model(str(file), full_check=True)
+
+
+def _name(layer: Int8Layer) -> None:
+    """Name a layer's quantisers and their constants after its module, as `name_by_module` does its nodes.
+
+    What quantises the input of several layers is named after the first of them.
+    """
+    path, (active, weight) = layer.path, (value.producer() for value in layer.node.inputs[:2] if value is not None)
+    assert active is not None and weight is not None and active.inputs[0] is not None
+    maker = active.inputs[0].producer()
+    assert maker is not None
+    for node, name in ((maker, "QuantizeLinear"), (active, "DequantizeLinear"), (weight, "DequantizeLinear_weight")):
+        if "/" in (node.name or "") and (node.name or "").rpartition("/")[2] in (name, "QuantizeLinear"):
+            continue  # named after another layer already
+        node.name = f"{path}/{name}"
+        node.outputs[0].name = f"{path}.{name}"
+        endings = {"QuantizeLinear": ("input_scale", "input_zero_point"), "DequantizeLinear": ()}.get(name)
+        values = node.inputs[1:] if name == "QuantizeLinear" else node.inputs if endings is None else ()
+        for value, ending in zip(values, endings or ("weight", "weight_scale", "weight_zero_point"), strict=False):
+            if value is not None and value.is_initializer():
+                _rename(value, f"{path}.{ending}")
+
+
+def _rename(value: ir.Value, name: str) -> None:
+    if value.graph is not None and name != name_of(value) and name not in value.graph.initializers:
+        value.name = name
+
+
+@contextmanager
+def _quiet(nncf: Any) -> Iterator[None]:
+    """Without NNCF's bars and lines, which it writes to stdout, where results belong."""
+    import logging
+
+    nncf.set_log_level(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
