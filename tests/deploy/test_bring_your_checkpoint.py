@@ -222,7 +222,8 @@ def test_a_row_goes_from_compress_to_generate(title, make, tmp_path, capsys, mon
     for target in row.targets:
         call(["bundle", "onnx", "--target", target, "--out", target], capsys)
         asked = {flag for flag in _command(Path(target)) if flag.startswith("--")} - {"--out"}
-        assert asked == {str(flag) for flag in row.generation if str(flag).startswith("--")}
+        said = {str(flag) for flag in row.generation if str(flag).startswith("--")}
+        assert asked == (said - {"--image", "--mask"} if title.startswith("the same") else said)  # which it can do, too
     images = {}
     for name in ("slim", "onnx", *row.targets):
         more = {"slim": (*row.export, *row.added), "edge": ("--runtime", "openvino-fp32")}.get(name, ())
