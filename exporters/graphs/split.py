@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,19 @@ def crossing(model: ir.Model) -> dict[str, str]:
     """What the step takes from the other parts of a whole graph: its name there -> that of the tensor in this graph."""
     values = {name_of(v): v for node in model.graph for v in node.outputs}
     return {new: old for old, new in _names(values, _cuts(model)).items()}
+
+
+def parameters_of_parts(model: ir.Model) -> dict[str, int]:
+    """How many numbers the initializers of each part of a whole graph would have, by `exporters.layout.PARTS`.
+
+    They need no values.
+    """
+    cuts = _cuts(model)
+    graphs = {part: _part(model, part, cuts).graph for part in PARTS if part == STEP or part in cuts.values()}
+    return {
+        part: sum(prod(weight.shape.numpy()) for weight in graph.initializers.values() if weight.shape)
+        for part, graph in graphs.items()
+    }
 
 
 def _per_sample(onnx_file: Path | str) -> ir.Model:

@@ -282,3 +282,22 @@ def test_sdxl_with_a_controlnet_makes_torchs_image(xl_pipeline, onnx_xl_folder, 
     folder = exported_beside(onnx_xl_folder, controlled, tmp_path / "onnx")
     shutil.copytree(onnx_xl_folder / "text_encoder_2", folder / "text_encoder_2", dirs_exist_ok=True)
     assert_same(load_pipeline(folder, threads=1), controlled)
+
+
+@pytest.mark.slow
+def test_a_unet_in_parts_is_steered_as_the_whole_one(small, onnx_folder, tmp_path):
+    """The picture that is a prompt goes to the prompt's part, a ControlNet's residuals to the step."""
+    fresh = type(small)(**{**small.components, "unet": copy.deepcopy(small.unet)}, **UNCHECKED)
+    make_controlnet(small.unet).save_pretrained(tmp_path / "net")
+    file = ScaledFile(file=str(save_ip_adapter(small.unet, tmp_path / "ip")), scale=0.7)
+    steered = steer(fresh, SteeringSettings(controlnet=(str(tmp_path / "net"),), ip_adapter=file))
+    folder = exported_beside(onnx_folder, steered, tmp_path / "onnx", split=True, dynamic_batch=True)
+    exported = load_pipeline(folder, threads=1)
+    prompt, step = (exported.unet.session.parts[part] for part in ("prompt", "step"))
+    assert "image_embeds_0" in prompt.inputs and "image_embeds_0" not in step.inputs
+    assert "down_block_additional_residuals_0" in step.inputs
+    sampling = Sampling(steps=2, guidance=3.0, batch=1, **SIZE)
+    for seed in (0, 2):
+        rows = [{"prompt": "abc", "image": picture(), "ip_adapter_image": picture(seed)}]
+        found, right = (np.asarray(sample_images(p, rows, sampling)[0], dtype=int) for p in (exported, steered))
+        assert abs(found - right).max() <= 1 and np.ptp(right) > 20
