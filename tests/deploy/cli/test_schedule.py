@@ -59,13 +59,11 @@ def test_compare_holds_a_scheduled_model_against_the_dense_one_at_full_schedule(
     assert macs["saved"] == pytest.approx(1 - found["cost"]) and macs["slim"] == pytest.approx(
         macs["dense"] * found["cost"], rel=1e-6
     )
-    plain = call(["compare", model, model, *FEW], capsys)
-    assert "macs_per_image" not in plain and plain["images"]["ssim"] == 1
 
 
 def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 4]
+    measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 3, "--depth", "up_blocks.2"]
     found = call(["schedule", model, "--speedup", 1.4, *measured], capsys)
     assert found["speedup"] >= 1.4 - 1e-6
     said = Schedule.load(model).made_by
@@ -74,8 +72,6 @@ def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, t
     call(["schedule", model, "--max-error", bound, *measured], capsys)
     cheapest = Schedule.load(model).made_by
     assert cheapest["latent_error"] <= bound
-    line = refused(["schedule", model, "--speedup", 50, *measured], capsys)
-    assert "no schedule of this model is 50 times as fast: the fastest is" in line
 
 
 @pytest.mark.parametrize(
