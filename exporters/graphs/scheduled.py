@@ -55,7 +55,7 @@ def export_scheduled(
     """
     settings, folder = settings or ExportSettings(), Path(folder)
     schedule.check(unet.config, "the schedule")  # type: ignore[arg-type]
-    if len(schedule.guided) < schedule.steps:
+    if not schedule.guides_always():
         settings = settings.model_copy(update={"dynamic_batch": True})
     depth = schedule.depth
     if depth is None:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if (kind := kind_of(args.model)) != "model":
         raise (
             not_runnable(args.model, kind)
-            if kind in ("plan", "statistics")
+            if kind in ("plan", "statistics", "schedule")
             else InputError(
                 f"{args.model} is {kind}, which has its model's schedule: name the model, and export it again"
             )
