@@ -109,6 +109,10 @@ class Schedule(BaseModel):
         """Whether it changes nothing."""
         return len(self.guided) == len(self.whole) == self.steps
 
+    def guides_always(self) -> bool:
+        """Whether every step is guided."""
+        return len(self.guided) == self.steps
+
     def cost(self, shallow: float, branches: int = 2) -> float:
         """What a picture's calls cost, as a share of the full schedule's.
 

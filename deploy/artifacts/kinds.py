@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ _BY_MANIFEST = ("bundle", "engines", ENGINE_PIPELINE)
 
 
 def kind_of(name: str) -> str:
-    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan` or `build`.
+    """`model`, `onnx`, `engine`, `engines`, `engine-pipeline`, `bundle`, `statistics`, `plan`, `schedule` or `build`.
 
     The folder of a denoiser alone (`find_component`) is a model, too. A name that is not on the disk is taken for a
     model (a hub id).
@@ -48,6 +49,8 @@ def kind_of(name: str) -> str:
         return "model"
     if path.is_file():
         weights = path.suffix == ".safetensors" and is_weights_file(path)
+        if path.suffix == ".json" and is_schedule(path):
+            return "schedule"
         kind = "model" if weights else _SUFFIXES.get(path.suffix) or ("bundle" if is_archive(path) else None)
     else:
         kind = next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), None)
@@ -69,6 +72,14 @@ def kind_of(name: str) -> str:
 def not_runnable(name: str, kind: str) -> InputError:
     """What to say of an artifact that holds no denoiser."""
     return InputError(f"{name} is {kind if kind == 'statistics' else f'a {kind}'}: name a model or an ONNX folder")
+
+
+def is_schedule(path: Path) -> bool:
+    """Whether a JSON file says which steps are guided."""
+    with suppress(InputError):
+        content = manifest.read_json(path)
+        return isinstance(content, dict) and {"guided", "whole"} <= content.keys()
+    return False
 
 
 def is_archive(path: Path) -> bool:

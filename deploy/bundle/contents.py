@@ -24,6 +24,7 @@ from exporters.layout import GRAPH, parts_of
 from exporters.registry import names, runtime_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
+from slimdiff.schedule import FILE
 from slimdiff.storage import manifest as manifests
 
 _GRAPHS_ON_SERVERS = {
@@ -105,6 +106,8 @@ def write_bundle(
         vae = place_of(candidate.latents, sizes) if source.rest.decoder else None
         about = candidate.model_dump(include=set(Model.model_fields))
         denoisers.append(Denoiser(folder=place, vae=vae, runtimes=runtimes, **about))
+    if source.schedule is not None:
+        source.schedule.save(folder / FILE)
     source.rest.write(folder, taken[0].precision, sizes, not edge or "image" in source.rest.takes)
     python = str(importlib.metadata.metadata("slimdiff")["Requires-Python"])
     packages = _packages(denoisers) | ({"invisible-watermark": ""} if read_index(folder).get("add_watermarker") else {})

@@ -17,9 +17,11 @@ from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from exporters.layout import autoencoder_of
 from exporters.registry import names, runtime_of
 from exporters.runtimes.pipeline import check_index, load_pipeline
+from exporters.runtimes.scheduled import schedule_graphs
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
+from slimdiff.schedule import FILE, Schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,6 +51,7 @@ def load(
     width: int | None = None,
     threads: int | None = None,
     unpack_to: Path | str | None = None,
+    scheduled: bool = True,
 ) -> DiffusionPipeline:
     """A diffusers pipeline of a bundle, on the best runtime that is here.
 
@@ -61,6 +64,7 @@ def load(
         height, width: of the images in pixels, for a bundle of several sizes. Squares are then the pipeline's default;
             give other sizes to its calls, too (diffusers' pipelines have one number).
         threads: of a runtime on the CPU; its own choice if not given.
+        scheduled: whether images are made by the bundle's schedule, where it has one (the attribute `schedule`).
         unpack_to: a folder that an archive is unpacked into, to stay there; by default one that goes with the pipeline.
 
     Returns:
@@ -83,7 +87,11 @@ def load(
             raise InputError(f"{path}: there is no such bundle, folder or archive")
         elif unpack_to is not None:
             raise InputError(f"{path} is a folder: only an archive is unpacked")
-        pipeline = _open(read_bundle(path), runtime, height, width, threads)
+        pipeline: Any = _open(read_bundle(path), runtime, height, width, threads)
+        pipeline.schedule = Schedule.load(path) if (path / FILE).is_file() else None
+        if scheduled and pipeline.schedule is not None:
+            source, name = Path(pipeline.unet.session.source), pipeline.chosen.runtime
+            pipeline = schedule_graphs(pipeline, pipeline.schedule, source, name, threads)
         weakref.finalize(pipeline, unless_opened.pop_all().close)
     return pipeline
 

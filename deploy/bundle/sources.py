@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from deploy.artifacts import build_folder
 from deploy.artifacts.kinds import engine_of, graph_of, kind_of
+from deploy.artifacts.schedules import find_schedule
 from deploy.bundle.description import Model
 from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
@@ -22,6 +23,7 @@ from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
+from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest as manifests
 
@@ -82,6 +84,8 @@ class Source:
     candidates: list[Candidate]
     rest: ExportedRest | TorchRest
     made_from: dict[str, Any]
+    schedule: Schedule | None = None
+    """That its images are made by."""
 
 
 def open_source(name: str, pipeline: str | None, selection: Selection) -> Source:
@@ -128,7 +132,8 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     else:  # of a pipeline of engines, the UNet alone: a bundle has all else in ONNX
         candidates = [_engine("engine", engine_of(name, kind), rest.scale)]
     folders = [path, path / "slim", *([Path(pipeline)] if pipeline else [])]  # a build has its model in a folder
-    return Source(kind, folders, candidates, rest, _made_from(path))
+    schedule = find_schedule(name, None) if kind == "onnx" else None
+    return Source(kind, folders, candidates, rest, _made_from(path), schedule)
 
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
@@ -171,6 +176,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled
     from exporters.graphs.vae import settings_for_unet
     from exporters.settings import ExportSettings
     from slimdiff.denoising.sizes import autoencoder_of
@@ -190,8 +196,12 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
         how = settings.model_copy(update={"precision": precision})
-        export_unet(pipeline.unet, folder, call, how, scheduler=pipeline.scheduler)
+        if schedule is None:
+            export_unet(pipeline.unet, folder, call, how, scheduler=pipeline.scheduler)
+        else:
+            export_scheduled(pipeline.unet, folder, call, schedule, how, scheduler=pipeline.scheduler)
 
+    schedule = find_schedule(name, None)
     shapes, candidates = selection.shapes, []
     if not shapes:
         call = example_call(pipeline, guidance=selection.guidance)
@@ -199,12 +209,13 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
         shapes = [(batch_of(call), high * scale, wide * scale)]
     for batch, high, wide in shapes:
         for precision in selection.precisions or ["fp32"]:
-            label, sample = f"{precision}-{batch}x{high}x{wide}", (batch, None, high // scale, wide // scale)
+            taken = batch if schedule is None or schedule.guides_always() else None  # see export_scheduled
+            label, sample = f"{precision}-{batch}x{high}x{wide}", (taken, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)
             candidates.append(_candidate(label, export, precision, sample, scale))
     folders = [] if name == "demo" else [*places_of(name), *([Path(rest.rest)] if rest.rest else [])]
     made_from = {"model": model_hash(name, rest.rest), **steering_hashes(selection.steering)}
-    return Source("model", folders, candidates, rest, made_from)
+    return Source("model", folders, candidates, rest, made_from, schedule)
 
 
 def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest | TorchRest:

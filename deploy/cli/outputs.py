@@ -225,7 +225,7 @@ def check_runnable(*names: str | None) -> None:
         kind = kind_of(name)
         if kind == "model" and find_component(name) is None:
             find_model(name)
-        elif kind in ("plan", "statistics"):
+        elif kind in ("plan", "statistics", "schedule"):
             raise not_runnable(name, kind)
         elif kind == "onnx":
             from exporters.graphs.reading import graph_files, read_graph, weight_files

@@ -26,6 +26,7 @@ from slimdiff.loading.naming import find_component, places_of
 from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
+from slimdiff.schedule import Schedule
 from slimdiff.storage import manifest as manifests
 
 
@@ -162,6 +163,12 @@ def statistics(name: str) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "moments": len(rows), "sites": rows, "provenance": made_from}
 
 
+def schedule(name: str) -> dict[str, Any]:
+    """Which steps are guided and whole."""
+    own = Schedule.load(name)
+    return {"steps": own.steps, "depth": own.depth, "guided": own.guided, "whole": own.whole, "made_by": own.made_by}
+
+
 def plan(name: str) -> dict[str, Any]:
     """Ranks by site."""
     path = Path(name)
@@ -196,6 +203,7 @@ LOOK: dict[str, Callable[..., dict[str, Any]]] = {
     "bundle": bundle,
     "statistics": statistics,
     "plan": plan,
+    "schedule": schedule,
     "build": build,
 }
 """How each kind of `kind_of` is looked at: by its name, and a model by the variant of its weights, too."""

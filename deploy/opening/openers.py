@@ -123,7 +123,7 @@ def open_denoiser(
     if kind == "bundle":
         from deploy.bundle.load import load
 
-        whole: Any = load(name, runtime, height=height, width=width)
+        whole: Any = load(name, runtime, height=height, width=width, scheduled=False)
         return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole, whole.usage)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
-from deploy.artifacts.kinds import graph_of
 from deploy.opening.openers import Opened
 from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
@@ -17,21 +17,30 @@ from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling
 
 
-def with_schedule(pipeline: Any, opened: Opened, name: str, schedule: Schedule | None) -> Any:
-    """A pipeline that makes its images by the schedule; itself if there is none.
+def with_schedule(
+    pipeline: Any, opened: Opened, schedule: Schedule | None, asked: str | None
+) -> tuple[Any, Schedule | None]:
+    """A pipeline that makes its images by a schedule, and the schedule; the pipeline itself if there is none.
+
+    Args:
+        schedule: what `find_schedule` found; of a bundle, which may be an archive, the one inside counts if nobody
+            `asked` for another.
 
     Raises:
-        InputError: if the schedule is of another model, or of another kind of pipeline.
+        InputError: if the schedule is of another model, or the artifact cannot follow it.
     """
+    if asked is None and opened.kind == "bundle":
+        schedule = opened.pipeline.schedule
     if schedule is None:
-        return pipeline
-    if opened.kind == "onnx":
-        return schedule_graphs(pipeline, schedule, graph_of(name, verified=False), opened.runtime)
-    if opened.kind != "model":
+        return pipeline, None
+    if opened.kind == "model":
+        return schedule_pipeline(pipeline, schedule), schedule
+    graph = Path(opened.denoiser.session.source)
+    if graph.suffix != ".onnx":
         raise InputError(
-            f"this {opened.kind} takes no schedule: name the model that it was made from, or say --schedule none"
+            "an engine takes no schedule: name the ONNX folder that it was built from, or say --schedule none"
         )
-    return schedule_pipeline(pipeline, schedule)
+    return schedule_graphs(pipeline, schedule, graph, opened.runtime), schedule
 
 
 def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) -> dict[str, Any]:

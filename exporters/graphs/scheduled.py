@@ -58,7 +58,7 @@ def export_scheduled(
     """
     settings, folder = settings or ExportSettings(), Path(folder)
     schedule.check(unet.config, "the schedule")  # type: ignore[arg-type]
-    if len(schedule.guided) < schedule.steps:
+    if not schedule.guides_always():
         settings = settings.model_copy(update={"dynamic_batch": True})
     depth = schedule.depth
     if depth is None:
@@ -133,24 +133,19 @@ def _wrappers(depth: str) -> tuple[type[Denoiser], type[Denoiser]]:
 def _share_weights(source: Path, whole: Path, target: Path, depth: str) -> None:
     """Write a graph beside another whose weights it has: each tensor as a place in the other's file of weights."""
     onnx = require("onnx", "onnx")
-    places = {
-        _digest(tensor, whole): tensor for tensor in _initializers(onnx.load(str(whole), load_external_data=False))
-    }
+    weights = onnx.load(str(whole), load_external_data=False).graph.initializer
+    places = {_digest(tensor, whole): tensor for tensor in weights if tensor.external_data}
     model = onnx.load(str(source), load_external_data=False)
     read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    kept = []
-    for tensor in _initializers(model):
-        if tensor.name not in read:
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    for tensor in kept:
+        if not tensor.external_data:  # a small one, which lies in the graph itself
             continue
-        there = places.get(_digest(tensor, source))
-        if there is None or not there.external_data:
+        if (there := places.get(_digest(tensor, source))) is None:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
-            tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
-        else:
-            tensor.ClearField("external_data")
-            tensor.external_data.extend(there.external_data)
-        kept.append(tensor)
+        tensor.ClearField("external_data")
+        tensor.external_data.extend(there.external_data if there is not None else [])
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     model.metadata_props.add(key=_DEPTH, value=depth)
@@ -158,15 +153,9 @@ def _share_weights(source: Path, whole: Path, target: Path, depth: str) -> None:
     onnx.checker.check_model(str(target), full_check=True)
 
 
-def _initializers(model: Any) -> list[Any]:
-    return [tensor for tensor in model.graph.initializer]
-
-
 def _digest(tensor: Any, graph: Path) -> tuple[Any, ...]:
     """What two tensors of equal values have in common."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    if not entries:
-        return (tensor.data_type, *tensor.dims, tensor.SerializeToString())
     with (graph.parent / entries["location"]).open("rb") as file:
         file.seek(int(entries.get("offset", 0)))
         content = file.read(int(entries["length"]))

@@ -56,7 +56,7 @@ def schedule_graphs(
     """
     unet: Any = pipeline.unet  # type: ignore[attr-defined]
     other = "export the model with this schedule (slimdiff export --schedule), or say --schedule none"
-    if len(schedule.guided) < schedule.steps:
+    if not schedule.guides_always():
         if isinstance(unet.inputs["sample"][0], int):
             raise InputError(f"{graph} takes one batch alone, and steps without guidance are half of it: {other}")
         if hasattr(type(pipeline), "do_classifier_free_guidance") and not guides_as_known(pipeline):

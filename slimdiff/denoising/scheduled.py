@@ -130,7 +130,7 @@ class Scheduled(nn.Module):
             return self.passes.whole(arguments, None)[0]
         schedule = self._for(len(listed))
         guided, whole = schedule.kinds()[step]
-        branches = 1 if len(schedule.guided) == schedule.steps else _branches(pipeline, len(sample))
+        branches = 1 if schedule.guides_always() else _branches(pipeline, len(sample))
         like = (len(sample) // branches, sample.shape[1:], sample.dtype, sample.device)
         state = None
         runs = branches if guided else 1
@@ -288,7 +288,7 @@ def schedule_pipeline(pipeline: DiffusionPipeline, schedule: Schedule) -> Diffus
         raise InputError("the pipeline has a schedule already: give this one to the pipeline that it was made of")
     if name != "unet":
         raise InputError(f"{type(pipeline).__name__} has a {name}, and schedules are of UNets: run it without one")
-    if len(schedule.guided) < schedule.steps and hasattr(type(pipeline), _GUIDES):
+    if not schedule.guides_always() and hasattr(type(pipeline), _GUIDES):
         _prompt_first(pipeline)
     schedule.check(unet.config, "the schedule")
     other = with_denoiser(pipeline, Scheduled(TorchPasses(unet, schedule.depth), schedule))

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         check_new_file(_archive(out), "archive of a bundle")
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
-    refuse_schedule(args.source, "a bundle")
+    if args.triton:
+        refuse_schedule(args.source, "a Triton repository")
     variants = flags.read_variants(args, args.source, args.pipeline)
     require("onnx", "onnx")
     if args.archive:

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     loras = {"dense": args.lora, "slim": args.slim_lora}
     dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras, steering)
     prompts, sampling = make_inputs(dense.pipeline, material, sampling)
-    slim.pipeline = with_schedule(slim.pipeline, slim.opened, args.slim, schedule)
+    slim.pipeline, schedule = with_schedule(slim.pipeline, slim.opened, schedule, args.schedule)
     counts = {"--images": min(args.images, len(prompts)), "--trajectories": min(args.trajectories, len(prompts))}
     if dense.fixed_batch or slim.fixed_batch:
         for flag, count in counts.items():

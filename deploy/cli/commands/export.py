@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
         if alone and asked:
             raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
     schedule = find_schedule(args.model, args.schedule)
+    if schedule is not None and not schedule.guides_always():  # half a batch goes through in some steps
+        settings = settings.model_copy(update={"dynamic_batch": True})
+        args.dynamic = args.dynamic or "batch"
     require("onnx", "onnx")
     require("onnxscript", "onnx")
     prompts = _prompts(args, settings, image, alone)

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
         enable_tiling(pipeline)
     inputs, sampling = make_inputs(pipeline, material, sampling)
-    pipeline = with_schedule(pipeline, opened, args.artifact, schedule)
+    pipeline, schedule = with_schedule(pipeline, opened, schedule, args.schedule)
     log.info("generate: %d steps%s", sampling.steps, f", by the schedule of {schedule}" if schedule else "")
     start = time.perf_counter()
     filled = -(-len(inputs) // sampling.batch) * sampling.batch  # a graph's batch is fixed

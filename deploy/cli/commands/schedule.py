@@ -13,7 +13,7 @@ from deploy.cli.outputs import check_new_file, check_writable
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, ChoiceSettings, Schedule, ScheduleSettings, levels_of
-from slimdiff.settings import CalibrationSettings, Sampling
+from slimdiff.settings import Sampling
 from slimdiff.storage import manifest
 
 DESCRIPTION = """Say which steps of an image are guided and which run the whole UNet, and which reuse what the last
@@ -39,13 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     by_default = "'general', the 500 built-in ones; for demo its own"
     flags.text(measured, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
     flags.add_material(measured)
-    flags.add(
-        measured,
-        CalibrationSettings,
-        "samples",
-        default=SAMPLES,
-        help=f"images that are made again and again (default: {SAMPLES})",
-    )
+    flags.whole(measured, "--samples", "images that are made again for each step", default=SAMPLES)
     flags.add_usage(parser, "steps", "guidance")
     flags.add(parser, Sampling, "batch", "seed", "height", "width", "scheduler", "whole_prompts")
     flags.add_arguments(parser)
@@ -57,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if (kind := kind_of(args.model)) != "model":
         raise (
             not_runnable(args.model, kind)
-            if kind in ("plan", "statistics")
+            if kind in ("plan", "statistics", "schedule")
             else InputError(
                 f"{args.model} is {kind}, which has its model's schedule: name the model, and export it again"
             )
@@ -74,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             "say a schedule (--guidance-interval, --deep-every) or what to choose (--speedup, --max-error)"
         )
     sampling = flags.read_usage(args, args.model)
-    samples = flags.read(args, CalibrationSettings).samples
+    samples = args.samples
     _, material = flags.read_material(args, samples)
     variant = flags.read_variants(args, args.model)[args.model]
 

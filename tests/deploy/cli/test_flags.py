@@ -12,6 +12,7 @@ from deploy.cli.app import COMMANDS, make_parser
 from deploy.recipe import recipe as of_recipes
 from exporters import settings as of_exporters
 from exporters.settings import BenchSettings, EngineSettings
+from slimdiff import schedule as of_schedules
 from slimdiff import settings as of_slimdiff
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
 
@@ -23,7 +24,9 @@ def test_the_help_of_a_field_is_its_docstring():
             kind, dot, name = action.dest.partition(".")
             if not dot or kind == "Budget" or action.const is False:  # a `--no-` says what its absence means
                 continue
-            settings = next(s for of in (of_slimdiff, of_exporters, of_recipes) if (s := getattr(of, kind, None)))
+            settings = next(
+                s for of in (of_slimdiff, of_schedules, of_exporters, of_recipes) if (s := getattr(of, kind, None))
+            )
             said = " ".join(settings.model_fields[name].description.replace("`", "").split()).rstrip(".")
             assert action.help.replace("%%", "%").lower().startswith(said.lower()) and len(said) > 10, action.dest
             found.add(kind)

@@ -47,6 +47,7 @@ def test_a_schedule_by_hand_lies_beside_the_model_and_is_followed(model, tmp_pat
     call(["schedule", model, "--deep-every", 2, "--steps", 6], capsys)  # again, in its place
     assert Schedule.load(model).whole == [0, 2, 4]
     manifest.verify_manifest(model)
+    assert call(["inspect", model / "schedule.json"], capsys)["whole"] == [0, 2, 4]
 
 
 def test_compare_holds_a_scheduled_model_against_the_dense_one_at_full_schedule(model, tmp_path, capsys):
@@ -59,13 +60,11 @@ def test_compare_holds_a_scheduled_model_against_the_dense_one_at_full_schedule(
     assert macs["saved"] == pytest.approx(1 - found["cost"]) and macs["slim"] == pytest.approx(
         macs["dense"] * found["cost"], rel=1e-6
     )
-    plain = call(["compare", model, model, *FEW], capsys)
-    assert "macs_per_image" not in plain and plain["images"]["ssim"] == 1
 
 
 def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 4]
+    measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 3, "--depth", "up_blocks.2"]
     found = call(["schedule", model, "--speedup", 1.4, *measured], capsys)
     assert found["speedup"] >= 1.4 - 1e-6
     said = Schedule.load(model).made_by
@@ -74,8 +73,40 @@ def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, t
     call(["schedule", model, "--max-error", bound, *measured], capsys)
     cheapest = Schedule.load(model).made_by
     assert cheapest["latent_error"] <= bound
-    line = refused(["schedule", model, "--speedup", 50, *measured], capsys)
-    assert "no schedule of this model is 50 times as fast: the fastest is" in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch, capsys):
+    """The images are those of the model by its schedule, in ONNX Runtime, from a bundle and from its archive."""
+    for module in ("onnxscript", "onnxruntime", "zstandard"):
+        pytest.importorskip(module, reason="needs the extras onnx and bundle")
+    monkeypatch.chdir(tmp_path)
+    plain = image(model, tmp_path / "plain.png", capsys)
+    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--deep-every", 3, "--steps", 6], capsys)
+    expected = image(model, tmp_path / "torch.png", capsys)
+    found = call(["export", model, "--out", "onnx"], capsys)
+    assert found["dynamic"] == "batch" and "unet/shallow.onnx" in found["graphs"]
+    assert manifest.read_manifest(Path("onnx"))["made_from"]["schedule"]["whole"] == [0, 3]
+    call(["validate", model, "onnx"], capsys)
+    call(["bundle", model, "--target", "edge", "--runtime", "onnxruntime", "--out", "from-model"], capsys)
+    call(["bundle", "onnx", "--target", "server", "--out", "from-onnx", "--archive", "tar.zst"], capsys)
+    archive = next(path for path in Path().glob("from-onnx*") if path.is_file())
+    for artifact in ("onnx", "from-model", "from-onnx", archive):
+        asked = ["--prompt", PROMPTS[0], "--steps", 6, "--runtime", "onnxruntime"]
+        found = call(["generate", artifact, *asked, "--out", "a.png"], capsys)
+        assert found["schedule"]["whole"] == [0, 3]
+        own = Image.open("a.png").convert("RGB")
+        assert max(high for _, high in ImageChops.difference(own, expected).getextrema()) <= 2
+        found = call(["generate", artifact, *asked, "--out", "b.png", "--schedule", "none"], capsys)
+        unscheduled = Image.open("b.png").convert("RGB")
+        assert found["schedule"] is None
+        assert max(high for _, high in ImageChops.difference(unscheduled, plain).getextrema()) <= 2
+    assert differ(plain, expected)
+    line = refused(["engine", "onnx", "--out", "engine", "--target", "sm89"], capsys)
+    assert "onnx has a schedule, and an engine takes none" in line
+    line = refused(["bundle", "onnx", "--target", "server", "--triton", "--out", "served"], capsys)
+    assert "a Triton repository takes none" in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""A scheduled model as graphs: the same images as in torch, on one file of weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from conftest import PROMPTS
+
+from slimdiff import Sampling, Schedule, schedule_pipeline
+from slimdiff.denoising.trajectory import sample_images, with_denoiser
+from slimdiff.errors import InputError
+from slimdiff.fidelity import image_fidelity
+from slimdiff.schedule import make_schedule
+
+pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
+
+BOTH = make_schedule(2, 6, guidance_interval=(0, 0.5), deep_every=3)
+SAMPLING = Sampling(steps=6, batch=2, guidance=3.0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def graph(pipeline, tmp_path_factory) -> Path:
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled
+
+    folder = tmp_path_factory.mktemp("graphs")
+    return export_scheduled(pipeline.unet, folder, example_call(pipeline), BOTH, scheduler=pipeline.scheduler)[0]
+
+
+def in_runtime(pipeline: Any, graph: Path, schedule: Schedule, runtime: str = "onnxruntime") -> Any:
+    from exporters.runtimes.scheduled import schedule_graphs
+    from exporters.runtimes.unet import UNet
+
+    other = with_denoiser(pipeline, UNet.open(graph, runtime, threads=1))
+    return schedule_graphs(other, schedule, graph, runtime, threads=1)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino-fp32"])
+def test_a_scheduled_graph_makes_torchs_images(runtime, graph, pipeline):
+    pytest.importorskip(runtime.partition("-")[0], reason=f"graphs run in {runtime}")
+    expected = sample_images(schedule_pipeline(pipeline, BOTH), PROMPTS, SAMPLING)
+    found = sample_images(in_runtime(pipeline, graph, BOTH, runtime), PROMPTS, SAMPLING)
+    near = image_fidelity(expected, found)["psnr_db"]
+    full = sample_images(pipeline, PROMPTS, SAMPLING)
+    assert near > 60 and image_fidelity(full, found)["psnr_db"] < near - 5  # it is not the full schedule's
+
+
+def test_both_graphs_have_one_file_of_weights(graph):
+    assert sorted(file.name for file in graph.parent.iterdir()) == [
+        "config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "shallow.onnx",
+    ]
+    shallow = onnx.load(str(graph.parent / "shallow.onnx"), load_external_data=False)
+    places = {e.value for t in shallow.graph.initializer for e in t.external_data if e.key == "location"}
+    assert places == {"model.onnx.data"}
+    inside = sum(len(t.raw_data) for t in shallow.graph.initializer)
+    assert inside < 0.01 * (graph.parent / "model.onnx.data").stat().st_size
+    whole = onnx.load(str(graph), load_external_data=False)
+    assert len(shallow.graph.node) < len(whole.graph.node)
+    assert [value.name for value in whole.graph.output] == ["out_sample", "kept"]
+
+
+def test_what_the_graphs_cannot_follow_is_refused_in_one_line(graph, pipeline, tmp_path):
+    from exporters.graphs.export import export_unet
+    from exporters.graphs.pipeline import example_call
+
+    other = make_schedule(2, 6, deep_every=2)
+    copied = Path(shutil.copytree(graph.parent, tmp_path / "copied"))
+    shallow = onnx.load(str(copied / "shallow.onnx"), load_external_data=False)
+    next(one for one in shallow.metadata_props if one.key == "slimdiff.depth").value = "up_blocks.2"
+    (copied / "shallow.onnx").write_bytes(shallow.SerializeToString())
+    with pytest.raises(InputError, match="shallow.onnx begins with up_blocks.2, and the schedule reuses up_blocks.1"):
+        in_runtime(pipeline, copied / "model.onnx", other)
+    plain = export_unet(pipeline.unet, tmp_path / "plain", example_call(pipeline), scheduler=pipeline.scheduler)
+    with pytest.raises(InputError, match="has no shallow.onnx, and the schedule reuses up_blocks.1"):
+        in_runtime(pipeline, plain, other)
+    with pytest.raises(InputError, match="takes one batch alone, and steps without guidance are half of it"):
+        in_runtime(pipeline, plain, make_schedule(2, 6, guidance_interval=(0, 0.5)))
+
+
+def test_the_whole_graph_is_the_plain_one_without_a_schedule(graph, pipeline):
+    from exporters.runtimes.unet import UNet
+
+    unet = UNet.open(graph, threads=1)
+    call = {"sample": torch.randn(2, 4, 8, 8), "timestep": 801, "encoder_hidden_states": torch.randn(2, 20, 32)}
+    call["encoder_hidden_states"] = torch.randn(2, *unet.inputs["encoder_hidden_states"][1:])
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**call).sample, pipeline.unet(**call).sample, rtol=1e-4, atol=1e-4)
