@@ -41,6 +41,22 @@ def choose_int8(errors: Mapping[str, float], macs: Mapping[str, int], most: floa
 
 
 @torch.no_grad()
+def macs_of(unet: nn.Module, paths: Sequence[str], call: Call) -> dict[str, int]:
+    """Multiply-adds of linears and convolutions in one call."""
+    found = dict.fromkeys(paths, 0)
+
+    def count(path: str, module: nn.Module, _args: Any, output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        found[path] += output.numel() * weight[0].numel()
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.enter_context(unet.get_submodule(path).register_forward_hook(partial(count, path)))
+        predict(unet, call)
+    return found
+
+
+@torch.no_grad()
 def errors_alone(unet: nn.Module, layers: Mapping[str, Int8Layer], calls: Sequence[Call]) -> dict[str, float]:
     """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction.
 

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
-from exporters.graphs.int8_costs import choose_int8, errors_alone
-from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers, products, share_of_macs
+from exporters.graphs.int8_costs import choose_int8, errors_alone, macs_of
+from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.naming import WEIGHTED, weight_of
 from exporters.graphs.precision import paths_to_keep
 from exporters.graphs.reading import inputs_of, module_of, name_of, read_graph, shape_of
@@ -46,6 +46,7 @@ from exporters.graphs.shapes import add_shapes
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError, SlimdiffError, require
+from slimdiff.planning.costs import count_macs
 from slimdiff.progress import bar, working
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def quantise_graph(
         what the graph carries from now on as `int8_layers.REPORT`, and the manifest of an export: `layers` (module
         paths of what is in int8), `wide` (of what is not: `layer`, `reason` and `noise_error`, what it would have cost
         alone, None where that was not measured), `noise_error` (the sum of the int8 layers' own, None where a plan does
-        not say), `share` (of the multiply-adds, None where sizes are open), `weight_bits` and `calls`.
+        not say), `share` (of the calls' multiply-adds), `weight_bits` and `calls`.
 
     Raises:
         InputError: without calls, for calls on which an activation is not finite, if no layer can be in int8, or a plan
@@ -89,12 +90,13 @@ def quantise_graph(
     }
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
+    macs = macs_of(unet, list(layers), calls[0])
     alone: Mapping[str, float | None]
     if plan is not None and plan.layers:
         alone, others = _as_planned(plan, layers)
         model = None
     else:
-        alone, others, model = _as_measured(file, unet, calls, feeds, layers, wide, settings.int8_error)
+        alone, others, model = _as_measured(file, unet, calls, feeds, layers, wide, macs, settings.int8_error)
     wide = others | wide
     int8 = [path for path in layers if path in alone and path not in wide]
     if not int8:
@@ -108,6 +110,7 @@ def quantise_graph(
         "layers": int8,
         "wide": [wide[path] for path in layers if path in wide],
         "noise_error": None if None in costs else sum(cost or 0.0 for cost in costs),
+        "share": sum(macs[path] for path in int8) / count_macs(unet, calls[0]),
         "weight_bits": WEIGHT_BITS,
         "calls": len(calls),
     }
@@ -136,6 +139,7 @@ def _as_measured(
     feeds: Sequence[Mapping[str, np.ndarray]],
     layers: Mapping[str, ir.Node],
     kept: Collection[str],
+    macs: Mapping[str, int],
     most: float,
 ) -> tuple[dict[str, float | None], dict[str, dict[str, Any]], ir.Model | None]:
     """What goes into int8 by what it costs alone, what does not, and the graph if it is all that could.
@@ -150,7 +154,6 @@ def _as_measured(
     trial = _quantised(file, feeds, [layers[path] for path in asked])
     there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
     alone = errors_alone(unet, there, calls)
-    macs = {path: count or 1 for node, count in products(read_graph(file)) if (path := module_of(node)) in alone}
     int8 = choose_int8(alone, macs, most)
     if not int8:
         raise InputError(
@@ -275,8 +278,6 @@ def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
     proto = onnx.load(str(file), load_external_data=False)
     del proto.graph.value_info[:]
     add_shapes(proto)
-    file.write_bytes(proto.SerializeToString())
-    report["share"] = share_of_macs(read_graph(file))
     onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
     file.write_bytes(proto.SerializeToString())
     onnx.checker.check_model(str(file), full_check=True)

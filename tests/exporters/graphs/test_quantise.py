@@ -66,7 +66,7 @@ def test_the_graph_says_what_is_in_int8_and_why_the_rest_is_not(int8_graph, dens
     assert dear and all("costs too much" in row["reason"] for row in dear)
     assert all("one row" in row["reason"] for row in wide.values() if row["noise_error"] is None)
     assert {path for path in wide if "time" in path} == {path for path in every if "time" in path}
-    assert 0 < report["noise_error"] <= 3e-4 and report["share"] == share_of_macs(model)
+    assert 0 < report["noise_error"] <= 3e-4 and report["share"] == pytest.approx(share_of_macs(model))
 
 
 def test_names_dims_and_inputs_are_the_wide_graphs(int8_graph, wide_graph):
@@ -146,6 +146,16 @@ def test_what_is_named_and_what_is_constant_stays_wide(wide_graph, dense, calls,
     named = [layer for layer in wide if ".attn2." in layer]
     assert named and {wide[layer] for layer in named} == {"keep_fp32 names it"}
     assert not any(".attn2." in layer for layer in report["layers"])
+
+
+def test_open_sizes_are_counted_and_calibrated_as_the_calls_have_them(dense, calls, tmp_path, report):
+    settings = ExportSettings(precision="int8", int8_error=3e-4, dynamic_batch=True, dynamic_size=True)
+    graph = export_unet(dense, tmp_path, calls[0], settings, calibration=calls)
+    found = report_of(read_graph(graph))
+    assert found["layers"] == report["layers"] and found["share"] == report["share"] == share_of_macs(read_graph(graph))
+    larger = copy.deepcopy(calls[0])
+    larger.arguments["sample"] = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    assert relative_l2(UNet.open(graph).predict(larger), predict(dense, larger)) < 0.1
 
 
 def test_a_plan_says_what_is_in_int8(wide_graph, dense, calls, tmp_path):
