@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graphs.naming import WEIGHTED, weight_of
-from exporters.graphs.reading import module_of, name_of, shape_of
+from exporters.graphs.reading import WEIGHTED, module_of, name_of, shape_of, weight_of
 from slimdiff.errors import require
 
 if TYPE_CHECKING:

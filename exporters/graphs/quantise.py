@@ -39,9 +39,8 @@ from torch import Tensor, nn
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
 from exporters.graphs.int8_costs import choose_int8, errors_alone, macs_of
 from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
-from exporters.graphs.naming import WEIGHTED, weight_of
 from exporters.graphs.precision import paths_to_keep
-from exporters.graphs.reading import inputs_of, module_of, name_of, read_graph, shape_of
+from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
 from exporters.graphs.shapes import add_shapes
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
@@ -73,7 +72,8 @@ def quantise_graph(
         what the graph carries from now on as `int8_layers.REPORT`, and the manifest of an export: `layers` (module
         paths of what is in int8), `wide` (of what is not: `layer`, `reason` and `noise_error`, what it would have cost
         alone, None where that was not measured), `noise_error` (the sum of the int8 layers' own, None where a plan does
-        not say), `share` (of the calls' multiply-adds), `weight_bits` and `calls`.
+        not say), `share` (of the calls' multiply-adds), `weight_bits`,
+        `quantiser` (with its version) and `calls`.
 
     Raises:
         InputError: without calls, for calls on which an activation is not finite, if no layer can be in int8, or a plan
@@ -112,6 +112,7 @@ def quantise_graph(
         "noise_error": None if None in costs else sum(cost or 0.0 for cost in costs),
         "share": sum(macs[path] for path in int8) / count_macs(unet, calls[0]),
         "weight_bits": WEIGHT_BITS,
+        "quantiser": f"nncf {_nncf().__version__}",
         "calls": len(calls),
     }
     _write(model, file, report)

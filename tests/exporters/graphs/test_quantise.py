@@ -66,6 +66,7 @@ def test_the_graph_says_what_is_in_int8_and_why_the_rest_is_not(int8_graph, dens
     assert dear and all("costs too much" in row["reason"] for row in dear)
     assert all("one row" in row["reason"] for row in wide.values() if row["noise_error"] is None)
     assert {path for path in wide if "time" in path} == {path for path in every if "time" in path}
+    assert report["quantiser"].startswith("nncf ")
     assert 0 < report["noise_error"] <= 3e-4 and report["share"] == pytest.approx(share_of_macs(model))
 
 
