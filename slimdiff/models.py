@@ -82,6 +82,13 @@ def fitting_sites(denoiser: nn.Module, plan: Plan) -> dict[str, Site]:
                 f"the plan keeps {planned.rank} channels at {name}, whose group norm has {site.multiple} groups: "
                 f"make it a multiple of {site.multiple}"
             )
+    modules = dict(denoiser.named_modules())
+    for path in plan.layers:
+        if not isinstance(modules.get(path), nn.Linear | nn.Conv2d):
+            raise InputError(
+                f"the plan says a precision of {path}, which is no linear or convolution of {type(denoiser).__name__}: "
+                "it is another model's"
+            )
     return sites
 
 

@@ -1,4 +1,7 @@
-"""The plan: which rank each site keeps, and what that was computed from. Small, readable, versioned JSON."""
+"""The plan: which rank each site keeps, which layers are in int8, and what that was computed from.
+
+Small, readable, versioned JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
@@ -47,8 +59,21 @@ class SitePlan(BaseModel):
     """Sensitivity times local error: this site's share of the noise prediction's relative mean squared error."""
 
 
+class LayerPlan(BaseModel):
+    """The precision of one linear or convolution, in whatever group or none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    precision: Literal["own", "int8"]
+    """`own`: that of the model it is in."""
+    noise_error: float | None = Field(None, ge=0)
+    """What int8 costs it alone, if it was measured: the relative mean squared change of the noise prediction."""
+    reason: str | None = None
+    """Why it keeps its own."""
+
+
 class Plan(BaseModel):
-    """Ranks by site name, in execution order of the modules."""
+    """Ranks by site name, in execution order of the modules, and precisions by module path."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,6 +96,9 @@ class Plan(BaseModel):
     noise_error: float | None = None
     """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""
     sites: dict[str, SitePlan]
+    layers: dict[str, LayerPlan] = {}
+    """Linears and convolutions whose precision was chosen, by module path; an export in int8 then follows it. None, as
+    in plans of before: an export chooses."""
     left_dense: list[dict[str, str]] = []
     calibration: dict[str, Any] = {}
 
@@ -94,13 +122,26 @@ class Plan(BaseModel):
                 )
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without layers where there are none, as plans have been written."""
+        content: dict[str, Any] = write(self)
+        if not self.layers:
+            content.pop("layers", None)
+        return content
+
+    def int8(self) -> list[str]:
+        """Paths of the layers that it puts into int8."""
+        return [path for path, layer in self.layers.items() if layer.precision == "int8"]
+
     def __repr__(self) -> str:
         slimmed = sum(site.rank < site.dense_rank for site in self.sites.values())
         counts = {name: f"{count / 1e6:.3g}M" for name, count in self.parameters.items()}
+        in_int8 = f", {len(self.int8())} layers in int8" if self.layers else ""
         budget = " ".join(f"{name} {value}" for name, value in self.budget.items()) or "no budget"
         return (
             f"Plan({self.model_class}, {budget}, {slimmed} of {len(self.sites)} sites slimmed, "
-            f"parameters {counts['dense']} -> {counts['slim']}, allocation {self.allocation})"
+            f"parameters {counts['dense']} -> {counts['slim']}, allocation {self.allocation}{in_int8})"
         )
 
     def __str__(self) -> str:

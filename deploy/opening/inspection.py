@@ -178,6 +178,7 @@ def plan(name: str) -> dict[str, Any]:
         "align": ranks.align,
         "parameters": ranks.recount().parameters["slim"],
         "dense_parameters": ranks.parameters["dense"],
+        **({"int8_layers": ranks.int8()} if ranks.layers else {}),
         "sites": sites_of(ranks),
         "left_dense": ranks.left_dense,
         "provenance": _only(vars(ranks), ("model_class", "model_hash", "calibration")),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import WEIGHTED, compare_dims, site_row
+from exporters.graphs.naming import compare_dims, site_row
+from exporters.graphs.reading import WEIGHTED
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import GROUPS
 

@@ -96,10 +96,10 @@ def export_unet(
     if settings.precision == "int8":
         check_calibration(calibration)
     file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
-    if plan := plan_of(unet):
+    if (plan := plan_of(unet)) is not None:
         check_leftovers(file, plan)
     if settings.precision == "int8":
-        quantise_graph(file, in_precision(unet, torch.float32), calibration, settings)
+        quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
     if not settings.split:
         return file
     split_graph(file, file.parent)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graphs.naming import WEIGHTED, weight_of
-from exporters.graphs.reading import module_of, name_of, shape_of
+from exporters.graphs.reading import WEIGHTED, module_of, name_of, shape_of, weight_of
 from slimdiff.errors import require
 
 if TYPE_CHECKING:
@@ -84,14 +83,15 @@ def is_int8(model: ir.Model) -> bool:
 
 
 def share_of_macs(model: ir.Model) -> float | None:
-    """The part of a graph's multiply-adds, attention's products among them, that is in int8; None where sizes are open.
+    """The part of a graph's multiply-adds, attention's products among them, that is in int8.
 
-    An open batch multiplies all of them alike.
+    An open batch multiplies all of them alike. Where more is open, it is what the graph was calibrated on that counts;
+    None if it does not say.
     """
     layers, total, bytes_ = int8_layers(model), 0, 0
     for node, macs in products(model):
         if macs is None:
-            return None
+            return (report_of(model) or {}).get("share")
         total += macs
         layer = layers.get(module_of(node))
         bytes_ += macs if layer is not None and layer.node is node else 0

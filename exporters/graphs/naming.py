@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.reading import module_of, name_of, read_graph
+from exporters.graphs.reading import WEIGHTED, module_of, name_of, read_graph, weight_of
 from slimdiff.errors import require
 from slimdiff.groups import GROUPS
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from slimdiff import Plan
-
-WEIGHTED = ("MatMul", "Gemm", "Conv")
-"""Operators that a linear or a convolution is exported as, the weight being their second input."""
 
 
 def name_by_module(model: ir.Model, prefix: str) -> None:
@@ -112,15 +109,6 @@ def compare_dims(
 def site_row(site: str, path: str, expected: dict[str, int], found: dict[str, int | None]) -> dict[str, Any]:
     """What the plan says of a site, what was found, and whether they agree."""
     return {"site": site, "path": path, "expected": expected, "found": found, "ok": expected == found}
-
-
-def weight_of(node: ir.Node) -> ir.Value | None:
-    """The weight that a linear or a convolution multiplies by, in bytes where it is quantised; None if it is none."""
-    value = node.inputs[1] if len(node.inputs) > 1 else None
-    maker = value.producer() if value is not None else None
-    if maker is not None and maker.op_type == "DequantizeLinear":
-        value = maker.inputs[0]
-    return value if value is not None and value.is_initializer() else None
 
 
 def _second_input(node: ir.Node) -> ir.Value | None:

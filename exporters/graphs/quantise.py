@@ -4,7 +4,8 @@ Which those are is measured. NNCF quantises every linear and convolution once; t
 torch, what that graph has of it (its input rounded to the graph's steps, its rounded weight, its moved bias), and the
 change of the noise prediction on recorded calls is what it costs. Errors of layers are as good as independent, so their
 sum stands for the error of all of them, and the layers that cost most for their multiply-adds stay wide until the sum
-is within `ExportSettings.int8_error`. NNCF then quantises the rest.
+is within `ExportSettings.int8_error`. NNCF then quantises the rest. Where a slim model's plan names layers and their
+precision, that is what is done.
 
 What NNCF is asked for, and why:
 
@@ -24,7 +25,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -36,42 +37,47 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
-from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers, products, share_of_macs
-from exporters.graphs.naming import WEIGHTED, weight_of
+from exporters.graphs.int8_costs import choose_int8, errors_alone, macs_of
+from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.precision import paths_to_keep
-from exporters.graphs.reading import inputs_of, module_of, name_of, read_graph, shape_of
+from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
 from exporters.graphs.shapes import add_shapes
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError, SlimdiffError, require
-from slimdiff.planning.sensitivity import exchanged
+from slimdiff.planning.costs import count_macs
 from slimdiff.progress import bar, working
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from slimdiff.plan import Plan
+
 WEIGHT_BITS = 7
 """Of weights: what no processor's sums clip."""
-ALONE_CALLS = 4
-"""Recorded calls that a layer alone is measured on, at most, spread over those that there are."""
 
 
-def quantise_graph(file: Path, unet: nn.Module, calls: Sequence[Call], settings: ExportSettings) -> dict[str, Any]:
+def quantise_graph(
+    file: Path, unet: nn.Module, calls: Sequence[Call], settings: ExportSettings, plan: Plan | None = None
+) -> dict[str, Any]:
     """Put a UNet's fp32 graph into int8, in its place.
 
     Args:
         file: `model.onnx` as `export_unet` wrote it in fp32.
         unet: that it was made from, float32.
         calls: recorded from trajectories, of all times and both branches of guidance.
+        plan: whose layers are chosen already, if it names any: `settings.int8_error` is then not looked at.
 
     Returns:
         what the graph carries from now on as `int8_layers.REPORT`, and the manifest of an export: `layers` (module
         paths of what is in int8), `wide` (of what is not: `layer`, `reason` and `noise_error`, what it would have cost
-        alone, None where that was not measured), `noise_error` (the sum of the int8 layers' own), `share` (of the
-        multiply-adds, None where sizes are open), `weight_bits` and `calls`.
+        alone, None where that was not measured), `noise_error` (the sum of the int8 layers' own, None where a plan does
+        not say), `share` (of the calls' multiply-adds), `weight_bits`,
+        `quantiser` (with its version) and `calls`.
 
     Raises:
-        InputError: without calls, for calls on which an activation is not finite, or if no layer can be in int8.
+        InputError: without calls, for calls on which an activation is not finite, if no layer can be in int8, or a plan
+            says so of one that the graph does not have.
         MissingPackageError: without nncf.
     """
     check_calibration(calls)
@@ -79,40 +85,85 @@ def quantise_graph(file: Path, unet: nn.Module, calls: Sequence[Call], settings:
     layers = _layers(graph, unet)
     feeds = [_feed(graph, call, number) for number, call in enumerate(calls)]
     kept = paths_to_keep(unet, settings.keep_fp32)
-    wide: dict[str, dict[str, Any]] = {
+    wide = {
         path: _wide(path, "keep_fp32 names it") for path in layers if any(f"{path}.".startswith(f"{k}.") for k in kept)
     }
-    rows = [path for path, node in layers.items() if len(shape_of(node.outputs[0])) < 3]
-    wide |= {path: _wide(path, "it multiplies one row a sample: there is nothing to gain") for path in rows}
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
-    asked = [path for path in layers if path not in wide]
-    trial = _quantised(file, feeds, [layers[path] for path in asked])
-    there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
-    alone = errors_alone(unet, there, calls)
-    macs = {module_of(node): count or 1 for node, count in products(graph)}
-    int8 = choose_int8(alone, macs, settings.int8_error)
+    macs = macs_of(unet, list(layers), calls[0])
+    alone: Mapping[str, float | None]
+    if plan is not None and plan.layers:
+        alone, others = _as_planned(plan, layers)
+        model = None
+    else:
+        alone, others, model = _as_measured(file, unet, calls, feeds, layers, wide, macs, settings.int8_error)
+    wide = others | wide
+    int8 = [path for path in layers if path in alone and path not in wide]
     if not int8:
-        raise InputError(
-            f"no layer of this UNet stays within int8_error {settings.int8_error:g} in int8; the cheapest costs "
-            f"{min(alone.values(), default=float('nan')):.2g}: allow more, or export in fp32"
-        )
-    for path in asked:
-        if path not in int8:
-            wide[path] = _wide(path, "it costs too much for its multiply-adds", alone.get(path))
-    model = trial if len(int8) == len(asked) else _quantised(file, feeds, [layers[path] for path in int8])
+        raise InputError("the plan leaves no layer to put into int8: export in fp32")
+    model = model or _quantised(file, feeds, [layers[path] for path in int8])
     if list(int8_layers(model)) != int8:
         odd = sorted(set(int8) ^ set(int8_layers(model)))
         raise SlimdiffError(f"NNCF did not quantise what it was asked to, such as {odd[0]}: say so to its authors")
+    costs = [alone[path] for path in int8]
     report: dict[str, Any] = {
         "layers": int8,
         "wide": [wide[path] for path in layers if path in wide],
-        "noise_error": sum(alone[path] for path in int8),
+        "noise_error": None if None in costs else sum(cost or 0.0 for cost in costs),
+        "share": sum(macs[path] for path in int8) / count_macs(unet, calls[0]),
         "weight_bits": WEIGHT_BITS,
+        "quantiser": f"nncf {_nncf().__version__}",
         "calls": len(calls),
     }
     _write(model, file, report)
     return report
+
+
+def _as_planned(plan: Plan, layers: Mapping[str, ir.Node]) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
+    """What a plan puts into int8, each with its cost, and what it does not."""
+    if odd := [path for path in plan.int8() if path not in layers]:
+        raise InputError(f"the plan puts {odd[0]} into int8, and the UNet's graph has no product of it alone")
+    alone = {path: plan.layers[path].noise_error for path in plan.int8()}
+    wide = {}
+    for path in layers:
+        if path not in alone:
+            said = plan.layers.get(path)
+            reason = said.reason if said is not None and said.reason else "the plan keeps it so"
+            wide[path] = _wide(path, reason, said.noise_error if said is not None else None)
+    return alone, wide
+
+
+def _as_measured(
+    file: Path,
+    unet: nn.Module,
+    calls: Sequence[Call],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    layers: Mapping[str, ir.Node],
+    kept: Collection[str],
+    macs: Mapping[str, int],
+    most: float,
+) -> tuple[dict[str, float | None], dict[str, dict[str, Any]], ir.Model | None]:
+    """What goes into int8 by what it costs alone, what does not, and the graph if it is all that could.
+
+    Args:
+        kept: what stays wide without being measured.
+        most: that it may cost together.
+    """
+    rows = [path for path, node in layers.items() if len(shape_of(node.outputs[0])) < 3 and path not in kept]
+    wide = {path: _wide(path, "it multiplies one row a sample: there is nothing to gain") for path in rows}
+    asked = [path for path in layers if path not in wide and path not in kept]
+    trial = _quantised(file, feeds, [layers[path] for path in asked])
+    there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
+    alone = errors_alone(unet, there, calls)
+    int8 = choose_int8(alone, macs, most)
+    if not int8:
+        raise InputError(
+            f"no layer of this UNet stays within int8_error {most:g} in int8; the cheapest costs "
+            f"{min(alone.values(), default=float('nan')):.2g}: allow more, or export in fp32"
+        )
+    dear = [path for path in asked if path not in int8]
+    wide |= {path: _wide(path, "it costs too much for its multiply-adds", alone.get(path)) for path in dear}
+    return {path: alone[path] for path in int8}, wide, None if dear else trial
 
 
 def check_calibration(calls: Sequence[Call]) -> None:
@@ -129,56 +180,6 @@ def check_calibration(calls: Sequence[Call]) -> None:
 def _nncf() -> Any:
     with patch.dict(os.environ, {"NNCF_CI": "1"}):  # or it reports its use to its makers
         return require("nncf", "int8")
-
-
-def choose_int8(errors: Mapping[str, float], macs: Mapping[str, int], most: float) -> list[str]:
-    """The layers that go into int8: as many as the sum of errors allows, those first that cost least for their MACs.
-
-    Args:
-        errors: by layer, what it costs alone.
-        most: that they may cost together.
-
-    Returns:
-        their paths, in the order of `errors`.
-    """
-    chosen, total = set(), 0.0
-    for path in sorted(errors, key=lambda path: errors[path] / macs.get(path, 1)):
-        if total + errors[path] <= most:
-            total += errors[path]
-            chosen.add(path)
-    return [path for path in errors if path in chosen]
-
-
-@torch.no_grad()
-def errors_alone(unet: nn.Module, layers: Mapping[str, Int8Layer], calls: Sequence[Call]) -> dict[str, float]:
-    """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction."""
-    some = [calls[i * len(calls) // min(len(calls), ALONE_CALLS)] for i in range(min(len(calls), ALONE_CALLS))]
-    reference = [predict(unet, call) for call in bar(some, "wide outputs", "call")]
-    energy = sum(float(r.double().square().sum()) for r in reference)
-    found = {}
-    for path, layer in bar(layers.items(), "int8, a layer alone", "layer"):
-        with in_int8(unet.get_submodule(path), layer):
-            changed = [
-                (predict(unet, call) - r).double().square().sum() for call, r in zip(some, reference, strict=True)
-            ]
-        found[path] = float(sum(changed)) / energy
-    return found
-
-
-@contextmanager
-def in_int8(module: nn.Module, layer: Int8Layer) -> Iterator[None]:
-    """Let a linear or convolution compute in torch what a graph computes in int8, for the length of a block."""
-    scale, zero = (float(part.reshape(-1)[0]) for part in (layer.scales[0], layer.zero_points[0]))
-    limits = np.iinfo(layer.zero_points[0].dtype)
-
-    def rounded(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (torch.fake_quantize_per_tensor_affine(args[0], scale, int(zero), limits.min, limits.max), *args[1:])
-
-    weights = {"weight": torch.from_numpy(layer.weight())}
-    if getattr(module, "bias", None) is not None and (bias := layer.bias()) is not None:
-        weights["bias"] = torch.from_numpy(bias.copy())
-    with exchanged(module, weights), module.register_forward_pre_hook(rounded):
-        yield
 
 
 def _wide(path: str, reason: str, error: float | None = None) -> dict[str, Any]:
@@ -278,8 +279,6 @@ def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
     proto = onnx.load(str(file), load_external_data=False)
     del proto.graph.value_info[:]
     add_shapes(proto)
-    file.write_bytes(proto.SerializeToString())
-    report["share"] = share_of_macs(read_graph(file))
     onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
     file.write_bytes(proto.SerializeToString())
     onnx.checker.check_model(str(file), full_check=True)

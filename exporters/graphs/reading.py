@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Shape = tuple[int | str, ...]
 """Sizes; of open dims their names, or nothing where they have none."""
 
+WEIGHTED = ("MatMul", "Gemm", "Conv")
+"""Operators that a linear or a convolution is exported as, the weight being their second input."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -102,6 +105,15 @@ def name_of(value: ir.Value) -> str:
 def module_of(node: ir.Node) -> str:
     """Path of the module that a node named by `name_by_module` comes from; empty for the exporter's own nodes."""
     return (node.name or "").rpartition("/")[0]
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The weight that a linear or a convolution multiplies by, in bytes where it is quantised; None if it is none."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    maker = value.producer() if value is not None else None
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        value = maker.inputs[0]
+    return value if value is not None and value.is_initializer() else None
 
 
 def weight_files(onnx_file: Path, model: ir.Model) -> list[str]:

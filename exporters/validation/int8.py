@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporters.graphs.int8_costs import in_int8
 from exporters.graphs.int8_layers import Int8Layer, int8_layers, report_of
-from exporters.graphs.quantise import in_int8
 from exporters.graphs.reading import read_graph
 from exporters.validation.parity import check
 from slimdiff.denoising.trajectory import Call, predict

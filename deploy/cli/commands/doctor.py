@@ -21,6 +21,7 @@ EXAMPLE = """example:
 
 TOOLS = (
     ("onnx export", "onnxscript", ("onnxscript",), "pip install 'slimdiff[onnx]'"),
+    ("int8 export", "nncf", ("nncf",), "pip install 'slimdiff[int8]'"),
     ("parity (polygraphy)", "polygraphy", ("polygraphy",), "pip install 'slimdiff[onnx]'"),
     ("optimum", "optimum.onnxruntime", ("optimum-onnx",), "pip install 'slimdiff[optimum]'"),
     ("metrics of images", "torchmetrics", ("torchmetrics",), "pip install 'slimdiff[metrics]'"),

@@ -191,7 +191,8 @@ def _of_int8(report: dict[str, Any] | None) -> list[str]:
     if report is None:
         return []
     share = "" if report["share"] is None else f", {100 * report['share']:.1f} % of the multiply-adds"
-    layers = f"int8: {len(report['layers'])} layers{share}, noise error {report['noise_error']:.2g} in all"
+    cost = "" if report["noise_error"] is None else f", noise error {report['noise_error']:.2g} in all"
+    layers = f"int8: {len(report['layers'])} layers{share}{cost}"
     lines = [f"  {row['layer']} stays in fp32: {row['reason']}" for row in report["wide"]]
     costs = [f" (alone {row['noise_error']:.2g})" if row["noise_error"] else "" for row in report["wide"]]
     return [layers, *map(str.__add__, lines, costs)]

@@ -29,7 +29,9 @@ def test_the_manifest_lists_what_is_in_int8_and_what_is_not(int8, exported, caps
     report = manifest.verify_manifest(int8)["runs_on"]["int8"]
     assert report["layers"] and 0 < report["calls"] <= 8 and report["weight_bits"] == 7
     found = call(["inspect", int8], capsys)
-    assert found["precision"] == "int8" and found["int8_macs"] == report["share"] > 0.3
+    assert (
+        found["precision"] == "int8" and found["int8_macs"] == pytest.approx(report["share"]) and report["share"] > 0.3
+    )
     wide = call(["inspect", exported], capsys)
     assert wide["precision"] == "fp32" and "int8_macs" not in wide and found["bytes"] < 0.6 * wide["bytes"]
 
@@ -60,6 +62,16 @@ def test_it_goes_into_a_bundle(target, int8, tmp_path, capsys):
     (denoiser,) = call(["inspect", tmp_path / "b"], capsys)["denoisers"]
     assert denoiser["precision"] == "int8" and "openvino" in denoiser["runtimes"]
     assert load(tmp_path / "b").chosen.runtime == "openvino"
+
+
+@pytest.mark.slow
+def test_a_build_in_int8_says_the_share_of_both_sides(workspace, tmp_path, capsys):
+    recipe = (workspace / "recipe.yaml").read_text() + "export: {precision: int8, int8_error: 1e-2}\n"
+    (workspace / "int8.yaml").write_text(recipe)
+    built = call(["build", workspace / "int8.yaml", "--out", tmp_path / "build"], capsys)
+    assert built["verdict"] == "pass" and min(built["figures"]["int8_macs"].values()) > 0.3
+    page = (tmp_path / "build" / "report.html").read_text()
+    assert "Five figures" in page and "multiply-adds in int8" in page
 
 
 def test_what_cannot_be_is_refused_in_one_line(workspace, tmp_path, monkeypatch, capsys):

@@ -18,9 +18,10 @@ for module in ("nncf", "onnxscript", "onnxruntime"):
 from exporters.engine.build import build_engine  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8 import processors_for  # noqa: E402
+from exporters.graphs.int8_costs import choose_int8, errors_alone, in_int8  # noqa: E402
 from exporters.graphs.int8_layers import int8_layers, report_of, share_of_macs  # noqa: E402
 from exporters.graphs.naming import weight_dims  # noqa: E402
-from exporters.graphs.quantise import choose_int8, errors_alone, in_int8, quantise_graph  # noqa: E402
+from exporters.graphs.quantise import quantise_graph  # noqa: E402
 from exporters.graphs.reading import inputs_of, read_graph  # noqa: E402
 from exporters.layout import read_config  # noqa: E402
 from exporters.runtimes.ort_session import OnnxRuntimeSession  # noqa: E402
@@ -29,6 +30,7 @@ from exporters.settings import EngineSettings, ExportSettings  # noqa: E402
 from exporters.validation.graph import AS_WRITTEN  # noqa: E402
 from slimdiff.denoising.trajectory import predict  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
+from slimdiff.plan import Plan  # noqa: E402
 
 QKV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -64,7 +66,8 @@ def test_the_graph_says_what_is_in_int8_and_why_the_rest_is_not(int8_graph, dens
     assert dear and all("costs too much" in row["reason"] for row in dear)
     assert all("one row" in row["reason"] for row in wide.values() if row["noise_error"] is None)
     assert {path for path in wide if "time" in path} == {path for path in every if "time" in path}
-    assert 0 < report["noise_error"] <= 3e-4 and report["share"] == share_of_macs(model)
+    assert report["quantiser"].startswith("nncf ")
+    assert 0 < report["noise_error"] <= 3e-4 and report["share"] == pytest.approx(share_of_macs(model))
 
 
 def test_names_dims_and_inputs_are_the_wide_graphs(int8_graph, wide_graph):
@@ -146,6 +149,37 @@ def test_what_is_named_and_what_is_constant_stays_wide(wide_graph, dense, calls,
     assert not any(".attn2." in layer for layer in report["layers"])
 
 
+def test_open_sizes_are_counted_and_calibrated_as_the_calls_have_them(dense, calls, tmp_path, report):
+    settings = ExportSettings(precision="int8", int8_error=3e-4, dynamic_batch=True, dynamic_size=True)
+    graph = export_unet(dense, tmp_path, calls[0], settings, calibration=calls)
+    found = report_of(read_graph(graph))
+    assert found["layers"] == report["layers"] and found["share"] == report["share"] == share_of_macs(read_graph(graph))
+    larger = copy.deepcopy(calls[0])
+    larger.arguments["sample"] = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    assert relative_l2(UNet.open(graph).predict(larger), predict(dense, larger)) < 0.1
+
+
+def test_a_plan_says_what_is_in_int8(wide_graph, dense, calls, tmp_path):
+    said = {
+        QKV: {"precision": "int8", "noise_error": 1e-5},
+        "conv_in": {"precision": "own", "noise_error": 0.2, "reason": "it costs too much"},
+        "time_embedding.linear_1": {"precision": "int8", "noise_error": 2e-5},
+    }
+    about = {"model_class": "UNet2DConditionModel", "model_hash": "", "allocation": "global", "align": 8, "sites": {}}
+    plan = Plan.parse({**about, "parameters": {"dense": 1, "slim": 1}, "layers": said}, "a plan")
+    asked = ExportSettings(precision="int8", int8_error=1e-9)  # which is for exports that choose
+    graph = copied(wide_graph, tmp_path)
+    report = quantise_graph(graph, dense, calls, asked, plan)
+    assert set(report["layers"]) == {QKV, "time_embedding.linear_1"} == set(int8_layers(read_graph(graph)))
+    assert report["noise_error"] == pytest.approx(3e-5)
+    wide = {row["layer"]: row for row in report["wide"]}
+    assert wide["conv_in"] == {"layer": "conv_in", "reason": "it costs too much", "noise_error": 0.2}
+    assert wide["conv_out"]["reason"] == "the plan keeps it so"
+    plan.layers["mid_block"] = plan.layers[QKV]
+    with pytest.raises(InputError, match="the plan puts mid_block into int8, and the UNet's graph has no product"):
+        quantise_graph(copied(wide_graph, tmp_path), dense, calls, asked, plan)
+
+
 def test_what_cannot_be_calibrated_is_refused_in_one_line(wide_graph, dense, calls, tmp_path):
     graph, asked = copied(wide_graph, tmp_path), partial(ExportSettings, precision="int8")
     before = graph.read_bytes()
@@ -182,8 +216,17 @@ def test_nncf_reports_its_use_to_nobody():
     assert "MagicMock" in done.stdout  # in the place of what would send
 
 
-def test_errors_alone_are_nothing_where_steps_are_fine(int8_graph, dense, calls):
+def test_errors_alone_are_those_of_whole_passes(int8_graph, dense, calls):
     layers = int8_layers(read_graph(int8_graph))
-    some = {path: layers[path] for path in list(layers)[:2]}
-    alone = errors_alone(dense, some, calls)
-    assert list(alone) == list(some) and all(0 < error < 1e-3 for error in alone.values())
+    alone = errors_alone(dense, layers, calls)
+    assert list(alone) == list(layers)
+    reference = [predict(dense, call) for call in calls]
+    for path in (list(layers)[0], QKV, list(layers)[-1]):
+        with in_int8(dense.get_submodule(path), layers[path]):
+            changed = sum(
+                float((predict(dense, c) - r).double().square().sum()) for c, r in zip(calls, reference, strict=True)
+            )
+        assert alone[path] == pytest.approx(
+            changed / sum(float(r.double().square().sum()) for r in reference), rel=1e-6
+        )
+    assert not any("forward" in vars(module) for module in dense.modules())
