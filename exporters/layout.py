@@ -204,14 +204,19 @@ def exported_entry(name: str, entry: Sequence[str], split: bool = False) -> list
 
 
 def parts_of(folder: Path | str) -> dict[str, Path]:
-    """The folders with the graphs, or engines, of a denoiser that is in parts; none for a whole one, or another folder.
+    """The folders with the graphs, or engines, of a denoiser that is in parts; none where there is a whole one.
 
     Args:
         folder: of the denoiser, with its `config.json`.
     """
     found = {part: Path(folder) / part for part in PARTS}
-    found = {part: at for part, at in found.items() if (at / GRAPH).is_file() or (at / ENGINE).is_file()}
-    return found if STEP in found else {}
+    found = {part: at for part, at in found.items() if _holds(at)}
+    return found if STEP in found and not _holds(Path(folder)) else {}
+
+
+def _holds(folder: Path) -> bool:
+    """Whether there is a graph or an engine in a folder."""
+    return (folder / GRAPH).is_file() or (folder / ENGINE).is_file()
 
 
 def steering_folders(folder: Path) -> list[str]:

@@ -96,13 +96,15 @@ def graph_of(name: str, *, verified: bool = True) -> Path:
     against it, if `verified`.
 
     Raises:
-        InputError: if there is none, or it is not what the manifest says.
+        InputError: if there is none, it is a part alone, or it is not what the manifest says.
     """
     path = Path(name)
     found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
     found = found or next((folder for folder in (path / "unet", path) if parts_of(folder)), None)
     if found is None or not (found.suffix == ".onnx" or found.is_dir()):
         raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
+    if found.is_file() and found.parent in parts_of(whole := found.parent.parent).values():
+        raise InputError(f"{name} is a part of the denoiser in {whole}: name that folder")
     if verified and path.is_dir() and (path / manifest.MANIFEST).is_file():
         manifest.verify_manifest(path)
     return found

@@ -117,8 +117,8 @@ def _write_component(component: Component, folder: Path, settings: TritonSetting
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(component.folder / name, inside / name)
     require("onnx_ir", "triton").save(component.graph, str(inside / FILES["onnxruntime"]))
-    # An engine of this graph is held against the plan in there.
-    shutil.copyfile(component.config, inside / "config.json")
+    if component.config.parent == component.folder:  # an engine of this graph is held against the plan in there
+        shutil.copyfile(component.config, inside / "config.json")
 
 
 def _write_pipeline(

@@ -75,7 +75,7 @@ def read_engine(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} is {manifest.get('kind')!r}, not an engine: name a folder that `slimdiff engine` wrote"
         )
-    engine = ENGINE if ENGINE in manifest["files"] else f"{STEP}/{ENGINE}"  # of a denoiser in parts
+    engine = in_step if (in_step := f"{STEP}/{ENGINE}") in manifest["files"] else ENGINE
     lacking = [name for name in (engine, REPORT) if name not in manifest["files"]]
     if lacking:
         raise InputError(f"{folder} holds no engine: its manifest does not list {' and '.join(lacking)}")

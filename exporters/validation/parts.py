@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -58,14 +59,18 @@ def check_parts(
     tensors_of, rows = _tensors_of(reference, parts), []
     for call in calls:
         right, feed = tensors_of(call), feed_of(parts, unet_inputs(call))
+        own: Arrays = {}  # what the reference has no tensor of: a module in torch that gives several
         for part, session in parts.parts.items():
             if part == STEP:
-                taken = parts.inputs_of(part, feed | right)
+                taken = parts.inputs_of(part, feed | own | right)
                 taken = {name: array.astype(session.dtypes[name]) for name, array in taken.items()}
                 outputs, expected = session.run(taken), {"out_sample": predict(reference, call).numpy()}
             else:
                 outputs, expected = parts.answer(part, feed), right
+                own |= outputs
             errors = {name: _error(expected[name], outputs[name]) for name in outputs if name in expected}
+            if not errors:
+                continue
             worst = max(errors, key=lambda name: errors[name])
             row = at_time(f"{part}: {worst}", call)
             rows.append(
@@ -114,12 +119,16 @@ def _tensors_of(reference: nn.Module, parts: SplitSession) -> Callable[[Call], A
 
 
 def _in_torch(denoiser: nn.Module, names: Sequence[str], call: Call) -> Arrays:
+    """What modules of these names give; the second call of one is named `NAME_2`, as in the graph."""
     seen: Arrays = {}
     modules: Mapping[str, nn.Module] = dict(denoiser.named_modules())
+    calls: Counter[str] = Counter()
 
     def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        calls[name] += 1
         if isinstance(output, Tensor):
-            seen[name] = output.detach().cpu().float().numpy()
+            key = name if calls[name] == 1 else f"{name}_{calls[name]}"
+            seen[key] = output.detach().cpu().float().numpy()
 
     handles = [modules[name].register_forward_hook(partial(keep, name)) for name in names if name in modules]
     try:
@@ -128,4 +137,4 @@ def _in_torch(denoiser: nn.Module, names: Sequence[str], call: Call) -> Arrays:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {name: seen[name] for name in names if name in seen}

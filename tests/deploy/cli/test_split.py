@@ -92,6 +92,12 @@ def test_an_edge_gets_it_whole_and_runs_it(parts, tmp_path, capsys):
     assert f"--split: {parts} is exported already" in told
 
 
+def test_a_part_alone_is_no_denoiser(parts, tmp_path, capsys):
+    step = parts / "unet" / "step"
+    for argv in (["inspect", step], ["inspect", step / "model.onnx"], ["validate", "demo", step]):
+        assert f"is a part of the denoiser in {parts / 'unet'}: name that folder" in refused(argv, capsys)
+
+
 def test_bench_times_its_step(parts, exported, capsys):
     flags = ["--processes", 2, "--rounds", 3, "--max-seconds", 20]
     value = call(["bench", exported, parts, *flags], capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import TextToImage
+from exporters.engine.check import runs_on
 from exporters.graphs.export import export_unet
 from exporters.graphs.pipeline import example_call
+from exporters.graphs.reading import inputs_of, outputs_of, read_graph
 from exporters.graphs.split import split_graph
 from exporters.runtimes.pipeline import load_pipeline
 from exporters.settings import ExportSettings
@@ -84,6 +87,34 @@ def test_a_prompt_becomes_diffusers_image(repositories, exported, pipeline, batc
     assert len(server.batches["unet_prompt"]) == 1 and len(server.batches["unet_time"]) == 3
     other = serves("a small blue star", seed=4, steps=3, **options)
     assert len(server.batches["unet_prompt"]) == 2 and (other != again).any()
+
+
+def test_engines_of_its_parts_lie_beside_their_graphs(sources, tmp_path):
+    """What `slimdiff engine` writes for the step, but for the engine, which takes TensorRT and a GPU to build."""
+    source = shutil.copytree(sources["fixed"], tmp_path / "onnx")
+    step = source / "unet" / "step"
+    (step / "model.engine").write_bytes(b"an engine")
+    with pytest.raises(InputError, match="unet/step has no manifest.json"):
+        write_repository(source, tmp_path / "out", TritonSettings(backend="tensorrt"))
+    graph = read_graph(step / "model.onnx")
+    inputs, outputs = (
+        [{"name": name, "shape": list(spec.shape), "dtype": spec.dtype} for name, spec in side.items()]
+        for side in (inputs_of(graph), outputs_of(graph))
+    )
+    parts = {
+        "shapes": {"fixed": {tensor["name"]: tensor["shape"] for tensor in inputs}},
+        "versions": {"tensorrt": "10.13.3.9"},
+        "runs_on": {"gpu": {"name": "NVIDIA L4", "capability": "sm89", "driver": "580"}},
+        "precision": "fp32",
+    }
+    report = {"backend": "tensorrt", "version": "10.13.3.9", "parts": parts, "key": manifest.fingerprint(parts)}
+    (step / "engine.json").write_text(json.dumps({**report, "inputs": inputs, "outputs": outputs}))
+    manifest.write_manifest(step, "engine", {}, runs_on(report))
+    write_repository(source, tmp_path / "out", TritonSettings(backend="tensorrt"))
+    served = {name: read_config(tmp_path / "out" / "models" / name) for name in PARTS}
+    platforms = {"unet_prompt": "onnxruntime_onnx", "unet_time": "onnxruntime_onnx", "unet_step": "tensorrt_plan"}
+    assert {name: config.platform for name, config in served.items()} == platforms
+    assert {spec.name for spec in served["unet_step"].input} == {tensor["name"] for tensor in inputs}
 
 
 def test_its_models_batch_where_the_whole_one_does(repositories):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from slimdiff.errors import InputError
 
@@ -26,7 +27,7 @@ from exporters.graphs.split import split_graph  # noqa: E402
 from exporters.layout import PARTS, parts_of  # noqa: E402
 from exporters.runtimes.unet import UNet  # noqa: E402
 from exporters.settings import ExportSettings  # noqa: E402
-from slimdiff.denoising.trajectory import predict  # noqa: E402
+from slimdiff.denoising.trajectory import Call, predict  # noqa: E402
 from slimdiff.models import plan_of  # noqa: E402
 from slimdiff.slimming.skeleton import skeleton  # noqa: E402
 
@@ -169,3 +170,16 @@ def test_unets_of_every_kind_are_split(tmp_path, tiny, kind, open_batch):
     step = split.session.parts["step"]
     assert [name for name in step.inputs if "." not in name] == ["sample"]
     assert len(split.session.parts["prompt"].outputs) >= 8 <= len(split.session.parts["time"].outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("open_batch", [False, True])
+def test_a_unet_without_a_prompt_has_no_part_for_it(tmp_path, open_batch):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, **blocks)
+    call = Call(0, 7, {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(7)})
+    settings = ExportSettings(split=True, dynamic_batch=open_batch)
+    split = UNet.open(export_unet(unet.eval(), tmp_path, call, settings))
+    assert list(split.session.parts) == ["time", "step"] and set(split.inputs) == {"sample", "timestep"}
+    assert error(predict(unet, call), split.predict(call)) < 1e-5
