@@ -70,7 +70,7 @@ PAGES = {
     ),
     "docs/schedule.md": Page(
         {"my-checkpoint": "tiny", "my-slim": "slim"},
-        6,
+        10,
         {
             "--samples 8": "--samples 2 --steps 4",
             "--deep-every 3": "--deep-every 3 --steps 6",
