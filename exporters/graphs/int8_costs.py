@@ -41,19 +41,21 @@ def choose_int8(errors: Mapping[str, float], macs: Mapping[str, int], most: floa
 
 
 @torch.no_grad()
-def macs_of(unet: nn.Module, paths: Sequence[str], call: Call) -> dict[str, int]:
-    """Multiply-adds of linears and convolutions in one call."""
-    found = dict.fromkeys(paths, 0)
+def macs_of(unet: nn.Module, paths: Sequence[str], call: Call) -> tuple[dict[str, int], int]:
+    """Multiply-adds of linears and convolutions in one call, and the bytes of what goes into them and comes out."""
+    found, size = dict.fromkeys(paths, 0), 0
 
-    def count(path: str, module: nn.Module, _args: Any, output: Tensor) -> None:
+    def count(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal size
         weight = module.get_parameter("weight")
         found[path] += output.numel() * weight[0].numel()
+        size += (args[0].numel() + output.numel()) * output.element_size()
 
     with ExitStack() as hooks:
         for path in paths:
             hooks.enter_context(unet.get_submodule(path).register_forward_hook(partial(count, path)))
         predict(unet, call)
-    return found
+    return found, size
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import warnings
 from collections import Counter
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ from exporters.graphs.shapes import add_shapes
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError, SlimdiffError, require
-from slimdiff.planning.costs import count_macs
+from slimdiff.planning.costs import count_bytes, count_macs
 from slimdiff.progress import bar, working
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
     from slimdiff.plan import Plan
 
+log = logging.getLogger("slimdiff")
 WEIGHT_BITS = 7
 """Of weights: what no processor's sums clip."""
 
@@ -90,7 +93,8 @@ def quantise_graph(
     }
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
-    macs = macs_of(unet, list(layers), calls[0])
+    macs, size = macs_of(unet, list(layers), calls[0])
+    _warn_of_memory(count_bytes(unet), size)
     alone: Mapping[str, float | None]
     if plan is not None and plan.layers:
         alone, others = _as_planned(plan, layers)
@@ -182,6 +186,16 @@ def _nncf() -> Any:
         return require("nncf", "int8")
 
 
+def _warn_of_memory(weights: int, activations: int) -> None:
+    """NNCF has ONNX Runtime give out every layer's weight, input and output at once, beside the model's own weights."""
+    need, there = 4 * weights + 2 * activations, psutil.virtual_memory().available
+    if need > there:
+        log.warning(
+            "int8: NNCF takes about %.0f GB here, and %.0f GB are free: the system may end this process",
+            *(need / 1e9, there / 1e9),
+        )
+
+
 def _wide(path: str, reason: str, error: float | None = None) -> dict[str, Any]:
     return {"layer": path, "reason": reason, "noise_error": error}
 
@@ -249,7 +263,7 @@ def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Seq
     model = onnx.load(str(file), load_external_data=False)
     chosen = {node.name for node in nodes}
     others = [node for node in model.graph.node if node.name not in chosen]
-    with _quiet(nncf):
+    with _quiet():
         done = nncf.quantize(
             model,
             nncf.Dataset(list(feeds)),
@@ -311,11 +325,17 @@ def _rename(value: ir.Value, name: str) -> None:
 
 
 @contextmanager
-def _quiet(nncf: Any) -> Iterator[None]:
-    """Without NNCF's bars and lines, which it writes to stdout, where results belong."""
-    import logging
+def _quiet() -> Iterator[None]:
+    """Without NNCF's bars and lines, which it writes to stdout, where results belong.
 
-    nncf.set_log_level(logging.ERROR)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    Its own switch for that turns down every handler of the process.
+    """
+    theirs = logging.getLogger("nncf")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.setLevel(before)

@@ -74,7 +74,7 @@ def test_an_error_in_a_flag_is_all_that_a_process_says(argv, says):
     [
         ("slimdiff com", {"compress", "compare"}),
         ("slimdiff compress --stat", {"--statistics"}),
-        ("slimdiff export demo --precision ", {"fp32", "fp16"}),
+        ("slimdiff export demo --precision ", {"fp32", "fp16", "int8"}),
     ],
 )
 def test_shells_complete_commands_flags_and_choices(line, offers, tmp_path):

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ for module in ("nncf", "onnxscript", "onnxruntime"):
     pytest.importorskip(module, reason=f"{module} is an extra")
 
 from exporters.engine.build import build_engine  # noqa: E402
+from exporters.graphs import quantise  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8 import processors_for  # noqa: E402
 from exporters.graphs.int8_costs import choose_int8, errors_alone, in_int8  # noqa: E402
@@ -178,6 +181,14 @@ def test_a_plan_says_what_is_in_int8(wide_graph, dense, calls, tmp_path):
     plan.layers["mid_block"] = plan.layers[QKV]
     with pytest.raises(InputError, match="the plan puts mid_block into int8, and the UNet's graph has no product"):
         quantise_graph(copied(wide_graph, tmp_path), dense, calls, asked, plan)
+
+
+def test_too_little_memory_is_said_before_it_ends_the_process(monkeypatch, caplog):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
+    quantise._warn_of_memory(2 * 10**9, 10**9)
+    assert not caplog.messages
+    quantise._warn_of_memory(2 * 10**9, 10**9 + 1)
+    assert "NNCF takes about 10 GB here, and 10 GB are free" in caplog.messages[0]
 
 
 def test_what_cannot_be_calibrated_is_refused_in_one_line(wide_graph, dense, calls, tmp_path):
