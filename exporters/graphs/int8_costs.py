@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from exporters.graphs.int8_layers import Int8Layer
+from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.planning.sensitivity import exchanged
@@ -62,68 +61,21 @@ def macs_of(unet: nn.Module, paths: Sequence[str], call: Call) -> tuple[dict[str
 def errors_alone(unet: nn.Module, layers: Mapping[str, Int8Layer], calls: Sequence[Call]) -> dict[str, float]:
     """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction.
 
-    A pass computes what lies behind its layer alone: the rest answers what it did in the wide pass.
+    A pass computes what lies behind its layer alone (`Replay`).
     """
     some = [calls[i * len(calls) // min(len(calls), ALONE_CALLS)] for i in range(min(len(calls), ALONE_CALLS))]
     energy, changed = 0.0, dict.fromkeys(layers, 0.0)
     with bar(total=len(some) * len(layers), name="int8, a layer alone", unit="pass") as shown:
         for call in some:
-            before = WideAnswers(unet, layers)
-            reference = before.record(call)
-            energy += float(reference.double().square().sum())
+            replay = Replay(unet, call, list(layers))
+            energy += float(replay.output.double().square().sum())
             for path, layer in layers.items():
-                with before.ahead_of(path), in_int8(unet.get_submodule(path), layer):
-                    changed[path] += float((predict(unet, call) - reference).double().square().sum())
+                with in_int8(unet.get_submodule(path), layer):
+                    changed[path] += float((replay.predict(path) - replay.output).double().square().sum())
                 shown.update()
     if not 0 < energy < float("inf"):
         raise InputError("the UNet predicts nothing, or what is not finite: int8 cannot be measured on it")
     return {path: error / energy for path, error in changed.items()}
-
-
-class WideAnswers:
-    """What the parts of a denoiser answered in one call, for passes in which they would answer the same.
-
-    Parts are items of lists of modules (blocks, resnets, transformer blocks) that are called once and hold several
-    layers.
-    """
-
-    def __init__(self, denoiser: nn.Module, layers: Collection[str]):
-        self.denoiser = denoiser
-        modules = dict(denoiser.named_modules())
-        lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
-        items = [f"{path}.{name}" for path in lists for name, _ in modules[path].named_children()]
-        self.parts = {path: modules[path] for path in items if sum(one.startswith(f"{path}.") for one in layers) > 1}
-        self.layers = {path: modules[path] for path in layers}
-        self.answers: dict[str, list[Any]] = {path: [] for path in self.parts}
-        self.known_at: dict[str, list[str]] = {}
-
-    def record(self, call: Call) -> Tensor:
-        """Run a call; gives the denoiser's answer."""
-        done: list[str] = []
-
-        def entered(path: str, *_: Any) -> None:
-            self.known_at.setdefault(path, list(done))
-
-        def left(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            self.answers[path].append(output)
-            done.append(path)
-
-        with ExitStack() as hooks:
-            for path, layer in self.layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(partial(entered, path)))
-            for path, part in self.parts.items():
-                hooks.enter_context(part.register_forward_hook(partial(left, path)))
-            return predict(self.denoiser, call)
-
-    @contextmanager
-    def ahead_of(self, layer: str) -> Iterator[None]:
-        """Let all parts that were done when a layer was first called answer what they did, in a block of code."""
-        once = [path for path in self.known_at.get(layer, ()) if len(self.answers[path]) == 1]
-        with ExitStack() as stack:
-            for path in once:
-                answer = self.answers[path][0]
-                stack.enter_context(patch.object(self.parts[path], "forward", lambda *_, _is=answer, **__: _is))
-            yield
 
 
 @contextmanager
