@@ -125,20 +125,26 @@ def _measure(
     Args:
         number: of calls measured before these.
     """
-    replays = [Replay(denoiser, call, [site.path for site in sites]) for call in bar(calls, "dense outputs", "call")]
-    energy = sum(float(replay.output.double().square().sum()) for replay in replays)
-    if not 0 < energy < math.inf:
-        what = "zero everywhere" if energy == 0 else "not finite: the model overflows; use it in float32"
-        raise InputError(f"the dense model's noise prediction is {what}")
-    if not number:
-        seconds = sum(replay.seconds * replay.share(site.path) for replay in replays for site in sites)
-        log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), seconds, len(calls))
-    changed = {}
-    for site in bar(sites, "sensitivity", "site"):
-        with exchanged(denoiser.get_submodule(site.path), weights(site)):
-            changed[site.name] = sum(
-                float((replay.predict(site.path) - replay.output).double().square().sum()) for replay in replays
-            )
+    energy, changed = 0.0, {site.name: 0.0 for site in sites}
+    with bar(total=len(calls) * len(sites), name="sensitivity", unit="pass") as shown:
+        for call in calls:  # one at a time, for what it left is held in memory
+            replay = Replay(denoiser, call, [site.path for site in sites])
+            squared = float(replay.output.double().square().sum())
+            if not math.isfinite(squared):
+                raise InputError(
+                    "the dense model's noise prediction is not finite: the model overflows; use it in float32"
+                )
+            if not number and not energy:
+                seconds = len(calls) * sum(replay.seconds * replay.share(site.path) for site in sites)
+                log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), seconds, len(calls))
+            energy += squared
+            for site in sites:
+                with exchanged(denoiser.get_submodule(site.path), weights(site)):
+                    change = (replay.predict(site.path) - replay.output).double()
+                changed[site.name] += float(change.square().sum())
+                shown.update()
+    if not energy:
+        raise InputError("the dense model's noise prediction is zero everywhere")
     return changed, energy
 
 
