@@ -5,7 +5,6 @@ Small, readable, versioned JSON.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +15,14 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.settings import Forms
+from slimdiff.storage.editable import Editable
 from slimdiff.storage.manifest import replacing
 
 
@@ -72,10 +70,10 @@ class LayerPlan(BaseModel):
     """Why it keeps its own."""
 
 
-class Plan(BaseModel):
+class Plan(Editable):
     """Ranks by site name, in execution order of the modules, and precisions by module path."""
 
-    model_config = ConfigDict(extra="forbid")
+    noun = "plan"
 
     schema_version: Literal[1] = 1
     model_class: str
@@ -150,32 +148,6 @@ class Plan(BaseModel):
     def save(self, path: Path) -> None:
         with replacing(path, is_file=True) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a plan, perhaps edited by hand.
-
-        Raises:
-            InputError: saying which entry is wrong and why.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: no plan can be read there ({error})") from error
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, content: str | dict[str, Any], where: str) -> Plan:
-        """A plan from JSON text or a dictionary; `where` is named in errors."""
-        try:
-            return cls.model_validate(json.loads(content) if isinstance(content, str) else content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            reason = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"{where}: {place + ': ' if place else ''}{reason}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
 
     def ranks(self) -> dict[str, int]:
         """Rank by module path."""

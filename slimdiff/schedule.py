@@ -11,13 +11,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from slimdiff.errors import InputError
 from slimdiff.settings import Settings
+from slimdiff.storage.editable import Editable
 from slimdiff.storage.manifest import replacing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FILE = "schedule.json"
 """Its name in a model's directory."""
@@ -52,10 +56,10 @@ class ChoiceSettings(Settings):
     """The cheapest schedule that changes the final latents by at most this (relative mean squared), measured."""
 
 
-class Schedule(BaseModel):
+class Schedule(Editable):
     """What each step of a picture runs, for a number of steps; `at` carries it over to another."""
 
-    model_config = ConfigDict(extra="forbid")
+    noun = "schedule"
 
     schema_version: Literal[1] = 1
     levels: int = Field(ge=1)
@@ -182,32 +186,14 @@ class Schedule(BaseModel):
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path | str) -> Schedule:
+    def load(cls, path: Path | str) -> Self:
         """Read a schedule, perhaps edited by hand; of a model's directory, the one in it.
 
         Raises:
             InputError: saying which entry is wrong and why.
         """
         path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: no schedule can be read there ({error})") from error
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, content: str | dict[str, Any], where: str) -> Schedule:
-        """A schedule from JSON text or a dictionary; `where` is named in errors."""
-        try:
-            return cls.model_validate(json.loads(content) if isinstance(content, str) else content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            reason = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"{where}: {place + ': ' if place else ''}{reason}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
+        return super().load(path / FILE if path.is_dir() else path)
 
 
 def levels_of(config: Mapping[str, Any]) -> int | None:
