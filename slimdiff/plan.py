@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -73,7 +73,7 @@ class LayerPlan(BaseModel):
 class Plan(Editable):
     """Ranks by site name, in execution order of the modules, and precisions by module path."""
 
-    noun = "plan"
+    noun: ClassVar[str] = "plan"
 
     schema_version: Literal[1] = 1
     model_class: str

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,7 +59,7 @@ class ChoiceSettings(Settings):
 class Schedule(Editable):
     """What each step of a picture runs, for a number of steps; `at` carries it over to another."""
 
-    noun = "schedule"
+    noun: ClassVar[str] = "schedule"
 
     schema_version: Literal[1] = 1
     levels: int = Field(ge=1)
