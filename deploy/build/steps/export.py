@@ -36,7 +36,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         made_from |= shop.usage
         inputs, wide = shapes(call), fp32_islands(graph)
         runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
-        int8 = report_of(read_graph(folder / name / "model.onnx"))
+        int8 = report_of(read_graph(graph))
         runs_on |= {"int8": int8} if int8 else {}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
         result[name] = {
