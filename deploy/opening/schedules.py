@@ -9,6 +9,7 @@ from typing import Any
 from deploy.opening.openers import Opened
 from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
+from exporters.layout import GRAPH, STEP
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.errors import InputError
@@ -36,7 +37,7 @@ def with_schedule(
     if opened.kind == "model":
         return schedule_pipeline(pipeline, schedule), schedule
     graph = Path(opened.denoiser.session.source)
-    if graph.suffix != ".onnx":
+    if not (graph.is_file() and graph.suffix == ".onnx" or (graph / STEP / GRAPH).is_file()):
         raise InputError(
             "an engine takes no schedule: name the ONNX folder that it was built from, or say --schedule none"
         )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimdiff.denoising.trajectory import Call, predict
@@ -30,7 +31,8 @@ class Replay:
 
     Stages are the denoiser's children and the items of its module lists: blocks, their layers, samplers. What they gave
     is held, by reference, in the denoiser's dtype and on its device. A stage that runs more than once in a call, or
-    whose output is changed in place afterwards, always runs again.
+    whose output is changed in place afterwards, always runs again. So do all, should they not give the denoiser's
+    output when nothing has changed.
 
     Attributes:
         output: the denoiser's own output for the call (`predict`).
@@ -65,6 +67,9 @@ class Replay:
         ]
         self._steady = {path: self._runs[path] for path in steady}
         self._before: dict[str, dict[str, Any]] = {}
+        latest = max(self._begins, key=lambda path: self._begins[path], default=None)
+        if latest is not None and not torch.equal(self.predict(latest), self.output):
+            self._steady, self._before = {}, {}
 
     def share(self, path: str) -> float:
         """The share of a call that runs again when the module at a path changes."""

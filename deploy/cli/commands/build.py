@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from deploy.artifacts import build_folder
+from deploy.artifacts.schedules import warn_of_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
@@ -59,6 +60,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     if recipe.prompts is not None:
         calibration_material(recipe.prompts, recipe.calibration.samples, 0, **pictures, classes=recipe.classes)
 
+    warn_of_schedule(recipe.model)
     calm_libraries()
     from deploy.build import run_build
 

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifacts.schedules import warn_of_schedule
 from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, log, result
@@ -130,6 +131,7 @@ def _write(
     from deploy.artifacts.files import copy_licenses, save_pipeline
     from slimdiff import save_maps
 
+    warn_of_schedule(args.model)
     out, plan = Path(args.out), slim.plan
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(pipeline, temporary, weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.numbers import amount
+from deploy.artifacts.schedules import warn_of_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     flags.read_material(args, calibration.samples)  # whether there is any
     planning = flags.read_planning(args)
 
+    warn_of_schedule(args.model)
     calm_libraries()
     from deploy.build import run_sweep
 

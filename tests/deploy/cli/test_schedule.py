@@ -11,6 +11,7 @@ from command_line import call, refused
 from conftest import PROMPTS
 from PIL import Image, ImageChops
 
+from deploy.cli.app import main
 from slimdiff import Schedule
 from slimdiff.storage import manifest
 
@@ -155,3 +156,19 @@ def test_what_does_not_go_together_yet_is_one_line(how, named, model, tmp_path, 
 def test_int8_is_not_in_parts_yet(model, tmp_path, capsys):
     line = refused(["export", model, "--split", "--precision", "int8", "--out", tmp_path / "onnx"], capsys)
     assert "a UNet in parts is not put into int8 yet: leave out split, or int8" in line
+
+
+def test_a_unet_in_parts_follows_a_schedule_of_whole_steps(model, tmp_path, capsys):
+    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--steps", 6], capsys)
+    call(["export", model, "--split", "--out", tmp_path / "parts"], capsys)
+    ours, theirs = (image(m, tmp_path / f"{m.name}.png", capsys) for m in (model, tmp_path / "parts"))
+    low_high = ImageChops.difference(ours, theirs).getextrema()
+    assert max(high for _, high in low_high) <= 1
+
+
+def test_a_slim_model_does_not_get_the_dense_ones_schedule_without_a_word(model, tmp_path, capsys):
+    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--steps", 6], capsys)
+    asked = ["--reduce", "4%", "--align", 4, "--samples", 2, "--steps", 2]
+    assert main([str(word) for word in ["compress", model, "--out", tmp_path / "slim", *asked]]) == 0
+    assert "has a schedule, which was made for it alone: the slim model gets none" in capsys.readouterr().err
+    assert not (tmp_path / "slim" / "schedule.json").exists()

@@ -107,6 +107,22 @@ def test_a_stage_that_runs_twice_or_is_changed_afterwards_runs_again():
             return (self.layers[3](self.layers[2](self.layers[2](steady + changed))),)
 
     torch.manual_seed(0)
+
+    class Remembering(Twice):
+        """Which takes what a module left, and not what it gave."""
+
+        def forward(self, sample, return_dict=False):
+            self.layers[0](sample)
+            return (self.layers[3](self.seen.pop()),)
+
+    hidden = Remembering().eval()
+    hidden.seen = []
+    hidden.layers[0].register_forward_pre_hook(lambda _layer, args: hidden.seen.append(args[0] * len(hidden.calls)))
+    hidden.calls = [1]
+    keep = hidden.layers[0].register_forward_hook(lambda *_: hidden.calls.append(1))
+    replay = Replay(hidden, Call(0, 1, {"sample": torch.randn(2, 4)}), ["layers.3"])
+    assert replay.before("layers.3") == {}
+    keep.remove()
     denoiser = Twice().eval()
     replay = Replay(denoiser, Call(0, 1, {"sample": torch.randn(2, 4)}), ["layers.3"])
     assert list(replay.before("layers.3")) == ["layers.0"]
