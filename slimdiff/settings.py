@@ -244,6 +244,12 @@ class PlanSettings(Settings):
     """Of the softmax allocation: the lower, the more the least influential blocks lose."""
     align: int = Field(8, ge=1, le=MOST_PIXELS)
     """Ranks are multiples of this: per head for attention, channels for feed_forward and resnet."""
+    precision: Literal["own", "int8"] = "own"
+    """int8: choose, together with the ranks, which linears and convolutions an export puts into int8. `own`: the
+    plan says nothing of precision."""
+    int8_error: float = Field(default=1e-3, gt=0, le=1)
+    """Most that int8 may change the noise prediction, as its relative mean squared error, where the budget is in
+    parameters or MACs, which int8 saves none of; any other budget bounds ranks and int8 together."""
     groups: tuple[str, ...] = TRANSFORMER_GROUPS
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1, le=MOST)
@@ -252,6 +258,12 @@ class PlanSettings(Settings):
     """How slim resnets are fitted."""
     fitting_calls: int = Field(64, ge=1, le=MOST)
     """Recorded denoiser calls that resnets are fitted on, and that `forms.compensate` solves on."""
+
+    @model_validator(mode="after")
+    def _bounds_what_is_chosen(self) -> PlanSettings:
+        if self.precision == "own" and self.int8_error != type(self).model_fields["int8_error"].default:
+            raise ValueError("int8_error bounds what int8 changes: give precision int8 with it")
+        return self
 
 
 @dataclass(frozen=True)

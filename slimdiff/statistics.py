@@ -78,6 +78,8 @@ class Statistics:
         sensitivities: by site name, if they were measured (`slimdiff.planning`): another budget needs no forward pass.
         macs: by module path, multiply-accumulates of one sample that its dense layers cost, and under `""`
             the whole model's; if they were counted.
+        int8_errors: by path of a linear or convolution, what int8 costs it alone, if that was measured; `macs` has the
+            multiply-accumulates of these, too.
     """
 
     def __repr__(self) -> str:
@@ -93,6 +95,7 @@ class Statistics:
     macs: dict[str, float] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
     population: dict[str, float] = field(default_factory=dict)
+    int8_errors: dict[str, float] = field(default_factory=dict)
 
     def add_rows(self, name: str, rows: Tensor, weight: float = 1.0, of: int | None = None) -> None:
         """Add rows `[R, n]`, float32, to a triangle and a first moment; `of` is how many they were selected from."""
@@ -210,6 +213,7 @@ class Statistics:
             next((part.macs for part in parts if part.macs), {}),
             made_from,
             population,
+            next((part.int8_errors for part in parts if part.int8_errors), {}),
         )
 
     def save(self, path: Path, **more: Any) -> None:

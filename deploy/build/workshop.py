@@ -171,6 +171,11 @@ class Workshop:
         call = partial(example_call, self.dense, **size, guidance=sampling.guidance)
         self.new_compressor().check(self.budgets, call=call)
 
+    def exported_as(self, name: str) -> ExportSettings:
+        """How the `dense` or the `slim` denoiser becomes a graph: a precision of the plan is the slim one's alone."""
+        planned = self.recipe.plan.precision == "int8"
+        return self.of_unet.model_copy(update={"precision": "fp32"}) if planned and name == "dense" else self.of_unet
+
     @property
     def weight_settings(self) -> dict[str, Any]:
         """How the slim model is written, where the recipe says so."""
@@ -202,6 +207,7 @@ class Workshop:
         measured = build_folder.read(self.folder, "sensitivity")
         statistics = self.compressor.statistics
         statistics.sensitivities, statistics.macs = measured["sensitivities"], measured["macs"]
+        statistics.int8_errors = measured["int8_errors"]
         return self.compressor
 
     def new_compressor(self) -> Compressor:

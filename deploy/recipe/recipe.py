@@ -289,9 +289,8 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
 
     @model_validator(mode="after")
     def _used_as_calibrated(self) -> Recipe:
-        """Graphs and comparisons have the steps, guidance and scheduler of the calibration, unless they say others.
-
-        A model that is distilled for few steps is not right at any others.
+        """Graphs and comparisons have the steps, guidance and scheduler of the calibration, unless they say others: a
+        distilled model is not right at any others. Graphs have the plan's precision, too.
         """
         calibrated, compared = self.calibration.sampling, self.compare.sampling
         said = self.compare.sampling.model_fields_set if "sampling" in self.compare.model_fields_set else set()
@@ -301,6 +300,8 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
         if same:
             compare = self.compare.model_copy(update={"sampling": compared.model_copy(update=same)})
             object.__setattr__(self, "compare", compare)
+        if self.plan.precision == "int8" and "precision" not in self.export.model_fields_set:
+            object.__setattr__(self, "export", self.export.model_copy(update={"precision": "int8"}))
         return self
 
     @field_validator("classes")

@@ -11,32 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graphs.int8_layers import Int8Layer
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
-from slimdiff.planning.sensitivity import exchanged
 from slimdiff.progress import bar
 
 ALONE_CALLS = 4
 """Recorded calls that a layer alone is measured on, at most, spread over those that there are."""
-
-
-def choose_int8(errors: Mapping[str, float], macs: Mapping[str, int], most: float) -> list[str]:
-    """The layers that go into int8: as many as the sum of errors allows, those first that cost least for their MACs.
-
-    Args:
-        errors: by layer, what it costs alone.
-        most: that they may cost together.
-
-    Returns:
-        their paths, in the order of `errors`.
-    """
-    chosen, total = set(), 0.0
-    for path in sorted(errors, key=lambda path: errors[path] / macs.get(path, 1)):
-        if total + errors[path] <= most:
-            total += errors[path]
-            chosen.add(path)
-    return [path for path in errors if path in chosen]
 
 
 @torch.no_grad()

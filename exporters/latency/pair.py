@@ -20,7 +20,7 @@ import psutil
 from exporters.machine import core_numbers
 from exporters.process import worker_command
 from exporters.registry import runtime_of
-from exporters.settings import LEAST_ROUNDS, BenchSettings
+from exporters.settings import LEAST_ROUNDS, BenchSettings, ExportSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
 if TYPE_CHECKING:
@@ -56,8 +56,19 @@ class Job:
     """Of a graph's inputs, where it leaves them open; by default, open dims are as large as the batch."""
 
 
-def write_job(name: str, denoiser: nn.Module, call: Call, runtime: str, folder: Path) -> Job:
+def write_job(
+    name: str,
+    denoiser: nn.Module,
+    call: Call,
+    runtime: str,
+    folder: Path,
+    settings: ExportSettings | None = None,
+    calibration: Sequence[Call] = (),
+) -> Job:
     """Write a denoiser to a new folder, as fresh processes open it: its weights, or a graph for a call's shapes.
+
+    Args:
+        settings: of a graph; `calibration` is what int8 is calibrated on.
 
     Raises:
         InputError: for a runtime that takes neither models nor graphs, or a denoiser that is not exported.
@@ -69,7 +80,7 @@ def write_job(name: str, denoiser: nn.Module, call: Call, runtime: str, folder: 
         return Job(name, str(folder), runtime)
     from exporters.graphs.export import export_unet
 
-    return Job(name, str(export_unet(denoiser, folder, call)), runtime)
+    return Job(name, str(export_unet(denoiser, folder, call, settings, calibration=calibration)), runtime)
 
 
 @dataclass

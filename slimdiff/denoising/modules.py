@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -149,3 +149,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextmanager
+def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with other weights, smaller ones too (by parameter name), for the length of a block."""
+    before = {name: module.get_parameter(name).data for name in weights}
+    try:
+        for name, tensor in weights.items():
+            module.get_parameter(name).data = tensor.to(before[name])
+        yield
+    finally:
+        for name, data in before.items():
+            module.get_parameter(name).data = data

@@ -19,7 +19,7 @@ from slimdiff.settings import Budget
 if TYPE_CHECKING:
     from slimdiff.planning.planner import Planner
 
-_NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies"}
+_NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies", "bytes": "bytes"}
 
 
 @dataclass
@@ -90,8 +90,8 @@ class PlannedBy:
 
 
 def most_removable(table: CostTable, layers: Sequence[Layer]) -> float:
-    """The most that can go, in the table's unit: every layer at its smallest candidate."""
-    return sum(float(table.savings(layer.path, layer.candidates[:1])[0]) for layer in layers)
+    """The most that can go, in the table's unit."""
+    return table.most_removable({layer.path: layer.candidates for layer in layers})
 
 
 def removed_within(budget: Budget, table: CostTable, layers: Sequence[Layer]) -> float:
@@ -115,5 +115,6 @@ def removed_within(budget: Budget, table: CostTable, layers: Sequence[Layer]) ->
         raise InputError(
             f"budget {words} is {amount(removed)}, but at most {amount(most)} ({most / table.dense:.1%}) can go from "
             f"the {sum(len(layer.sites) for layer in layers)} sites in {', '.join(groups)}"
+            + (" and int8" if table.int8 else "")
         )
     return removed

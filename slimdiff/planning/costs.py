@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -23,7 +24,7 @@ from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.progress import working
 
-CostName = Literal["parameters", "macs", "latency_ms"]
+CostName = Literal["parameters", "macs", "latency_ms", "bytes"]
 _Count = TypeVar("_Count")
 
 
@@ -32,17 +33,21 @@ class CostTable:
     """What a denoiser costs by the ranks of its layers. Layers' costs add up; what is in no layer never changes.
 
     Attributes:
-        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image) or `latency_ms`.
+        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image), `latency_ms`, or `bytes`
+            (of the weights in a graph's file).
         dense: what the whole dense model costs.
         layers: module path -> rank -> what the layer costs with it; the largest rank is the dense one. Between
             ranks, costs are interpolated linearly. A constant in all of a layer's costs cancels.
         made_from: for a measured table, on what: `runtime`, `machine` and the like.
+        int8: path of a linear or convolution -> rank of the layer that it lies in -> what it costs less in int8, below
+            zero where that is slower. Of one that lies in none, any rank stands for it.
     """
 
     name: CostName
     dense: float
     layers: Mapping[str, Mapping[int, float]]
     made_from: Mapping[str, Any] = field(default_factory=dict)
+    int8: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def savings(self, path: str, ranks: Sequence[int]) -> np.ndarray:
         """What a layer costs less than dense at each of these ranks."""
@@ -50,10 +55,38 @@ class CostTable:
         costs = [self.layers[path][rank] for rank in known]
         return costs[-1] - np.interp(ranks, known, costs)
 
-    def of(self, ranks: Mapping[str, int]) -> float:
-        """What the whole model costs with these ranks (by module path); layers not named or not known are dense."""
+    def int8_savings(self, path: str, ranks: Sequence[int]) -> np.ndarray:
+        """What a linear or convolution costs less in int8, at each of these ranks of the layer that it lies in."""
+        known = sorted(self.int8.get(path, {0: 0.0}))
+        return np.interp(ranks, known, [self.int8[path][rank] if path in self.int8 else 0.0 for rank in known])
+
+    def of(self, ranks: Mapping[str, int], int8: Collection[str] = ()) -> float:
+        """What the whole model costs with these ranks (by module path); layers not named or not known are dense.
+
+        Args:
+            int8: paths of the linears and convolutions that are in int8.
+        """
         known = {path: rank for path, rank in ranks.items() if path in self.layers}
-        return self.dense - sum(float(self.savings(path, [rank])[0]) for path, rank in known.items())
+        cost = self.dense - sum(float(self.savings(path, [rank])[0]) for path, rank in known.items())
+        for path in int8:
+            rank = next((rank for owner, rank in ranks.items() if path.startswith(f"{owner}.")), sys.maxsize)
+            cost -= float(self.int8_savings(path, [rank])[0])
+        return cost
+
+    def most_removable(self, ranks: Mapping[str, Sequence[int]]) -> float:
+        """The most that can go: every layer at the best of its ranks, and in int8 what is cheaper so.
+
+        Args:
+            ranks: by module path, those that layers may take.
+        """
+        total, inside = 0.0, set[str]()
+        for owner, candidates in ranks.items():
+            saved = self.savings(owner, candidates)
+            for path in (path for path in self.int8 if path.startswith(f"{owner}.")):
+                inside.add(path)
+                saved = saved + self.int8_savings(path, candidates).clip(min=0)
+            total += float(saved.max())
+        return total + sum(max(0.0, *self.int8[path].values()) for path in self.int8 if path not in inside)
 
 
 def count_parameters(module: nn.Module) -> int:

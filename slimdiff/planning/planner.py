@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from torch import nn
 
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.int8 import input_ranges, rounded
 from slimdiff.denoising.modules import working_copy
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
@@ -16,11 +18,19 @@ from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, fault_in, find_sites
 from slimdiff.groups.group import Site
 from slimdiff.groups.maps import Maps
-from slimdiff.plan import Plan, SitePlan, site_plan
+from slimdiff.plan import LayerPlan, Plan, SitePlan, site_plan
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
+from slimdiff.planning.precision import (
+    byte_costs,
+    choose_both,
+    choose_int8,
+    find_units,
+    layer_plans,
+    measure_int8,
+)
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -111,6 +121,8 @@ class Planner:
         name = self.settings.allocation
         if name in MEASURED and not self.is_measured and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
+        if self.in_int8 and not self.knows_int8 and not self.calls.gives("sensitivity"):
+            raise InputError("what int8 costs each layer is measured: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
         self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency)
 
@@ -122,6 +134,32 @@ class Planner:
         """Whether the statistics hold what the allocation measures: the sites' sensitivities, with the usual forms."""
         known = self.statistics.sensitivities
         return keeps_measured(self.settings) and all(site.name in known for site in self.chosen)
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether precisions are chosen, too."""
+        return self.settings.precision == "int8"
+
+    @property
+    def knows_int8(self) -> bool:
+        """Whether the statistics hold what int8 costs each layer."""
+        return bool(self.statistics.int8_errors) and self.statistics.int8_errors.keys() <= self.statistics.macs.keys()
+
+    @cached_property
+    def _int8(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        if self.knows_int8:
+            return self.statistics.int8_errors, self.statistics.macs
+        return measure_int8(self.denoiser, self.calls.sensitivity)
+
+    @property
+    def int8_errors(self) -> Mapping[str, float]:
+        """By path of a linear or convolution, what int8 costs it alone."""
+        return self._int8[0]
+
+    @cached_property
+    def size(self) -> CostTable:
+        """What is small of a small model: parameters, or where precisions are chosen the bytes that they take."""
+        return byte_costs(self.denoiser, self.layers, list(self.int8_errors)) if self.in_int8 else self.costs.parameters
 
     @cached_property
     def factors(self) -> Factors:
@@ -184,6 +222,10 @@ class Planner:
         """
         if keeps_measured(self.settings):
             statistics.sensitivities = statistics.sensitivities | self.sensitivities
+        if self.in_int8:
+            errors, products = self._int8
+            statistics.int8_errors = dict(errors)
+            statistics.macs = statistics.macs | {path: products[path] for path in errors}
         macs = self.costs.macs if macs_too else self._macs()
         if macs is not None:
             layers = {path: costs[max(costs)] for path, costs in macs.layers.items()}
@@ -204,21 +246,13 @@ class Planner:
         Args:
             bounds: whether that bounds the cost by this table, for the plan to say.
         """
-        savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
-        by_error = self.settings.allocation not in ("uniform", "softmax")
-        if by_error:
-            errors = [self._errors(layer, self.sensitivities) for layer in self.layers]
-        else:
-            errors = distances(self.layers, savings, self.weights, removed)
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
-        also = None
-        if by_error and table.name == "parameters" and macs is not None:
-            also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
-        picks = choose(savings, errors, removed, also)
-        ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
-        tables = {t.name: t for t in (self.costs.parameters, macs, self.costs.latency, table) if t is not None}
-        costs = {name: {"dense": t.dense, "slim": t.of(ranks)} for name, t in tables.items()}
+        ranks, layers = self._choose(table, removed, macs)
+        int8 = [path for path, layer in layers.items() if layer.precision == "int8"]
+        counted = (self.costs.parameters, macs, self.costs.latency, self.size, table)
+        tables = {t.name: t for t in counted if t is not None}
+        costs = {name: {"dense": t.dense, "slim": t.of(ranks, int8)} for name, t in tables.items()}
         if bounds:
             costs[table.name]["budget"] = table.dense - removed
         return Plan(
@@ -231,9 +265,43 @@ class Planner:
             budget={budget.kind: budget.value},
             costs=costs,
             sites={site.name: self._site_plan(site, ranks.get(site.path)) for site in self.sites},
+            layers=layers,
             left_dense=self.left_dense,
             calibration=self.statistics.made_from,
         )
+
+    def _choose(
+        self, table: CostTable, removed: float, macs: CostTable | None
+    ) -> tuple[dict[str, int], dict[str, LayerPlan]]:
+        """Ranks by module path, and precisions by that of a linear or convolution where they are chosen, too."""
+        by_error = self.settings.allocation not in ("uniform", "softmax")
+        if self.in_int8 and table.int8:
+            if not by_error:
+                raise InputError(
+                    f"ranks and int8 are chosen together by their errors, and the {self.settings.allocation} "
+                    f"allocation knows none: take global, or a budget in parameters or MACs"
+                )
+            others = [site.path for site in self.sites]
+            errors_of = partial(self._errors, sensitivities=self.sensitivities)
+            units = find_units(self.layers, errors_of, others, list(self.int8_errors))
+            ranks, int8 = choose_both(units, table, removed, self.int8_errors)
+            return ranks, layer_plans(self.denoiser, int8, self.int8_errors, table)
+        savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
+        if by_error:
+            errors = [self._errors(layer, self.sensitivities) for layer in self.layers]
+        else:
+            errors = distances(self.layers, savings, self.weights, removed)
+        also = None
+        if by_error and table.name == "parameters" and macs is not None:
+            also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
+        picks = choose(savings, errors, removed, also)
+        ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
+        if not self.in_int8:
+            return ranks, {}
+        if table.name == "latency_ms":
+            raise InputError("the table of latencies does not know int8: measure it for a plan of this precision")
+        int8 = choose_int8(*self._int8, self.settings.int8_error)
+        return ranks, layer_plans(self.denoiser, int8, self.int8_errors, table)
 
     def _errors(self, layer: Layer, sensitivities: Mapping[str, float]) -> np.ndarray:
         curves = ((s.name, self.factors[s.name].tail[layer.candidates].numpy()) for s in layer.sites)
@@ -252,6 +320,20 @@ class Planner:
         """Whether the plan is of these forms and slims chosen sites alone, whoever made it."""
         cut = {name for name, site in plan.sites.items() if site.rank < site.dense_rank}
         return plan.forms.local() == self.settings.forms.local() and cut <= {site.name for site in self.chosen}
+
+    @contextmanager
+    def as_planned(self, plan: Plan, slim: nn.Module | None = None) -> Iterator[nn.Module]:
+        """The slim model of a plan, for the length of a block rounded where the plan puts it into int8.
+
+        Args:
+            slim: if it is made already.
+        """
+        slim = slim or self.slim(plan)
+        if not (int8 := plan.int8()):
+            yield slim
+            return
+        with rounded(slim, input_ranges(slim, int8, self.calls.sensitivity)):
+            yield slim
 
     @own_torch_state()
     def slim(self, plan: Plan, *, release_dense: bool = False, maps: Maps | None = None) -> nn.Module:

@@ -19,7 +19,9 @@ STEPS = 128
 
 
 def smallest_within(planner: Planner, budget: Budget) -> Plan:
-    """The plan with the fewest parameters whose measured error on held calls is at most the budget's.
+    """The smallest plan whose measured error on held calls is at most the budget's.
+
+    Small is of few parameters or, where precisions are chosen, of few bytes.
 
     Errors of sites do not simply add up, so models are made and measured: the amount of parameters that goes is
     bisected on a grid of `STEPS` steps, which takes eight models at most. The next step of the grid breaks the bound
@@ -29,7 +31,7 @@ def smallest_within(planner: Planner, budget: Budget) -> Plan:
         InputError: if even the first step breaks the bound, or there are no calls to measure on.
     """
     bound, held = float(budget.value), HeldError(planner.denoiser, planner.calls.held)
-    table, layers = planner.costs.parameters, planner.costs.layers
+    table, layers = planner.size, planner.costs.layers
     most = most_removable(table, layers)
     plans: dict[int, Plan] = {}
     holds, breaks = 0, STEPS + 1
@@ -37,14 +39,16 @@ def smallest_within(planner: Planner, budget: Budget) -> Plan:
         while breaks - holds > 1:
             step = (holds + breaks) // 2
             plan = planner.cut(table, most * step / STEPS, budget)
-            error = held.of(planner.slim(plan))
+            with planner.as_planned(plan) as model:
+                error = held.of(model)
             plans[step] = plan.model_copy(update={"noise_error": error})
             holds, breaks = (step, breaks) if error <= bound else (holds, step)
             models.update()
     if holds == 0:
-        least = table.dense - plans[1].parameters["slim"]
+        slim = plans[1].parameters["slim"] if table.name == "parameters" else plans[1].costs[table.name]["slim"]
+        least = table.dense - slim
         raise InputError(
-            f"max_error {bound:g} cannot be kept: the smallest step, {least:,.0f} parameters out of the "
+            f"max_error {bound:g} cannot be kept: the smallest step, {least:,.0f} {table.name} out of the "
             f"{sum(len(layer.sites) for layer in layers)} sites, makes an error of {plans[1].noise_error:.3g}; "
             "ask for more than that"
         )

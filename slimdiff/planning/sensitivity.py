@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration import distributed
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
@@ -146,16 +146,3 @@ def _measure(
     if not energy:
         raise InputError("the dense model's noise prediction is zero everywhere")
     return changed, energy
-
-
-@contextmanager
-def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A module with other weights, smaller ones too (by parameter name), for the length of a block."""
-    before = {name: module.get_parameter(name).data for name in weights}
-    try:
-        for name, tensor in weights.items():
-            module.get_parameter(name).data = tensor.to(before[name])
-        yield
-    finally:
-        for name, data in before.items():
-            module.get_parameter(name).data = data

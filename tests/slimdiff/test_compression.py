@@ -14,12 +14,13 @@ from safetensors import safe_open
 
 from slimdiff import Budget, InputError, Plan, PlanSettings, Statistics, compress, make_plan, slim_denoiser
 from slimdiff.calibration.calibrate import calibrate
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
 from slimdiff.planning.costs import count_macs, count_parameters
-from slimdiff.planning.sensitivity import exchanged, measure_sensitivities
+from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Forms
 from slimdiff.slimming.slim import factorise
 

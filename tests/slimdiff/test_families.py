@@ -39,12 +39,12 @@ from slimdiff import (
 )
 from slimdiff.calibration.calibrate import calibrate_on_calls, weights_hash
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, denoiser_name, predict, record_calls, sample_images
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import find_sites
 from slimdiff.planning.costs import count_macs, count_parameters
-from slimdiff.planning.sensitivity import exchanged
 from slimdiff.settings import TRANSFORMER_GROUPS
 from slimdiff.slimming.slim import factorise
 

@@ -26,16 +26,17 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"precision": settings.precision}
     for name in shop.exported:
         pipeline = with_scheduler(shop.dense if name == "dense" else shop.slim, shop.sampling)
-        log.info("export: %s to ONNX, %s", name, settings.precision)
+        how = shop.exported_as(name)
+        log.info("export: %s to ONNX, %s", name, how.precision)
         start = time.perf_counter()
         unet, call = denoiser_of(pipeline), shop.trajectory[0]
         more: Any = {"scheduler": pipeline.scheduler, "calibration": shop.trajectory}  # which int8 alone looks at
-        graph = export_unet(unet, folder / name, call, shop.of_unet, **more)
+        graph = export_unet(unet, folder / name, call, how, **more)
         seconds = round(time.perf_counter() - start, 3)
-        made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": settings.model_dump()}
+        made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": how.model_dump()}
         made_from |= shop.usage
         inputs, wide = shapes(call), fp32_islands(graph)
-        runs_on = {"precision": settings.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
+        runs_on = {"precision": how.precision, "shapes": inputs, "opset": settings.opset, "fp32_islands": wide}
         int8 = report_of(read_graph(graph))
         runs_on |= {"int8": int8} if int8 else {}
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)

@@ -19,7 +19,12 @@ def run(shop: Workshop, folder: Path) -> None:
     if _by_latency(shop):
         table = TableSettings(runtime=recipe.budget.runtime)
         latency = measure_latency(denoiser_of(shop.dense), shop.trajectory[0], recipe.plan, table)
-        value = {"made_from": latency.made_from, "dense_ms": latency.dense, "layers": latency.layers}
+        value = {
+            "made_from": latency.made_from,
+            "dense_ms": latency.dense,
+            "layers": latency.layers,
+            "int8": latency.int8,
+        }
         manifest.write_json(folder / "latency.json", build_folder.strict(value))
     plan = shop.measured_compressor().plan(recipe.budget.budget(), latency)
     plan.save(folder / Path(build_folder.PLAN).name)

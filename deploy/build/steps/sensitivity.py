@@ -12,22 +12,23 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from slimdiff.planning.planner import keeps_measured
 
-_DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls"}
+_DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls", "precision"}
 """The settings of the plan that the result depends on."""
 
 
 def run(shop: Workshop, _: Path) -> dict[str, Any]:
-    """`sensitivities` by site, and `macs` as `Statistics` has them.
+    """`sensitivities` by site, and `macs` and `int8_errors` as `Statistics` has them.
 
-    Where nothing can be kept for another budget, both are empty and `skipped` says why.
+    Where nothing can be kept for another budget, all are empty and `skipped` says why.
     """
     shop.refuse_impossible()
     if not keeps_measured(shop.recipe.plan):
         why = "only the global allocation with the usual forms keeps what it measures"
-        return {"sensitivities": {}, "macs": {}, "skipped": why}
+        return {"sensitivities": {}, "macs": {}, "int8_errors": {}, "skipped": why}
     shop.compressor.measure()
     statistics = shop.compressor.statistics
-    return {"sensitivities": statistics.sensitivities, "macs": statistics.macs}
+    names = ("sensitivities", "macs", "int8_errors")
+    return {name: getattr(statistics, name) for name in names}
 
 
 STAGE = Stage(

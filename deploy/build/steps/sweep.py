@@ -22,7 +22,7 @@ from exporters.latency.measure import bench
 from exporters.latency.pair import write_job
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
-from exporters.settings import TableSettings
+from exporters.settings import ExportSettings, TableSettings
 from slimdiff.compression import Compressor, with_denoiser
 from slimdiff.denoising.tasks import make_inputs
 from slimdiff.denoising.trajectory import sample_images
@@ -92,11 +92,14 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
     plan = work.compressor.plan(parse_budget(work.settings.by, text), work.latency)
     dense = denoiser_of(work.shop.dense)
     slim = work.compressor.slim(plan)
+    with work.compressor.planner.as_planned(plan, slim):
+        error = work.compressor.held_error.of(slim)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
+        how: Any = {"settings": ExportSettings(precision="int8"), "calibration": work.compressor.calls.sensitivity}
         before, after = (
-            write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name)
-            for name, model in (("dense", dense), ("slim", slim))
+            write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name, **more)
+            for name, model, more in (("dense", dense, {}), ("slim", slim, how if plan.int8() else {}))
         )
         paired = bench(before, after, work.shop.recipe.bench)
     plan.save(folder / "plan.json")
@@ -107,7 +110,7 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
         "dense_latency_ms": paired["baseline"]["median_ms"],
         "speedup": paired["speedup"],
         "predicted": plan.costs,
-        "noise_error": work.compressor.held_error.of(slim),
+        "noise_error": error,
         "images": work.fidelity(slim),
         "dense": costs(dense, work.call),
         "runtime": paired["runtime"],

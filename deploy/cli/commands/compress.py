@@ -29,6 +29,7 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
+  slimdiff compress my-checkpoint --out slim --speedup 1.6 --runtime openvino --precision int8
   slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json
   slimdiff compress finetuned/unet --pipeline my-checkpoint --out slim --reduce 12%"""
@@ -110,7 +111,11 @@ def run(args: argparse.Namespace) -> int:
     written = with_denoiser(held, denoiser_of(slim.pipeline))  # which may run in the pipeline of another task
     written = in_dtype(written, dtype) if (dtype := read_dtype(weights.dtype)) else written
     slim_costs = costs(denoiser_of(written), one_call())
-    value = {"out": str(out), **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)}
+    value = {
+        "out": str(out),
+        "int8": _int8(slim.plan),
+        **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds),
+    }
     made_from = {
         "latency": dict(latency.made_from) if latency else None,
         "prompts": hash_of(material, calibration.samples),
@@ -153,4 +158,23 @@ def _text(value: dict[str, Any]) -> str:
     if value["noise_error"] is not None:
         lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]
+    lines += _of_int8(value["int8"])
     return "\n".join(lines)
+
+
+def _int8(plan: Any) -> dict[str, Any] | None:
+    """What a plan puts into int8, and what it keeps for its cost; None where it says nothing of precision."""
+    if not plan.layers:
+        return None
+    kept = {path: layer for path, layer in plan.layers.items() if layer.precision == "own"}
+    wide = [{"layer": path, "reason": k.reason, "noise_error": k.noise_error} for path, k in kept.items()]
+    errors = [plan.layers[path].noise_error or 0.0 for path in plan.int8()]
+    return {"layers": plan.int8(), "wide": wide, "noise_error": sum(errors)}
+
+
+def _of_int8(value: dict[str, Any] | None) -> list[str]:
+    if value is None:
+        return []
+    lines = [f"int8: {len(value['layers'])} layers, which cost {value['noise_error']:.2g} in all; export puts them so"]
+    dear = [row for row in value["wide"] if row["noise_error"] is not None]
+    return lines + [f"wide: {row['layer']} ({row['reason']}: alone {row['noise_error']:.2g})" for row in dear]

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         args.dynamic = args.dynamic or "batch"
     require("onnx", "onnx")
     require("onnxscript", "onnx")
+    settings = _as_planned(args.model, settings)
     prompts = _prompts(args, settings, image, alone)
 
     calm_libraries()
@@ -150,6 +151,19 @@ def _write(
     if schedule is None:
         return [export_unet(unet, folder, how["call"], settings, scheduler=scheduler)]
     return export_scheduled(unet, folder, how["call"], schedule, settings, scheduler=scheduler)
+
+
+def _as_planned(model: str, settings: ExportSettings) -> ExportSettings:
+    """In int8, if the model's plan says so and no other precision is asked for."""
+    file = Path(model) / "plan.json"
+    if "precision" in settings.model_fields_set or not file.is_file():
+        return settings
+    from slimdiff.plan import Plan
+
+    if not (int8 := Plan.load(file).int8()):
+        return settings
+    log.info("export: %s puts %d layers into int8 (--precision fp32 leaves them out)", file, len(int8))
+    return ExportSettings(**settings.model_dump(exclude_unset=True), precision="int8")
 
 
 def _prompts(args: argparse.Namespace, settings: ExportSettings, image: Sampling, alone: bool) -> list[str]:

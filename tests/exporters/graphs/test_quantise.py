@@ -21,7 +21,7 @@ from exporters.engine.build import build_engine  # noqa: E402
 from exporters.graphs import quantise  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8 import processors_for  # noqa: E402
-from exporters.graphs.int8_costs import choose_int8, errors_alone, in_int8  # noqa: E402
+from exporters.graphs.int8_costs import errors_alone, in_int8  # noqa: E402
 from exporters.graphs.int8_layers import int8_layers, report_of, share_of_macs  # noqa: E402
 from exporters.graphs.naming import weight_dims  # noqa: E402
 from exporters.graphs.quantise import quantise_graph  # noqa: E402
@@ -34,6 +34,7 @@ from exporters.validation.graph import AS_WRITTEN  # noqa: E402
 from slimdiff.denoising.trajectory import predict  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
 from slimdiff.plan import Plan  # noqa: E402
+from slimdiff.planning.precision import choose_int8  # noqa: E402
 
 QKV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

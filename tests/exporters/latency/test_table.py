@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import PROMPTS, SAMPLING, tiny_pipeline, tiny_unet
 
+from exporters.latency import alone
 from exporters.latency import table as latency_table
 from exporters.latency.table import _monotone, measure_latency
 from exporters.settings import TableSettings
@@ -68,7 +69,7 @@ def test_what_is_known_is_not_measured_again(pipeline, call, tmp_path, monkeypat
     def again(*_args, **_kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(latency_table._Measurement, "_take_turns", again)
+    monkeypatch.setattr(latency_table.Measurement, "_take_turns", again)
     second = measure_latency(copy.deepcopy(pipeline.unet), call, PLANNING, IN_TORCH, cache=tmp_path)
     assert second.layers == first.layers and second.dense == first.dense and second.made_from["measured"] == 0
     with pytest.raises(AssertionError, match="measured again"):  # another runtime setting is another measurement
@@ -90,13 +91,13 @@ from exporters.latency import table
 from slimdiff.denoising.trajectory import record_calls
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-alone, seen = table._Measurement.alone, []
+alone, seen = table.Measurement.alone, []
 def third_is_killed(self, layer, ranks):
     seen.append(layer.path)
     if len(seen) == 3:
         os.kill(os.getpid(), signal.{name})
     return alone(self, layer, ranks)
-table._Measurement.alone = third_is_killed
+table.Measurement.alone = third_is_killed
 pipeline = tiny_pipeline()
 call = record_calls(pipeline, PROMPTS[:1], SAMPLING)[0]
 table.measure_latency(pipeline.unet, call, PLANNING, IN_TORCH, cache=Path({cache!r}))
@@ -145,18 +146,18 @@ def test_the_work_and_its_time_are_said_before_it_and_the_bar_counts_every_figur
 def test_runs_end_when_the_interval_is_narrow_and_at_the_most_there_may_be(pipeline, call, tmp_path):
     def runs(interval, seconds):
         settings = TableSettings(runtime="torch", threads=2, rounds=30, interval=interval)
-        measurement = latency_table._Measurement(pipeline.unet, call, {}, settings)
+        measurement = latency_table.Measurement(pipeline.unet, call, {}, settings)
         done = []
         measurement._take_turns({"a": lambda: time.sleep(seconds(done.append(1) or len(done)))})
         return len(done) - 1
 
-    assert runs(1.0, lambda _: 0.002) == latency_table.FEWEST
+    assert runs(1.0, lambda _: 0.002) == alone.FEWEST
     assert runs(0.2, lambda number: 0.001 if number % 2 else 0.003) == 30
 
 
 def test_the_interval_of_a_median_lies_between_two_runs_in_order():
-    assert latency_table._width([1.0] * 8) == 0
-    assert latency_table._width([1, 2, 3, 4, 5, 6, 7, 8]) == pytest.approx((7 - 2) / 4.5, rel=0.5)
+    assert alone._width([1.0] * 8) == 0
+    assert alone._width([1, 2, 3, 4, 5, 6, 7, 8]) == pytest.approx((7 - 2) / 4.5, rel=0.5)
 
 
 @pytest.mark.parametrize("group", ["feed_forward", "resnet"])
@@ -164,7 +165,7 @@ def test_a_layer_alone_is_cut_as_in_the_slim_model(pipeline, call, group):
     layers = find_layers(chosen_sites(find_sites(pipeline.unet)[0], PlanSettings(groups=(group,))), 8)
     inputs = latency_table._layer_inputs(pipeline.unet, layers, call)
     layer, rank = layers[0], layers[0].candidates[0]
-    module = latency_table._alone(pipeline.unet, layer, rank, inputs[layer.path])
+    module = alone._alone(pipeline.unet, layer, rank, inputs[layer.path])
     module = getattr(module, "layer", module)
     expected = skeleton(pipeline.unet, {layer.path: rank}).get_submodule(layer.path).state_dict()
     assert {name: tuple(w.shape) for name, w in module.state_dict().items()} == {

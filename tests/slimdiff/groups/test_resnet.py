@@ -14,13 +14,13 @@ from slimdiff import Budget, InputError, PlanSettings, compress, make_plan, slim
 from slimdiff.algebra.elimination import ChannelOrder
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.resnet import channel_order
 from slimdiff.planning.costs import count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.planning.sensitivity import exchanged
 from slimdiff.settings import TRANSFORMER_GROUPS, ResnetSettings
 from slimdiff.slimming.slim import factorise
 

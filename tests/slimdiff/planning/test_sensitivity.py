@@ -10,13 +10,14 @@ import torch
 from conftest import PROMPTS, SAMPLING
 
 from slimdiff import PlanSettings
+from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
 from slimdiff.planning import sensitivity
 from slimdiff.planning.planner import Planner
-from slimdiff.planning.sensitivity import PORTION, exchanged, in_turn, measure_sensitivities
+from slimdiff.planning.sensitivity import PORTION, in_turn, measure_sensitivities
 from slimdiff.slimming.slim import factorise
 
 
