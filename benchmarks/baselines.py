@@ -1,4 +1,8 @@
-"""What slimming is compared with: the same structures at the same sizes, chosen without looking at activations."""
+"""What slimming is compared with, at the same sizes.
+
+Magnitude, plain SVD, lot and Torch-Pruning choose without looking at activations, in the same structures.
+`benchmarks.obs_diff` looks at them. The papers' recipe is forms and allocations of our own (`settings.PAPERS`).
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 import benchmarks
 import slimdiff
 from benchmarks.embedded.card import transformer_parameters
-from benchmarks.quality import CALIBRATION, ERROR_SAMPLING
+from benchmarks.quality.bench import CALIBRATION, ERROR_SAMPLING
 from deploy.artifacts.hashes import source_hash
 from exporters.machine import machine_name
 from slimdiff import Budget, CalibrationSettings, PlanSettings, Statistics, embedded, make_plan, slim_denoiser

@@ -1,0 +1,1 @@
+"""Quality of slim models: `python -m benchmarks.quality`."""
