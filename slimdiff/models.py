@@ -19,32 +19,26 @@ from slimdiff.adapters import refuse_adapters
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Site
+from slimdiff.groups.values import is_filled_up
 from slimdiff.plan import Plan
 
-SUPPORTED = (
-    "DiTTransformer2DModel",
-    "FluxTransformer2DModel",
-    "HunyuanDiT2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "UNet2DConditionModel",
-    "UNet2DModel",
-    "UNet3DConditionModel",
-    "UNetMotionModel",
-    "UNetSpatioTemporalConditionModel",
-)
-"""The classes of diffusers that can be slimmed. The slim class of each is here as `Slim` and its name."""
 # diffusers finds the loading method by the base classes that the *defining module* shows: ModelMixin must be one.
-__all__ = ["ModelMixin", "SUPPORTED", "fitting_sites", "plan_of", "resize", "slim_class_of"]
+__all__ = ["ModelMixin", "fitting_sites", "plan_of", "resize", "slim_class_of"]
 
 
 def __getattr__(name: str) -> Any:
-    """Make a slim class when it is first asked for (PEP 562)."""
-    dense = name.removeprefix("Slim")
-    if not name.startswith("Slim") or dense not in SUPPORTED:
+    """Make the slim class of a diffusers model, `Slim` and its name, when it is first asked for (PEP 562)."""
+    dense = _dense_class(name.removeprefix("Slim")) if name.startswith("Slim") else None
+    if dense is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = _slim_class(getattr(diffusers, dense), name)
+    globals()[name] = _slim_class(dense, name)
     return globals()[name]
+
+
+def _dense_class(name: str) -> type[ModelMixin] | None:
+    """The model of diffusers with this name, if there is one."""
+    found = getattr(diffusers, name, None)
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
 
 
 def resize(denoiser: nn.Module, plan: Plan) -> None:
@@ -109,6 +103,8 @@ def _slim_class(base: type[ModelMixin], name: str) -> type[ModelMixin]:
     members: dict[str, Any] = {"__init__": __init__, "__module__": __name__}
     if hasattr(base, "load_lora_adapter"):
         members["load_lora_adapter"] = refusing_misfits(base.load_lora_adapter)
+    if hasattr(base, "fuse_qkv_projections"):
+        members["fuse_qkv_projections"] = refusing_unequal(base.fuse_qkv_projections)
     doc = f"A slim `{base.__name__}`: the same code with the inner dimensions of `slim_plan` (a `Plan` as JSON)."
     return type(name, (base,), {**members, "__doc__": doc})
 
@@ -118,6 +114,11 @@ def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_filled_up(self):
+            raise InputError(
+                f"{type(self).__name__} has values that are slimmed alone, which take no adapter: fuse it into the "
+                "dense model and slim that, or slim other groups"
+            )
         try:
             return original(self, *args, **kwargs)
         except RuntimeError as error:
@@ -131,6 +132,18 @@ def refusing_misfits(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_lora_adapter
 
 
+def refusing_unequal(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What fuses projections would cut them into three equal parts again, which slim values are not."""
+
+    @functools.wraps(original)
+    def fuse_qkv_projections(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_filled_up(self):
+            raise InputError(f"{type(self).__name__} has fewer values than queries: its projections cannot be fused")
+        return original(self, *args, **kwargs)
+
+    return fuse_qkv_projections
+
+
 def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     """The slim class for a dense model.
 
@@ -140,8 +153,10 @@ def slim_class_of(denoiser: nn.Module) -> type[ModelMixin]:
     if plan_of(denoiser) is not None:
         raise InputError("this model is slim already: slim the dense model that it was made from")
     name = type(denoiser).__name__
-    if name not in SUPPORTED or type(denoiser) is not getattr(diffusers, name):
-        raise InputError(f"{name} cannot be slimmed yet: supported are {', '.join(SUPPORTED)}")
+    if type(denoiser) is not _dense_class(name):
+        raise InputError(
+            f"{name} is not a model of diffusers {diffusers.__version__}: models of its own are slimmed alone"
+        )
     refuse_adapters(denoiser)
     slim_class: type[ModelMixin] = getattr(sys.modules[__name__], f"Slim{name}")
     return slim_class

@@ -171,4 +171,5 @@ class Plan(Editable):
 
 def site_plan(site: Site, rank: int, **errors: float | None) -> SitePlan:
     """What a site keeps, with `errors` as `SitePlan` names them."""
-    return SitePlan(**asdict(site), rank=rank, **errors)
+    known = {name: value for name, value in asdict(site).items() if name in SitePlan.model_fields}
+    return SitePlan(**known, rank=rank, **errors)

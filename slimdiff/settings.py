@@ -225,7 +225,7 @@ class ResnetSettings(Settings):
     """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
 
 
-TRANSFORMER_GROUPS = ("query_key", "value_output", "feed_forward")
+TRANSFORMER_GROUPS = ("query_key", "value_output", "feed_forward", "values")
 """The groups of a transformer block, which are slimmed unless something else is said (`slimdiff.groups` has all)."""
 
 

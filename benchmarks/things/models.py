@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
     ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return ids.input_ids
 
@@ -81,16 +81,20 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 class CaptionTable:
     """Token ids of scenes' captions by look-up, on any device; checked against the tokenizer when made."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, device: torch.device | str = "cpu") -> None:
+    def __init__(self, tokenizer: Any, device: torch.device | str = "cpu") -> None:
+        """`tokenizer` is CLIP's or T5's."""
+
         def table(parts: list[str] | tuple[str, ...]) -> Tensor:
             rows = [tokenizer(part, add_special_tokens=False).input_ids if part else [] for part in parts]
             width = max(map(len, rows))
             return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
 
-        self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.end, self.padding = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.names, self.styles, self.sizes = table(world.NAMES), table(world.STYLES), table(world.SIZES)
         self.places, self.backgrounds = table(world.PLACES), table(backgrounds.NAMES)
-        self.article, self.comma, self.on, self.tail = (table([p]) for p in ("a", ",", "on a", "background"))
+        self.article, self.on, self.tail = (table([p]) for p in ("a", "on a", "background"))
+        self.comma = table(["a,"])[:, -1:]  # as it is after a word
         sample = world.sample_scenes(256, 0, held=False)
         if not torch.equal(self(sample.to(device)).cpu(), tokenize(tokenizer, world.captions(sample))):
             raise RuntimeError("the table of captions and the tokenizer disagree")
@@ -99,18 +103,18 @@ class CaptionTable:
     def __call__(self, scenes: Tensor) -> Tensor:
         """Padded ids, int64 `[B, 40]`."""
         count = len(scenes)
-        pieces = [scenes.new_full((count, 1), self.begin)]
+        pieces = [scenes.new_full((count, 1), begin) for begin in self.begin]
         for thing in world.things(scenes).unbind(1):
             concept, style, size, place = thing.clamp(min=0).unbind(1)
             parts = [self.article.expand(count, -1), self.sizes[size], self.styles[style], self.names[concept]]
             parts += [self.places[place], self.comma.expand(count, -1)]
             pieces.append(torch.where(thing[:, :1] >= 0, torch.cat(parts, 1), -1))
         pieces += [self.on.expand(count, -1), self.backgrounds[scenes[:, 0]], self.tail.expand(count, -1)]
-        pieces.append(scenes.new_full((count, MAX_TOKENS), -1))
+        pieces += [scenes.new_full((count, 1), self.end), scenes.new_full((count, MAX_TOKENS), -1)]
         ids = torch.cat(pieces, 1)
         order = (ids < 0).int().argsort(dim=1, stable=True)  # words to the left, gaps to the right
         ids = ids.gather(1, order)[:, :MAX_TOKENS]
-        return torch.where(ids < 0, self.end, ids)
+        return torch.where(ids < 0, self.padding, ids)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 class Run:
     """Where a run stands. The clock counts this process and, from the last checkpoint, the ones before it."""
 
-    def __init__(self, work: Path, minutes: float, samples: int | None, device: str) -> None:
+    def __init__(
+        self,
+        work: Path,
+        minutes: float,
+        samples: int | None,
+        device: str,
+        shares: Mapping[str, float] = SHARES,
+        relative: Mapping[str, float] = SAMPLES,
+    ) -> None:
+        """`shares` and `relative` are of this run's stages, as `SHARES` and `SAMPLES` are of the UNet's."""
         self.work, self.budget, self.samples, self.device = work, minutes * 60, samples, torch.device(device)
+        self.shares, self.relative = shares, relative
         work.mkdir(parents=True, exist_ok=True)
         (work / "out").mkdir(exist_ok=True)
         self._file = work / "state.json"
@@ -53,8 +64,8 @@ class Run:
 
     def deadline(self, stage: str) -> float:
         """Seconds of the run at which the stage must end."""
-        names = list(SHARES)
-        return self.budget * sum(SHARES[name] for name in names[: names.index(stage) + 1])
+        names = list(self.shares)
+        return self.budget * sum(self.shares[name] for name in names[: names.index(stage) + 1])
 
     def start(self, stage: str) -> None:
         self.state["started"].setdefault(stage, self.elapsed())
@@ -62,10 +73,10 @@ class Run:
     def progress(self, stage: str, seen: int) -> float:
         """How much of the stage's budget is used, from 0 to 1 and beyond; `seen` counts its samples."""
         if self.samples is not None:
-            return seen / (self.samples * SAMPLES[stage])
+            return seen / (self.samples * self.relative[stage])
         begin = self.state["started"][stage]
         # A stage that began after its deadline still gets a tenth of its share.
-        length = max(self.deadline(stage) - begin, 0.1 * SHARES[stage] * self.budget)
+        length = max(self.deadline(stage) - begin, 0.1 * self.shares[stage] * self.budget)
         return (self.elapsed() - begin) / length
 
     def done(self, stage: str) -> bool:
@@ -105,6 +116,18 @@ class Checkpoint:
         self.optimiser.load_state_dict(state["optimiser"])
         return int(state["step"])
 
+    def go_back(self, stage: str) -> int:
+        """Load what was kept, after a loss that is not a number; the step that it was kept at.
+
+        Raises:
+            RuntimeError: if nothing was kept.
+        """
+        if not self.file.exists():
+            raise RuntimeError(f"{stage}: the loss is not a number, and there is no checkpoint to go back to")
+        step = self.restore()
+        print(f"{stage}: the loss is not a number; back to step {step}", flush=True)
+        return step
+
     def keep(self, step: int) -> None:
         state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"optimiser": self.optimiser.state_dict(), "step": step}
@@ -142,10 +165,12 @@ def optimise(
     rates: dict[str, float],
     decay: float = 0.01,
     at_checkpoint: Callable[[], dict[str, Any]] | None = None,
+    beside: dict[str, nn.Module] | None = None,
 ) -> None:
     """Train `modules` until the stage's budget is used, from its checkpoint if there is one.
 
-    `loss_of(step)` computes one batch's loss; `rates` holds each module's peak learning rate.
+    `loss_of(step)` computes one batch's loss; `rates` holds each module's peak learning rate. What is `beside` them
+    (a running mean of their weights, say) is kept in the checkpoint and not trained.
     """
     cuda = run.device.type == "cuda"
     groups: list[dict[str, Any]] = [
@@ -153,7 +178,8 @@ def optimise(
     ]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=decay, fused=cuda)
     parameters = [p for group in groups for p in group["params"]]
-    checkpoint, step = Checkpoint(run.work / f"{stage}.checkpoint", modules, optimiser, run.device), 0
+    kept_modules = {**modules, **(beside or {})}
+    checkpoint, step = Checkpoint(run.work / f"{stage}.checkpoint", kept_modules, optimiser, run.device), 0
     if checkpoint.file.exists():
         step = checkpoint.restore()
         print(f"[{run.elapsed():6.0f} s] {stage} resumes at step {step}", flush=True)
@@ -172,17 +198,16 @@ def optimise(
         step += 1
         if step % 20 == 0 and cuda:
             torch.cuda.synchronize()  # or the clock would run behind the device
-        if meter.is_due():
+        due = time.time() - kept > CHECKPOINT_SECONDS
+        if due or meter.is_due():  # before a checkpoint, too: one of weights that are not numbers would stay
             mean, speed = meter.read()
-            if mean == mean:
+            if math.isfinite(mean):
                 run.log(stage, step=step, loss=round(mean, 5), samples_per_s=round(speed * batch, 1))
-            elif checkpoint.file.exists():
-                step = checkpoint.restore()
-                print(f"{stage}: the loss is not a number; back to step {step}", flush=True)
             else:
-                raise RuntimeError(f"{stage}: the loss is not a number, and there is no checkpoint to go back to")
+                step = checkpoint.go_back(stage)
+                due = False
             meter.reset()
-        if time.time() - kept > CHECKPOINT_SECONDS:
+        if due:
             checkpoint.keep(step)
             run.save()
             if at_checkpoint:
@@ -190,6 +215,8 @@ def optimise(
                 set_training(modules, True)
             meter.reset()
             kept = time.time()
+    if meter.steps and not math.isfinite(meter.read()[0]):
+        step = checkpoint.go_back(stage)
     checkpoint.keep(step)
     run.save()
     run.log(stage, step=step, samples=step * batch)

@@ -32,25 +32,31 @@ NO_CAPTION = 0.1  # share of training captions left empty, for guidance
 class Trainer:
     """The parts, on their device, and one batch's loss of each stage."""
 
+    denoiser = "unet"  # the stage that trains it
+
     def __init__(self, run: Run, sprites: Any, *, names: int, batch: int | None) -> None:
         self.run, self.device, self.names = run, run.device, names
         kind = self.device.type
-        self.batches = {**BATCHES[kind], **({"unet": batch} if batch else {})}
+        self.batches = {**BATCHES[kind], **({self.denoiser: batch} if batch else {})}
         self.format = torch.channels_last if kind == "cuda" else torch.contiguous_format
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(SEED)
         self.painter = world.Painter(sprites, self.device, SEED)
-        self.tokenizer = models.build_tokenizer(run.work / "tokenizer")
+        self.looks = self._thumbnails()
+        self.pool, self.used = torch.empty(0, world.COLUMNS, dtype=torch.long), 0
+        self.bank: tuple[Tensor, Tensor] | None = None
+        self.build()
+
+    def build(self) -> None:
+        """Make the parts, on the device."""
+        self.tokenizer = models.build_tokenizer(self.run.work / "tokenizer")
         self.table = models.CaptionTable(self.tokenizer, self.device)
         self.encoder, self.reader = self._place(models.build_text_encoder(self.tokenizer), models.SceneReader())
         self.vae, self.judge, self.unet = self._place(models.build_vae(), judge.Judge(), models.build_unet())
         self.denoise: Any = self.unet  # or what was compiled from it
-        self.looks = self._thumbnails()
         alphas = DDIMScheduler(**models.SCHEDULER).alphas_cumprod
         ratio = alphas / (1 - alphas)
         self.alphas, self.weights = alphas.to(self.device), (ratio.clamp(max=5) / ratio).to(self.device)
-        self.pool, self.used = torch.empty(0, world.COLUMNS, dtype=torch.long), 0
-        self.bank: tuple[Tensor, Tensor] | None = None
 
     def _place(self, *modules: Any) -> list[Any]:
         return [m.to(self.device, memory_format=self.format) for m in modules]
@@ -60,7 +66,7 @@ class Trainer:
 
     def seed(self, stage: str) -> None:
         """Random numbers of a stage; another process that resumes it must not repeat the first one's."""
-        part = SEED + 1000 * list(RATES).index(stage) + int(self.run.elapsed()) % 1000
+        part = SEED + 1000 * list(self.run.shares).index(stage) + int(self.run.elapsed()) % 1000
         torch.manual_seed(part)
         self.painter.generator.manual_seed(part)
         self.pool, self.used, self.pool_seed = self.pool[:0], 0, part
@@ -134,11 +140,11 @@ class Trainer:
 
     def draw_batch(self, step: int) -> tuple[Tensor, Tensor]:
         scenes, latents = self.bank  # type: ignore[misc]
-        fresh = max(1, self.batches["unet"] // 4)
+        fresh = max(1, self.batches[self.denoiser] // 4)
         start = step * fresh % max(1, len(scenes) - fresh)
         new = self.scenes(fresh)
         scenes[start : start + fresh], latents[start : start + fresh] = new, self.encode(new)
-        pick = torch.randint(len(scenes), (self.batches["unet"],), device=self.device)
+        pick = torch.randint(len(scenes), (self.batches[self.denoiser],), device=self.device)
         return scenes[pick], latents[pick]
 
     def unet_loss(self, step: int) -> Tensor:
@@ -164,11 +170,15 @@ class Trainer:
             told, empty = states[:-1], states[-1:]
             return evaluate.sample(self.unet, self.vae, told, empty, noise, steps=steps, guidance=evaluate.GUIDANCE)
 
+    def save(self, folder: Path) -> None:
+        """Write the pipeline as it stands."""
+        self.unet.eval(), self.encoder.eval()
+        models.save_pipeline(folder, self.unet, self.vae, self.encoder, self.tokenizer)
+
     def publish(self, count: int, steps: int) -> dict[str, Any]:
         """Write the pipeline, a grid of held-out scenes and the archives as things stand; the grid's accuracy."""
-        self.unet.eval(), self.encoder.eval()
         out = self.run.work / "out"
-        models.save_pipeline(self.run.work / "model", self.unet, self.vae, self.encoder, self.tokenizer)
+        self.save(self.run.work / "model")
         pack_folder(self.run.work / "model", out, "model")
         scenes = world.sample_scenes(count, evaluate.SEED, held=True, names=self.names).to(self.device)
         pictures = self.draw(scenes, evaluate.noise_for(count, 0).to(self.device), steps)

@@ -159,6 +159,25 @@ def solve_down(moment: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(cross, factor).T
 
 
+def without(moment: Tensor, down: Tensor, first: int) -> tuple[Tensor, float]:
+    """The moment of all but the first inputs, of what those do not say already.
+
+    With C and `down` parted into the first inputs a and the others h: what h leaves when the best affine map from a is
+    taken off has the moment `C_hh - C_ha C_aa^-1 C_ah`, and its loss is the output's least error with a's weights
+    solved again.
+
+    Returns:
+        that moment, and the share of the output's energy that it carries: errors relative to the one times it are
+        relative to the other.
+    """
+    factor, _ = _cholesky(moment, torch.arange(first))
+    half = torch.linalg.solve_triangular(factor, moment[:first, first:], upper=False)
+    left = moment[first:, first:] - half.T @ half
+    weight = down[:, first:]
+    whole, part = ((w @ c * w).sum().clamp(min=0.0) for w, c in ((down, moment), (weight, left)))
+    return left, float(part / whole) if whole else 1.0
+
+
 def closest_to_one(moment: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
     """`d [r]` with the least E|1 - d^T x|^2 over the kept channels x, from their moment about the mean and the mean."""
     factor, _ = _cholesky(moment, kept)

@@ -6,6 +6,7 @@ Sources: SlimDiff (arXiv 2509.21498), MoDeGPT (arXiv 2408.09632); the forms in h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,31 @@ def value_output(blocks: Tensor, output: Tensor) -> HeadBases:
         s = torch.nn.functional.pad(s, (0, d - s.shape[-1]))
     basis = torch.linalg.qr(inverse @ u).Q
     return HeadBases(basis, basis, tail_of(s.square()))
+
+
+def shared_values(paths: Sequence[tuple[Tensor, Tensor, float]]) -> HeadBases:
+    """Per head, one basis of values that are read on several paths: streams of tokens, or query heads of one group.
+
+    Alone, a path p with moment G and output W loses least on the eigenvectors of `G W W^T G` in the metric of G
+    (`value_output`). Of several the sum has no closed form; with moments that differ by a factor alone, `G = a S`, it
+    has, and that is taken: the eigenvectors of `sum a S W W^T S` in the metric of the mean S, each path's own S.
+
+    Args:
+        paths: of each: moments `[H, d, d]`, the outputs' weights `[H, d, out]`, and how many tokens take it.
+    """
+    d = paths[0][0].shape[-1]
+    energies = torch.zeros(len(paths[0][0]), d, d, dtype=torch.float64)
+    metric = torch.zeros_like(energies)
+    for moments, weights, tokens in paths:
+        scale = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(moments.dtype).tiny)[:, None, None]
+        shape = moments / scale
+        read = shape @ weights
+        energies += tokens * scale * (read @ read.mT)
+        metric += shape / len(paths)
+    _, inverse = roots(metric)
+    values, vectors = torch.linalg.eigh(inverse.mT @ energies @ inverse)
+    basis = torch.linalg.qr(inverse @ vectors.flip(-1)).Q
+    return HeadBases(basis, basis, tail_of(values.flip(-1).clamp(min=0)))
 
 
 def head_blocks(moment: Tensor, heads: int) -> Tensor:

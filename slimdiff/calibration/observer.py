@@ -58,11 +58,12 @@ class Observer:
         self.step += 1
         self.weight = self.weigh(time_of(arguments))
 
-    def add_rows(self, site: Site, x: Tensor) -> None:
-        """Add `x [B, T, n]` to the sums named after the site: the triangle of E[x x^T], and E[x]."""
+    def add_rows(self, site: Site, x: Tensor, what: str = "") -> None:
+        """Add `x [B, T, n]` to the sums named after the site, or `what` of it: the triangle of E[x x^T], and E[x]."""
         taken, of = self._taken(x, site), x.shape[0] * x.shape[1]
         x = x if taken is None else x[:, taken]
-        self.statistics.add_rows(site.name, x.float().flatten(0, 1), self.weight, of)
+        name = f"{site.name}.{what}" if what else site.name
+        self.statistics.add_rows(name, x.float().flatten(0, 1), self.weight, of)
 
     def add_heads(
         self, site: Site, what: str, x: Tensor, attended: Tensor | None = None, mean: Tensor | None = None
@@ -94,7 +95,7 @@ class Observer:
         if self.tokens_per_dimension is None:
             return None
         batch, count, _ = x.shape
-        rows = self.tokens_per_dimension * site.heads * site.dense_rank / self.calls
+        rows = self.tokens_per_dimension * max(site.widths) / self.calls
         share = math.ceil(rows / batch - 1e-9)
         if share >= count:
             return None

@@ -385,4 +385,6 @@ def record_calls(
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
     """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]` (or as the model has it)."""
     parameter = next(denoiser.parameters())
-    return denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)[0].float().cpu()
+    output = denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    output = torch.stack(output) if isinstance(output, list) else output  # Z-Image's, of one image each
+    return output.float().cpu()

@@ -11,6 +11,7 @@ from slimdiff.groups.attention import QueryKey, ValueOutput
 from slimdiff.groups.feed_forward import FeedForwardGroup
 from slimdiff.groups.group import Group, Site
 from slimdiff.groups.resnet import Resnet
+from slimdiff.groups.values import Values
 
 GROUPS: dict[str, Group[Any]] = {}
 """Every group by its name; at a module that several are found at, sites come in this order."""
@@ -27,7 +28,7 @@ def register(group: Group[Any]) -> None:
     GROUPS[group.name] = group
 
 
-for _group in (QueryKey(), ValueOutput(), FeedForwardGroup(), Resnet()):
+for _group in (QueryKey(), ValueOutput(), FeedForwardGroup(), Values(), Resnet()):
     register(_group)
 
 

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models import attention_processor as processors
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from slimdiff.algebra import elimination, low_rank
 from slimdiff.algebra.low_rank import HeadBases
-from slimdiff.groups.group import Evidence, Group, Inner, Site, solved, wide
+from slimdiff.groups import obstacles
+from slimdiff.groups.group import Evidence, Group, Inner, Site, projected, solved, wide
 from slimdiff.groups.maps import AxisMap, LayerMap, Maps, project
 from slimdiff.statistics import Statistics
 
 if TYPE_CHECKING:
     from slimdiff.calibration.observer import Observer
-
-# Processors that compute plain softmax attention with a scale of 1/sqrt(head dim): what the closed forms assume.
-_STOCK_PROCESSORS = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-    "AttnProcessorNPU",
-)
 
 
 class _AttentionGroup(Group[HeadBases]):
@@ -39,11 +28,11 @@ class _AttentionGroup(Group[HeadBases]):
     compensated = "to_out.0"
 
     def site(self, path: str, module: nn.Module) -> Site | str | None:
-        if isinstance(module, Attention):
-            return _obstacle(module) or self.at(path, module, module.inner_dim // module.heads, module.heads)
-        if isinstance(module, AttentionModuleMixin):
-            return "; ".join([f"{type(module).__name__} is an attention class of its own", *_oddities(module)])
-        return None
+        if not isinstance(module, Attention | AttentionModuleMixin):
+            return None
+        if (reason := obstacles.of_queries(module)) is not None:
+            return reason if obstacles.of_values(module) else f"values alone are slimmed: {reason}"
+        return self.at(path, module, module.inner_dim // module.heads, module.heads)  # type: ignore[operator]
 
     def resize(self, module: Attention, site: Site, rank: int) -> None:
         """Attention keeps its stock processors: they divide by the root of the *new* head dimension."""
@@ -92,7 +81,7 @@ class QueryKey(_AttentionGroup):
         # The stock processor will divide by sqrt(rank): fold in what makes that the dense scale.
         left = factor.left[..., :rank] * (rank / evidence.site.dense_rank) ** 0.5
         to_q, to_k = evidence.module.to_q, evidence.module.to_k
-        return {**_project("to_q", to_q, left), **_project("to_k", to_k, factor.right[..., :rank])}
+        return {**projected("to_q", to_q, left), **projected("to_k", to_k, factor.right[..., :rank])}
 
     def maps(self, evidence: Evidence, rank: int, factor: HeadBases) -> Maps:
         left = factor.left[..., :rank] * (rank / evidence.site.dense_rank) ** 0.5
@@ -100,7 +89,7 @@ class QueryKey(_AttentionGroup):
 
     def emulate(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         left, right = factor.left[..., :rank], factor.right[..., :rank]
-        return _project("to_q", evidence.module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
+        return projected("to_q", evidence.module.to_q, left @ right.mT)  # q L (k R)^T = (q L R^T) k^T
 
     def macs(self, module: Attention, site: Site, add: Callable[[int], None]) -> list[Any]:
         """The projections', and those of Q K^T and A V: for each head, every query with every key, once each."""
@@ -144,7 +133,7 @@ class ValueOutput(_AttentionGroup):
 
     def slim(self, evidence: Evidence, rank: int, factor: HeadBases) -> dict[str, Tensor]:
         basis = factor.left[..., :rank]
-        return {**_project("to_v", evidence.module.to_v, basis), **self._output(evidence, basis)}
+        return {**projected("to_v", evidence.module.to_v, basis), **self._output(evidence, basis)}
 
     def maps(self, evidence: Evidence, rank: int, factor: HeadBases) -> Maps:
         basis, left = factor.left[..., :rank], factor.left
@@ -181,55 +170,6 @@ class ValueOutput(_AttentionGroup):
         weight = low_rank.solve_output(moment, wide(output.weight), basis)
         kept = torch.block_diag(*basis).T
         return solved("to_out.0", output, weight, mean, lambda mean: kept @ mean)
-
-
-def _obstacle(attention: Attention) -> str | None:
-    """Everything that keeps an attention layer dense, or None."""
-    reasons = _oddities(attention)
-    if attention.to_out is None:
-        reasons.append("no output projection of its own")
-    elif not attention.only_cross_attention:
-        linears = [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
-        if any(type(linear) is not nn.Linear for linear in linears):
-            reasons.append("a projection is not a plain linear layer")
-    if attention.fused_projections:
-        reasons.append("fused projections (call unfuse_qkv_projections first)")
-    if attention.inner_kv_dim != attention.inner_dim:
-        reasons.append("fewer key and value heads than query heads")
-    if attention.inner_dim % attention.heads:
-        reasons.append(f"its {attention.inner_dim} inner dimensions do not divide into {attention.heads} heads")
-    if not attention.scale_qk:
-        reasons.append("unscaled scores")
-    processor = type(attention.processor).__name__
-    if not reasons and not (
-        processor in _STOCK_PROCESSORS and isinstance(attention.processor, getattr(processors, processor, ()))
-    ):
-        reasons.append(f"its processor {processor} may do more than softmax attention")
-    return "; ".join(reasons) or None
-
-
-def _oddities(attention: nn.Module) -> list[str]:
-    """What an attention module of any class does between its projections that the closed forms do not know."""
-    reasons = []
-    if getattr(attention, "added_kv_proj_dim", None) is not None:
-        reasons.append("added key and value projections")
-    if getattr(attention, "norm_q", None) is not None or getattr(attention, "norm_k", None) is not None:
-        reasons.append("queries and keys are normalised (qk-norm)")
-    processor = getattr(attention, "processor", None)
-    if processor is not None and any("rotary" in name for name in inspect.signature(processor.__call__).parameters):
-        reasons.append("rotary positions turn queries and keys")
-    return reasons
-
-
-def _project(name: str, linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:
-    """A projection whose head outputs x become x B: basis `[H, d, r]`."""
-    heads, d, _ = basis.shape
-    weight = wide(linear.weight).reshape(heads, d, -1)
-    result = {f"{name}.weight": (basis.mT @ weight).flatten(0, 1)}
-    if linear.bias is not None:
-        bias = wide(linear.bias).reshape(heads, d, 1)
-        result[f"{name}.bias"] = (basis.mT @ bias).flatten()
-    return result
 
 
 def _watch_mask(attention: Attention) -> tuple[Any, Callable[[Tensor], Tensor | None]]:

@@ -38,6 +38,7 @@ class Site:
         dense_rank: the inner dimension of the dense model: per head for attention, channels for the others.
         cost: parameters that one unit of rank costs (per head dimension: all heads' rows, columns and biases).
         multiple: ranks are multiples of this: the groups of a resnet's inner norm, which must stay equal.
+        received: widths of what the last layers receive, where that is not the inner dimensions of one layer alone.
     """
 
     path: str
@@ -46,6 +47,12 @@ class Site:
     dense_rank: int
     cost: int
     multiple: int = 1
+    received: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of what each last layer receives."""
+        return self.received or (self.heads * self.dense_rank,)
 
     @property
     def name(self) -> str:
@@ -63,11 +70,13 @@ class Inner(NamedTuple):
         axis: which one it is: 0 where the layer gives the inner dimensions out, 1 where it receives them.
         times: how often, for all heads, the axis may hold the rank: twice where gate rows follow the value rows.
         checked: whether every exported graph has this layer's weight.
+        before: how much of the axis comes before it and is something else.
     """
 
     axis: int
     times: tuple[int, ...] = (1,)
     checked: bool = True
+    before: int = 0
 
 
 class Factor(Protocol):
@@ -93,11 +102,11 @@ class Evidence(NamedTuple):
         """The second moment of this name below the site's, float64 `[n, n]` or `[H, d, d]`."""
         return self.statistics.mean(f"{self.site.name}.{what}" if what else self.site.name)
 
-    def received(self, last: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """`moment()` of what a last linear receives, about its mean `[n]` where a constant is carried."""
-        moment, mean = self.moment(), None
+    def received(self, last: Any, what: str = "") -> tuple[Tensor, Tensor | None]:
+        """`moment(what)` of what a last layer receives, about its mean `[n]` where a constant is carried."""
+        moment, mean = self.moment(what), None
         if self.forms.constant and last.bias is not None:
-            mean = self.statistics.first(self.site.name)
+            mean = self.statistics.first(f"{self.site.name}.{what}" if what else self.site.name)
             moment.addr_(mean, mean, alpha=-1)
         return moment, mean
 
@@ -174,8 +183,19 @@ class Group(ABC, Generic[F]):
 
     def at(self, path: str, module: nn.Module, dense_rank: int, heads: int = 1, multiple: int = 1) -> Site:
         """The site of a module, its cost counted off the layers."""
-        cost = sum(parameter.numel() for _, parameter, _ in self._carriers(module)) // dense_rank
-        return Site(path, self.name, heads, dense_rank, cost, multiple)
+        cost = 0
+        for _, parameter, inner in self._carriers(module):
+            width = parameter.shape[inner.axis]
+            cost += parameter.numel() // width * (width - inner.before)
+        return Site(path, self.name, heads, dense_rank, cost // dense_rank, multiple)
+
+    def layout(self, module: nn.Module) -> Mapping[str, Inner]:
+        """`inner` of this module, where types of modules have layers of other names."""
+        return self.inner
+
+    def mended(self, module: nn.Module) -> str | None:
+        """`compensated` of this module."""
+        return self.compensated
 
     def last(self, module: nn.Module) -> nn.Module:
         """The layer that receives the inner dimensions."""
@@ -183,7 +203,7 @@ class Group(ABC, Generic[F]):
 
     def layers(self, module: nn.Module) -> Iterator[tuple[str, Any, Inner]]:
         """The layers that carry the rank, of those that the module has, with their paths."""
-        for path, inner in self.inner.items():
+        for path, inner in self.layout(module).items():
             if (layer := attrgetter(path)(module)) is not None:
                 yield path, layer, inner
 
@@ -200,7 +220,7 @@ class Group(ABC, Generic[F]):
 
     def sums(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The moments that `watch` fills, by name: `(n,)` for a triangle with its E[x], `(H, d, d)` for heads."""
-        return {site.name: (site.heads * site.dense_rank,)}
+        return {site.name: site.widths[:1]}
 
     def moment_bytes(self, site: Site) -> int:
         """Memory that a site's sums take while they are collected."""
@@ -214,34 +234,36 @@ class Group(ABC, Generic[F]):
     def cut(self, module: nn.Module, site: Site, kept: Tensor) -> dict[str, Tensor]:
         """The dense weights of these inner dimensions, rising: `[r]` alike in every head, or `[H, r]`."""
         weights = {}
-        for name, parameter, axis in self._carriers(module):
-            parts = torch.arange(parameter.shape[axis] // site.dense_rank)[:, None]
-            rows = (kept + parts * site.dense_rank).flatten()
-            weights[name] = parameter[:, rows] if axis else parameter[rows]
+        for name, parameter, inner in self._carriers(module):
+            parts = torch.arange((parameter.shape[inner.axis] - inner.before) // site.dense_rank)[:, None]
+            rows = (kept + parts * site.dense_rank).flatten() + inner.before
+            rows = torch.cat([torch.arange(inner.before), rows])
+            weights[name] = parameter[:, rows] if inner.axis else parameter[rows]
         return weights
 
     def resize(self, module: nn.Module, site: Site, rank: int) -> None:
         """Replace the layers that carry the rank by uninitialised smaller ones, in place."""
         for path, layer, inner in list(self.layers(module)):
-            parts = layer.weight.shape[inner.axis] // site.dense_rank
-            module.set_submodule(path, _like(layer, inner.axis, parts * rank))
+            parts = (layer.weight.shape[inner.axis] - inner.before) // site.dense_rank
+            module.set_submodule(path, _like(layer, inner.axis, inner.before + parts * rank))
 
     def macs(self, module: nn.Module, site: Site, add: Callable[[int], None]) -> list[Any]:
         """Handles of hooks that add, in every call, the multiply-accumulates that one unit of rank costs."""
 
-        def hook(weight: Tensor, _layer: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(weight: Tensor, inner: Inner, _layer: nn.Module, _args: Any, output: Tensor) -> None:
             places = output.numel() // output.shape[1 if weight.ndim == 4 else -1]
-            add(places * weight.numel() // site.dense_rank)
+            width = weight.shape[inner.axis]
+            add(places * (weight.numel() // width * (width - inner.before)) // site.dense_rank)
 
-        weights = ((layer, layer.weight) for _, layer, _ in self.layers(module))
-        return [layer.register_forward_hook(partial(hook, w)) for layer, w in weights if w.ndim > 1]
+        weights = ((layer, layer.weight, inner) for _, layer, inner in self.layers(module))
+        return [layer.register_forward_hook(partial(hook, w, inner)) for layer, w, inner in weights if w.ndim > 1]
 
-    def _carriers(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:
-        """The parameters with an axis that carries the rank, with their names and that axis."""
+    def _carriers(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Inner]]:
+        """The parameters with an axis that carries the rank, with their names and how they carry it."""
         for path, layer, inner in self.layers(module):
             for kind, parameter in layer.named_parameters():
                 if kind == "weight" or inner.axis == 0:
-                    yield f"{path}.{kind}", parameter, inner.axis
+                    yield f"{path}.{kind}", parameter, inner
 
 
 def _like(layer: Any, axis: int, width: int) -> nn.Module:
@@ -253,6 +275,8 @@ def _like(layer: Any, axis: int, width: int) -> nn.Module:
     shape[axis] = width
     place["bias"] = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
+        if layer.groups == layer.in_channels > 1:  # each channel by itself
+            shape, place["groups"] = [width, width], width
         size: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         return nn.utils.skip_init(nn.Conv2d, shape[1], shape[0], *size, **place)
     return nn.utils.skip_init(nn.Linear, shape[1], shape[0], **place)
@@ -261,6 +285,17 @@ def _like(layer: Any, axis: int, width: int) -> nn.Module:
 def wide(tensor: Tensor) -> Tensor:
     """A tensor as the algebra takes it: float64 on the CPU."""
     return tensor.detach().double().cpu()
+
+
+def projected(name: str, linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:
+    """A projection whose head outputs x become x B: basis `[H, d, r]`."""
+    heads, d, _ = basis.shape
+    weight = wide(linear.weight).reshape(heads, d, -1)
+    result = {f"{name}.weight": (basis.mT @ weight).flatten(0, 1)}
+    if linear.bias is not None:
+        bias = wide(linear.bias).reshape(heads, d, 1)
+        result[f"{name}.bias"] = (basis.mT @ bias).flatten()
+    return result
 
 
 def solved(

@@ -53,7 +53,8 @@ def stages(denoiser: nn.Module, plan: Plan, calls: Sequence[Call]) -> Stages:
     """
     how = plan.forms.compensate
     slimmed = [site for site in plan.sites.values() if site.rank < site.dense_rank]
-    cut = {site.path: last for site in slimmed if (last := GROUPS[site.group].compensated)}
+    modules = {site.path: denoiser.get_submodule(site.path) for site in slimmed}
+    cut = {site.path: last for site in slimmed if (last := GROUPS[site.group].mended(modules[site.path]))}
     if how == "none" or not cut:
         return []
     if not calls:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from families.family import Family
 from families.images import IMAGES
+from families.newer_transformers import NEWER
 from families.transformers import TRANSFORMERS
 from families.videos import VIDEOS
 
-FAMILIES: dict[str, Family] = {**IMAGES, **VIDEOS, **TRANSFORMERS}
+FAMILIES: dict[str, Family] = {**IMAGES, **VIDEOS, **TRANSFORMERS, **NEWER}

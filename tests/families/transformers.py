@@ -157,6 +157,8 @@ def flux_calls() -> list[Call]:
     ]
 
 
+ALONE = "values alone are slimmed: "
+
 TRANSFORMERS: dict[str, Family] = {
     "dit": Family(dit, [{"class_labels": 3}, {"class_labels": 5}], attention_and(2, 2)),
     "pixart": Family(
@@ -170,28 +172,28 @@ TRANSFORMERS: dict[str, Family] = {
     "hunyuan": Family(
         hunyuan,
         [],
-        {"feed_forward": 2},
-        {"queries and keys are normalised (qk-norm); rotary positions turn queries and keys": 4},
+        {"feed_forward": 2, "values": 4},
+        {f"{ALONE}queries and keys are normalised (qk-norm); rotary positions turn queries and keys": 4},
         calls=hunyuan_calls,
     ),
     "sd3": Family(
         sd3,
         [],
-        {"feed_forward": 3},
+        {"feed_forward": 3, "values": 3},
         {
-            "added key and value projections; queries and keys are normalised (qk-norm)": 2,
-            "queries and keys are normalised (qk-norm)": 1,
+            f"{ALONE}added key and value projections; queries and keys are normalised (qk-norm)": 2,
+            f"{ALONE}queries and keys are normalised (qk-norm)": 1,
         },
         calls=sd3_calls,
     ),
     "flux": Family(
         flux,
         [],
-        {"feed_forward": 2},
+        {"feed_forward": 3, "values": 1},
         {
-            f"FluxAttention is an attention class of its own; {added}queries and keys are normalised (qk-norm); "
+            f"{alone}FluxAttention is an attention class of its own; {added}queries and keys are normalised (qk-norm); "
             "rotary positions turn queries and keys": 1
-            for added in ("added key and value projections; ", "")
+            for alone, added in ((ALONE, "added key and value projections; "), ("", ""))
         },
         calls=flux_calls,
     ),
