@@ -33,6 +33,7 @@ READ = (
         "statistics",
         "plan",
         "schedule",
+        "base_schedule",
         "merge",
         "reference",
     ),

@@ -48,6 +48,8 @@ class Entry(BaseModel):
     milliseconds: float = Field(gt=0, validation_alias=AliasPath("candidate", "median_ms"))
     runtime: str = Field(validation_alias=AliasPath("runtimes", "candidate"))
     base_runtime: str = Field(validation_alias=AliasPath("runtimes", "baseline"))
+    of: Literal["call", "image"] = "call"
+    """What was timed; results of before say nothing, and are of calls."""
     threads: int
     machine: str
     machine_id: str = Field(validation_alias=AliasPath("fingerprint", "id"))
@@ -85,7 +87,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Series:
-    """Results that may be compared: the same two names, runtimes and threads, on the same machine."""
+    """Results that may be compared: of the same kind, the same two names, runtimes and threads, on the same machine."""
 
     baseline: str
     candidate: str
@@ -169,7 +171,7 @@ def all_series(
     alike: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for e in entries:
         machine = None if across_machines else e.machine_id
-        alike[e.baseline, e.candidate, e.base_runtime, e.runtime, e.threads, machine].append(e)
+        alike[e.baseline, e.candidate, e.of, e.base_runtime, e.runtime, e.threads, machine].append(e)
     series = []
     for group in alike.values():
         kept = group[-last:] if last else group

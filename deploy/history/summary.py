@@ -68,7 +68,8 @@ def markdown(value: Mapping[str, Any]) -> str:
 
 def case_of(value: Mapping[str, Any]) -> Case:
     """A result as a test."""
-    name = f"{value['candidate']['name']} against {value['baseline']['name']}"
+    what = "whole image, " if value.get("of") == "image" else ""
+    name = f"{what}{value['candidate']['name']} against {value['baseline']['name']}"
     return Case(
         f"{name}: {value['gate'] or 'no gate'}", value["verdict"], verdict_line(value), text(value), value["seconds"]
     )
@@ -120,7 +121,7 @@ def _rows(value: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         ("", "baseline", "candidate"),
         *(row(f"p{share}", f"p{share}_ms") for share in (50, 90, 95, 99)),
-        row("calls / s", "calls_per_second", ""),
+        row("runs / s" if value.get("of") == "image" else "calls / s", "calls_per_second", ""),
         ("peak memory", memory[0], memory[1]),
         row("load", "load_ms"),
         row("first run", "first_run_ms"),

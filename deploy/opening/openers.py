@@ -69,6 +69,18 @@ class Opened:
             )
         return asked.model_copy(update={"batch": batch // samples})
 
+    def fitted(self, asked: Sampling, pipeline: Any, name: str) -> Sampling:
+        """`sampling`, with the size of the images, too, that a graph's fixed shapes are for.
+
+        Raises:
+            InputError: if another size is asked for; `name` is the artifact's.
+        """
+        fixed = self.pixels(pipeline)
+        if any(getattr(asked, side) not in (None, pixels) for side, pixels in fixed.items()):
+            sides = " x ".join(map(str, fixed.values()))
+            raise InputError(f"{name} makes images of {sides} alone: leave out --height and --width")
+        return self.sampling(asked, pipeline).model_copy(update=fixed)
+
     def pixels(self, pipeline: Any) -> dict[str, int]:
         """Height and width of the images that a graph's fixed shapes are for; nothing for a model, nor where a call has
         no say in them: neither a size nor a picture."""
@@ -91,6 +103,7 @@ def open_denoiser(
     lora: Sequence[Lora] = (),
     rest: str | None = None,
     steering: SteeringSettings | None = None,
+    threads: int | None = None,
 ) -> Opened:
     """Open a model in torch, an ONNX graph in a runtime that takes graphs, an engine in its own, or a bundle.
 
@@ -103,6 +116,7 @@ def open_denoiser(
         rest: the model that gives the other components to a component folder; without one it is opened with the
             pipeline that it lies in, or alone.
         steering: added to a model.
+        threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
         InputError: if it is none of them, a LoRA or a ControlNet is to go into what is no model, or that runtime does
@@ -123,7 +137,7 @@ def open_denoiser(
     if kind == "bundle":
         from deploy.bundle.load import load
 
-        whole: Any = load(name, runtime, height=height, width=width, scheduled=False)
+        whole: Any = load(name, runtime, height=height, width=width, threads=threads, scheduled=False)
         return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole, whole.usage)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
@@ -141,7 +155,7 @@ def open_denoiser(
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
     from exporters.runtimes.unet import UNet
 
-    unet = UNet.open(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen)
+    unet = UNet.open(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen, threads)
     return Opened(kind, unet, unet.predict, chosen, usage=usage_of(name))
 
 
@@ -188,13 +202,16 @@ def vae_of(opened: Opened, name: str) -> Any:
     return VAE.open(name, opened.runtime)
 
 
-def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | None = None) -> Any:
+def whole_pipeline(
+    opened: Opened, name: str, rest: str | None, variant: str | None = None, threads: int | None = None
+) -> Any:
     """A pipeline that makes images with what was opened.
 
     Args:
         rest: the model, or the folder of a whole pipeline in ONNX or of engines, that gives the other components to a
             graph or an engine; without one, the folder's own.
         variant: of that model's weights.
+        threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
         InputError: for a lone graph or engine and no `rest`.
@@ -205,7 +222,7 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | N
 
     folder = Path(rest or name)
     if (kind := kind_of(str(folder))) == ENGINE_PIPELINE:
-        return load_graphs(folder, runtime_for(str(folder), kind, None), unet=opened.denoiser)
+        return load_graphs(folder, runtime_for(str(folder), kind, None), threads=threads, unet=opened.denoiser)
     if rest is not None and not ((unet := folder / "unet") / "model.onnx").is_file() and not parts_of(unet):
         from slimdiff.compression import with_denoiser
         from slimdiff.loading.pipelines import load_pipeline
@@ -213,4 +230,5 @@ def whole_pipeline(opened: Opened, name: str, rest: str | None, variant: str | N
         return with_denoiser(load_pipeline(rest, "fp32", variant=variant), opened.denoiser)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{name} is a denoiser alone: say with --pipeline which model's other components it goes with")
-    return load_graphs(folder, opened.runtime if opened.kind == "onnx" else "onnxruntime", unet=opened.denoiser)
+    beside = opened.runtime if opened.kind == "onnx" else "onnxruntime"
+    return load_graphs(folder, beside, threads=threads, unet=opened.denoiser)

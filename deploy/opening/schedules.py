@@ -19,13 +19,14 @@ from slimdiff.settings import Sampling
 
 
 def with_schedule(
-    pipeline: Any, opened: Opened, schedule: Schedule | None, asked: str | None
+    pipeline: Any, opened: Opened, schedule: Schedule | None, asked: str | None, threads: int | None = None
 ) -> tuple[Any, Schedule | None]:
     """A pipeline that makes its images by a schedule, and the schedule; the pipeline itself if there is none.
 
     Args:
         schedule: what `find_schedule` found; of a bundle, which may be an archive, the one inside counts if nobody
             `asked` for another.
+        threads: of a runtime on the CPU; its own choice if not given.
 
     Raises:
         InputError: if the schedule is of another model, or the artifact cannot follow it.
@@ -41,7 +42,7 @@ def with_schedule(
         raise InputError(
             "an engine takes no schedule: name the ONNX folder that it was built from, or say --schedule none"
         )
-    return schedule_graphs(pipeline, schedule, graph, opened.runtime), schedule
+    return schedule_graphs(pipeline, schedule, graph, opened.runtime, threads), schedule
 
 
 def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) -> dict[str, Any]:

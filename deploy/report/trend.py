@@ -17,8 +17,9 @@ _WIDTH, _HEIGHT = 640, 200
 
 
 def heading(series: Series) -> str:
-    """The candidate, the baseline, the runtime and the machine."""
-    return f"{series.candidate} against {series.baseline}, {series.runtime}, {series.machine}"
+    """What was timed, if that is no call; the candidate, the baseline, the runtime and the machine."""
+    what = "whole image, " if series.entries[-1].of == "image" else ""
+    return f"{what}{series.candidate} against {series.baseline}, {series.runtime}, {series.machine}"
 
 
 def changes(series: Series) -> list[str]:

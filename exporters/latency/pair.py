@@ -6,9 +6,9 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import log
 from pathlib import Path
 from statistics import fmean, median
@@ -19,7 +19,7 @@ import psutil
 
 from exporters.machine import core_numbers
 from exporters.process import worker_command
-from exporters.registry import runtime_of
+from exporters.registry import Runtime, runtime_of
 from exporters.settings import LEAST_ROUNDS, BenchSettings, ExportSettings
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 
@@ -54,6 +54,17 @@ class Job:
     """Of `exporters.registry`, one that takes such an artifact."""
     shapes: dict[str, list[int]] | None = None
     """Of a graph's inputs, where it leaves them open; by default, open dims are as large as the batch."""
+    opens: str = ""
+    """What opens it in the place of the runtime's own function, if a run is to be more than a call of the denoiser: see
+    `Runtime.opens`, and what that says of models."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of that function, by name: plain values."""
+
+    @property
+    def row(self) -> Runtime:
+        """The runtime, as the process of this job opens it."""
+        row = runtime_of(self.runtime)
+        return replace(row, takes="model", opens=self.opens, options=self.options) if self.opens else row
 
 
 def write_job(
@@ -127,7 +138,7 @@ class Worker:
         self._pauses = pauses and hasattr(signal, "SIGSTOP")
         self._stderr = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         arguments = {"threads": settings.threads or None, "batch": settings.batch, "shapes": job.shapes}
-        prepare = {"do": "prepare", "path": job.path, "runtime": asdict(runtime_of(job.runtime)), **arguments}
+        prepare = {"do": "prepare", "path": job.path, "runtime": asdict(job.row), **arguments}
         self._process = subprocess.Popen(
             worker_command("exporters.latency.worker", json.dumps(prepare)),
             stdin=subprocess.PIPE,
@@ -203,7 +214,8 @@ def measure_pair(baseline: Job, candidate: Job, settings: BenchSettings, *, firs
             opened[index] = workers[index].ask("open", cores=cores, warmup=settings.warmup)
         if opened[0]["shapes"] != opened[1]["shapes"]:
             shapes = " and ".join(str(side["shapes"]) for side in opened)
-            raise InputError(f"the two take calls of different shapes, {shapes}: say --batch")
+            what, size = ("make images", ", or --height and --width") if baseline.opens else ("take calls", "")
+            raise InputError(f"the two {what} of different shapes, {shapes}: say --batch{size}")
         run_ms = fmean(side.pop("run_ms") for side in opened)
         count = max(1, round(BLOCK_MS / run_ms))
         lead = 1 if count > 1 else 0  # the other process has been through the caches: a short run would notice

@@ -75,6 +75,7 @@ PAGES = {
             "--samples 8": "--samples 2 --steps 4",
             "--deep-every 3": "--deep-every 3 --steps 6",
             "--images 8": "--images 2",
+            "--of image": "--of image --steps 6 --processes 2 --rounds 3 --warmup 1",
         },
     ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),

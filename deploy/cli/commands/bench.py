@@ -14,6 +14,7 @@ from exporters.registry import names
 from exporters.settings import BenchSettings
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component
+from slimdiff.settings import Sampling
 
 if TYPE_CHECKING:
     from deploy.history.results import Series
@@ -21,18 +22,20 @@ if TYPE_CHECKING:
     from exporters.latency.decision import Gate
     from exporters.latency.pair import Job
 
-DESCRIPTION = """Time one denoiser call of each in turn, in pairs of fresh processes, so that what slows the machine
-slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass if the whole
-interval keeps it, fail if the whole interval breaks it. Models are exported first where the runtime takes graphs.
-With --history alone, show the results so far and where they changed."""
+DESCRIPTION = """Time one denoiser call of each in turn (or one whole image), in pairs of fresh processes, so that what
+slows the machine slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass
+if the whole interval keeps it, fail if the whole interval breaks it. Models are exported first where the runtime takes
+graphs. With --history alone, show the results so far and where they changed."""
 EXAMPLE = """examples:
   slimdiff bench dense-onnx slim-onnx --gate 'speedup>=1.05'
   slimdiff bench released candidate --tolerance 5% --history latency.jsonl --label "$COMMIT" --junit latency.xml
   slimdiff bench demo demo-slim --runtime torch --gate 'latency<=1.03' --json
+  slimdiff bench demo demo --of image --schedule schedule.json     # text encoder, all steps, VAE
   slimdiff bench demo-onnx demo-onnx --base-runtime onnxruntime --runtime openvino
   slimdiff bench --history latency.jsonl --plot latency.svg"""
 
 _FILES = {"history": "history", "junit": "JUnit file", "markdown": "text file", "plot": "SVG drawing"}
+_OF_IMAGE = ("pipeline", "schedule", "base_schedule")
 EXIT_CODE = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 
@@ -48,7 +51,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, BenchSettings, "max_seconds", "processes", "rounds", "warmup", "threads")
     flags.add_usage(parser, "guidance")
     samples = "samples in a call, where the artifact does not fix it (default: 2, and 1 for guidance up to 1)"
-    flags.add(parser, BenchSettings, "batch", help=samples)
+    flags.add(parser, BenchSettings, "batch", help=f"{samples}; of an image: how many at once (default: 1)")
+    parser.add_argument("--of", choices=("call", "image"), default="call", help="what is timed (default: call)")
+    image = parser.add_argument_group("of an image")
+    flags.add_usage(image, "steps")
+    flags.add(image, Sampling, "height", "width", "scheduler")
+    flags.text(image, "--pipeline", "MODEL", "whose other components go with a denoiser alone")
+    flags.add_schedule(image)
+    flags.text(image, "--base-schedule", "FILE", "of BASE, where --schedule is CANDIDATE's (default: its own); or none")
     results = parser.add_argument_group("history and CI")
     flags.text(results, "--history", "FILE", "add the result to this file; alone: show it", type=Path)
     flags.sentence(results, "--label", "of the result in the history, such as a commit", default="")
@@ -71,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("name BASE and CANDIDATE, or --history FILE alone to see the results so far")
     if args.plot is not None and args.history is None:
         raise InputError("--plot draws a history: say with --history which")
-    check_runnable(args.base, args.candidate)
+    for name in (*_OF_IMAGE, *(f"Sampling.{name}" for name in ("steps", "height", "width", "scheduler"))):
+        if args.of == "call" and getattr(args, name) is not None:
+            flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
+            raise InputError(f"{flag} is of a whole image, and a call is timed: give --of image with it")
+    check_runnable(args.base, args.candidate, args.pipeline)
     return _measure(args, gate)
 
 
@@ -95,25 +109,50 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     from deploy.history import results, summary
     from exporters.latency.measure import bench
 
-    chosen, variants = flags.read(args, BenchSettings), flags.read_variants(args, args.base, args.candidate)
-    if "batch" not in chosen.model_fields_set and flags.read_usage(args, args.candidate, args.base).guidance <= 1:
+    chosen = flags.read(args, BenchSettings)
+    variants = flags.read_variants(args, args.base, args.candidate, args.pipeline)
+    usage = flags.read_usage(args, args.candidate, args.base)
+    if "batch" not in chosen.model_fields_set and (args.of == "image" or usage.guidance <= 1):
         chosen = chosen.model_copy(update={"batch": 1})
+    usage = usage.model_copy(update={"batch": chosen.batch})
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         asked = {"base": (args.base, args.base_runtime or args.runtime), "candidate": (args.candidate, args.runtime)}
         # Exports come last: what else is wrong shows before them.
         order = sorted(asked, key=lambda place: kind_of(asked[place][0]) == "model")
         jobs = {
-            place: job_of(*asked[place], chosen.batch, Path(scratch) / place, variants[asked[place][0]])
+            place: _of_image(args, place, *asked[place], usage, Path(scratch) / place, variants)
+            if args.of == "image"
+            else job_of(*asked[place], chosen.batch, Path(scratch) / place, variants[asked[place][0]])
             for place in order
         }
         base, candidate = jobs["base"], jobs["candidate"]
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
-        value = bench(base, candidate, chosen, gate=gate)
+        value = {"of": args.of, **bench(base, candidate, chosen, gate=gate)}
     code = result(args, value, summary.text(value), EXIT_CODE[value["verdict"]])  # first: a full disk does not lose it
     if args.history is not None:
         results.append(args.history, value, args.label)
     _write(args, [summary.case_of(value)], summary.markdown(value))
     return code
+
+
+def _of_image(
+    args: argparse.Namespace,
+    place: str,
+    name: str,
+    runtime: str | None,
+    usage: Sampling,
+    scratch: Path,
+    variants: dict[str | None, str | None],
+) -> Job:
+    """The artifact in a `place`, base or candidate, as its whole image is to be timed."""
+    from deploy.artifacts.schedules import find_schedule
+
+    calm_libraries()
+    from deploy.opening.picture import picture_job
+
+    schedule = find_schedule(name, args.base_schedule if place == "base" else args.schedule)
+    chosen: Any = {"variant": variants[name], "rest": args.pipeline, "rest_variant": variants[args.pipeline]}
+    return picture_job(name, runtime, usage, schedule, scratch, **chosen)
 
 
 def job_of(name: str, runtime: str | None, batch: int, scratch: Path, variant: str | None = None) -> Job:

@@ -92,12 +92,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if {"num_frames", "video_length"} & inspect.signature(pipeline.__call__).parameters.keys():
         raise InputError(f"{args.artifact} makes videos, and generate writes images: call the pipeline from Python")
-    fixed = opened.pixels(pipeline)
-    if any(size[side] not in (None, pixels) for side, pixels in fixed.items()):
-        sides = " x ".join(map(str, fixed.values()))
-        raise InputError(f"{args.artifact} makes images of {sides} alone: leave out --height and --width")
     asked = use(asked, opened.usage or usage_of(args.pipeline))
-    sampling = opened.sampling(asked, pipeline).model_copy(update=fixed)
+    sampling = opened.fitted(asked, pipeline, args.artifact)
     if args.tiled:
         from exporters.runtimes.tiles import enable_tiling
 

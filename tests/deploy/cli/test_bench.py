@@ -84,6 +84,9 @@ def test_verdicts_in_junit(measured, tmp_path, verdict, child):
         (["bench", "a", "b", "--processes", "1"], "--processes"),
         (["bench", "a", "b", "--max-seconds", "0"], "--max-seconds"),
         (["bench", "--history", "h", "--last", "0"], "--last"),
+        (["bench", "demo", "demo", "--schedule", "none"], "--schedule is of a whole image, and a call is timed"),
+        (["bench", "demo", "demo", "--steps", "3"], "give --of image with it"),
+        (["bench", "demo", "demo", "--of", "image", "--base-schedule", "absent.json"], "no schedule can be read there"),
     ],
 )
 def test_bad_usage(argv, says, capsys):
