@@ -57,9 +57,10 @@ def shapes(call: Any) -> dict[str, list[int]]:
 
 
 def _shares(result: dict[str, Any]) -> dict[str, float]:
-    """Of graphs in int8, by side: the part of the multiply-adds that is."""
-    reports = {name: result.get(name, {}).get("int8") for name in ("dense", "slim")}
-    return {name: found["share"] for name, found in reports.items() if found and found["share"] is not None}
+    """By side, the part of a graph's multiply-adds that is in int8; none where neither is, or one does not know."""
+    reports = {name: result[name].get("int8") for name in ("dense", "slim") if name in result}
+    shares = {name: report["share"] if report else 0.0 for name, report in reports.items()}
+    return shares if any(reports.values()) and None not in shares.values() else {}
 
 
 STAGE = Stage(
