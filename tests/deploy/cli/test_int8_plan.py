@@ -75,5 +75,5 @@ def test_a_recipe_builds_the_slim_model_in_int8_and_the_dense_one_as_it_is(works
     assert is_int8(graphs["slim"]) and not is_int8(graphs["dense"])
     plan = Plan.load(tmp_path / "build" / "plan" / "plan.json")
     assert set(int8_layers(graphs["slim"])) == set(plan.int8())
-    shares = json.loads((tmp_path / "build" / "report.json").read_text())["figures"]["int8_macs"]
+    shares = json.loads((tmp_path / "build" / "build.json").read_text())["figures"]["int8_macs"]
     assert shares["dense"] == 0 < shares["slim"] < 1
