@@ -227,7 +227,7 @@ class MatrixStage(Settings):
     that TensorRT-RTX builds an engine for."""
     shapes: tuple[ImageShape, ...] = Field(min_length=1)
     """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
-    precision: tuple[Literal["fp32", "fp16"], ...] = Field(("fp32",), min_length=1)
+    precision: tuple[Literal["fp32", "fp16", "int8"], ...] = Field(("fp32",), min_length=1)
     """Of graphs and engines."""
 
     @field_validator("targets", "precision", "shapes")

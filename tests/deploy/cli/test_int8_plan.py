@@ -66,6 +66,7 @@ def test_torch_runs_no_int8_and_a_bound_alone_says_nothing(workspace, tmp_path, 
 @pytest.mark.slow
 def test_a_recipe_builds_the_slim_model_in_int8_and_the_dense_one_as_it_is(workspace, tmp_path):
     recipe = (workspace / "recipe.yaml").read_text().replace("plan: {", "plan: {precision: int8, int8_error: 0.01, ")
+    recipe += "matrix: {targets: [openvino], shapes: [16x16], precision: [fp32, int8]}\n"
     (tmp_path / "recipe.yaml").write_text(recipe.replace("model: tiny", f"model: {workspace / 'tiny'}"))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     assert main(["build", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "build"), "--quiet"]) == 0
@@ -75,5 +76,8 @@ def test_a_recipe_builds_the_slim_model_in_int8_and_the_dense_one_as_it_is(works
     assert is_int8(graphs["slim"]) and not is_int8(graphs["dense"])
     plan = Plan.load(tmp_path / "build" / "plan" / "plan.json")
     assert set(int8_layers(graphs["slim"])) == set(plan.int8())
+    for cell, rounded in (("openvino-1x16x16-fp32", False), ("openvino-1x16x16-int8", True)):
+        graph = read_graph(next((tmp_path / "build" / "cells" / cell / "export" / "slim").rglob("model.onnx")))
+        assert is_int8(graph) is rounded
     shares = json.loads((tmp_path / "build" / "build.json").read_text())["figures"]["int8_macs"]
     assert shares["dense"] == 0 < shares["slim"] < 1
