@@ -44,13 +44,15 @@ from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.precision import paths_to_keep
 from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
 from exporters.graphs.shapes import add_shapes
+from exporters.graphs.stretches import peak_bytes, work_in_stretches
 from exporters.settings import ExportSettings
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError, SlimdiffError, require
-from slimdiff.planning.costs import count_bytes, count_macs
-from slimdiff.progress import bar, working
+from slimdiff.planning.costs import count_macs
+from slimdiff.progress import bar
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
     from slimdiff.plan import Plan
@@ -93,8 +95,8 @@ def quantise_graph(
     }
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
-    macs, size = macs_of(unet, list(layers), calls[0])
-    _warn_of_memory(count_bytes(unet), size)
+    macs, _ = macs_of(unet, list(layers), calls[0])
+    _warn_of_memory(peak_bytes(graph.graph, len(calls)))
     alone: Mapping[str, float | None]
     if plan is not None and plan.layers:
         alone, others = _as_planned(plan, layers)
@@ -186,10 +188,9 @@ def _nncf() -> Any:
         return require("nncf", "int8")
 
 
-def _warn_of_memory(weights: int, activations: int) -> None:
-    """NNCF has ONNX Runtime give out every layer's weight, input and output at once, beside the model's own weights."""
-    need, there = 4 * weights + 2 * activations, psutil.virtual_memory().available
-    if need > there:
+def _warn_of_memory(need: int) -> None:
+    """Say before the long work that there is less memory than it takes."""
+    if need > (there := psutil.virtual_memory().available):
         log.warning(
             "int8: NNCF takes about %.0f GB here, and %.0f GB are free: the system may end this process",
             *(need / 1e9, there / 1e9),
@@ -253,32 +254,35 @@ def _constant_inputs(unet: nn.Module, paths: Sequence[str], calls: Sequence[Call
     return {path: low for path, (low, high) in ends.items() if low == high}
 
 
-@working("quantise")
 def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Sequence[ir.Node]) -> ir.Model:
-    """The graph with these nodes in int8, all of it in memory."""
-    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
+    """The graph with these nodes in int8; of what is not, the weights are still in the file."""
+    names = {str(node.name) for node in nodes}
+    return work_in_stretches(file, feeds, names, partial(_stretch_quantised, names, file.parent.resolve()))
+
+
+def _stretch_quantised(
+    names: Collection[str], folder: Path, model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]
+) -> onnx.ModelProto:
+    """A stretch with these of its nodes in int8, all of it in memory."""
     nncf = _nncf()
     advanced = require("nncf.quantization.advanced_parameters", "int8")
     ranges = require("nncf.quantization.range_estimator", "int8")
-    model = onnx.load(str(file), load_external_data=False)
-    chosen = {node.name for node in nodes}
-    others = [node for node in model.graph.node if node.name not in chosen]
+    others = [node.name for node in model.graph.node if node.name not in names]
     with _quiet():
-        done = nncf.quantize(
+        return nncf.quantize(
             model,
             nncf.Dataset(list(feeds)),
             preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(feeds),
-            ignored_scope=nncf.IgnoredScope(names=[node.name for node in others], validate=False),
+            ignored_scope=nncf.IgnoredScope(names=others, validate=False),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
                 overflow_fix=advanced.OverflowFix.ENABLE,
                 activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
                 smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1),
-                backend_params={"external_data_dir": str(file.parent.resolve())},
+                backend_params={"external_data_dir": str(folder)},
             ),
         )
-    return ir.from_proto(done)
 
 
 def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
