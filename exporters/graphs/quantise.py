@@ -30,6 +30,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
-from exporters.graphs.int8_costs import choose_int8, errors_alone, macs_of
+from exporters.graphs.int8_costs import choose_int8, errors_alone, macs_of, settled_within
 from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.precision import paths_to_keep
 from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
@@ -160,7 +161,7 @@ def _as_measured(
     asked = [path for path in layers if path not in wide and path not in kept]
     trial = _quantised(file, feeds, [layers[path] for path in asked])
     there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
-    alone = errors_alone(unet, there, calls)
+    alone = errors_alone(unet, there, calls, settled_within(macs, most))
     int8 = choose_int8(alone, macs, most)
     if not int8:
         raise InputError(
@@ -286,20 +287,27 @@ def _stretch_quantised(
 
 
 def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
-    """Write a quantised graph over the one that it was made from: named by module, with every tensor's shape."""
+    """Write a quantised graph over the one that it was made from: named by module, with every tensor's shape.
+
+    What is not quantised is read from the old file meanwhile.
+    """
     onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     for layer in int8_layers(model).values():
         _name(layer)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
     model.metadata_props.clear()
-    ir.save(model, str(file), external_data=f"{file.name}.data")
-    proto = onnx.load(str(file), load_external_data=False)
-    del proto.graph.value_info[:]
-    add_shapes(proto)
-    onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
-    file.write_bytes(proto.SerializeToString())
-    onnx.checker.check_model(str(file), full_check=True)
+    with TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+        new, data = Path(folder) / file.name, f"{file.name}.data"
+        ir.save(model, str(new), external_data=data)
+        proto = onnx.load(str(new), load_external_data=False)
+        del proto.graph.value_info[:]
+        add_shapes(proto)
+        onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
+        new.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(str(new), full_check=True)
+        (new.parent / data).replace(file.parent / data)
+        new.replace(file)
 
 
 def _name(layer: Int8Layer) -> None:

@@ -21,7 +21,7 @@ from exporters.engine.build import build_engine  # noqa: E402
 from exporters.graphs import quantise  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8 import processors_for  # noqa: E402
-from exporters.graphs.int8_costs import choose_int8, errors_alone, in_int8  # noqa: E402
+from exporters.graphs.int8_costs import choose_int8, errors_alone, in_int8, settled_within  # noqa: E402
 from exporters.graphs.int8_layers import int8_layers, report_of, share_of_macs  # noqa: E402
 from exporters.graphs.naming import weight_dims  # noqa: E402
 from exporters.graphs.quantise import quantise_graph  # noqa: E402
@@ -241,3 +241,21 @@ def test_errors_alone_are_those_of_whole_passes(int8_graph, dense, calls):
             changed / sum(float(r.double().square().sum()) for r in reference), rel=1e-6
         )
     assert not any("forward" in vars(module) for module in dense.modules())
+
+
+def test_no_more_calls_are_taken_than_the_choice_needs(int8_graph, dense, calls, caplog):
+    caplog.set_level("INFO", logger="slimdiff")
+    layers = dict(list(int8_layers(read_graph(int8_graph)).items())[-3:])
+    seen = []
+    errors_alone(dense, layers, calls, lambda before, known: bool(seen.append((before, known))))
+    assert len(seen) == len(calls) - 1 == 2  # never settled: every call, held against the one before
+    assert errors_alone(dense, layers, calls, lambda *_: True) == seen[0][1] != seen[1][1]
+    assert "what 3 layers cost alone: about" in caplog.messages[0] and "of 3 calls at most" in caplog.messages[0]
+
+
+def test_measurements_agree_that_choose_almost_the_same_layers():
+    macs = {"large": 96, "small": 4, "other": 100}
+    settled = settled_within(macs, 1e-3)
+    errors = {"large": 4e-4, "small": 4e-4, "other": 1e-4}
+    assert settled(errors, {**errors, "small": 2e-3})  # 4 of 200 MACs
+    assert not settled(errors, {**errors, "large": 2e-3})
