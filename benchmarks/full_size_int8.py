@@ -43,12 +43,12 @@ from slimdiff.storage.manifest import replacing
 UNETS = ("dense-fp32", "dense-int8", "slim-fp32", "slim-int8")
 """In the order that they are made: an int8 graph is made of the fp32 one before it."""
 PAIRS = (
-    ("dense-fp32", "slim-fp32"),
-    ("dense-fp32", "dense-int8"),
-    ("dense-fp32", "slim-int8"),
     ("dense-int8", "slim-int8"),
+    ("dense-fp32", "slim-int8"),
+    ("dense-fp32", "dense-int8"),
+    ("dense-fp32", "slim-fp32"),
 )
-"""Baseline and candidate."""
+"""Baseline and candidate; what bars are about comes first."""
 RUNTIMES = ("openvino-fp32", "openvino", "onnxruntime")
 PASSES = 3.5
 """What putting a UNet into int8 takes, in calls of torch for every recorded one: its ranges, what comes into stretches,
