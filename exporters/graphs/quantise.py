@@ -31,13 +31,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
 from exporters.graphs.int8_costs import errors_alone, macs_of
@@ -45,14 +46,16 @@ from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.precision import paths_to_keep
 from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
 from exporters.graphs.shapes import add_shapes
+from exporters.graphs.stretches import peak_bytes, work_in_stretches
 from exporters.settings import ExportSettings
-from slimdiff.denoising.trajectory import Call, predict
+from slimdiff.denoising.int8 import input_ranges
+from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, SlimdiffError, require
-from slimdiff.planning.costs import count_bytes, count_macs
-from slimdiff.planning.precision import choose_int8
-from slimdiff.progress import bar, working
+from slimdiff.planning.costs import count_macs
+from slimdiff.planning.precision import choose_int8, settled_within
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
     from slimdiff.plan import Plan
@@ -95,8 +98,8 @@ def quantise_graph(
     }
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
-    macs, size = macs_of(unet, list(layers), calls[0])
-    _warn_of_memory(count_bytes(unet), size)
+    macs, _ = macs_of(unet, list(layers), calls[0])
+    _warn_of_memory(peak_bytes(graph.graph, len(calls)))
     alone: Mapping[str, float | None]
     if plan is not None and plan.layers:
         alone, others = _as_planned(plan, layers)
@@ -176,7 +179,7 @@ def _as_measured(
     asked = [path for path in layers if path not in wide and path not in kept]
     trial = _quantised(file, feeds, [layers[path] for path in asked])
     there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
-    alone = errors_alone(unet, there, calls)
+    alone = errors_alone(unet, there, calls, settled_within(macs, most))
     int8 = choose_int8(alone, macs, most)
     if not int8:
         raise InputError(
@@ -204,10 +207,9 @@ def _nncf() -> Any:
         return require("nncf", "int8")
 
 
-def _warn_of_memory(weights: int, activations: int) -> None:
-    """NNCF has ONNX Runtime give out every layer's weight, input and output at once, beside the model's own weights."""
-    need, there = 4 * weights + 2 * activations, psutil.virtual_memory().available
-    if need > there:
+def _warn_of_memory(need: int) -> None:
+    """Say before the long work that there is less memory than it takes."""
+    if need > (there := psutil.virtual_memory().available):
         log.warning(
             "int8: NNCF takes about %.0f GB here, and %.0f GB are free: the system may end this process",
             *(need / 1e9, there / 1e9),
@@ -242,78 +244,64 @@ def _feed(graph: ir.Model, call: Call, number: int) -> dict[str, np.ndarray]:
     return feed
 
 
-@torch.no_grad()
 def _constant_inputs(unet: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> dict[str, float]:
-    """The layers whose input is one number in all calls, with that number: no steps can be measured for it.
-
-    Raises:
-        InputError: for an input that is not finite.
-    """
-    ends: dict[str, tuple[float, float]] = {}
-
-    def see(path: str, call: Call, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        low, high = (float(end) for end in args[0].float().aminmax())
-        if not np.isfinite([low, high]).all():
-            raise InputError(
-                f"the input of {path} is not finite at t={call.timestep}: no int8 steps can be measured; use the "
-                "model in float32, with a scheduler that goes with it"
-            )
-        before = ends.get(path, (low, high))
-        ends[path] = min(low, before[0]), max(high, before[1])
-
-    for call in bar(calls, "ranges", "call"):
-        hooks = [unet.get_submodule(path).register_forward_pre_hook(partial(see, path, call)) for path in paths]
-        try:
-            predict(unet, call)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return {path: low for path, (low, high) in ends.items() if low == high}
+    """The layers whose input is one number in all calls, with that number: no steps can be measured for it."""
+    return {path: low for path, (low, high) in input_ranges(unet, paths, calls).items() if low == high}
 
 
-@working("quantise")
 def _quantised(file: Path, feeds: Sequence[Mapping[str, np.ndarray]], nodes: Sequence[ir.Node]) -> ir.Model:
-    """The graph with these nodes in int8, all of it in memory."""
-    onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
+    """The graph with these nodes in int8; of what is not, the weights are still in the file."""
+    names = {str(node.name) for node in nodes}
+    return work_in_stretches(file, feeds, names, partial(_stretch_quantised, names, file.parent.resolve()))
+
+
+def _stretch_quantised(
+    names: Collection[str], folder: Path, model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]
+) -> onnx.ModelProto:
+    """A stretch with these of its nodes in int8, all of it in memory."""
     nncf = _nncf()
     advanced = require("nncf.quantization.advanced_parameters", "int8")
     ranges = require("nncf.quantization.range_estimator", "int8")
-    model = onnx.load(str(file), load_external_data=False)
-    chosen = {node.name for node in nodes}
-    others = [node for node in model.graph.node if node.name not in chosen]
+    others = [node.name for node in model.graph.node if node.name not in names]
     with _quiet():
-        done = nncf.quantize(
+        return nncf.quantize(
             model,
             nncf.Dataset(list(feeds)),
             preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(feeds),
-            ignored_scope=nncf.IgnoredScope(names=[node.name for node in others], validate=False),
+            ignored_scope=nncf.IgnoredScope(names=others, validate=False),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
                 overflow_fix=advanced.OverflowFix.ENABLE,
                 activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
                 smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1),
-                backend_params={"external_data_dir": str(file.parent.resolve())},
+                backend_params={"external_data_dir": str(folder)},
             ),
         )
-    return ir.from_proto(done)
 
 
 def _write(model: ir.Model, file: Path, report: dict[str, Any]) -> None:
-    """Write a quantised graph over the one that it was made from: named by module, with every tensor's shape."""
+    """Write a quantised graph over the one that it was made from: named by module, with every tensor's shape.
+
+    What is not quantised is read from the old file meanwhile.
+    """
     onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     for layer in int8_layers(model).values():
         _name(layer)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
     model.metadata_props.clear()
-    ir.save(model, str(file), external_data=f"{file.name}.data")
-    proto = onnx.load(str(file), load_external_data=False)
-    del proto.graph.value_info[:]
-    add_shapes(proto)
-    onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
-    file.write_bytes(proto.SerializeToString())
-    onnx.checker.check_model(str(file), full_check=True)
+    with TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+        new, data = Path(folder) / file.name, f"{file.name}.data"
+        ir.save(model, str(new), external_data=data)
+        proto = onnx.load(str(new), load_external_data=False)
+        del proto.graph.value_info[:]
+        add_shapes(proto)
+        onnx.helper.set_model_props(proto, {REPORT: json.dumps(report)})
+        new.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(str(new), full_check=True)
+        (new.parent / data).replace(file.parent / data)
+        new.replace(file)
 
 
 def _name(layer: Int8Layer) -> None:

@@ -149,7 +149,7 @@ class Planner:
     def _int8(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         if self.knows_int8:
             return self.statistics.int8_errors, self.statistics.macs
-        return measure_int8(self.denoiser, self.calls.sensitivity)
+        return measure_int8(self.denoiser, self.calls.sensitivity, self.settings.int8_error)
 
     @property
     def int8_errors(self) -> Mapping[str, float]:

@@ -28,6 +28,7 @@ from slimdiff.groups import GROUPS
 from slimdiff.plan import LayerPlan
 from slimdiff.planning.costs import CostTable, batch_of, parameter_costs
 from slimdiff.planning.knapsack import Layer, choose
+from slimdiff.planning.sensitivity import STABLE, in_turn
 from slimdiff.progress import bar
 
 log = logging.getLogger("slimdiff")
@@ -39,16 +40,24 @@ ALL_SUBSETS = 4
 NOTHING_TO_GAIN = "it multiplies one row a sample, runs more than once, or its input is one number"
 TOO_DEAR = "it costs too much for what it saves"
 SLOWER = "it is not faster in int8 by the table"
+Settled = Callable[[Mapping[str, float], Mapping[str, float]], bool]
+"""Whether errors as they were known a call ago serve as well as those that are known now."""
 OWN_BYTES, INT8_BYTES = 4, 1
 """Of a weight in a graph's file: in fp32, and in int8."""
 
 
 @torch.no_grad()
-def measure_int8(denoiser: nn.Module, calls: Sequence[Call]) -> tuple[dict[str, float], dict[str, float]]:
+def measure_int8(
+    denoiser: nn.Module, calls: Sequence[Call], most: float | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """What each linear or convolution costs when it alone is in int8, by module path, and its multiply-adds.
 
     Ranges of inputs are those of all calls. A pass computes what lies behind its layer alone (`Replay`). Processes of
     one job share the layers out, as in `measure_sensitivities`.
+
+    Args:
+        most: that layers may cost together. No more calls are taken when another one no longer changes which layers
+            that would be; if not given, `CALLS` are.
 
     Returns:
         the relative mean squared change of the noise prediction; and the multiply-adds of one sample. Layers that int8
@@ -57,31 +66,43 @@ def measure_int8(denoiser: nn.Module, calls: Sequence[Call]) -> tuple[dict[str, 
     Raises:
         InputError: if an input is not finite, or the model predicts nothing.
     """
-    macs = count_layer_macs(denoiser, calls[0])
+    macs = {path: count / batch_of(calls[0]) for path, count in count_layer_macs(denoiser, calls[0]).items()}
     ranges = {path: ends for path, ends in input_ranges(denoiser, macs, calls).items() if ends[0] < ends[1]}
     process, processes = distributed.world()
-    own = list(ranges)[process::processes]
-    some = [calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))]
-    parts = distributed.agree(partial(_measure, denoiser, {path: ranges[path] for path in own}, some))
-    energy = parts[0][1]  # the same in every process
-    if not 0 < energy < math.inf:
-        raise InputError("the dense model predicts nothing, or what is not finite: int8 cannot be measured on it")
-    changed = {path: value for changes, _ in parts for path, value in changes.items()}
-    return {path: changed[path] / energy for path in ranges}, {p: macs[p] / batch_of(calls[0]) for p in ranges}
+    own = {path: ranges[path] for path in list(ranges)[process::processes]}
+    some = in_turn([calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))])
+    settled = None if most is None else settled_within(macs, most)
+    changed, energy = dict.fromkeys(ranges, 0.0), 0.0
+    known: dict[str, float] = {}
+    for number, call in enumerate(some):
+        parts = distributed.agree(partial(_measure, denoiser, own, call, len(some) - number))
+        energy += parts[0][1]  # the same in every process
+        if not 0 < energy < math.inf:
+            raise InputError("the dense model predicts nothing, or what is not finite: int8 cannot be measured on it")
+        for changes, _ in parts:
+            for path, value in changes.items():
+                changed[path] += value
+        before, known = known, {path: changed[path] / energy for path in ranges}
+        if before and settled is not None and settled(before, known):
+            log.info("int8: costs from %d of %d calls: the last changes no choice", number + 1, len(some))
+            break
+    return known, {path: macs[path] for path in ranges}
 
 
-def _measure(denoiser: nn.Module, ranges: Mapping[str, Range], calls: Sequence[Call]) -> tuple[dict[str, float], float]:
-    """By path, the squared change of the output over the calls; and the squared output itself."""
-    energy, changed = 0.0, dict.fromkeys(ranges, 0.0)
-    with bar(total=len(calls) * len(ranges), name="int8, a layer alone", unit="pass") as shown:
-        for call in calls:  # one at a time, for what it left is held in memory
-            replay = Replay(denoiser, call, list(ranges))
-            energy += float(replay.output.double().square().sum())
-            for path, ends in ranges.items():
-                with rounded(denoiser, {path: ends}):
-                    changed[path] += float((replay.predict(path) - replay.output).double().square().sum())
-                shown.update()
-    return changed, energy
+def _measure(denoiser: nn.Module, ranges: Mapping[str, Range], call: Call, left: int) -> tuple[dict[str, float], float]:
+    """By path, the squared change of the output of a call; and the squared output itself.
+
+    Args:
+        left: calls that there are, for the estimate.
+    """
+    changed = dict.fromkeys(ranges, 0.0)
+    replay = Replay(denoiser, call, list(ranges))
+    seconds = replay.seconds * sum(map(replay.share, ranges))
+    log.info("int8: what %d layers cost alone: about %.0f s a call, of %d at most", len(ranges), seconds, left)
+    for path, ends in bar(ranges.items(), "int8, a layer alone", "pass"):
+        with rounded(denoiser, {path: ends}):
+            changed[path] = float((replay.predict(path) - replay.output).double().square().sum())
+    return changed, float(replay.output.double().square().sum())
 
 
 def choose_int8(errors: Mapping[str, float], macs: Mapping[str, float], most: float) -> list[str]:
@@ -100,6 +121,21 @@ def choose_int8(errors: Mapping[str, float], macs: Mapping[str, float], most: fl
             total += errors[path]
             chosen.add(path)
     return [path for path in errors if path in chosen]
+
+
+def settled_within(macs: Mapping[str, float], most: float) -> Settled:
+    """Whether two measurements of errors put almost the same layers into int8: all but `STABLE` of their MACs.
+
+    Args:
+        macs: of the layers.
+        most: that they may cost together.
+    """
+
+    def settled(before: Mapping[str, float], known: Mapping[str, float]) -> bool:
+        one, other = (set(choose_int8(errors, macs, most)) for errors in (before, known))
+        return sum(macs[path] for path in one ^ other) <= STABLE * sum(macs[path] for path in one | other)
+
+    return settled
 
 
 @dataclass(frozen=True)

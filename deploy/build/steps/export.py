@@ -59,7 +59,7 @@ def shapes(call: Any) -> dict[str, list[int]]:
 def _shares(result: dict[str, Any]) -> dict[str, float]:
     """By side, the part of a graph's multiply-adds that is in int8; none where neither is, or one does not know."""
     reports = {name: result[name].get("int8") for name in ("dense", "slim") if name in result}
-    shares = {name: report["share"] if report else 0.0 for name, report in reports.items()}
+    shares: dict[str, Any] = {name: report["share"] if report else 0.0 for name, report in reports.items()}
     return shares if any(reports.values()) and None not in shares.values() else {}
 
 

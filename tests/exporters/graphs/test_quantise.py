@@ -34,7 +34,7 @@ from exporters.validation.graph import AS_WRITTEN  # noqa: E402
 from slimdiff.denoising.trajectory import predict  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
 from slimdiff.plan import Plan  # noqa: E402
-from slimdiff.planning.precision import choose_int8  # noqa: E402
+from slimdiff.planning.precision import choose_int8, settled_within  # noqa: E402
 
 QKV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -186,9 +186,9 @@ def test_a_plan_says_what_is_in_int8(wide_graph, dense, calls, tmp_path):
 
 def test_too_little_memory_is_said_before_it_ends_the_process(monkeypatch, caplog):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
-    quantise._warn_of_memory(2 * 10**9, 10**9)
+    quantise._warn_of_memory(10**10)
     assert not caplog.messages
-    quantise._warn_of_memory(2 * 10**9, 10**9 + 1)
+    quantise._warn_of_memory(10**10 + 1)
     assert "NNCF takes about 10 GB here, and 10 GB are free" in caplog.messages[0]
 
 
@@ -242,3 +242,21 @@ def test_errors_alone_are_those_of_whole_passes(int8_graph, dense, calls):
             changed / sum(float(r.double().square().sum()) for r in reference), rel=1e-6
         )
     assert not any("forward" in vars(module) for module in dense.modules())
+
+
+def test_no_more_calls_are_taken_than_the_choice_needs(int8_graph, dense, calls, caplog):
+    caplog.set_level("INFO", logger="slimdiff")
+    layers = dict(list(int8_layers(read_graph(int8_graph)).items())[-3:])
+    seen = []
+    errors_alone(dense, layers, calls, lambda before, known: bool(seen.append((before, known))))
+    assert len(seen) == len(calls) - 1 == 2  # never settled: every call, held against the one before
+    assert errors_alone(dense, layers, calls, lambda *_: True) == seen[0][1] != seen[1][1]
+    assert "what 3 layers cost alone: about" in caplog.messages[0] and "of 3 calls at most" in caplog.messages[0]
+
+
+def test_measurements_agree_that_choose_almost_the_same_layers():
+    macs = {"large": 96, "small": 4, "other": 100}
+    settled = settled_within(macs, 1e-3)
+    errors = {"large": 4e-4, "small": 4e-4, "other": 1e-4}
+    assert settled(errors, {**errors, "small": 2e-3})  # 4 of 200 MACs
+    assert not settled(errors, {**errors, "large": 2e-3})
