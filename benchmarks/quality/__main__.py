@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ablation", action="store_true", help="the ablation instead of the first table of RESULTS.md")
     made.add_argument("--cuts", help="percent of the transformer-block parameters")
     made.add_argument("--unet-cuts", help="percent of the whole UNet's parameters, for methods that say so")
-    made.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
+    made.add_argument("--methods", help=f"which of the methods, with commas: {', '.join(METHODS)}")
     made.add_argument("--captions", type=int, help="how many images per row")
     made.add_argument("--samples", type=int, default=CALIBRATION.samples, help="how many calibration prompts")
     made.add_argument("--steps", type=int, default=CALIBRATION.sampling.steps, help="of each of their images")

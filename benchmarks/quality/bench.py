@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.quality.methods import Cut, Method
 from benchmarks.quality.worlds import World
-from slimdiff import CalibrationSettings, PlanSettings
+from slimdiff import CalibrationSettings
 from slimdiff.calibration.calibrate import calibrate, weights_hash
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.calls import Calls
@@ -25,7 +25,7 @@ from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import batch_of, count_macs, count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import Allocation, Forms, Sampling
+from slimdiff.settings import Forms, Sampling
 from slimdiff.slimming.slim import Factors, factorise
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
@@ -108,12 +108,11 @@ class Bench:
         return factorise(self.unet, self.statistics, find_sites(self.unet)[0], forms)
 
     @cache  # noqa: B019
-    def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
+    def planner(self, method: Method) -> Planner:
         """One planner per way to plan; sensitivities of the usual forms are measured once, and kept in the file."""
-        settings = PlanSettings(forms=forms, allocation=allocation, groups=groups)
-        planner = Planner(self.unet, self.statistics, settings, calls=self.recorded)
-        planner.factors = self.factors(forms.local())
-        if allocation == "global" and not planner.is_measured:
+        planner = Planner(self.unet, self.statistics, method.settings(), calls=self.recorded)
+        planner.factors = self.factors(method.forms.local())
+        if method.allocation == "global" and not planner.is_measured:
             planner.remember(self.statistics)
             if planner.is_measured:
                 manifest.write_json(self.measured, self.statistics.sensitivities)
@@ -121,7 +120,7 @@ class Bench:
 
     def make(self, method: Method, cut: Cut) -> tuple[nn.Module, float | None]:
         """The slim model, or the baseline's of the same size; and the noise error that the plan predicts."""
-        planner = self.planner(method.forms, method.allocation, method.groups)
+        planner = self.planner(method)
         plan = planner.plan(cut.budget(self.unet))
         if method.baseline is not None:
             return method.baseline(self, plan), None

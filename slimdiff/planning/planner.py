@@ -21,6 +21,7 @@ from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
+from slimdiff.planning.rounds import iterate
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -109,7 +110,8 @@ class Planner:
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
         name = self.settings.allocation
-        if name in MEASURED and not self.is_measured and not self.calls.gives("sensitivity"):
+        known = self.is_measured and not self.settings.rounds
+        if name in MEASURED and not known and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
         self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency)
@@ -206,16 +208,21 @@ class Planner:
         """
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
         by_error = self.settings.allocation not in ("uniform", "softmax")
-        if by_error:
-            errors = [self._errors(layer, self.sensitivities) for layer in self.layers]
-        else:
-            errors = distances(self.layers, savings, self.weights, removed)
+        sensitivities: Mapping[str, float] = self.sensitivities
+        shares = [] if by_error else distances(self.layers, savings, self.weights, removed)
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
         also = None
         if by_error and table.name == "parameters" and macs is not None:
             also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
-        picks = choose(savings, errors, removed, also)
+
+        def picked(by: Mapping[str, float]) -> list[int]:
+            errors = [self._errors(layer, by) for layer in self.layers] if by_error else shares
+            return choose(savings, errors, removed, also)
+
+        picks = picked(sensitivities)
+        if self.settings.rounds and self.settings.allocation == "global":
+            picks, sensitivities = iterate(self, picks, picked)
         ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
         tables = {t.name: t for t in (self.costs.parameters, macs, self.costs.latency, table) if t is not None}
         costs = {name: {"dense": t.dense, "slim": t.of(ranks)} for name, t in tables.items()}
@@ -230,7 +237,7 @@ class Planner:
             parameters={name: round(value) for name, value in costs.pop("parameters").items()},
             budget={budget.kind: budget.value},
             costs=costs,
-            sites={site.name: self._site_plan(site, ranks.get(site.path)) for site in self.sites},
+            sites={site.name: self._site_plan(site, ranks.get(site.path), sensitivities) for site in self.sites},
             left_dense=self.left_dense,
             calibration=self.statistics.made_from,
         )
@@ -239,12 +246,12 @@ class Planner:
         curves = ((s.name, self.factors[s.name].tail[layer.candidates].numpy()) for s in layer.sites)
         return np.sum([sensitivities.get(name, 1.0) * curve for name, curve in curves], axis=0)
 
-    def _site_plan(self, site: Site, rank: int | None) -> SitePlan:
+    def _site_plan(self, site: Site, rank: int | None, sensitivities: Mapping[str, float]) -> SitePlan:
         """What a site keeps; None if it was not to be slimmed."""
         if rank is None:
             return site_plan(site, site.dense_rank)
         local = float(self.factors[site.name].tail[rank])
-        sensitivity = self.sensitivities.get(site.name)
+        sensitivity = sensitivities.get(site.name)
         predicted = None if sensitivity is None else sensitivity * local
         return site_plan(site, rank, local_error=local, sensitivity=sensitivity, predicted_error=predicted)
 
