@@ -27,7 +27,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.quality.bench import CALIBRATION, Bench
-from benchmarks.quality.methods import ABLATION, METHODS, README, THINGS, THINGS_WHOLE, WHOLE, Cut
+from benchmarks.quality.methods import ABLATION, METHODS, README, TELLING, THINGS, THINGS_WHOLE, WHOLE, Cut
 from benchmarks.quality.tables import ablation_tables, accuracy_table, quality_table
 from benchmarks.quality.worlds import WORLDS
 from deploy.artifacts.hashes import source_hash
@@ -72,10 +72,10 @@ def cells_of(arguments: argparse.Namespace) -> list[tuple[str, Cut]]:
     cuts = parse_cuts(arguments.cuts, usual)
     unet_cuts = parse_cuts(arguments.unet_cuts, whole_usual, whole=True)
     if things:
-        blocks = [(name, cut) for cut in cuts for name in asked or methods if asked or "resnet" not in name]
-        whole = [(name, cut) for cut in unet_cuts for name in asked or (WHOLE if ablation else THINGS_WHOLE)]
-        first = len(blocks) // len(cuts) if cuts else 0
-        return blocks[:first] + whole + blocks[first:]
+        whole = asked or (WHOLE if ablation else THINGS_WHOLE)
+        every = [(name, cut) for cut in cuts for name in asked or methods if "resnet" not in name]
+        every += [(name, cut) for cut in unet_cuts for name in whole]
+        return [cell for cell in TELLING if cell in every] + [cell for cell in every if cell not in TELLING]
     # With resnets, shares are of the whole UNet; in the ablation, our default without them stands beside.
     both = () if ablation else ("global",)
     chosen = [(name, cut) for cut in cuts for name in asked or methods if name in both or name not in WHOLE]
