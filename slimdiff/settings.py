@@ -188,10 +188,10 @@ class Forms(Settings, frozen=True):
     """feed_forward: choose channels by backward elimination on the output error, or (the papers) by ridge leverage."""
     constant: bool = True
     """value_output, feed_forward: the last linear's bias, where there is one, keeps the mean of what is removed."""
-    compensate: Literal["none", "projections", "sequential"] = "projections"
+    compensate: Literal["none", "projections", "sequential", "everything"] = "projections"
     """Afterwards, solve again on what is received in the slim model (`slimdiff.slimming.compensation`): the projections
-    behind slimmed transformer blocks; or, in the order in which they run, those and each block's last linears; or
-    nothing."""
+    behind slimmed transformer blocks; in the order in which they run, those and each block's last linears; so too
+    `everything` that joins the residual stream, to mend that; or nothing."""
 
     def local(self) -> Forms:
         """Without what is done afterwards: what bases, orders and sensitivities depend on."""
@@ -254,6 +254,8 @@ class PlanSettings(Settings):
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1, le=MOST)
     """Recorded denoiser calls on which sensitivities are measured at most: no more are when plans no longer change."""
+    rounds: int = Field(0, ge=0, le=16)
+    """How often the plan is made again by sensitivities at the ranks that were chosen; the best one is taken."""
     resnets: ResnetSettings = ResnetSettings()
     """How slim resnets are fitted."""
     fitting_calls: int = Field(64, ge=1, le=MOST)

@@ -27,7 +27,7 @@ import benchmarks
 import exporters
 import slimdiff
 from benchmarks.quality.bench import CALIBRATION, Bench
-from benchmarks.quality.methods import ABLATION, METHODS, README, THINGS, THINGS_WHOLE, WHOLE, Cut
+from benchmarks.quality.methods import ABLATION, METHODS, README, TELLING, THINGS, THINGS_WHOLE, WHOLE, Cut
 from benchmarks.quality.tables import ablation_tables, accuracy_table, quality_table
 from benchmarks.quality.worlds import WORLDS
 from deploy.artifacts.hashes import source_hash
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ablation", action="store_true", help="the ablation instead of the first table of RESULTS.md")
     made.add_argument("--cuts", help="percent of the transformer-block parameters")
     made.add_argument("--unet-cuts", help="percent of the whole UNet's parameters, for methods that say so")
-    made.add_argument("--methods", help=f"which of {', '.join(METHODS)}")
+    made.add_argument("--methods", help=f"which of the methods, with commas: {', '.join(METHODS)}")
     made.add_argument("--captions", type=int, help="how many images per row")
     made.add_argument("--samples", type=int, default=CALIBRATION.samples, help="how many calibration prompts")
     made.add_argument("--steps", type=int, default=CALIBRATION.sampling.steps, help="of each of their images")
@@ -72,10 +72,10 @@ def cells_of(arguments: argparse.Namespace) -> list[tuple[str, Cut]]:
     cuts = parse_cuts(arguments.cuts, usual)
     unet_cuts = parse_cuts(arguments.unet_cuts, whole_usual, whole=True)
     if things:
-        blocks = [(name, cut) for cut in cuts for name in asked or methods if asked or "resnet" not in name]
-        whole = [(name, cut) for cut in unet_cuts for name in asked or (WHOLE if ablation else THINGS_WHOLE)]
-        first = len(blocks) // len(cuts) if cuts else 0
-        return blocks[:first] + whole + blocks[first:]
+        whole = asked or (WHOLE if ablation else THINGS_WHOLE)
+        every = [(name, cut) for cut in cuts for name in asked or methods if "resnet" not in name]
+        every += [(name, cut) for cut in unet_cuts for name in whole]
+        return [cell for cell in TELLING if cell in every] + [cell for cell in every if cell not in TELLING]
     # With resnets, shares are of the whole UNet; in the ablation, our default without them stands beside.
     both = () if ablation else ("global",)
     chosen = [(name, cut) for cut in cuts for name in asked or methods if name in both or name not in WHOLE]

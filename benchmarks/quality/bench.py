@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from benchmarks.quality.methods import Cut, Method
+from benchmarks.quality.methods import ALL_GROUPS, Cut, Method
 from benchmarks.quality.worlds import World
 from slimdiff import CalibrationSettings, PlanSettings
 from slimdiff.calibration.calibrate import calibrate, weights_hash
@@ -20,12 +20,12 @@ from slimdiff.compression import with_denoiser
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.trajectory import record_calls, sample_images
-from slimdiff.fidelity import HeldError, image_fidelity
+from slimdiff.fidelity import HeldError, psnr_db
 from slimdiff.groups import find_sites
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.planning.costs import batch_of, count_macs, count_parameters
 from slimdiff.planning.planner import Planner
-from slimdiff.settings import Allocation, Forms, Sampling
+from slimdiff.settings import Forms, Sampling
 from slimdiff.slimming.slim import Factors, factorise
 from slimdiff.statistics import Statistics
 from slimdiff.storage import manifest
@@ -108,20 +108,21 @@ class Bench:
         return factorise(self.unet, self.statistics, find_sites(self.unet)[0], forms)
 
     @cache  # noqa: B019
-    def planner(self, forms: Forms, allocation: Allocation, groups: tuple[str, ...]) -> Planner:
-        """One planner per way to plan; sensitivities of the usual forms are measured once, and kept in the file."""
-        settings = PlanSettings(forms=forms, allocation=allocation, groups=groups)
-        planner = Planner(self.unet, self.statistics, settings, calls=self.recorded)
-        planner.factors = self.factors(forms.local())
-        if allocation == "global" and not planner.is_measured:
-            planner.remember(self.statistics)
-            if planner.is_measured:
-                manifest.write_json(self.measured, self.statistics.sensitivities)
+    def planner(self, method: Method) -> Planner:
+        """One planner per way to plan; sensitivities of the usual forms are measured once, of all sites, and kept."""
+        usual = method.allocation == "global" and method.forms.local() == Forms().local()
+        if usual and not self.statistics.sensitivities:
+            whole = Planner(self.unet, self.statistics, PlanSettings(groups=ALL_GROUPS), calls=self.recorded)
+            whole.factors = self.factors(Forms().local())
+            whole.remember(self.statistics)
+            manifest.write_json(self.measured, self.statistics.sensitivities)
+        planner = Planner(self.unet, self.statistics, method.settings(), calls=self.recorded)
+        planner.factors = self.factors(method.forms.local())
         return planner
 
     def make(self, method: Method, cut: Cut) -> tuple[nn.Module, float | None]:
         """The slim model, or the baseline's of the same size; and the noise error that the plan predicts."""
-        planner = self.planner(method.forms, method.allocation, method.groups)
+        planner = self.planner(method)
         plan = planner.plan(cut.budget(self.unet))
         if method.baseline is not None:
             return method.baseline(self, plan), None
@@ -173,7 +174,7 @@ class Bench:
             "seconds": seconds,
             "noise_error": noise_error,
             "predicted_error": predicted,
-            "psnr_db": image_fidelity(list(self.dense_images), list(images))["psnr_db"],
+            "psnr_db": psnr_db(self.dense_images, images),
             **self._judged(images, hits),
             **lost,
         }

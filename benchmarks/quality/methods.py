@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import baselines
 from benchmarks.embedded.card import transformer_parameters
 from benchmarks.obs_diff import obs_diff
-from slimdiff import Budget
+from slimdiff import Budget, PlanSettings
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import count_parameters
 from slimdiff.settings import PAPERS, TRANSFORMER_GROUPS, Allocation, Forms
@@ -29,7 +29,7 @@ class Method:
 
     Attributes:
         label: in the tables.
-        forms, allocation, groups: of our own; baselines take the ranks of the uniform allocation.
+        forms, allocation, groups, rounds: of our own; baselines take the ranks of the uniform allocation.
         baseline: what is done instead of ours.
     """
 
@@ -38,6 +38,10 @@ class Method:
     allocation: Allocation = "global"
     baseline: Baseline | None = None
     groups: tuple[str, ...] = TRANSFORMER_GROUPS
+    rounds: int = 0
+
+    def settings(self) -> PlanSettings:
+        return PlanSettings(forms=self.forms, allocation=self.allocation, groups=self.groups, rounds=self.rounds)
 
 
 def _pruning(prune: Callable[[nn.Module, Plan], nn.Module]) -> Baseline:
@@ -46,7 +50,9 @@ def _pruning(prune: Callable[[nn.Module, Plan], nn.Module]) -> Baseline:
 
 
 def _obs_diff(bench: Bench, plan: Plan) -> nn.Module:
-    return obs_diff(bench.pipeline, plan, bench.prompts, bench.calibration.sampling, bench.recorded.sensitivity)
+    # How many pictures are made at once changes nothing but the time.
+    sampling = bench.calibration.sampling.model_copy(update={"batch": bench.evaluation.batch})
+    return obs_diff(bench.pipeline, plan, bench.prompts, sampling, bench.recorded.sensitivity)
 
 
 SVD, MAGNITUDE = _pruning(baselines.plain_svd), _pruning(baselines.magnitude_pruning)
@@ -56,6 +62,7 @@ ATTENDED = PAPERS.model_copy(update={"value_moments": "attended"})
 JOINT = ATTENDED.model_copy(update={"joint_output": True})
 CENTRED = JOINT.model_copy(update={"centre_keys": True})
 ELIMINATION = Forms(constant=False, compensate="none")
+EVERYTHING = Forms(compensate="everything")
 
 METHODS = {
     "global": Method("slimdiff, global"),
@@ -76,7 +83,15 @@ METHODS = {
     "constant": Method("+ constant column", Forms().local()),
     "compensated": Method("+ projections solved again (the default)"),
     "sequential": Method("default, last linears too, in order", Forms(compensate="sequential")),
+    "everything": Method("everything linear solved again, in order", EVERYTHING),
+    "rounds": Method("default, planned again twice", rounds=2),
+    "everything-rounds": Method("everything solved again, planned again twice", EVERYTHING, rounds=2),
     "joint-resnet": Method("default + resnets, one knapsack", groups=ALL_GROUPS),
+    "everything-resnet": Method("everything solved again, resnets too", EVERYTHING, groups=ALL_GROUPS),
+    "rounds-resnet": Method("default + resnets, planned again twice", groups=ALL_GROUPS, rounds=2),
+    "everything-rounds-resnet": Method(
+        "everything solved again, resnets too, planned again twice", EVERYTHING, groups=ALL_GROUPS, rounds=2
+    ),
     "resnet": Method("resnets alone", groups=("resnet",)),
     "magnitude-resnet": Method(
         "magnitude pruning, resnets too", allocation="uniform", baseline=MAGNITUDE, groups=ALL_GROUPS
@@ -86,11 +101,23 @@ METHODS = {
     ),
 }
 README = ("global", "svd", "magnitude", "uniform", "joint-resnet")
-WHOLE = ("global", "joint-resnet", "resnet", "magnitude-resnet", "torch-pruning-resnet")
+WHOLE = ("global", *(name for name in METHODS if name.endswith("resnet")))
 ABLATION = tuple(name for name in METHODS if name not in ("uniform", *WHOLE))
-THINGS = ("global", "papers", "papers-softmax", "obs-diff", "magnitude", "svd", "torch-pruning", "uniform")
-"""The most telling first."""
-THINGS_WHOLE = ("joint-resnet", "magnitude-resnet", "global", "obs-diff", "torch-pruning-resnet", "papers", "resnet")
+THINGS = (
+    "global",
+    "obs-diff",
+    "papers",
+    "papers-softmax",
+    "magnitude",
+    "svd",
+    "everything",
+    "uniform",
+    "torch-pruning",
+)
+THINGS_WHOLE = (
+    *("joint-resnet", "everything-resnet", "magnitude-resnet", "rounds-resnet", "everything-rounds-resnet"),
+    *("obs-diff", "global", "papers", "papers-softmax", "torch-pruning-resnet"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,3 +137,12 @@ class Cut:
 
     def budget(self, unet: nn.Module) -> Budget:
         return Budget(round(self.percent / 100 * (count_parameters if self.whole else transformer_parameters)(unet)))
+
+
+TELLING = [
+    *((name, Cut(30)) for name in THINGS[:5]),
+    *((name, Cut(30, whole=True)) for name in THINGS_WHOLE[:3]),
+    ("joint-resnet", Cut(20, whole=True)),
+    *((name, Cut(50)) for name in THINGS[:5]),
+]
+"""What is measured of the things first, for time may run out."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,10 +85,64 @@ class Replay:
             self._before[path] = {p: self._steady[p].output for p in over if not done.intersection(_parents(p))}
         return self._before[path]
 
+    @property
+    def steady(self) -> list[str]:
+        """Paths of the stages that run once, and whose outputs may stand for them."""
+        return list(self._steady)
+
     def predict(self, path: str) -> Tensor:
         """The denoiser's output for the call (`predict`), of whose modules the one at a path alone has changed."""
         with _answering(self.denoiser, self.before(path)):
             return predict(self.denoiser, self.call)
+
+
+class Frontier:
+    """Calls of a denoiser whose modules change one after the other, from the first that runs to the last.
+
+    What a call has computed before the module whose turn it is, is held (by reference, on the denoiser's device) and
+    not computed again.
+
+    Args:
+        paths: of the modules that change.
+        most: bytes that may be held: calls beyond run from their beginning.
+    """
+
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call], paths: Sequence[str], most: int) -> None:
+        self.denoiser, self.calls, self.most = denoiser, calls, most
+        self._stages = Replay(denoiser, calls[0], paths).steady
+        self._held: list[dict[str, Any]] = [{} for _ in calls]
+
+    @contextmanager
+    def before(self, number: int, path: str) -> Iterator[None]:
+        """In this block, the call of this number begins where it has to before the module at a path changes."""
+        seen: dict[str, Any] = {}
+        begun: list[bool] = []
+
+        def keep(stage: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            if not begun:
+                seen[stage] = output
+
+        with ExitStack() as stack:
+            for stage in self._stages:
+                hook = partial(keep, stage)
+                stack.callback(self.denoiser.get_submodule(stage).register_forward_hook(hook).remove)
+            begin = self.denoiser.get_submodule(path).register_forward_pre_hook(lambda *_: begun.append(True))
+            stack.callback(begin.remove)
+            stack.enter_context(_answering(self.denoiser, self._held[number]))
+            yield
+        known = self._held[number] | seen
+        found = {p: output for p, output in known.items() if known.keys().isdisjoint(_parents(p))}
+        others = sum(_bytes(outputs) for i, outputs in enumerate(self._held) if i != number)
+        if others + _bytes(found) <= self.most:
+            self._held[number] = found
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(_bytes(part) for part in value) if isinstance(value, list | tuple) else 0
 
 
 def _stages(denoiser: nn.Module) -> list[str]:

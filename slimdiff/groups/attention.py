@@ -26,6 +26,7 @@ class _AttentionGroup(Group[HeadBases]):
 
     per_head = True
     compensated = "to_out.0"
+    added = ("to_out.0",)
 
     def site(self, path: str, module: nn.Module) -> Site | str | None:
         if not isinstance(module, Attention | AttentionModuleMixin):

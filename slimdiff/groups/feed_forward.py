@@ -24,6 +24,7 @@ class FeedForwardGroup(Group[ChannelOrder]):
 
     name = "feed_forward"
     inner = {"net.0.proj": Inner(0, times=(2, 1)), "net.2": Inner(1)}
+    added = ("net.2",)
 
     def site(self, path: str, module: nn.Module) -> Site | str | None:
         layers = layout(module)

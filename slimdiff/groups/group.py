@@ -121,6 +121,8 @@ class Group(ABC, Generic[F]):
         shares_rank_with: groups of the same modules that keep the same rank: they are slimmed together.
         fitted: whether slim weights come from `fit`, on recorded calls, and not from `slim`.
         compensated: path of the linear that error compensation solves again; None if it is to leave the module alone.
+        added: paths of the layers whose outputs join the residual stream, which are solved again where everything is;
+            those after the first are solved with it.
         second_input: name of the module's second argument, where it has one.
         stands_alone: whether the module has its norm and residual inside.
         product_dim: what `attention_of` of a TensorRT network calls this rank in the attention products.
@@ -132,6 +134,7 @@ class Group(ABC, Generic[F]):
     shares_rank_with: tuple[str, ...] = ()
     fitted = False
     compensated: str | None = None
+    added: tuple[str, ...] = ()
     second_input = "encoder_hidden_states"
     stands_alone = False
     product_dim: str | None = None

@@ -44,6 +44,7 @@ class Resnet(Group[ChannelOrder]):
         "conv2": Inner(1),
     }
     fitted = True
+    added = ("conv2", "conv_shortcut")
     second_input = "temb"
     stands_alone = True
 

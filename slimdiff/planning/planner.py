@@ -18,7 +18,7 @@ from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS, fault_in, find_sites
 from slimdiff.groups.group import Site
 from slimdiff.groups.maps import Maps
-from slimdiff.plan import LayerPlan, Plan, SitePlan, site_plan
+from slimdiff.plan import Plan, SitePlan, site_plan
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
@@ -31,6 +31,7 @@ from slimdiff.planning.precision import (
     layer_plans,
     measure_int8,
 )
+from slimdiff.planning.rounds import iterate
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -119,7 +120,8 @@ class Planner:
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
         name = self.settings.allocation
-        if name in MEASURED and not self.is_measured and not self.calls.gives("sensitivity"):
+        known = self.is_measured and not self.settings.rounds
+        if name in MEASURED and not known and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         if self.in_int8 and not self.knows_int8 and not self.calls.gives("sensitivity"):
             raise InputError("what int8 costs each layer is measured: give it recorded denoiser calls")
@@ -248,8 +250,8 @@ class Planner:
         """
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
-        ranks, layers = self._choose(table, removed, macs)
-        int8 = [path for path, layer in layers.items() if layer.precision == "int8"]
+        picks, int8, sensitivities = self._choose(table, removed, macs)
+        ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
         counted = (self.costs.parameters, macs, self.costs.latency, self.size, table)
         tables = {t.name: t for t in counted if t is not None}
         costs = {name: {"dense": t.dense, "slim": t.of(ranks, int8)} for name, t in tables.items()}
@@ -264,55 +266,60 @@ class Planner:
             parameters={name: round(value) for name, value in costs.pop("parameters").items()},
             budget={budget.kind: budget.value},
             costs=costs,
-            sites={site.name: self._site_plan(site, ranks.get(site.path)) for site in self.sites},
-            layers=layers,
+            sites={site.name: self._site_plan(site, ranks.get(site.path), sensitivities) for site in self.sites},
+            layers=layer_plans(self.denoiser, int8, self.int8_errors, table) if self.in_int8 else {},
             left_dense=self.left_dense,
             calibration=self.statistics.made_from,
         )
 
     def _choose(
         self, table: CostTable, removed: float, macs: CostTable | None
-    ) -> tuple[dict[str, int], dict[str, LayerPlan]]:
-        """Ranks by module path, and precisions by that of a linear or convolution where they are chosen, too."""
-        by_error = self.settings.allocation not in ("uniform", "softmax")
-        if self.in_int8 and table.int8:
-            if not by_error:
-                raise InputError(
-                    f"ranks and int8 are chosen together by their errors, and the {self.settings.allocation} "
-                    f"allocation knows none: take global, or a budget in parameters or MACs"
-                )
-            others = [site.path for site in self.sites]
-            errors_of = partial(self._errors, sensitivities=self.sensitivities)
-            units = find_units(self.layers, errors_of, others, list(self.int8_errors))
-            ranks, int8 = choose_both(units, table, removed, self.int8_errors)
-            return ranks, layer_plans(self.denoiser, int8, self.int8_errors, table)
+    ) -> tuple[list[int], list[str], Mapping[str, float]]:
+        """The index of each layer's candidate, the paths that go into int8, and the sensitivities that it was by."""
+        by_error, together = self.settings.allocation not in ("uniform", "softmax"), self.in_int8 and bool(table.int8)
+        if together and not by_error:
+            raise InputError(
+                f"ranks and int8 are chosen together by their errors, and the {self.settings.allocation} allocation "
+                "knows none: take global, or a budget in parameters or MACs"
+            )
+        if self.in_int8 and not together and table.name == "latency_ms":
+            raise InputError("the table of latencies does not know int8: measure it for a plan of this precision")
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
-        if by_error:
-            errors = [self._errors(layer, self.sensitivities) for layer in self.layers]
-        else:
-            errors = distances(self.layers, savings, self.weights, removed)
+        shares = [] if by_error else distances(self.layers, savings, self.weights, removed)
         also = None
         if by_error and table.name == "parameters" and macs is not None:
             also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
-        picks = choose(savings, errors, removed, also)
-        ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
-        if not self.in_int8:
-            return ranks, {}
-        if table.name == "latency_ms":
-            raise InputError("the table of latencies does not know int8: measure it for a plan of this precision")
-        int8 = choose_int8(*self._int8, self.settings.int8_error)
-        return ranks, layer_plans(self.denoiser, int8, self.int8_errors, table)
+        in_int8: dict[tuple[int, ...], list[str]] = {}
+
+        def picked(by: Mapping[str, float]) -> list[int]:
+            if not together:
+                errors = [self._errors(layer, by) for layer in self.layers] if by_error else shares
+                return choose(savings, errors, removed, also)
+            errors_of, others = partial(self._errors, sensitivities=by), [site.path for site in self.sites]
+            units = find_units(self.layers, errors_of, others, list(self.int8_errors))
+            ranks, int8 = choose_both(units, table, removed, self.int8_errors)
+            picks = [layer.candidates.index(ranks.get(layer.path, layer.dense_rank)) for layer in self.layers]
+            in_int8[tuple(picks)] = int8
+            return picks
+
+        sensitivities: Mapping[str, float] = self.sensitivities
+        picks = picked(sensitivities)
+        if self.settings.rounds and self.settings.allocation == "global":
+            picks, sensitivities = iterate(self, picks, picked)
+        if self.in_int8 and not together:
+            return picks, choose_int8(*self._int8, self.settings.int8_error), sensitivities
+        return picks, in_int8.get(tuple(picks), []), sensitivities
 
     def _errors(self, layer: Layer, sensitivities: Mapping[str, float]) -> np.ndarray:
         curves = ((s.name, self.factors[s.name].tail[layer.candidates].numpy()) for s in layer.sites)
         return np.sum([sensitivities.get(name, 1.0) * curve for name, curve in curves], axis=0)
 
-    def _site_plan(self, site: Site, rank: int | None) -> SitePlan:
+    def _site_plan(self, site: Site, rank: int | None, sensitivities: Mapping[str, float]) -> SitePlan:
         """What a site keeps; None if it was not to be slimmed."""
         if rank is None:
             return site_plan(site, site.dense_rank)
         local = float(self.factors[site.name].tail[rank])
-        sensitivity = self.sensitivities.get(site.name)
+        sensitivity = sensitivities.get(site.name)
         predicted = None if sensitivity is None else sensitivity * local
         return site_plan(site, rank, local_error=local, sensitivity=sensitivity, predicted_error=predicted)
 

@@ -114,8 +114,11 @@ def slim_denoiser(
     of_sites: dict[str, Maps] = {}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, None if maps is None else of_sites)
     mended = stages(denoiser, plan, fitting_calls)
-    names = tuple(name for stage in mended for name in stage)
-    outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(names) if mended else []
+    layers = tuple(layer for stage in mended for layer in stage)
+    outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(layers) if mended else []
+    paths = [path for layer in layers for path in layer.paths]
+    # What a convolution of 3 x 3 gains belongs to its own weight: an update's is mapped channel by channel.
+    names = [path for path in paths if denoiser.get_parameter(f"{path}.weight")[0, 0].numel() == 1]
     done = bar(name="slim", unit="site", total=len(changed))
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:
@@ -134,13 +137,13 @@ def slim_denoiser(
     if mended:
         compensate(slim, mended, outputs, fitting_calls)
     if maps is not None:
-        paths = {site.name: site.path for site in changed}
-        maps |= {f"{paths[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
+        places = {site.name: site.path for site in changed}
+        maps |= {f"{places[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
         _add_changes(maps, slim, dict(zip(names, zip(dense, local, strict=True), strict=True)))
     carry_modes(asked, slim)
     if release_dense:
-        for name in names:
-            for parameter in denoiser.get_submodule(name).parameters():
+        for path in paths:
+            for parameter in denoiser.get_submodule(path).parameters():
                 parameter.data = parameter.data.new_empty(0)
     return slim
 

@@ -9,6 +9,7 @@ import torch
 from conftest import PROMPTS, SAMPLING
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
+from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
@@ -17,11 +18,17 @@ from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
 from slimdiff.slimming import compensation
+from slimdiff.slimming.streams import Layer
 
 
 @pytest.fixture(scope="module")
 def calls(pipeline):
     return record_calls(pipeline, PROMPTS, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def statistics(compression):
+    return compression.statistics
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +142,63 @@ def test_compensation_lowers_the_error_where_it_was_solved(pipeline, slimmed, ca
     assert projections and (changed == projections) == (how == "projections")
 
 
+def test_everything_solved_again_mends_the_stream_too(pipeline, statistics, calls):
+    """On the calls that it is solved on, each layer more can only lower what the last one's sum errs."""
+    groups = ("query_key", "value_output", "feed_forward", "resnet")
+
+    def slimmed(how: str) -> torch.nn.Module:
+        settings = PlanSettings(align=4, allocation="uniform", groups=groups, forms=Forms(compensate=how))
+        plan = make_plan(pipeline.unet, statistics, Budget("25%"), settings, calls=calls[:4])
+        return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
+
+    before, after = slimmed("sequential"), slimmed("everything")
+    assert error(pipeline.unet, after, calls) < 0.95 * error(pipeline.unet, before, calls)
+    local = slimmed("none").state_dict()
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, local[name])}
+    kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
+    assert {"conv2", "conv_shortcut", "proj_out", "0", "2"} == kinds  # to_out.0 and net.2
+
+
+def test_what_lies_before_a_layer_may_be_held_or_computed_again(pipeline, slimmed, monkeypatch):
+    held = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
+    monkeypatch.setattr(compensation, "HELD_BYTES", 0)
+    again = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
+    for name, value in held.state_dict().items():
+        torch.testing.assert_close(value, again.state_dict()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_rounds_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
+    settings = PlanSettings(align=4, rounds=1, groups=("query_key", "value_output", "feed_forward", "resnet"))
+    plans = [
+        make_plan(
+            pipeline.unet,
+            statistics,
+            Budget("30%"),
+            settings.model_copy(update={"rounds": rounds, "forms": Forms().local()}),
+            calls=Calls.of(calls[:4], fitting=calls),
+        )
+        for rounds in (0, 1)
+    ]
+    once, twice = (
+        error(pipeline.unet, slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls), calls[:4])
+        for plan in plans
+    )
+    predicted = sum(site.predicted_error or 0 for site in plans[1].sites.values())
+    assert twice <= 1.001 * once  # the better plan is taken
+    assert 1 / 1.5 < predicted / twice < 1.5
+
+
 def test_compensation_needs_calls(pipeline, compression):
     with pytest.raises(InputError, match="recorded denoiser calls"):
         slim_denoiser(pipeline.unet, compression.statistics, compression.plan)
 
 
 def test_dense_outputs_beyond_the_memory_limit_are_of_evenly_spread_tokens(pipeline, calls, monkeypatch):
-    names = ("down_blocks.1.attentions.0.proj_out",)
-    whole = compensation.dense_rows(pipeline.unet, calls[:2], names)
-    width = whole[0][names[0]].shape[1]
+    layers = (Layer("down_blocks.1.attentions.0.proj_out"),)
+    whole = compensation.dense_rows(pipeline.unet, calls[:2], layers)
+    width = whole[0][layers[0].path].shape[1]
     monkeypatch.setattr(compensation, "OUTPUT_BYTES", 4 * width * 2 * 10)
-    for all_rows, few in zip(whole, compensation.dense_rows(pipeline.unet, calls[:2], names), strict=True):
+    for all_rows, few in zip(whole, compensation.dense_rows(pipeline.unet, calls[:2], layers), strict=True):
         (rows,), (picked,) = all_rows.values(), few.values()
         assert len(picked) == 10 < len(rows)
         assert all((row == rows).all(1).any() for row in picked)

@@ -23,6 +23,7 @@ FORMS = {
     "default": Forms(),
     "without compensation": Forms(compensate="none"),
     "sequential": Forms(compensate="sequential"),
+    "everything": Forms(compensate="everything"),
     "keys as they are": Forms(centre_keys=False, compensate="none"),
     "values": Forms(value_moments="values", compensate="none"),
     "head by head": Forms(joint_output=False, compensate="none"),
@@ -53,7 +54,8 @@ def errors(dense, slim, maps, constant):
     for path, layer in dense.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             after = own[f"{path}.weight"]
-            if layer.weight.shape != after.shape or not torch.equal(layer.weight, after):
+            changed = layer.weight.shape != after.shape or not torch.equal(layer.weight, after)
+            if changed and (path in maps or not path.endswith("conv2")):  # its 3 x 3 gain is its weight's own
                 made = maps[path].weight(layer.weight, has_bias=constant and layer.bias is not None)
                 found[path] = float((made - after).norm() / after.norm())
     return found
