@@ -21,6 +21,7 @@ from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
+from slimdiff.planning.pictures import Picture
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -37,7 +38,7 @@ CUTS = (0.15, 0.4)
 PLANNED: dict[str, PlannedBy] = {
     "parameters": PlannedBy(lambda costs: costs.parameters),
     "macs": PlannedBy(
-        lambda costs: costs.macs, "a budget of MACs needs a recorded denoiser call: it shows how many tokens there are"
+        lambda costs: costs.work, "a budget of MACs needs a recorded denoiser call: it shows how many tokens there are"
     ),
     "speedup": PlannedBy(
         lambda costs: costs.latency, "a speedup is planned on a measured table of latencies: give one"
@@ -67,6 +68,7 @@ def make_plan(
     *,
     calls: Calls | Sequence[Call] = (),
     latency: CostTable | None = None,
+    picture: Picture | None = None,
 ) -> Plan:
     """Choose ranks so that the budget is met with the least predicted error.
 
@@ -77,11 +79,12 @@ def make_plan(
         calls: recorded denoiser calls; a list of them is for sensitivities and MACs alone (`Calls.of`). Sensitivities
             and MACs that the statistics hold need none.
         latency: measured milliseconds by layer and rank, needed by a speedup.
+        picture: by whose calls layers are weighed: MACs and the speedup are then of a whole picture.
 
     Raises:
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
-    return Planner(denoiser, statistics, settings, calls=calls, latency=latency).plan(budget)
+    return Planner(denoiser, statistics, settings, calls=calls, latency=latency, picture=picture).plan(budget)
 
 
 class Planner:
@@ -98,6 +101,7 @@ class Planner:
         *,
         calls: Calls | Sequence[Call] = (),
         latency: CostTable | None = None,
+        picture: Picture | None = None,
     ) -> None:
         self.denoiser = denoiser = working_copy(denoiser)
         self.statistics = statistics
@@ -112,7 +116,7 @@ class Planner:
         if name in MEASURED and not self.is_measured and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
-        self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency)
+        self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency, picture)
 
     def _call(self) -> Call | None:
         return self.calls.sensitivity[0] if self.calls.gives("sensitivity") else None
@@ -212,12 +216,14 @@ class Planner:
             errors = distances(self.layers, savings, self.weights, removed)
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
+        counted = self.costs.picture is None or budget.kind == "macs" or self.calls.has("sensitivity")
+        work = self.costs.work if macs is not None and counted else None
         also = None
-        if by_error and table.name == "parameters" and macs is not None:
-            also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
+        if by_error and table.name == "parameters" and work is not None:
+            also = [work.savings(layer.path, layer.candidates) for layer in self.layers]
         picks = choose(savings, errors, removed, also)
         ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
-        tables = {t.name: t for t in (self.costs.parameters, macs, self.costs.latency, table) if t is not None}
+        tables = {t.name: t for t in (self.costs.parameters, macs, work, self.costs.latency, table) if t}
         costs = {name: {"dense": t.dense, "slim": t.of(ranks)} for name, t in tables.items()}
         if bounds:
             costs[table.name]["budget"] = table.dense - removed
