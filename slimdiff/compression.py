@@ -17,7 +17,9 @@ from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.modules import carry_modes
 from slimdiff.denoising.precision import held_like, in_float32
+from slimdiff.denoising.scheduled import shallow_unet
 from slimdiff.denoising.sizes import check_size
+from slimdiff.denoising.tasks import samples_per_image
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call, Inputs, denoiser_name, with_denoiser, working_pipeline
 from slimdiff.errors import InputError
@@ -29,8 +31,10 @@ from slimdiff.plan import Plan
 from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import find_layers
+from slimdiff.planning.pictures import Picture
 from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
 from slimdiff.prompts import check_inputs
+from slimdiff.schedule import Schedule
 from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
@@ -70,6 +74,7 @@ def compress(
     calibration: CalibrationSettings | None = None,
     planning: PlanSettings | None = None,
     statistics: Statistics | None = None,
+    schedule: Schedule | None = None,
     release_dense: bool = False,
 ) -> Compression:
     """Slim a pipeline's denoiser without a gradient step.
@@ -81,7 +86,10 @@ def compress(
         budget: how much to take out of the denoiser, in parameters, MACs, latency or error (a text or a count alone is
             of parameters: `"12%"`); or
         plan: the ranks themselves (a plan read from a file, perhaps edited).
-        latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`).
+        latency: measured milliseconds by layer and rank, for a speedup (`exporters.latency.table`); of a whole picture
+            (`exporters.latency.steps`), if there is a schedule.
+        schedule: by which the slim model will make its images: a budget in MACs or latency is then of a whole picture,
+            in which a deep layer runs less often than others (`slimdiff.schedule_pipeline` follows it).
         statistics: from an earlier calibration of the same weights, to save the time.
         release_dense: let go of the dense weights as the slim ones are made: less memory, but the pipeline that came in
             cannot be used afterwards.
@@ -96,7 +104,8 @@ def compress(
     _expect(Plan, plan=plan)
     _expect(Statistics, statistics=statistics)
     _expect(CostTable, latency=latency)
-    work = Compressor(pipeline, prompts, calibration, planning)
+    _expect(Schedule, schedule=schedule)
+    work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
     work.check([] if budget is None else [budget], latency=latency)
     clock = [time.perf_counter()]
     if statistics is not None:
@@ -122,6 +131,7 @@ class Compressor:
 
     Args:
         unfinished: a folder for a calibration that may be interrupted (see `calibrate`).
+        schedule: of the images that budgets are about; see `compress`.
     """
 
     def __init__(
@@ -132,6 +142,7 @@ class Compressor:
         planning: PlanSettings | None = None,
         *,
         unfinished: Path | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         _expect(DiffusionPipeline, pipeline=pipeline)
         _expect(CalibrationSettings, calibration=calibration)
@@ -141,6 +152,7 @@ class Compressor:
         self.calibration = calibration or CalibrationSettings()
         self.planning = planning or PlanSettings()
         self.unfinished = unfinished
+        self.schedule = schedule
         self._work = working_pipeline(pipeline)
 
     @cached_property
@@ -168,7 +180,22 @@ class Compressor:
     @own_torch_state()
     def planner(self) -> Planner:
         """What plans have in common."""
-        return Planner(self.denoiser, self.statistics, self.planning, calls=self.calls)
+        return Planner(self.denoiser, self.statistics, self.planning, calls=self.calls, picture=self.picture)
+
+    @cached_property
+    def picture(self) -> Picture | None:
+        """The calls of an image by the schedule.
+
+        Raises:
+            InputError: if the schedule is of another model.
+        """
+        if self.schedule is None:
+            return None
+        denoiser = getattr(self._work, denoiser_name(self._work))
+        self.schedule.check(denoiser.config, "the schedule")
+        if self.schedule.depth is not None:
+            shallow_unet(denoiser, self.schedule.depth)  # which refuses what it cannot cut
+        return Picture(self.schedule, samples_per_image(self.source, self.calibration.sampling))
 
     @cached_property
     @own_torch_state()
@@ -199,11 +226,12 @@ class Compressor:
         slim_class_of(denoiser)
         check_fit(self.source)
         sampling = self.calibration.sampling
+        picture = self.picture
         check_size(self.source, {"height": sampling.height, "width": sampling.width, **sampling.arguments})
         if not budgets:
             return
         sites = chosen_sites(find_sites(denoiser)[0], self.planning)
-        costs = Costs(denoiser, find_layers(sites, self.planning.align), {}, call, latency)
+        costs = Costs(denoiser, find_layers(sites, self.planning.align), {}, call, latency, picture)
         for budget in budgets:
             PLANNED[budget.kind].check(costs, budget)
 

@@ -89,8 +89,9 @@ class Plan(Editable):
     budget: dict[str, str | float] = {}
     """What was asked for, such as `{"parameters": "12%"}` or `{"speedup": 1.35}`."""
     costs: dict[str, dict[str, float]] = {}
-    """Further costs as predicted when the plan was made, `macs` (of one sample) and `latency_ms`, where they are
-    known: `dense`, `slim` and, if it was budgeted, `budget`."""
+    """Further costs as predicted when the plan was made, where they are known: `macs` (of one sample) and `latency_ms`;
+    `macs_per_image` and `latency_ms_per_image`, of dense and slim by the same schedule. Each has `dense`, `slim` and,
+    if it was budgeted, `budget`."""
     noise_error: float | None = None
     """Relative mean squared change of the noise prediction, if the slim model was measured when the plan was made."""
     sites: dict[str, SitePlan]

@@ -51,7 +51,8 @@ class ChoiceSettings(Settings):
     """What a schedule is chosen for: one of these."""
 
     speedup: float | None = Field(None, gt=1, le=1000)
-    """How many times fewer multiply-adds the denoiser's calls of an image take, such as 2."""
+    """How many times fewer multiply-adds the denoiser's calls of an image take, such as 2; with a runtime, how many
+    times as fast the whole image is made there, measured."""
     max_error: float | None = Field(None, gt=0, le=1_000_000)
     """The cheapest schedule that changes the final latents by at most this (relative mean squared), measured."""
 
@@ -162,6 +163,12 @@ class Schedule(Editable):
                 "carried_from": self.carried_from or self.steps,
             }
         )
+
+    def of_slim(self) -> Schedule:
+        """The same for a slim model: what was measured was measured of the dense one, and it says so."""
+        if "latent_error" not in self.made_by:
+            return self
+        return self.model_copy(update={"made_by": {**self.made_by, "measured_on": "the dense model"}})
 
     def check(self, config: Mapping[str, Any], where: str) -> None:
         """Refuse a UNet, by its configuration, that this is no schedule of; `where` is what errors call the schedule.

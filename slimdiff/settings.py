@@ -345,7 +345,7 @@ BUDGETS: dict[str, BudgetKind] = {
         ),
         BudgetKind(
             "macs",
-            "how many multiply-accumulates per sample to take out: a count (50G) or a share (20%)",
+            "how many multiply-accumulates per sample (by a schedule, per image) to take out: a count or a share (20%)",
             partial(read_amount, example="50G"),
             partial(removed_amount, noun="MACs"),
         ),
@@ -371,8 +371,8 @@ class Budget:
     `parameters` and `macs` are counts (`100M`, `2.5G`, `30k`, `1500000`) or shares of *all* the denoiser's parameters
     or multiply-accumulates (`12%`); a leading minus is allowed, for it says how much to remove. MACs are those of one
     sample, and a guided call has two an image. `speedup` is the dense model's latency over the slim one's, by a
-    measured table of latencies. `max_error` bounds the relative mean squared change of the noise prediction: the
-    smallest model below it is sought.
+    measured table of latencies. Both are of a whole image where there is a schedule, by which dense and slim make it.
+    `max_error` bounds the relative mean squared change of the noise prediction: the smallest model below it is sought.
 
     Attributes:
         kind: the name of its kind.

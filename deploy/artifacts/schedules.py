@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import suppress
-
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, Schedule
-
-log = logging.getLogger("slimdiff")
 
 NONE = "none"
 """In the place of a file: no schedule, though there is one."""
@@ -40,14 +35,3 @@ def refuse_schedule(name: str, what: str) -> None:
             f"{name} has a schedule, and {what} takes none: with one, run the model or its ONNX folder; without, take "
             f"{FILE} out, or export with --schedule none"
         )
-
-
-def warn_of_schedule(name: str) -> None:
-    """Warn that a slim model does not carry the schedule of the model that it is made of."""
-    with suppress(InputError):  # a file of that name may be anything of the user's, and none of it is read here
-        if find_schedule(name, None) is not None:
-            log.warning(
-                "%s has a schedule, which was made for it alone: the slim model gets none (make it one with slimdiff "
-                "schedule, or name this one with --schedule)",
-                name,
-            )

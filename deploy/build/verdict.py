@@ -38,7 +38,7 @@ def summary(recipe: Recipe, folder: Path, name: str, stages: Sequence[Stage], do
     verdict = overall(gates)
     calibrated = manifest.read_manifest(folder / "calibrate")["made_from"]["inputs"]
     settings = recipe.model_dump(mode="json", by_alias=True) | {"model": public_name(recipe.model)}
-    named = {name: getattr(recipe, name) for name in ("prompts", *PICTURES)}
+    named = {name: getattr(recipe, name) for name in ("prompts", "schedule", *PICTURES)}
     settings |= {name: Path(value).name for name, value in named.items() if isinstance(value, str)}
     settings["lora"] = [one | {"file": Path(one["file"]).name} for one in settings["lora"]]
     for metric in settings["compare"]["metrics"].values():

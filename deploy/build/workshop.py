@@ -15,6 +15,7 @@ from deploy.artifacts import build_folder
 from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.figures import machine as describe_machine
 from deploy.artifacts.hashes import model_hash, source_hash
+from deploy.artifacts.schedules import find_schedule
 from deploy.artifacts.usage import said_of
 from deploy.recipe.material import PICTURES, calibration_material, comparison_material, hash_of
 from deploy.recipe.prompts import EMBEDDED, GENERAL, default_source
@@ -31,6 +32,7 @@ from slimdiff.denoising.trajectory import Call, Inputs, record_calls
 from slimdiff.loading.lora_files import describe
 from slimdiff.loading.pipelines import load_pipeline, read_dtype
 from slimdiff.prompts.material import Material
+from slimdiff.schedule import Schedule
 from slimdiff.settings import CalibrationSettings, Sampling, WeightSettings
 from slimdiff.storage import manifest
 
@@ -212,7 +214,18 @@ class Workshop:
 
     def new_compressor(self) -> Compressor:
         """The same before calibration."""
-        return Compressor(self.dense, self._calibrated[0], self.calibration, self.recipe.plan)
+        prompts = self._calibrated[0]
+        return Compressor(self.dense, prompts, self.calibration, self.recipe.plan, schedule=self.schedule)
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """Of the images: the recipe's, or the model's own."""
+        return find_schedule(self.recipe.model, self.recipe.schedule)
+
+    @property
+    def scheduled(self) -> dict[str, Any]:
+        """The schedule, for the keys of stages that follow it; nothing where there is none."""
+        return {"schedule": self.schedule.model_dump(exclude_none=True)} if self.schedule else {}
 
     @cached_property
     def core(self) -> dict[str, str]:

@@ -106,6 +106,10 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
     if kind == "build":
+        if find_schedule(str(path / "slim"), None) is not None:
+            raise InputError(
+                f"{name} has a slim model with a schedule, which a build's graphs do not follow: bundle {path / 'slim'}"
+            )
         export = build_folder.read_verdict(path)["recipe"]["export"]
         checked = selection.safety_checker and export.get("safety_checker", True)
         rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked, keep_fp32=export.get("keep_fp32", ()))

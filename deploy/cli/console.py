@@ -30,10 +30,18 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "macs": amount,
     "bytes": size,
     "latency_ms": lambda ms: f"{ms:.2f} ms",
+    "macs_per_image": amount,
+    "latency_ms_per_image": lambda ms: f"{ms:.1f} ms",
     "int8_macs": lambda share: f"{100 * share:.1f} %",
 }
 """Figures of a model, and how people read them."""
-LABELS = {"macs": "MACs/sample", "latency_ms": "latency", "int8_macs": "MACs in int8"}
+LABELS = {
+    "macs": "MACs/sample",
+    "latency_ms": "latency",
+    "macs_per_image": "MACs/image",
+    "latency_ms_per_image": "image",
+    "int8_macs": "MACs in int8",
+}
 """What they are called where that is not their key."""
 
 

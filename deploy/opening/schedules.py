@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from exporters.graphs.pipeline import example_call
 from exporters.layout import GRAPH, STEP
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
+from slimdiff.denoising.schedulers import calls_of
 from slimdiff.errors import InputError
 from slimdiff.planning.costs import batch_of, count_macs, shallow_share
 from slimdiff.schedule import Schedule
@@ -59,13 +59,3 @@ def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) 
     whole = count_macs(dense.opened.denoiser, call) * own.steps
     by_schedule = count_macs(unet, call) * own.steps * own.cost(share, batch_of(call))
     return {"dense": whole, "slim": round(by_schedule), "saved": 1 - by_schedule / whole}
-
-
-def calls_of(pipeline: Any, steps: int) -> int:
-    """How often a pipeline calls its denoiser in that many steps: some samplers do so several times a step."""
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    try:
-        scheduler.set_timesteps(steps)
-        return len(scheduler.timesteps)
-    except Exception:  # they raise anything for a number that they do not take, and ask for more than it
-        return steps

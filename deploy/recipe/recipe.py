@@ -264,6 +264,9 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     image or, of several ControlNets, one each."""
     classes: str | None = Field(None, coerce_numbers_to_str=True)
     """Of a class-conditional model, such as `207,360` or `0-999`."""
+    schedule: str | None = None
+    """A file that says which steps of an image are guided and whole (relative to the recipe): the slim model is planned
+    for it and gets it. The model's own if not given; `none`: every step is guided and whole."""
     calibration: CalibrationSettings = CalibrationSettings()
     """The runs in which the denoiser is watched."""
     budget: BudgetSettings = BudgetSettings()
@@ -361,6 +364,8 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
         resolved["prompts"] = default_source(recipe.model)
     if recipe.model != "demo" and (model.startswith(".") or os.path.exists(folder / model)):
         resolved["model"] = str(folder / model)
+    if recipe.schedule not in (None, "none"):
+        resolved["schedule"] = str(folder / _name_of_file(recipe.schedule))
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
     resolved["lora"] = tuple(

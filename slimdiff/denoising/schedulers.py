@@ -91,3 +91,13 @@ def with_scheduler(pipeline: DiffusionPipeline, sampling: Sampling) -> Diffusion
     other = copy.copy(pipeline)
     other.scheduler = make_scheduler(own, sampling.scheduler)
     return other
+
+
+def calls_of(pipeline: Any, steps: int) -> int:
+    """How often a pipeline calls its denoiser in that many steps: some samplers do so several times a step."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+        return len(scheduler.timesteps)
+    except Exception:  # they raise anything for a number that they do not take, and ask for more than it
+        return steps

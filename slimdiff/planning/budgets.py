@@ -14,12 +14,20 @@ from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import Layer
+from slimdiff.planning.pictures import Picture
 from slimdiff.settings import Budget
 
 if TYPE_CHECKING:
     from slimdiff.planning.planner import Planner
 
-_NOUNS = {"parameters": "parameters", "macs": "MACs", "latency_ms": "latencies", "bytes": "bytes"}
+_NOUNS = {
+    "parameters": "parameters",
+    "macs": "MACs",
+    "latency_ms": "latencies",
+    "bytes": "bytes",
+    "macs_per_image": "MACs of an image",
+    "latency_ms_per_image": "latencies of an image",
+}
 
 
 @dataclass
@@ -29,7 +37,8 @@ class Costs:
     Attributes:
         known: `Statistics.macs`, which save the counting.
         call: gives a denoiser call to count MACs of, or None: how many tokens there are shows in a call alone.
-        latency: measured milliseconds by layer and rank.
+        latency: measured milliseconds by layer and rank; of a whole picture where there is one.
+        picture: the calls that a budget is of, if it is of a whole picture.
     """
 
     denoiser: nn.Module
@@ -37,8 +46,12 @@ class Costs:
     known: Mapping[str, float]
     call: Callable[[], Call | None]
     latency: CostTable | None
+    picture: Picture | None = None
 
     def __post_init__(self) -> None:
+        if self.latency is not None and (self.picture is not None) != (self.latency.name == "latency_ms_per_image"):
+            one, other = ("a call", "a whole picture") if self.picture else ("a whole picture", "a call")
+            raise InputError(f"this table of latencies is of {one}, and the budget is of {other}")
         self.sites = [site for layer in self.layers for site in layer.sites]
         if {"", *(layer.path for layer in self.layers)} <= self.known.keys():
             ranks = {layer.path: {0: 0.0, layer.dense_rank: self.known[layer.path]} for layer in self.layers}
@@ -53,6 +66,14 @@ class Costs:
         """Multiply-accumulates, None without a call."""
         call = self.call()
         return None if call is None else mac_costs(self.denoiser, self.sites, call)
+
+    @cached_property
+    def work(self) -> CostTable | None:
+        """Multiply-accumulates of what is budgeted: of a picture by its schedule, else of a sample."""
+        if self.picture is None or self.macs is None:
+            return self.macs
+        call = self.call()
+        return None if call is None else self.picture.macs(self.denoiser, self.macs, call)
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ def removed_within(budget: Budget, table: CostTable, layers: Sequence[Layer]) ->
     if removed > most:
 
         def amount(value: float) -> str:
-            return f"{value:.3g} ms" if table.name == "latency_ms" else f"{value:,.0f} {noun}"
+            return f"{value:.3g} ms" if table.name.startswith("latency_ms") else f"{value:,.0f} {noun}"
 
         words = f"{budget.value:g}x" if budget.kind == "speedup" else repr(budget.value)
         groups = dict.fromkeys(site.group for layer in layers for site in layer.sites)

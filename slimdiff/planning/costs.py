@@ -24,7 +24,7 @@ from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Site
 from slimdiff.progress import working
 
-CostName = Literal["parameters", "macs", "latency_ms", "bytes"]
+CostName = Literal["parameters", "macs", "latency_ms", "bytes", "macs_per_image", "latency_ms_per_image"]
 _Count = TypeVar("_Count")
 
 
@@ -33,8 +33,9 @@ class CostTable:
     """What a denoiser costs by the ranks of its layers. Layers' costs add up; what is in no layer never changes.
 
     Attributes:
-        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image), `latency_ms`, or `bytes`
-            (of the weights in a graph's file).
+        name: the unit: `parameters`, `macs` (of one sample: a guided call has two an image), `latency_ms` (of a call),
+            or `bytes` (of the weights in a graph's file); `macs_per_image` and `latency_ms_per_image` are of a whole
+            picture by its schedule.
         dense: what the whole dense model costs.
         layers: module path -> rank -> what the layer costs with it; the largest rank is the dense one. Between
             ranks, costs are interpolated linearly. A constant in all of a layer's costs cancels.
@@ -115,6 +116,20 @@ def count_macs(denoiser: nn.Module, call: Call) -> int:
     return _counted(denoiser, call, count)
 
 
+def left_out_of_shallow(unet: nn.Module, depth: str) -> list[str]:
+    """Paths of the blocks that do not run in a call from that up block on; nothing else in the UNet is left out.
+
+    Raises:
+        InputError: if the UNet has no such depth.
+    """
+    shallow = shallow_unet(unet, depth)
+    runs = {f"up_blocks.{len(unet.up_blocks) - 1 - i}" for i in range(len(shallow.up_blocks))}  # type: ignore[arg-type]
+    runs |= {f"down_blocks.{i}" for i in range(len(shallow.down_blocks))}
+    blocks = [name for name, _ in unet.named_modules() if re.fullmatch(r"mid_block|(up|down)_blocks\.[0-9]+", name)]
+    left_out = [name for name in blocks if name not in runs]
+    return [*left_out, f"down_blocks.{len(shallow.down_blocks) - 1}.downsamplers.0"]
+
+
 @working("count multiply-accumulates of a shallow call")
 @torch.no_grad()
 def shallow_share(unet: nn.Module, depth: str, call: Call) -> float:
@@ -126,12 +141,7 @@ def shallow_share(unet: nn.Module, depth: str, call: Call) -> float:
     Raises:
         InputError: if the UNet has no such depth.
     """
-    shallow = shallow_unet(unet, depth)
-    runs = {f"up_blocks.{len(unet.up_blocks) - 1 - i}" for i in range(len(shallow.up_blocks))}  # type: ignore[arg-type]
-    runs |= {f"down_blocks.{i}" for i in range(len(shallow.down_blocks))}
-    blocks = [name for name, _ in unet.named_modules() if re.fullmatch(r"mid_block|(up|down)_blocks\.[0-9]+", name)]
-    left_out = [name for name in blocks if name not in runs]
-    left_out += [f"down_blocks.{len(shallow.down_blocks) - 1}.downsamplers.0"]
+    left_out = left_out_of_shallow(unet, depth)
 
     def count(run: Callable[[], Any], _model: nn.Module) -> float:
         counter = FlopCounterMode(display=False)

@@ -23,6 +23,7 @@ from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
+from slimdiff.planning.pictures import Picture
 from slimdiff.planning.precision import (
     byte_costs,
     choose_both,
@@ -48,7 +49,7 @@ CUTS = (0.15, 0.4)
 PLANNED: dict[str, PlannedBy] = {
     "parameters": PlannedBy(lambda costs: costs.parameters),
     "macs": PlannedBy(
-        lambda costs: costs.macs, "a budget of MACs needs a recorded denoiser call: it shows how many tokens there are"
+        lambda costs: costs.work, "a budget of MACs needs a recorded denoiser call: it shows how many tokens there are"
     ),
     "speedup": PlannedBy(
         lambda costs: costs.latency, "a speedup is planned on a measured table of latencies: give one"
@@ -78,6 +79,7 @@ def make_plan(
     *,
     calls: Calls | Sequence[Call] = (),
     latency: CostTable | None = None,
+    picture: Picture | None = None,
 ) -> Plan:
     """Choose ranks so that the budget is met with the least predicted error.
 
@@ -88,11 +90,12 @@ def make_plan(
         calls: recorded denoiser calls; a list of them is for sensitivities and MACs alone (`Calls.of`). Sensitivities
             and MACs that the statistics hold need none.
         latency: measured milliseconds by layer and rank, needed by a speedup.
+        picture: by whose calls layers are weighed: MACs and the speedup are then of a whole picture.
 
     Raises:
         InputError: if the budget cannot be met by the sites there are, or something does not fit together.
     """
-    return Planner(denoiser, statistics, settings, calls=calls, latency=latency).plan(budget)
+    return Planner(denoiser, statistics, settings, calls=calls, latency=latency, picture=picture).plan(budget)
 
 
 class Planner:
@@ -109,6 +112,7 @@ class Planner:
         *,
         calls: Calls | Sequence[Call] = (),
         latency: CostTable | None = None,
+        picture: Picture | None = None,
     ) -> None:
         self.denoiser = denoiser = working_copy(denoiser)
         self.statistics = statistics
@@ -126,7 +130,7 @@ class Planner:
         if self.in_int8 and not self.knows_int8 and not self.calls.gives("sensitivity"):
             raise InputError("what int8 costs each layer is measured: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
-        self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency)
+        self.costs = Costs(denoiser, self.layers, statistics.macs, self._call, latency, picture)
 
     def _call(self) -> Call | None:
         return self.calls.sensitivity[0] if self.calls.gives("sensitivity") else None
@@ -250,10 +254,11 @@ class Planner:
         """
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
-        picks, int8, sensitivities = self._choose(table, removed, macs)
+        counted = self.costs.picture is None or budget.kind == "macs" or self.calls.has("sensitivity")
+        work = self.costs.work if macs is not None and counted else None
+        picks, int8, sensitivities = self._choose(table, removed, work)
         ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
-        counted = (self.costs.parameters, macs, self.costs.latency, self.size, table)
-        tables = {t.name: t for t in counted if t is not None}
+        tables = {t.name: t for t in (self.costs.parameters, macs, work, self.costs.latency, self.size, table) if t}
         costs = {name: {"dense": t.dense, "slim": t.of(ranks, int8)} for name, t in tables.items()}
         if bounds:
             costs[table.name]["budget"] = table.dense - removed
@@ -273,7 +278,7 @@ class Planner:
         )
 
     def _choose(
-        self, table: CostTable, removed: float, macs: CostTable | None
+        self, table: CostTable, removed: float, work: CostTable | None
     ) -> tuple[list[int], list[str], Mapping[str, float]]:
         """The index of each layer's candidate, the paths that go into int8, and the sensitivities that it was by."""
         by_error, together = self.settings.allocation not in ("uniform", "softmax"), self.in_int8 and bool(table.int8)
@@ -282,13 +287,13 @@ class Planner:
                 f"ranks and int8 are chosen together by their errors, and the {self.settings.allocation} allocation "
                 "knows none: take global, or a budget in parameters or MACs"
             )
-        if self.in_int8 and not together and table.name == "latency_ms":
+        if self.in_int8 and not together and table.name.startswith("latency_ms"):
             raise InputError("the table of latencies does not know int8: measure it for a plan of this precision")
         savings = [table.savings(layer.path, layer.candidates) for layer in self.layers]
         shares = [] if by_error else distances(self.layers, savings, self.weights, removed)
         also = None
-        if by_error and table.name == "parameters" and macs is not None:
-            also = [macs.savings(layer.path, layer.candidates) for layer in self.layers]
+        if by_error and table.name == "parameters" and work is not None:
+            also = [work.savings(layer.path, layer.candidates) for layer in self.layers]
         in_int8: dict[tuple[int, ...], list[str]] = {}
 
         def picked(by: Mapping[str, float]) -> list[int]:

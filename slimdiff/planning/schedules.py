@@ -25,6 +25,7 @@ from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Inputs, record_calls, sample_batch, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.planning.costs import shallow_share
+from slimdiff.planning.pictures import StepCosts
 from slimdiff.progress import bar
 from slimdiff.prompts import check_inputs
 from slimdiff.schedule import Schedule, levels_of
@@ -97,6 +98,22 @@ class Images:
         latents: Any = sample_batch(other, self.prompts, self.batches[number], self.sampling)
         return torch.as_tensor(latents).double()
 
+    @property
+    def guidance_can_go(self) -> bool:
+        """Whether steps can run without guidance."""
+        return self.branches > 1 and guides_as_known(self.pipeline)
+
+    def depths(self) -> list[str]:
+        """All that can be reused."""
+        depths = [f"up_blocks.{number}" for number in range(1, self.levels)]
+        try:
+            for depth in depths:
+                shallow_unet(self.pipeline.unet, depth)
+        except InputError as error:
+            log.info("no depth is reused: %s", error)
+            return []
+        return depths
+
     @own_torch_state()
     def change(self, schedule: Schedule) -> float:
         """Relative mean squared change of the final latents, sum |scheduled - full|^2 / sum |full|^2."""
@@ -134,6 +151,7 @@ class Changes:
         branches: of guidance.
         unguided: by step, without its guidance; infinite where that cannot be left out.
         reused: by whole step and number of steps that reuse it.
+        times: what each kind of step takes, and a picture beside its steps, measured; multiply-adds count without.
     """
 
     depth: str | None
@@ -141,20 +159,29 @@ class Changes:
     branches: int
     unguided: list[float]
     reused: list[dict[int, float]] = field(default_factory=list)
+    times: StepCosts | None = None
+
+    @property
+    def costs(self) -> StepCosts:
+        """What a picture costs: measured, or else counted."""
+        return self.times or StepCosts.of_macs(self.shallow, self.branches)
 
 
-def measure_changes(images: Images, depths: Sequence[str] | None = None) -> list[Changes]:
+def measure_changes(
+    images: Images, depths: Sequence[str] | None = None, times: Mapping[str | None, StepCosts] | None = None
+) -> list[Changes]:
     """One for each depth, or for guidance alone if the UNet has none.
 
     Args:
         depths: that are tried; all that the UNet has if not given.
+        times: by depth, what steps take where speed is measured; None as a key, where there is no depth.
 
     Raises:
         InputError: if neither guidance nor depth can be left out.
     """
     steps, full = images.steps, [(True, True)] * images.steps
-    known = images.branches > 1 and guides_as_known(images.pipeline)
-    depths = _depths(images) if depths is None else depths
+    known, times = images.guidance_can_go, times or {}
+    depths = images.depths() if depths is None else depths
     if not known and not depths:
         raise InputError(
             f"{type(images.pipeline).__name__} has no guidance and no depth that a schedule could leave out"
@@ -174,7 +201,7 @@ def measure_changes(images: Images, depths: Sequence[str] | None = None) -> list
         found[depth, step, count] = math.sqrt(images.change(images.schedule(kinds, depth)))
     unguided = [found.get((None, step, 0), math.inf) for step in range(steps)]
     if not depths:
-        return [Changes(None, 1.0, images.branches, unguided, [{}] * steps)]
+        return [Changes(None, 1.0, images.branches, unguided, [{}] * steps, times.get(None))]
     return [
         Changes(
             depth,
@@ -182,20 +209,10 @@ def measure_changes(images: Images, depths: Sequence[str] | None = None) -> list
             images.branches,
             unguided,
             [_between({c: v for (d, s, c), v in found.items() if (d, s) == (depth, step)}) for step in range(steps)],
+            times.get(depth),
         )
         for depth in depths
     ]
-
-
-def _depths(images: Images) -> list[str]:
-    depths = [f"up_blocks.{number}" for number in range(1, images.levels)]
-    try:
-        for depth in depths:
-            shallow_unet(images.pipeline.unet, depth)
-    except InputError as error:
-        log.info("no depth is reused: %s", error)
-        return []
-    return depths
 
 
 def _between(measured: dict[int, float]) -> dict[int, float]:
@@ -214,7 +231,7 @@ class Choice:
     """A schedule on the frontier: no cheaper one changes less, by the sum of what was measured."""
 
     cost: float
-    """As a share of the full schedule's."""
+    """As a share of the full schedule's, what is beside the steps counted if that was measured."""
     change: float
     """The sum of norms."""
     kinds: Kinds
@@ -227,8 +244,10 @@ def frontier(changes: Changes) -> list[Choice]:
     A state is how many steps have reused the last whole one, and whether that was guided. What is guided does not reuse
     what is not.
     """
-    steps, branches = len(changes.unguided), changes.branches
-    shallow = round(changes.shallow * _UNIT)
+    steps, costs = len(changes.unguided), changes.costs
+    scale = changes.branches * _UNIT / costs.kinds[True, True]
+    units = {kind: round(scale * cost) for kind, cost in costs.kinds.items()}
+    rest = round(scale * costs.rest)
     # State -> cost -> change, and the steps as a chain.
     states: dict[tuple[int, bool], dict[int, tuple[float, Any]]] = {(0, True): {0: (0.0, None)}}
     for step in range(steps):
@@ -238,26 +257,25 @@ def frontier(changes: Changes) -> list[Choice]:
                 extra = 0.0 if guided else changes.unguided[step]
                 if extra == math.inf:
                     continue
-                runs = branches if guided else 1
-                moves = [((0, guided), True, runs * _UNIT, extra)]
+                moves = [((0, guided), True, units[guided, True], extra)]
                 source = changes.reused[step - reuses - 1] if step else {}
                 if reuses + 1 in source and (whole_guided or not guided):
                     more = source[reuses + 1] - source.get(reuses, 0.0)
-                    moves.append(((reuses + 1, whole_guided), False, runs * shallow, extra + more))
+                    moves.append(((reuses + 1, whole_guided), False, units[guided, False], extra + more))
                 for state, whole, cost, change in moves:
                     best = after.setdefault(state, {})
                     for before, (so_far, chain) in ways.items():
                         if so_far + change < best.get(before + cost, (math.inf,))[0]:
                             best[before + cost] = (so_far + change, ((guided, whole), chain))
         states = {state: _undominated(ways) for state, ways in after.items()}
-    total = branches * steps * _UNIT
+    total = steps * units[True, True] + rest
     merged: dict[int, tuple[float, Any]] = {}
     for ways in states.values():
         for cost, way in ways.items():
             if way[0] < merged.get(cost, (math.inf,))[0]:
                 merged[cost] = way
     chosen = sorted(_undominated(merged).items())
-    return [Choice(cost / total, change, _unchained(chain), changes.depth) for cost, (change, chain) in chosen]
+    return [Choice((cost + rest) / total, change, _unchained(chain), changes.depth) for cost, (change, chain) in chosen]
 
 
 def _undominated(ways: dict[int, tuple[float, Any]]) -> dict[int, tuple[float, Any]]:
@@ -291,7 +309,8 @@ def choose_schedule(
     """The schedule that changes least at a speedup, or the cheapest that changes at most so much, measured.
 
     Args:
-        speedup: the multiply-accumulates of a picture's denoiser calls, full over scheduled.
+        speedup: the multiply-accumulates of a picture's denoiser calls, full over scheduled; or what a picture takes,
+            where `Changes.times` are there.
         max_error: relative mean squared change of the final latents.
 
     Raises:

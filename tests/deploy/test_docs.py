@@ -73,6 +73,8 @@ PAGES = {
         10,
         {
             "--samples 8": "--samples 2 --steps 4",
+            "--macs 5%": "--macs 5% --samples 2 --align 4 --steps 4",
+            "--speedup 1.05": "--speedup 1.001",
             "--deep-every 3": "--deep-every 3 --steps 6",
             "--images 8": "--images 2",
             "--of image": "--of image --steps 6 --processes 2 --rounds 3 --warmup 1",

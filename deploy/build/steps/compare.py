@@ -15,6 +15,7 @@ from deploy.recipe.recipe import HOW_WEIGHTS
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
@@ -26,11 +27,12 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     shown = min(settings.shown, len(captions))
     measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
+    slim = shop.slim if shop.schedule is None else schedule_pipeline(shop.slim, shop.schedule)
     images = {
         name: sample_images(pipeline, captions, sampling, checked=False)
-        for name, pipeline in (("dense", shop.dense), ("slim", shop.slim))
+        for name, pipeline in (("dense", shop.dense), ("slim", slim))
     }
-    if shown:  # the graph has the shapes of one image
+    if in_onnx := shown and shop.schedule is None:  # the graph has the shapes of one image
         one = sampling.model_copy(update={"batch": 1})
         exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, checked=False)
@@ -47,7 +49,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     return {
         "noise_error": noise,
         "images": {**image_fidelity(images["dense"], images["slim"]), "metrics": measured["images"]},
-        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
+        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if in_onnx else None,
         "quality": scores | measured["quality"],
         "sampling": sampling.model_dump(),
         "pictures": pictures,
@@ -105,9 +107,10 @@ STAGE = Stage(
     "compare",
     run,
     needs=("slim", "export"),
-    settings=lambda shop: shop.recipe.compare.model_dump(
-        exclude={"metrics": {"__all__": {"weights"}}, "reference": True}
-    ),
+    settings=lambda shop: {
+        **shop.recipe.compare.model_dump(exclude={"metrics": {"__all__": {"weights"}}, "reference": True}),
+        **shop.scheduled,
+    },
     inputs=_inputs,
     kind="fidelity",
     packages=_packages,

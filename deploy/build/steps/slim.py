@@ -12,6 +12,7 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from slimdiff.groups.maps import Maps
 from slimdiff.planning.costs import count_bytes
+from slimdiff.schedule import FILE
 from slimdiff.slimming.map_file import save_maps
 from slimdiff.storage import manifest
 
@@ -26,6 +27,8 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     save_pipeline(whole, folder, shop.recipe)
     save_maps(folder, maps, denoiser_of(whole))
     copy_licenses(shop.recipe.model, folder)
+    if shop.schedule is not None:
+        shop.schedule.of_slim().save(folder / FILE)
     call = shop.trajectory[0]
     dense = {**costs(denoiser_of(shop.dense), call), "bytes": count_bytes(denoiser_of(held))}
     calibrated, sensitivity, planned = (
@@ -44,7 +47,7 @@ STAGE = Stage(
     "slim",
     run,
     needs=("plan",),
-    settings=lambda shop: {**shop.trajectory_settings, **shop.weight_settings, **shop.usage},
+    settings=lambda shop: {**shop.trajectory_settings, **shop.weight_settings, **shop.usage, **shop.scheduled},
     inputs=lambda shop: shop.core,
     kind="slim-model",
     figures=_figures,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +16,19 @@ from deploy.artifacts.figures import costs, denoiser_of, made_now
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from deploy.opening.picture import picture_job
 from deploy.recipe.material import hash_of
 from deploy.recipe.recipe import Recipe, SweepStage, parse_budget
 from exporters.graphs.pipeline import example_call
 from exporters.latency.measure import bench
-from exporters.latency.pair import write_job
+from exporters.latency.pair import Job, write_job
+from exporters.latency.steps import measure_picture
 from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
 from exporters.settings import ExportSettings, TableSettings
+from slimdiff import Plan
 from slimdiff.compression import Compressor, with_denoiser
+from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.tasks import make_inputs
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import image_fidelity
@@ -61,6 +66,8 @@ class Sweep:
         """What points by speedup are planned on."""
         if self.settings.by != "speedup":
             return None
+        if (picture := self.compressor.picture) is not None:
+            return measure_picture(self.shop.dense, picture, self.sampling, self.shop.recipe.plan, self.runtime)
         return measure_latency(denoiser_of(self.shop.dense), self.call, self.shop.recipe.plan, self.runtime)
 
     @cached_property
@@ -77,7 +84,24 @@ class Sweep:
         """Images of the slim denoiser against the dense one's; None if the recipe asks for none."""
         if not self.settings.images:
             return None
-        return image_fidelity(self.dense_images, self._images(with_denoiser(self.shop.dense, slim)))
+        pipeline = with_denoiser(self.shop.dense, slim)
+        if self.shop.schedule is not None:
+            pipeline = schedule_pipeline(pipeline, self.shop.schedule)
+        return image_fidelity(self.dense_images, self._images(pipeline))
+
+    def job(self, name: str, model: Any, folder: Path, plan: Plan) -> Job:
+        """A denoiser whose call is timed; where points are of a whole image by a schedule, that image.
+
+        The slim one is in the plan's precision.
+        """
+        if self.shop.schedule is None or self.settings.by != "speedup":
+            how: Any = {"settings": ExportSettings(precision="int8"), "calibration": self.compressor.calls.sensitivity}
+            more = how if name == "slim" and plan.int8() else {}
+            return write_job(name, model, self.call, self.runtime.runtime, folder, **more)
+        with_denoiser(self.shop.dense, model).save_pretrained(folder / "model")
+        one = self.sampling.model_copy(update={"batch": 1})
+        job = picture_job(str(folder / "model"), self.runtime.runtime, one, self.shop.schedule, folder / "onnx")
+        return replace(job, name=name)
 
 
 def compared(shop: Workshop) -> Material:
@@ -96,10 +120,8 @@ def _measure_point(work: Sweep, text: str, folder: Path) -> None:
         error = work.compressor.held_error.of(slim)
     log.info("sweep: %s is planned, measuring it", text)
     with TemporaryDirectory(prefix="slimdiff-sweep-") as scratch:
-        how: Any = {"settings": ExportSettings(precision="int8"), "calibration": work.compressor.calls.sensitivity}
         before, after = (
-            write_job(name, model, work.call, work.runtime.runtime, Path(scratch) / name, **more)
-            for name, model, more in (("dense", dense, {}), ("slim", slim, how if plan.int8() else {}))
+            work.job(name, model, Path(scratch) / name, plan) for name, model in (("dense", dense), ("slim", slim))
         )
         paired = bench(before, after, work.shop.recipe.bench)
     plan.save(folder / "plan.json")
@@ -165,6 +187,7 @@ def _settings(shop: Workshop) -> dict[str, Any]:
         "runtime": _table(settings).model_dump(),
         "bench": shop.recipe.bench.model_dump(),
         "images": settings.images,
+        **shop.scheduled,
         "machine": machine_name(),
     }
 

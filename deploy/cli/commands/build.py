@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from deploy.artifacts import build_folder
-from deploy.artifacts.schedules import warn_of_schedule
+from deploy.artifacts.schedules import find_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, result
 from deploy.cli.outputs import check_apart, check_folder
@@ -51,7 +51,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     recipe = load_recipe(source)
     find_model(recipe.model)
     pictures = {name: getattr(recipe, name) for name in PICTURES}
-    named = (recipe.model, recipe.prompts, *pictures.values(), recipe.compare.reference)
+    named = (recipe.model, recipe.prompts, recipe.schedule, *pictures.values(), recipe.compare.reference)
     places = [*named, *(one.file for one in recipe.lora), *(one.weights for one in recipe.compare.metrics.values())]
     read = [place for place in places if isinstance(place, str)]
     out = Path(args.out) if args.out else Path(source.stem)
@@ -60,7 +60,7 @@ def run_recipe(source: Path, args: argparse.Namespace) -> int:
     if recipe.prompts is not None:
         calibration_material(recipe.prompts, recipe.calibration.samples, 0, **pictures, classes=recipe.classes)
 
-    warn_of_schedule(recipe.model)
+    find_schedule(recipe.model, recipe.schedule)  # or it is none, and says so now
     calm_libraries()
     from deploy.build import run_build
 

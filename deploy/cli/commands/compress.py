@@ -7,7 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifacts.schedules import warn_of_schedule
+from deploy.artifacts.schedules import find_schedule
 from deploy.artifacts.usage import said_of
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, figures, log, result
@@ -16,11 +16,13 @@ from deploy.recipe.material import hash_of
 from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
 from slimdiff.errors import InputError
+from slimdiff.schedule import FILE
 from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from slimdiff import Compression
+    from slimdiff.schedule import Schedule
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -28,6 +30,7 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --reduce 100M
   slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
+  slimdiff compress my-checkpoint --out slim --speedup 1.2 --schedule schedule.json     # of a whole image by it
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
   slimdiff compress my-checkpoint --out slim --speedup 1.6 --runtime openvino --precision int8
   slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
@@ -43,6 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_budget(what)
     flags.text(what, "--plan", "FILE", "the ranks themselves: a plan.json, perhaps edited")
     flags.add(parser, TableSettings, "runtime", "threads")
+    flags.add_schedule(parser)
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
     flags.text(parser, "--statistics", "FILE", "statistics of this model, instead of calibrating")
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("plan", "statistics"):
         if getattr(args, flag):
             check_file(getattr(args, flag), f"--{flag}")
+    schedule = find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
     sampling = calibration.sampling
     source, material = flags.read_material(args, calibration.samples, sampling.batch)  # a batch more, for errors
@@ -87,8 +92,13 @@ def run(args: argparse.Namespace) -> int:
     calibration = calibration.model_copy(update={"sampling": sampling})
     warn_of_steps(pipeline, args.model, sampling)
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
-    Compressor(pipeline, prompts, calibration, planning).check([budget] if budget else [], call=one_call)
-    if by_latency:
+    work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
+    work.check([budget] if budget else [], call=one_call)
+    if by_latency and work.picture is not None:
+        from exporters.latency.steps import measure_picture
+
+        latency = measure_picture(pipeline, work.picture, sampling, planning, table)
+    elif by_latency:
         from exporters.latency.table import measure_latency
 
         latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
@@ -104,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=calibration,
         planning=planning,
         statistics=statistics,
+        schedule=schedule,
         release_dense=True,  # its costs are known
     )
     if distributed.world()[0] > 0:  # every process has made the same model
@@ -122,27 +133,35 @@ def run(args: argparse.Namespace) -> int:
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
         "lora": fused_files(held),
+        **({"schedule": schedule.model_dump(exclude_none=True)} if schedule else {}),
         **said_of(sampling),
     }
-    _write(args, written, slim, weights, made_from)
+    _write(args, written, slim, weights, made_from, schedule)
+    value["schedule"] = made_from.get("schedule")
     return result(args, value, _text(value))
 
 
 def _write(
-    args: argparse.Namespace, pipeline: Any, slim: Compression, weights: WeightSettings, made_from: dict[str, Any]
+    args: argparse.Namespace,
+    pipeline: Any,
+    slim: Compression,
+    weights: WeightSettings,
+    made_from: dict[str, Any],
+    schedule: Schedule | None,
 ) -> None:
-    """Write the slim model with its plan and maps; `made_from` is what the manifest says beside what the plan knows."""
+    """Write the slim model with its plan, maps and schedule; `made_from` is what the manifest says beside the plan."""
     from deploy.artifacts.figures import denoiser_of
     from deploy.artifacts.files import copy_licenses, save_pipeline
     from slimdiff import save_maps
 
-    warn_of_schedule(args.model)
     out, plan = Path(args.out), slim.plan
     with artifact_folder(out, "slim-model") as temporary:
         save_pipeline(pipeline, temporary, weights)
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
         plan.save(temporary / "plan.json")
+        if schedule is not None:
+            schedule.of_slim().save(temporary / FILE)
         if args.maps:
             save_maps(temporary, slim.maps, denoiser_of(pipeline))
         planned = {"model_hash": plan.model_hash, "budget": plan.budget}
@@ -151,10 +170,13 @@ def _write(
 
 
 def _text(value: dict[str, Any]) -> str:
-    predicted = value["predicted"].get("latency_ms")
-    lines = [f"{value['out']}: {value['sites']} sites slimmed", *figures({**value, "latency_ms": predicted})]
-    if predicted:
-        lines[-1] += " (predicted)"
+    costs = value["predicted"]
+    of_image = {name: cost for name, cost in costs.items() if name.endswith("_per_image")}
+    predicted = {"latency_ms": costs.get("latency_ms"), **of_image}
+    lines = [f"{value['out']}: {value['sites']} sites slimmed", *figures(value)]
+    lines += [f"{line} (predicted)" for line in figures(predicted)]
+    if of_image:
+        lines.append("an image is one by the schedule, of the dense and of the slim model")
     if value["noise_error"] is not None:
         lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]

@@ -10,6 +10,7 @@ from deploy.artifacts.kinds import kind_of, not_runnable
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import check_new_file, check_writable
+from exporters.settings import TableSettings
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, ChoiceSettings, Schedule, ScheduleSettings, levels_of
@@ -18,10 +19,12 @@ from slimdiff.storage import manifest
 
 DESCRIPTION = """Say which steps of an image are guided and which run the whole UNet, and which reuse what the last
 whole one left; or have it chosen by what leaving that out changes in the final images. generate and compare make their
-images by it. Speeds are of the UNet's counted multiply-adds per image."""
+images by it. Speeds are of the UNet's counted multiply-adds per image or, with --runtime, of the whole image as each
+kind of step takes there, measured."""
 EXAMPLE = """examples:
   slimdiff schedule my-slim --guidance-interval 0.0:0.5 --deep-every 3      # into my-slim/schedule.json
   slimdiff schedule my-slim --speedup 2 --prompts prompts.txt --samples 4
+  slimdiff schedule my-slim --speedup 2 --runtime onnxruntime --samples 4      # text encoder and VAE counted
   slimdiff schedule demo --max-error 1e-3 --samples 4 --batch 4 --out schedule.json
   slimdiff generate demo --schedule schedule.json --prompt "a large red circle" --out circle.png"""
 SAMPLES = 8
@@ -35,6 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(by_hand, ScheduleSettings, "guidance_interval", "deep_every", "depth")
     chosen = parser.add_argument_group("chosen").add_mutually_exclusive_group()
     flags.add(chosen, ChoiceSettings, *CHOSEN)
+    flags.add(parser, TableSettings, "runtime", help="where the whole image's speed is measured (default: it is not)")
+    flags.add(parser, TableSettings, "threads")
     measured = parser.add_argument_group("what is measured, where it is chosen")
     by_default = "'general', the 500 built-in ones; for demo its own"
     flags.text(measured, "--prompts", "FILE", f"one prompt a line (default: {by_default})")
@@ -67,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "say a schedule (--guidance-interval, --deep-every) or what to choose (--speedup, --max-error)"
         )
+    table = flags.read(args, TableSettings)
+    if "threads" in table.model_fields_set and "runtime" not in table.model_fields_set:
+        raise InputError("--threads are of what speed is measured in: give --runtime with it")
     sampling = flags.read_usage(args, args.model)
     samples = args.samples
     _, material = flags.read_material(args, samples)
@@ -77,29 +85,48 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.loading.pipelines import load_pipeline
 
     pipeline = load_pipeline(args.model, "fp32", variant=variant, lora=args.lora)
+    times: dict[str | None, Any] = {}
     if asked:
         from slimdiff.planning.schedules import Images, choose_schedule, measure_changes
 
         prompts, sampling = make_inputs(pipeline, material, sampling)
         log.info("schedule: %d images in %d steps, again for each step and what is left out", samples, sampling.steps)
         images = Images(pipeline, prompts[:samples], sampling)
-        changes = measure_changes(images, [by_hand.depth] if by_hand.depth else None)
-        schedule = choose_schedule(images, changes, **asked)
+        depths = [by_hand.depth] if by_hand.depth else images.depths()
+        if "runtime" in table.model_fields_set:
+            times = _times(pipeline, sampling, table, depths, images.guidance_can_go)
+        schedule = choose_schedule(images, measure_changes(images, depths, times), **asked)
     else:
-        from deploy.opening.schedules import calls_of
         from slimdiff.denoising.scheduled import schedule_pipeline
-        from slimdiff.denoising.schedulers import with_scheduler
+        from slimdiff.denoising.schedulers import calls_of, with_scheduler
 
         unet: Any = getattr(pipeline, "unet", None)
         calls = calls_of(with_scheduler(pipeline, sampling), sampling.steps)
         schedule = by_hand.make(levels_of(getattr(unet, "config", {})) or 1, calls)
         schedule_pipeline(pipeline, schedule)  # which refuses what the model cannot do
+        if "runtime" in table.model_fields_set:
+            depths = [schedule.depth] if schedule.depth else []
+            times = _times(pipeline, sampling, table, depths, not schedule.guides_always())
     if args.out is None:
         manifest.put_file(out.parent, out.name, schedule.save)
     else:
         schedule.save(out)
     value = {"out": str(out), **schedule.model_dump(exclude_none=True), **_cost(pipeline, schedule, sampling.guidance)}
+    if times:
+        costs = times.get(schedule.depth) or next(iter(times.values()))
+        full, own = costs.full(schedule.steps), costs.of(schedule)
+        value |= {"runtime": table.runtime, "image_ms": {"full": full, "scheduled": own, "beside_steps": costs.rest}}
     return result(args, value, _text(value, schedule))
+
+
+def _times(
+    pipeline: Any, sampling: Sampling, table: TableSettings, depths: Any, unguided: bool
+) -> dict[str | None, Any]:
+    """What each kind of step takes, by depth; None is the key where none is reused."""
+    from exporters.latency.steps import measure_steps
+
+    one = {depth: measure_steps(pipeline, sampling, depth=depth, unguided=unguided, settings=table) for depth in depths}
+    return one or {None: measure_steps(pipeline, sampling, depth=None, unguided=unguided, settings=table)}
 
 
 def _place(args: argparse.Namespace) -> Path:
@@ -133,6 +160,12 @@ def _cost(pipeline: Any, schedule: Schedule, guidance: float) -> dict[str, Any]:
 def _text(value: dict[str, Any], schedule: Schedule) -> str:
     lines = [f"{value['out']}: {schedule}"]
     lines.append(f"multiply-adds of the UNet per image: {value['cost']:.1%}, {value['speedup']:.2f} times fewer")
+    if (image := value.get("image_ms")) is not None:
+        full, own = image["full"], image["scheduled"]
+        lines.append(
+            f"a whole image in {value['runtime']}: {full:.0f} ms at full schedule, {own:.0f} ms by this one, "
+            f"{full / own:.2f} times as fast, by what each kind of step takes there"
+        )
     if (error := schedule.made_by.get("latent_error")) is not None:
         lines.append(
             f"change of the final latents: {error:.3g} relative mean squared, on {schedule.made_by['images']} images"

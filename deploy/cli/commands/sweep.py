@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.numbers import amount
-from deploy.artifacts.schedules import warn_of_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, result
 from deploy.cli.outputs import check_folder
@@ -33,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, BenchSettings, "rounds", "processes")
     flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
+    flags.add_schedule(parser)
     flags.add_calibration(parser, "input-")
     flags.add(parser, PlanSettings, *flags.PLANNING)
 
@@ -46,13 +46,12 @@ def run(args: argparse.Namespace) -> int:
     flags.read_material(args, calibration.samples)  # whether there is any
     planning = flags.read_planning(args)
 
-    warn_of_schedule(args.model)
     calm_libraries()
     from deploy.build import run_sweep
 
     variant = flags.read(args, WeightSettings).variant
     chosen = {"calibration": calibration, "plan": planning, "bench": bench, "sweep": sweep, "variant": variant}
-    named = {"prompts": args.prompts, **flags.named_material(args)}
+    named = {"prompts": args.prompts, "schedule": args.schedule, **flags.named_material(args)}
     recipe = Recipe(model=args.model, lora=tuple(args.lora), **named, **chosen)
     value = {"out": str(out), **run_sweep(recipe, out)}
     return result(args, value, _text(value))
@@ -70,6 +69,6 @@ def _text(value: dict[str, Any]) -> str:
             + (f"{psnr:>7.1f} dB" if psnr is not None else f"{'-':>10}")
         )
         if predicted:
-            latency = point["predicted"]["latency_ms"]
+            latency = point["predicted"].get("latency_ms_per_image") or point["predicted"]["latency_ms"]
             lines[-1] += f"{latency['dense'] / latency['slim']:>11.3f}x"
     return "\n".join([*lines, f"{value['runtime']} on {value['machine']}", f"{value['out']}/sweep.html"])

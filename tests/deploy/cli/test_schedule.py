@@ -11,10 +11,11 @@ from command_line import call, refused
 from conftest import PROMPTS
 from PIL import Image, ImageChops
 
-from deploy.cli.app import main
 from slimdiff import Schedule
+from slimdiff.schedule import make_schedule
 from slimdiff.storage import manifest
 
+QUICK = ["--align", 4, "--samples", 1, "--batch", 1, "--steps", 2]
 FEW = ["--images", 2, "--trajectories", 1, "--steps", 6, "--batch", 1]
 
 
@@ -114,6 +115,7 @@ def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch
     ("argv", "said"),
     [
         ("schedule demo --deep-every 3", "demo is no directory of yours that a schedule could go into: say --out FILE"),
+        ("schedule MODEL --deep-every 2 --threads 1", "give --runtime with it"),
         ("schedule MODEL --steps 6", "say a schedule (--guidance-interval, --deep-every) or what to choose"),
         ("schedule MODEL --deep-every 2 --speedup 2", "say a schedule by hand: leave out --speedup and --max-error"),
         ("schedule MODEL --guidance-interval 0.5:2", "guidance-interval"),
@@ -166,9 +168,59 @@ def test_a_unet_in_parts_follows_a_schedule_of_whole_steps(model, tmp_path, caps
     assert max(high for _, high in low_high) <= 1
 
 
-def test_a_slim_model_does_not_get_the_dense_ones_schedule_without_a_word(model, tmp_path, capsys):
-    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--steps", 6], capsys)
-    asked = ["--reduce", "4%", "--align", 4, "--samples", 2, "--steps", 2]
-    assert main([str(word) for word in ["compress", model, "--out", tmp_path / "slim", *asked]]) == 0
-    assert "has a schedule, which was made for it alone: the slim model gets none" in capsys.readouterr().err
-    assert not (tmp_path / "slim" / "schedule.json").exists()
+def test_a_slim_model_is_planned_for_the_schedule_and_carries_it(model, tmp_path, capsys):
+    """The model's own; what was measured of the dense model says so."""
+    schedule = make_schedule(3, 6, guidance_interval=(0.0, 0.5), deep_every=3)
+    schedule.model_copy(update={"made_by": {"latent_error": 0.01}}).save(model / "schedule.json")
+    found = call(["compress", model, "--out", tmp_path / "own", "--macs", "6%", *QUICK], capsys)
+    image_macs = found["predicted"]["macs_per_image"]
+    assert image_macs["slim"] <= image_macs["budget"] and found["schedule"]["whole"] == [0, 3]
+    own = Schedule.load(tmp_path / "own")
+    assert own.whole == [0, 3] and own.made_by["measured_on"] == "the dense model"
+    manifest.verify_manifest(tmp_path / "own")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_slim_model_gets_the_schedule_that_is_named_or_none(model, tmp_path, capsys):
+    call(["schedule", model, "--deep-every", 3, "--steps", 6], capsys)
+    make_schedule(3, 6, guidance_interval=(0.0, 0.5)).save(tmp_path / "named.json")
+    for asked, guided in (("none", None), (tmp_path / "named.json", [0, 1, 2])):
+        out = tmp_path / f"slim-{Path(asked).stem}"
+        found = call(["compress", model, "--out", out, "--reduce", "4%", "--schedule", asked, *QUICK], capsys)
+        assert (found["schedule"] or {}).get("guided") == guided
+        assert (Schedule.load(out).guided if guided else (out / "schedule.json").exists()) == (guided or False)
+        image(out, tmp_path / "slim.png", capsys)
+
+
+def test_speed_is_of_the_whole_image_where_a_runtime_is_named(model, tmp_path, monkeypatch, capsys):
+    """In torch, which nothing is exported for."""
+    monkeypatch.setenv("SLIMDIFF_CACHE", str(tmp_path / "cache"))
+    measured = ["--runtime", "torch", "--threads", 1, "--steps", 6]
+    found = call(["schedule", model, "--guidance-interval", "0.0:0.5", "--deep-every", 3, *measured], capsys)
+    times = found["image_ms"]
+    assert 0 < times["beside_steps"] < times["scheduled"] < times["full"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_schedule_is_chosen_by_the_time_that_an_image_takes(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLIMDIFF_CACHE", str(tmp_path / "cache"))
+    measured = ["--runtime", "torch", "--threads", 1, "--steps", 6]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = ["--speedup", 1.05, "--prompts", tmp_path / "prompts.txt", "--samples", 1, "--depth", "up_blocks.1"]
+    found = call(["schedule", model, *asked, *measured], capsys)
+    assert found["made_by"]["cost"] <= 1 / 1.05 + 1e-6
+    own = found["image_ms"]
+    assert own["scheduled"] / own["full"] == pytest.approx(found["made_by"]["cost"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_speedup_is_of_the_whole_image_by_the_schedule(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLIMDIFF_CACHE", str(tmp_path / "cache"))
+    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--deep-every", 3, "--steps", 6], capsys)
+    asked = ["--runtime", "torch", "--threads", 1]
+    found = call(["compress", model, "--out", tmp_path / "slim", "--speedup", 1.01, *asked, *QUICK], capsys)
+    image_ms = found["predicted"]["latency_ms_per_image"]
+    assert image_ms["slim"] <= image_ms["budget"] * (1 + 1e-6) and image_ms["dense"] / image_ms["slim"] >= 1.01 - 1e-6

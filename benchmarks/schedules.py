@@ -1,0 +1,171 @@
+"""What a plan that knows the schedule is worth: its error against a plan that does not, at the same cost of a picture.
+
+`python -m benchmarks.schedules [--model demo,things] [--cuts 10%,20%,30%]` prints a Markdown table. Both plans are of
+the same statistics and sensitivities. One is for a budget of a picture's multiply-adds by the schedule; the other for a
+budget of a sample's, the largest model whose picture costs no more than the first one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.things import world
+from exporters.machine import machine_name
+from slimdiff import embedded
+from slimdiff.compression import Compressor
+from slimdiff.denoising.scheduled import schedule_pipeline
+from slimdiff.denoising.trajectory import sample_batch, sample_images, with_denoiser
+from slimdiff.fidelity import image_fidelity
+from slimdiff.loading.pipelines import load_pipeline
+from slimdiff.plan import Plan
+from slimdiff.planning.costs import CostTable
+from slimdiff.progress import bar
+from slimdiff.schedule import Schedule, ScheduleSettings, levels_of
+from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+
+STEPS, SEED = 20, 60_000
+HALVINGS = 12
+"""Of the budget of the plan that does not know the schedule, until it costs the same."""
+
+
+def _things(count: int, seed: int, held: bool) -> list[str]:
+    return world.captions(world.sample_scenes(count, seed, held=held))
+
+
+def _shapes(count: int, seed: int, held: bool) -> list[str]:
+    return embedded.captions(count, seed, held_out=held)
+
+
+MODELS: dict[str, tuple[str, float, Callable[[int, int, bool], list[str]]]] = {
+    "demo": ("demo", 5.0, _shapes),
+    "things": (str(Path(__file__).parent / "things" / "model"), 4.0, _things),
+}
+"""Where a model lies, its guidance, and captions of its world: how many, which, and whether training had none."""
+
+
+class Bench:
+    """A dense model on its way to slim ones, and the pictures that they are compared on."""
+
+    def __init__(self, name: str, asked: ScheduleSettings, samples: int, images: int, groups: tuple[str, ...]) -> None:
+        model, guidance, captions = MODELS[name]
+        self.pipeline: Any = load_pipeline(model, "fp32")
+        self.schedule = asked.make(levels_of(self.pipeline.unet.config) or 1, STEPS)
+        sampling = Sampling(steps=STEPS, guidance=guidance, batch=8)
+        settings = (CalibrationSettings(samples=samples, sampling=sampling), PlanSettings(groups=groups))
+        prompts = captions(samples + 8, 1, False)
+        self.blind = Compressor(self.pipeline, prompts, *settings)
+        self.aware = Compressor(self.pipeline, prompts, *settings, schedule=self.schedule)
+        self.aware.statistics = self.blind.statistics
+        self.blind.measure()  # what both plan by
+        self.prompts, self.sampling = captions(images, 2, True), sampling.model_copy(update={"seed": SEED})
+        self.full = self._images(self.pipeline.unet, None)
+        self.dense = self._latents(self.pipeline.unet)
+
+    def _pipeline(self, unet: Any, schedule: Schedule | None) -> Any:
+        pipeline = with_denoiser(self.pipeline, unet)
+        return pipeline if schedule is None else schedule_pipeline(pipeline, schedule)
+
+    def _images(self, unet: Any, schedule: Schedule | None) -> list[Any]:
+        return sample_images(self._pipeline(unet, schedule), self.prompts, self.sampling)
+
+    def _latents(self, unet: Any) -> torch.Tensor:
+        pipeline, batch = self._pipeline(unet, self.schedule), self.sampling.batch
+        every = range(len(self.prompts))
+        batches = [every[start : start + batch] for start in every[::batch]]
+        found: list[Any] = [sample_batch(pipeline, self.prompts, numbers, self.sampling) for numbers in batches]
+        return torch.cat([torch.as_tensor(one).double() for one in found])
+
+    def measure(self, plan: Plan) -> dict[str, float]:
+        """Of the slim model: `noise_error` of a call, `latents` against the dense model's by the same schedule, and
+        `psnr_db` against its pictures at full schedule."""
+        slim = self.blind.slim(plan)
+        latents = self._latents(slim)
+        return {
+            "noise_error": self.blind.held_error.of(slim),
+            "latents": float((latents - self.dense).square().sum() / self.dense.square().sum()),
+            "psnr_db": float(image_fidelity(self.full, self._images(slim, self.schedule))["psnr_db"] or torch.inf),
+        }
+
+
+def at_cost(planner: Any, table: CostTable, most: float) -> Plan:
+    """The plan that does not know the schedule, for as many MACs of a sample as cost a picture at most so much."""
+    sample = planner.costs.macs
+    low, high = 0.0, sample.dense  # out of the model
+    best: Plan | None = None
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        try:
+            plan = planner.plan(Budget(macs=str(int(middle))))
+        except ValueError:  # more than can go
+            high = middle
+            continue
+        if _cost(table, plan) <= most:
+            best, high = plan, middle
+        else:
+            low = middle
+    assert best is not None
+    return best
+
+
+def _cost(table: CostTable, plan: Plan) -> float:
+    return table.of({path: rank for path, rank in plan.ranks().items() if path in table.layers})
+
+
+def rows_of(name: str, bench: Bench, cuts: Sequence[str]) -> list[dict[str, Any]]:
+    """Both plans' rows at each cut."""
+    table: Any = bench.aware.planner.costs.work
+    rows = [{"model": name, "cut": "dense", "plan": "", "picture": 1.0, "sample": 1.0}]
+    rows[0] |= {"noise_error": 0.0, "latents": 0.0}
+    rows[0]["psnr_db"] = image_fidelity(bench.full, bench._images(bench.pipeline.unet, bench.schedule))["psnr_db"]
+    for cut in bar(cuts, f"plans of {name}", "cut"):
+        aware = bench.aware.plan(Budget(macs=cut))
+        blind = at_cost(bench.blind.planner, table, _cost(table, aware))
+        for what, plan in (("knows the schedule", aware), ("does not", blind)):
+            macs = plan.costs["macs"]
+            shares = {"picture": _cost(table, plan) / table.dense, "sample": macs["slim"] / macs["dense"]}
+            rows.append({"model": name, "cut": cut, "plan": what, **shares, **bench.measure(plan)})
+    return rows
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| model | cut of a picture's MACs | plan | MACs of a picture by the schedule | MACs of a sample | noise error "
+        "| final latents | PSNR to dense at full schedule |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        shares = " | ".join(f"{row[key]:.1%}" for key in ("picture", "sample"))
+        errors = " | ".join(f"{row[key]:.2e}" for key in ("noise_error", "latents"))
+        lines.append(
+            f"| {row['model']} | {row['cut']} | {row['plan']} | {shares} | {errors} | {row['psnr_db']:.2f} dB |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo,things", help="(default: %(default)s)")
+    parser.add_argument("--cuts", default="10%,20%,30%", help="of a picture's MACs")
+    parser.add_argument("--guidance-interval", default="0:0.5", help="(default: %(default)s)")
+    parser.add_argument("--deep-every", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--depth", help="up block whose input is reused (default: the last)")
+    parser.add_argument("--samples", type=int, default=32, help="of the calibration (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=32, help="that are compared (default: %(default)s)")
+    parser.add_argument("--groups", default=",".join(TRANSFORMER_GROUPS), help="(default: %(default)s)")
+    args = parser.parse_args()
+    asked = ScheduleSettings(guidance_interval=args.guidance_interval, deep_every=args.deep_every, depth=args.depth)
+    rows: list[dict[str, Any]] = []
+    for name in args.model.split(","):
+        bench = Bench(name, asked, args.samples, args.images, tuple(args.groups.split(",")))
+        rows += rows_of(name, bench, args.cuts.split(","))
+    print(table_of(rows))
+    print(f"\n{STEPS} steps, {bench.schedule}; {args.samples} prompts, {args.images} images; {machine_name()}")
+
+
+if __name__ == "__main__":
+    main()
