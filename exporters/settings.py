@@ -68,12 +68,6 @@ class ExportSettings(Settings):
     safety_checker: bool = True
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 
-    @model_validator(mode="after")
-    def _whole_in_int8(self) -> ExportSettings:
-        if self.split and self.precision == "int8":
-            raise ValueError("a UNet in parts is not put into int8 yet: leave out split, or int8")
-        return self
-
 
 def of_vae(path: str) -> bool:
     """Whether a path or pattern of `keep_fp32` names the VAE, or modules of it."""

@@ -140,7 +140,8 @@ def quantise_all(file: Path, feed: Mapping[str, np.ndarray]) -> Path:
     out.parent.mkdir()
     for config in file.parent.glob("config.json"):  # what opens a whole model reads it
         shutil.copy(config, out.parent)
-    ir.save(_quantised(file, [feed], [n for n in nodes if len(shape_of(n.outputs[0])) > 2]), str(out))
+    model = _quantised(file, [feed], [n for n in nodes if len(shape_of(n.outputs[0])) > 2])
+    ir.save(model, str(out), external_data=f"{file.name}.data")
     return out
 
 

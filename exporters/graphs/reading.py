@@ -205,7 +205,9 @@ def _joined(models: Mapping[str, ir.Model]) -> ir.Model:
         opset_imports=dict(models[STEP].opset_imports),
         name=step.name,
     )
-    return onnx_ir.Model(graph, ir_version=models[STEP].ir_version)
+    model = onnx_ir.Model(graph, ir_version=models[STEP].ir_version)
+    model.metadata_props.update(models[STEP].metadata_props)
+    return model
 
 
 def _spread(inputs: dict[str, ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:

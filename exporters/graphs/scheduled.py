@@ -5,8 +5,6 @@ They lie in one folder and have one file of weights: the shallow graph's are the
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from exporters.graphs.export import Denoiser, export_called, export_unet
+from exporters.graphs.export import Denoiser, export_called, export_unet, in_precision
 from exporters.graphs.inputs import KEPT, arguments_from
 from exporters.graphs.pipeline import export_pipeline
+from exporters.graphs.quantise import check_calibration, quantise_graph
 from exporters.graphs.reading import read_graph
 from exporters.graphs.shapes import check_leftovers
 from exporters.graphs.vae import settings_for_unet
@@ -53,7 +52,7 @@ def export_scheduled(
 
     Raises:
         InputError: if the schedule is of another UNet, residuals of a ControlNet steer this one, or it is to reuse a
-            depth in parts or in int8.
+            depth in parts.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
@@ -63,26 +62,19 @@ def export_scheduled(
     depth = schedule.depth
     if depth is None:
         return [export_unet(unet, folder, call, settings, scheduler=scheduler, calibration=calibration)]
-    for asked, what in ((settings.split, "in parts"), (settings.precision == "int8", "in int8")):
-        if asked:
-            raise InputError(f"a UNet {what} cannot reuse {depth} yet: export it otherwise, or make another schedule")
+    if settings.split:
+        raise InputError(f"a UNet in parts cannot reuse {depth} yet: export it whole, or make another schedule")
     if any("residual" in name for name in call.arguments):
         raise InputError("residuals steer this UNet, and its graphs cannot reuse a depth: export without the schedule")
-    whole, shallow = _wrappers(depth)
-    file = export_called(whole, unet, folder, call, settings, ["out_sample", KEPT], scheduler=scheduler)
-    if plan := plan_of(unet):
+    if settings.precision == "int8":
+        check_calibration(calibration)
+    file = export_called(_wrapper(depth), unet, folder, call, settings, ["out_sample", KEPT], scheduler=scheduler)
+    plan = plan_of(unet)
+    if plan is not None:
         check_leftovers(file, plan)
-    with torch.no_grad():
-        parameter = next(unet.parameters())
-        kept = TorchPasses(unet, depth).whole(call.to(parameter.device, parameter.dtype), depth)[1]
-    assert kept is not None
-    more = Call(call.step, call.timestep, {**call.arguments, KEPT: kept.cpu()}, call.dtype)
-    apart = folder / "shallow"
-    try:
-        other = export_called(shallow, unet, apart, more, settings, ["out_sample"], scheduler=scheduler)
-        _share_weights(other, file, folder / SHALLOW, depth)
-    finally:
-        shutil.rmtree(apart, ignore_errors=True)
+    if settings.precision == "int8":
+        quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
+    _cut_shallow(file, folder / SHALLOW, depth)
     return [file, folder / SHALLOW]
 
 
@@ -109,54 +101,30 @@ def depth_of(shallow: Path) -> str:
     return str(read_graph(shallow).metadata_props.get(_DEPTH, ""))
 
 
-def _wrappers(depth: str) -> tuple[type[Denoiser], type[Denoiser]]:
-    """The whole and the shallow UNet as modules with tensors only, in and out."""
-
-    def given(names: tuple[str, ...], inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-        return {"encoder_hidden_states": None, **arguments_from(dict(zip(names, inputs, strict=True)))}
+def _wrapper(depth: str) -> type[Denoiser]:
+    """The whole UNet as a module with tensors only, in and out."""
 
     class Whole(Denoiser):
         def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            noise, kept = TorchPasses(self.unet).whole(given(self.names, inputs), depth)
+            named = dict(zip(self.names, inputs, strict=True))
+            arguments = {"encoder_hidden_states": None, **arguments_from(named)}
+            noise, kept = TorchPasses(self.unet).whole(arguments, depth)
             assert kept is not None
             return noise, kept
 
-    class Shallow(Denoiser):
-        def forward(self, *inputs: Tensor) -> Tensor:
-            arguments = given(self.names, inputs)
-            kept = arguments.pop(KEPT)
-            return TorchPasses(self.unet).shallow(arguments, depth, kept)
-
-    return Whole, Shallow
+    return Whole
 
 
-def _share_weights(source: Path, whole: Path, target: Path, depth: str) -> None:
-    """Write a graph beside another whose weights it has: each tensor as a place in the other's file of weights."""
+def _cut_shallow(whole: Path, target: Path, depth: str) -> None:
+    """Write what a whole graph does with `kept` beside it: the same nodes, and weights as places in its file."""
     onnx = require("onnx", "onnx")
-    weights = onnx.load(str(whole), load_external_data=False).graph.initializer
-    places = {_digest(tensor, whole): tensor for tensor in weights if tensor.external_data}
-    model = onnx.load(str(source), load_external_data=False)
-    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    for tensor in kept:
-        if not tensor.external_data:  # a small one, which lies in the graph itself
-            continue
-        if (there := places.get(_digest(tensor, source))) is None:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-        tensor.ClearField("external_data")
-        tensor.external_data.extend(there.external_data if there is not None else [])
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    model.metadata_props.add(key=_DEPTH, value=depth)
-    target.write_bytes(model.SerializeToString())
+    model = onnx.load(str(whole), load_external_data=False)
+    inputs = [value.name for value in model.graph.input]
+    part = onnx.utils.Extractor(model).extract_model([*inputs, KEPT], ["out_sample"])
+    read = {name for node in part.graph.node for name in node.input}
+    used = [value for value in part.graph.input if value.name in read]
+    del part.graph.input[:]
+    part.graph.input.extend(used)
+    onnx.helper.set_model_props(part, {p.key: p.value for p in model.metadata_props} | {_DEPTH: depth})
+    target.write_bytes(part.SerializeToString())
     onnx.checker.check_model(str(target), full_check=True)
-
-
-def _digest(tensor: Any, graph: Path) -> tuple[Any, ...]:
-    """What two tensors of equal values have in common."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    with (graph.parent / entries["location"]).open("rb") as file:
-        file.seek(int(entries.get("offset", 0)))
-        content = file.read(int(entries["length"]))
-    return (tensor.data_type, *tensor.dims, hashlib.sha256(content).hexdigest())

@@ -53,7 +53,9 @@ def split_graph(onnx_file: Path | str, folder: Path | str) -> dict[str, Path]:
     files = {part: Path(folder) / part / GRAPH for part in PARTS if part == STEP or part in cuts.values()}
     for part, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        model = _part(_per_sample(onnx_file), part, cuts)
+        whole = _per_sample(onnx_file)
+        model = _part(whole, part, cuts)
+        model.metadata_props.update(whole.metadata_props)
         require("onnx_ir", "onnx").save(model, str(file), external_data=f"{GRAPH}.data")
         require("onnx", "onnx").checker.check_model(str(file), full_check=True)
     return files

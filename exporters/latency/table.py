@@ -19,9 +19,10 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,9 +82,7 @@ def measure_latency(
     thinned = {layer.path: _thinned(layer.candidates, settings.ranks) for layer in layers}
     keys = {layer.path: _key(denoiser, layer, inputs[layer.path], thinned[layer.path]) for layer in layers}
     one_of = {keys[layer.path]: layer for layer in layers}
-    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
-    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
-    whole = manifest.fingerprint({"config": config, "call": shapes, "layers": sorted(one_of)})
+    whole = _key_of_model(denoiser, call, list(one_of))
     in_int8, int8 = None, list[Int8Job]()
     if planning.precision == "int8":
         in_int8 = Int8Costs(denoiser, call, layers, whole)
@@ -98,29 +97,57 @@ def measure_latency(
     to_round = list({job.key: job for job in int8 if job.key not in known["layers"]}.values())
     if missing or to_round or whole not in known["models"]:
         measurement = Measurement(denoiser, call, inputs, settings)
-        jobs: list[tuple[str, str, str, int, Callable[[], dict[str, float]]]] = []
+        jobs = []
         if whole not in known["models"]:
-            jobs.append(("models", whole, "whole models", 2, partial(measurement.whole, halved)))
+            jobs.append(_Job("models", whole, "whole models", 2, partial(measurement.whole, halved)))
         for key, layer in missing.items():
             ranks = thinned[layer.path]
-            jobs.append(("layers", key, layer.path, len(ranks), partial(measurement.alone, layer, ranks)))
-        for job in to_round:
-            jobs.append(("layers", job.key, job.path, 2 * len(job.ranks), partial(job.run, measurement)))
-        figures = sum(count for *_, count, _ in jobs)
+            jobs.append(_Job("layers", key, layer.path, len(ranks), partial(measurement.alone, layer, ranks)))
+        for one in to_round:
+            jobs.append(_Job("layers", one.key, one.path, 2 * len(one.ranks), partial(one.run, measurement)))
         seconds = measurement.estimate(missing, thinned, whole not in known["models"], pace, to_round)
         log.info(
             "latency table: %d figures to measure in %s (%d layers of %d shapes, %d of these known), about %s; each is "
             "kept as it is measured, in %s",
-            *(figures, where["runtime"], len(layers), len(one_of), len(one_of) - len(missing), _spoken(seconds), file),
+            *(sum(job.figures for job in jobs), where["runtime"], len(layers), len(one_of)),
+            *(len(one_of) - len(missing), _spoken(seconds), file),
         )
-        with measurement, bar(total=figures, name="latency table", unit="figure") as shown:
-            for table, key, name, count, measure in jobs:
-                shown.set_postfix_str(name)
-                times = measure()
-                known = _read(file)  # another process may have added to it
-                known[table][key] = times
-                manifest.write_json(file, {**known, **where})
-                shown.update(count)
+        with measurement:
+            known = _measure(jobs, file, where)
+    table = _scaled(known, whole, keys, halved)
+    saved, anchor = in_int8.savings(int8, known["layers"]) if in_int8 else ({}, None)
+    shown = {} if anchor is None else {"int8_anchor": round(anchor, 4)}
+    return replace(table, made_from={**where, "measured": len(missing), **table.made_from, **shown}, int8=saved)
+
+
+class _Job(NamedTuple):
+    """A measurement that is kept by itself."""
+
+    table: str
+    """Of the file: `models` or `layers`."""
+    key: str
+    name: str
+    """For people."""
+    figures: int
+    run: Callable[[], dict[str, float]]
+
+
+def _measure(jobs: Sequence[_Job], file: Path, where: Mapping[str, Any]) -> dict[str, Any]:
+    """Run what is missing, each kept as it is measured; gives all that is known then."""
+    known = _read(file)
+    with bar(total=sum(job.figures for job in jobs), name="latency table", unit="figure") as shown:
+        for job in jobs:
+            shown.set_postfix_str(job.name)
+            times = job.run()
+            known = _read(file)  # another process may have added to it
+            known[job.table][job.key] = times
+            manifest.write_json(file, {**known, **where})
+            shown.update(job.figures)
+    return known
+
+
+def _scaled(known: Mapping[str, Any], whole: str, keys: Mapping[str, str], halved: Mapping[str, int]) -> CostTable:
+    """The table of what is known, scaled by the share of the layers' own differences that the whole model shows."""
     dense, half = known["models"][whole]["dense"], known["models"][whole]["half"]
     curves = {path: _monotone(known["layers"][key]) for path, key in keys.items()}
     alone = CostTable("latency_ms", dense, curves)
@@ -129,11 +156,7 @@ def measure_latency(
     if not 0.25 < anchor < 4:  # noise, not a difference: better the layers' own word than a wild factor
         anchor = 1.0
     scaled = {path: {rank: ms * anchor for rank, ms in curve.items()} for path, curve in curves.items()}
-    made_from = {**where, "measured": len(missing), "anchor": round(anchor, 4)}
-    if in_int8 is None:
-        return CostTable("latency_ms", dense, scaled, made_from)
-    saved, anchor = in_int8.savings(int8, known["layers"])
-    return CostTable("latency_ms", dense, scaled, {**made_from, "int8_anchor": round(anchor, 4)}, saved)
+    return CostTable("latency_ms", dense, scaled, {"anchor": round(anchor, 4)})
 
 
 def cache_folder() -> Path:
@@ -197,6 +220,13 @@ def _layer_inputs(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> d
             stack.enter_context(watch_calls(denoiser.get_submodule(layer.path), partial(see, layer)))
         predict(denoiser, call)
     return seen
+
+
+def _key_of_model(denoiser: nn.Module, call: Call, layers: Sequence[str]) -> str:
+    """Of all that the whole model's latency depends on; `layers` are the keys of its layers."""
+    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
+    shapes = {name: list(tensor.shape) for name, tensor in unet_inputs(call).items()}
+    return manifest.fingerprint({"config": config, "call": shapes, "layers": sorted(layers)})
 
 
 def _key(denoiser: nn.Module, layer: Layer, inputs: Mapping[str, Tensor], ranks: Sequence[int]) -> str:

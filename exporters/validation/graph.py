@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from exporters.dtypes import PRECISIONS
 from exporters.layout import GRAPH, read_config
-from exporters.runtimes.ort_session import OnnxRuntimeSession
+from exporters.registry import runtime_of
+from exporters.runtimes.opening import open_session
 from exporters.runtimes.split import SplitSession
 from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
@@ -140,7 +142,9 @@ def _with_int8(
     """The result with checks of the int8 layers, and of the runtime against the graph as it is written."""
     middle = calls[len(calls) // 2]
     rows, fault = check_int8_layers(fragments.file, reference, calls)
-    written = UNet(OnnxRuntimeSession(fragments.file, as_written=True), read_config(fragments.file)).predict(middle)
+    onnxruntime = runtime_of("onnxruntime")
+    as_written = replace(onnxruntime, options={**onnxruntime.options, "as_written": True})
+    written = UNet(open_session(fragments.file, as_written), read_config(fragments.file)).predict(middle)
     pair = written.double().numpy(), candidate(middle).double().numpy()
     rows += compare(at_time("out_sample as written", middle), *pair, AS_WRITTEN)
     failed = next((row["tensor"] for row in rows if not row["passed"]), None)

@@ -21,8 +21,13 @@ from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
-    from slimdiff import Compression
+    from collections.abc import Callable
+
+    from slimdiff import Compression, Compressor
+    from slimdiff.denoising.trajectory import Call
+    from slimdiff.planning.costs import CostTable
     from slimdiff.schedule import Schedule
+    from slimdiff.settings import Sampling
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -63,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     by_latency = budget is not None and budget.kind == "speedup"
     if not by_latency and table.model_fields_set:
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
-    for flag in ("plan", "statistics"):
-        if getattr(args, flag):
-            check_file(getattr(args, flag), f"--{flag}")
+    _check_files(args)
     schedule = find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
     sampling = calibration.sampling
@@ -79,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.adapters import fused_files
     from slimdiff.calibration import distributed
-    from slimdiff.denoising.precision import in_dtype, in_float32
+    from slimdiff.denoising.precision import in_dtype
     from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import with_denoiser
     from slimdiff.loading.pipelines import load_pipeline, read_dtype
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    held, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline), None
+    held = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline)
     pipeline = for_task(held, material)
     prompts, sampling = make_inputs(pipeline, material, sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
@@ -94,17 +97,10 @@ def run(args: argparse.Namespace) -> int:
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
     work.check([budget] if budget else [], call=one_call)
-    if by_latency and work.picture is not None:
-        from exporters.latency.steps import measure_picture
-
-        latency = measure_picture(pipeline, work.picture, sampling, planning, table)
-    elif by_latency:
-        from exporters.latency.table import measure_latency
-
-        latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
+    latency = _measure_latency(work, pipeline, one_call, sampling, table) if by_latency else None
     dense_costs = costs(denoiser_of(pipeline), one_call())
-    watched = prompts[: calibration.samples]
-    log.info("compress: %d prompts %s, %d steps each", len(watched), described(source), sampling.steps)
+    watched, what = len(prompts[: calibration.samples]), described(source)
+    log.info("compress: %d prompts %s, %d steps each", watched, what, sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -122,23 +118,40 @@ def run(args: argparse.Namespace) -> int:
     written = with_denoiser(held, denoiser_of(slim.pipeline))  # which may run in the pipeline of another task
     written = in_dtype(written, dtype) if (dtype := read_dtype(weights.dtype)) else written
     slim_costs = costs(denoiser_of(written), one_call())
-    value = {
-        "out": str(out),
-        "int8": _int8(slim.plan),
-        **compression_result(slim.plan, dense_costs, slim_costs, slim.seconds),
-    }
+    measured = compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)
+    told = schedule.model_dump(exclude_none=True) if schedule else None
+    value = {"out": str(out), **measured, "int8": _int8(slim.plan), "schedule": told}
     made_from = {
         "latency": dict(latency.made_from) if latency else None,
         "prompts": hash_of(material, calibration.samples),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
         "lora": fused_files(held),
-        **({"schedule": schedule.model_dump(exclude_none=True)} if schedule else {}),
+        **({"schedule": told} if told else {}),
         **said_of(sampling),
     }
     _write(args, written, slim, weights, made_from, schedule)
-    value["schedule"] = made_from.get("schedule")
     return result(args, value, _text(value))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for flag in ("plan", "statistics"):
+        if getattr(args, flag):
+            check_file(getattr(args, flag), f"--{flag}")
+
+
+def _measure_latency(
+    work: Compressor, pipeline: Any, one_call: Callable[[], Call], sampling: Sampling, table: TableSettings
+) -> CostTable:
+    """What a speedup is planned on: latencies of a call, or by a schedule of the whole image."""
+    from deploy.artifacts.figures import denoiser_of
+    from exporters.latency.steps import measure_picture
+    from exporters.latency.table import measure_latency
+    from slimdiff.denoising.precision import in_float32
+
+    if work.picture is not None:
+        return measure_picture(pipeline, work.picture, sampling, work.planning, table)
+    return measure_latency(denoiser_of(in_float32(pipeline)), one_call(), work.planning, table)
 
 
 def _write(

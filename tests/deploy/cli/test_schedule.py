@@ -145,19 +145,11 @@ def test_a_file_of_the_users_own_is_not_taken_for_a_schedule(model, capsys):
     shutil.rmtree(model)
 
 
-@pytest.mark.parametrize(("how", "named"), [(["--split"], "in parts"), (["--precision", "int8"], "in int8")])
-def test_what_does_not_go_together_yet_is_one_line(how, named, model, tmp_path, capsys):
-    if "int8" in how:
-        pytest.importorskip("nncf", reason="int8 needs the extra int8")
+def test_what_does_not_go_together_yet_is_one_line(model, tmp_path, capsys):
     call(["schedule", model, "--deep-every", 2, "--steps", 6], capsys)
-    line = refused(["export", model, *how, "--out", tmp_path / "onnx"], capsys)
-    assert f"a UNet {named} cannot reuse up_blocks.2 yet: export it otherwise" in line
+    line = refused(["export", model, "--split", "--out", tmp_path / "onnx"], capsys)
+    assert "a UNet in parts cannot reuse up_blocks.2 yet: export it whole" in line
     assert not (tmp_path / "onnx").exists()
-
-
-def test_int8_is_not_in_parts_yet(model, tmp_path, capsys):
-    line = refused(["export", model, "--split", "--precision", "int8", "--out", tmp_path / "onnx"], capsys)
-    assert "a UNet in parts is not put into int8 yet: leave out split, or int8" in line
 
 
 def test_a_unet_in_parts_follows_a_schedule_of_whole_steps(model, tmp_path, capsys):

@@ -149,3 +149,16 @@ gates: {{parity: true}}
     call(["bundle", tmp_path / "build", "--target", "server", "--out", tmp_path / "server"], capsys)
     assert (tmp_path / "server" / "unet" / "step" / "model.onnx").is_file()
     image(tmp_path / "server", tmp_path / "image.png", capsys)
+
+
+def test_parts_in_int8_are_those_of_the_whole_graph_in_int8(workspace, tmp_path, capsys):
+    pytest.importorskip("nncf", reason="int8 needs the extra int8")
+    how = ["--precision", "int8", "--int8-error", "1e-2", "--int8-calls", 4, "--prompts", workspace / "prompts.txt"]
+    whole = call(["export", workspace / "tiny", "--out", tmp_path / "whole", *how], capsys)["int8"]["layers"]
+    parts = call(["export", workspace / "tiny", "--split", "--out", tmp_path / "parts", *how], capsys)["int8"]["layers"]
+    assert parts == whole != []
+    images = [image(tmp_path / name, tmp_path / f"{name}.png", capsys) for name in ("whole", "parts")]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert call(["validate", workspace / "tiny", tmp_path / "parts", "--calls", 2], capsys)["passed"]
+    seen = call(["inspect", tmp_path / "parts"], capsys)
+    assert seen["int8_macs"] > 0.3 if "int8_macs" in seen else seen["components"]["unet"]["int8_macs"] > 0.3

@@ -12,7 +12,7 @@ import torch
 from conftest import PROMPTS
 
 from slimdiff import Sampling, Schedule, schedule_pipeline
-from slimdiff.denoising.trajectory import sample_images, with_denoiser
+from slimdiff.denoising.trajectory import record_calls, sample_images, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.schedule import make_schedule
@@ -94,3 +94,24 @@ def test_the_whole_graph_is_the_plain_one_without_a_schedule(graph, pipeline):
     call["encoder_hidden_states"] = torch.randn(2, *unet.inputs["encoder_hidden_states"][1:])
     with torch.no_grad():
         torch.testing.assert_close(unet(**call).sample, pipeline.unet(**call).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_a_depth_is_reused_in_int8_and_the_shallow_graph_has_the_whole_ones_steps(pipeline, tmp_path):
+    pytest.importorskip("nncf", reason="int8 needs the extra int8")
+    from exporters.graphs.int8_layers import int8_layers
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.reading import read_graph
+    from exporters.graphs.scheduled import export_scheduled
+    from exporters.settings import ExportSettings
+
+    calls = record_calls(pipeline, PROMPTS[:1], SAMPLING.model_copy(update={"batch": 1}))
+    how = ExportSettings(precision="int8", int8_error=0.01)
+    graphs = export_scheduled(pipeline.unet, tmp_path, example_call(pipeline), BOTH, how, calibration=calls)
+    whole, shallow = (int8_layers(read_graph(graph)) for graph in graphs)
+    assert set(shallow) < set(whole) and shallow
+    for path, layer in shallow.items():
+        assert [s.tolist() for s in layer.scales] == [s.tolist() for s in whole[path].scales]
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.data")) == (tmp_path / "model.onnx.data").stat().st_size
+    expected = sample_images(schedule_pipeline(pipeline, BOTH), PROMPTS[:2], SAMPLING)
+    rounded = sample_images(in_runtime(pipeline, graphs[0], BOTH), PROMPTS[:2], SAMPLING)
+    assert image_fidelity(expected, rounded)["psnr_db"] > 20
