@@ -98,9 +98,8 @@ def run(args: argparse.Namespace) -> int:
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
     work.check([budget] if budget else [], call=one_call)
     latency = _measure_latency(work, pipeline, one_call, sampling, table) if by_latency else None
-    dense_costs = costs(denoiser_of(pipeline), one_call())
-    watched, what = len(prompts[: calibration.samples]), described(source)
-    log.info("compress: %d prompts %s, %d steps each", watched, what, sampling.steps)
+    dense_costs, watched = costs(denoiser_of(pipeline), one_call()), len(prompts[: calibration.samples])
+    log.info("compress: %d prompts %s, %d steps each", watched, described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
