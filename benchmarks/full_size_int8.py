@@ -3,7 +3,8 @@
 `python -m benchmarks.full_size_int8 [--model sd15]` prints two Markdown tables. Each UNet is a process of its own, for
 its peak memory; what is made and measured stays in `--work`, so that an interrupted run goes on where it was. Every
 convolution and linear but the time layers is in int8: costs measured at random weights would say nothing. Latency is
-that of pairs of fresh processes that run in turn, as `slimdiff bench` measures it.
+that of pairs of fresh processes that run in turn, as `slimdiff bench` measures it; on a busy machine their processor
+time, which on one thread is latency without waits for others, says more.
 """
 
 from __future__ import annotations
@@ -118,23 +119,26 @@ def measure(pair: tuple[str, str], runtime: str, settings: BenchSettings, work: 
 def table(name: str, made: dict[str, dict[str, Any]], measured: dict[str, dict[tuple[str, str], Any]]) -> str:
     """The rows as Markdown; what is not measured is left out."""
     lines = [
-        "| UNet | parameters | files | of dense fp32 | multiply-adds in int8 | made in | peak meanwhile |",
-        "| --- | " + "--- | " * 6,
+        "| UNet | parameters | files | of dense fp32 | multiply-adds in int8 | made in | processor time | peak |",
+        "| --- | " + "--- | " * 7,
     ]
     whole = made[UNETS[0]]["bytes"]
     for unet, row in made.items():
+        peak = f"{row['peak'] / 2**30:.1f} GiB"
         int8 = f"{row['share']:.1%}, {row['layers']} layers" if "share" in row else "-"
         lines.append(
             f"| {name}, {unet} | {row['parameters'] / 1e6:,.1f} M | {row['bytes'] / 1e6:,.0f} MB "
-            f"| {row['bytes'] / whole:.3f} | {int8} | {row['wall']:.0f} s | {row['peak'] / 2**30:.1f} GiB |"
+            f"| {row['bytes'] / whole:.3f} | {int8} | {row['wall']:.0f} s | {row['cpu']:.0f} s | {peak} |"
         )
-    lines += ["", "| runtime | UNet | against | a call | speedup (95 %) | peak |", "| --- | " + "--- | " * 5]
+    lines += ["", "| runtime | UNet | against | a call | speedup (95 %) | of processor time | peak |"]
+    lines.append("| --- | " + "--- | " * 6)
     for runtime, results in measured.items():
         for (baseline, candidate), result in results.items():
-            side, speedup = result["candidate"], "{median:.2f}x ({low:.2f} to {high:.2f})".format(**result["speedup"])
+            side = result["candidate"]
+            clocks = ("{median:.2f}x ({low:.2f} to {high:.2f})".format(**result[c]) for c in ("speedup", "cpu_speedup"))
             calls = f"{result['baseline']['median_ms']:,.0f} to {side['median_ms']:,.0f} ms"
             peak = f"{(side['peak_memory_bytes'] or 0) / 2**30:.1f} GiB"
-            lines.append(f"| {runtime} | {candidate} | {baseline} | {calls} | {speedup} | {peak} |")
+            lines.append(f"| {runtime} | {candidate} | {baseline} | {calls} | {' | '.join(clocks)} | {peak} |")
     return "\n".join(lines)
 
 
