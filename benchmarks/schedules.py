@@ -19,7 +19,8 @@ from exporters.machine import machine_name
 from slimdiff import embedded
 from slimdiff.compression import Compressor
 from slimdiff.denoising.scheduled import schedule_pipeline
-from slimdiff.denoising.trajectory import sample_batch, sample_images, with_denoiser
+from slimdiff.denoising.trajectory import sample_batch, with_denoiser
+from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
 from slimdiff.loading.pipelines import load_pipeline
 from slimdiff.plan import Plan
@@ -63,32 +64,36 @@ class Bench:
         self.aware.statistics = self.blind.statistics
         self.blind.measure()  # what both plan by
         self.prompts, self.sampling = captions(images, 2, True), sampling.model_copy(update={"seed": SEED})
-        self.full = self._images(self.pipeline.unet, None)
-        self.dense = self._latents(self.pipeline.unet)
+        self.full = self._latents(self.pipeline.unet, None)
+        self.dense = self._latents(self.pipeline.unet, self.schedule)
 
-    def _pipeline(self, unet: Any, schedule: Schedule | None) -> Any:
-        pipeline = with_denoiser(self.pipeline, unet)
-        return pipeline if schedule is None else schedule_pipeline(pipeline, schedule)
-
-    def _images(self, unet: Any, schedule: Schedule | None) -> list[Any]:
-        return sample_images(self._pipeline(unet, schedule), self.prompts, self.sampling)
-
-    def _latents(self, unet: Any) -> torch.Tensor:
-        pipeline, batch = self._pipeline(unet, self.schedule), self.sampling.batch
+    def _latents(self, unet: Any, schedule: Schedule | None) -> torch.Tensor:
+        pipeline, batch = with_denoiser(self.pipeline, unet), self.sampling.batch
+        pipeline = pipeline if schedule is None else schedule_pipeline(pipeline, schedule)
         every = range(len(self.prompts))
         batches = [every[start : start + batch] for start in every[::batch]]
         found: list[Any] = [sample_batch(pipeline, self.prompts, numbers, self.sampling) for numbers in batches]
-        return torch.cat([torch.as_tensor(one).double() for one in found])
+        return torch.cat([torch.as_tensor(one) for one in found])
+
+    def psnr_db(self, latents: torch.Tensor) -> float:
+        """Of the pictures of these latents, to the dense model's at full schedule."""
+        pictures = [self._decoded(one) for one in (self.full, latents)]
+        return float(image_fidelity(*pictures)["psnr_db"] or torch.inf)
+
+    @torch.no_grad()
+    def _decoded(self, latents: torch.Tensor) -> list[Any]:
+        vae = self.pipeline.vae
+        return self.pipeline.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor)[0])
 
     def measure(self, plan: Plan) -> dict[str, float]:
         """Of the slim model: `noise_error` of a call, `latents` against the dense model's by the same schedule, and
         `psnr_db` against its pictures at full schedule."""
         slim = self.blind.slim(plan)
-        latents = self._latents(slim)
+        latents = self._latents(slim, self.schedule)
         return {
             "noise_error": self.blind.held_error.of(slim),
             "latents": float((latents - self.dense).square().sum() / self.dense.square().sum()),
-            "psnr_db": float(image_fidelity(self.full, self._images(slim, self.schedule))["psnr_db"] or torch.inf),
+            "psnr_db": self.psnr_db(latents),
         }
 
 
@@ -101,7 +106,7 @@ def at_cost(planner: Any, table: CostTable, most: float) -> Plan:
         middle = (low + high) / 2
         try:
             plan = planner.plan(Budget(macs=str(int(middle))))
-        except ValueError:  # more than can go
+        except InputError:  # more than can go
             high = middle
             continue
         if _cost(table, plan) <= most:
@@ -120,8 +125,7 @@ def rows_of(name: str, bench: Bench, cuts: Sequence[str]) -> list[dict[str, Any]
     """Both plans' rows at each cut."""
     table: Any = bench.aware.planner.costs.work
     rows = [{"model": name, "cut": "dense", "plan": "", "picture": 1.0, "sample": 1.0}]
-    rows[0] |= {"noise_error": 0.0, "latents": 0.0}
-    rows[0]["psnr_db"] = image_fidelity(bench.full, bench._images(bench.pipeline.unet, bench.schedule))["psnr_db"]
+    rows[0] |= {"noise_error": 0.0, "latents": 0.0, "psnr_db": bench.psnr_db(bench.dense)}
     for cut in bar(cuts, f"plans of {name}", "cut"):
         aware = bench.aware.plan(Budget(macs=cut))
         blind = at_cost(bench.blind.planner, table, _cost(table, aware))
@@ -164,7 +168,7 @@ def main() -> None:
         bench = Bench(name, asked, args.samples, args.images, tuple(args.groups.split(",")))
         rows += rows_of(name, bench, args.cuts.split(","))
     print(table_of(rows))
-    print(f"\n{STEPS} steps, {bench.schedule}; {args.samples} prompts, {args.images} images; {machine_name()}")
+    print(f"\n{bench.schedule}; {args.samples} prompts, {args.images} images; {machine_name()}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ def test_defaults_and_overrides(tmp_path):
     assert found.prompts == "embedded"
 
 
+@pytest.mark.parametrize(("said", "read"), [("fast.json", "HERE/fast.json"), ("none", "none"), ("null", None)])
+def test_a_schedule_lies_beside_the_recipe(tmp_path, said, read):
+    found = load_recipe(recipe(tmp_path, f"model: demo\nschedule: {said}")).schedule
+    assert found == (read and read.replace("HERE", str(tmp_path)))
+
+
 @pytest.mark.parametrize("text", ["model: elsewhere", "model: elsewhere\nprompts: general"])
 def test_the_general_prompts_are_the_default(tmp_path, text):
     assert load_recipe(recipe(tmp_path, text)).prompts == "general"
