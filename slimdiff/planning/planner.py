@@ -21,7 +21,7 @@ from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
 from slimdiff.planning.papers import block_influences
-from slimdiff.planning.rounds import iterate
+from slimdiff.planning.replanning import iterate
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -110,7 +110,7 @@ class Planner:
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
         name = self.settings.allocation
-        known = self.is_measured and not self.settings.rounds
+        known = self.is_measured and not self.settings.replans
         if name in MEASURED and not known and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         self.layers = find_layers(self.chosen, self.settings.align)
@@ -221,7 +221,7 @@ class Planner:
             return choose(savings, errors, removed, also)
 
         picks = picked(sensitivities)
-        if self.settings.rounds and self.settings.allocation == "global":
+        if self.settings.replans:
             picks, sensitivities = iterate(self, picks, picked)
         ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
         tables = {t.name: t for t in (self.costs.parameters, macs, self.costs.latency, table) if t is not None}
@@ -287,10 +287,16 @@ def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
     Raises:
-        InputError: if the groups have a fault (`fault_in`), or the model has nothing in them.
+        InputError: if the groups have a fault (`fault_in`), the model has nothing in them, or plans are to be made
+            again by an allocation that measures no sensitivities.
     """
     if fault := fault_in(settings.groups):
         raise InputError(f"groups: {fault}")
+    if settings.replans and settings.allocation != "global":
+        raise InputError(
+            f"replans measure sensitivities again, and the {settings.allocation} allocation has none: leave replans "
+            "out, or take the global allocation"
+        )
     chosen = [s for s in sites if s.group in settings.groups]
     if not chosen:
         others = ", ".join(sorted({s.group for s in sites})) or "no group"

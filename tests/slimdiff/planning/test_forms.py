@@ -149,10 +149,10 @@ def test_everything_solved_again_mends_the_stream_too(pipeline, statistics, call
     def slimmed(how: str) -> torch.nn.Module:
         settings = PlanSettings(align=4, allocation="uniform", groups=groups, forms=Forms(compensate=how))
         plan = make_plan(pipeline.unet, statistics, Budget("25%"), settings, calls=calls[:4])
-        return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
+        return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls[:4])
 
-    before, after = slimmed("sequential"), slimmed("everything")
-    assert error(pipeline.unet, after, calls) < 0.95 * error(pipeline.unet, before, calls)
+    before, after = slimmed("projections"), slimmed("everything")
+    assert error(pipeline.unet, after, calls[:4]) < 0.95 * error(pipeline.unet, before, calls[:4])
     local = slimmed("none").state_dict()
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, local[name])}
     kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
@@ -167,25 +167,31 @@ def test_what_lies_before_a_layer_may_be_held_or_computed_again(pipeline, slimme
         torch.testing.assert_close(value, again.state_dict()[name], atol=1e-5, rtol=1e-5)
 
 
-def test_rounds_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
-    settings = PlanSettings(align=4, rounds=1, groups=("query_key", "value_output", "feed_forward", "resnet"))
+def test_replans_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
+    settings = PlanSettings(align=4, replans=1, groups=("query_key", "value_output", "feed_forward", "resnet"))
     plans = [
         make_plan(
             pipeline.unet,
             statistics,
             Budget("30%"),
-            settings.model_copy(update={"rounds": rounds, "forms": Forms().local()}),
-            calls=Calls.of(calls[:4], fitting=calls),
+            settings.model_copy(update={"replans": replans, "forms": Forms().local()}),
+            calls=Calls.of(calls[:3], fitting=calls[:4]),
         )
-        for rounds in (0, 1)
+        for replans in (0, 1)
     ]
     once, twice = (
-        error(pipeline.unet, slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls), calls[:4])
+        error(pipeline.unet, slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls[:4]), calls[:3])
         for plan in plans
     )
     predicted = sum(site.predicted_error or 0 for site in plans[1].sites.values())
     assert twice <= 1.001 * once  # the better plan is taken
     assert 1 / 1.5 < predicted / twice < 1.5
+
+
+def test_replans_are_refused_where_nothing_is_measured(pipeline, statistics, calls):
+    settings = PlanSettings(allocation="uniform", replans=1)
+    with pytest.raises(InputError, match="leave replans out"):
+        make_plan(pipeline.unet, statistics, Budget("10%"), settings, calls=calls[:1])
 
 
 def test_compensation_needs_calls(pipeline, compression):
