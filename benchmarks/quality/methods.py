@@ -84,13 +84,13 @@ METHODS = {
     "compensated": Method("+ projections solved again (the default)"),
     "sequential": Method("default, last linears too, in order", Forms(compensate="sequential")),
     "everything": Method("everything linear solved again, in order", EVERYTHING),
-    "replanned": Method("default, planned again twice", replans=2),
-    "everything-replanned": Method("everything solved again, planned again twice", EVERYTHING, replans=2),
+    "replanned": Method("default, planned again", replans=1),
+    "everything-replanned": Method("everything solved again, planned again", EVERYTHING, replans=1),
     "joint-resnet": Method("default + resnets, one knapsack", groups=ALL_GROUPS),
     "everything-resnet": Method("everything solved again, resnets too", EVERYTHING, groups=ALL_GROUPS),
-    "replanned-resnet": Method("default + resnets, planned again twice", groups=ALL_GROUPS, replans=2),
+    "replanned-resnet": Method("default + resnets, planned again", groups=ALL_GROUPS, replans=1),
     "everything-replanned-resnet": Method(
-        "everything solved again, resnets too, planned again twice", EVERYTHING, groups=ALL_GROUPS, replans=2
+        "everything solved again, resnets too, planned again", EVERYTHING, groups=ALL_GROUPS, replans=1
     ),
     "resnet": Method("resnets alone", groups=("resnet",)),
     "magnitude-resnet": Method(

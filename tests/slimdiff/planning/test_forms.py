@@ -10,6 +10,8 @@ from conftest import PROMPTS, SAMPLING
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.replay import Frontier
+from slimdiff.denoising.samples import some_of
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
@@ -18,7 +20,7 @@ from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
 from slimdiff.slimming import compensation
-from slimdiff.slimming.streams import Layer
+from slimdiff.slimming.streams import Layer, Spot
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +163,23 @@ def test_everything_solved_again_mends_the_stream_too(pipeline, statistics, call
 
 def test_what_lies_before_a_layer_may_be_held_or_computed_again(pipeline, slimmed, monkeypatch):
     held = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
-    monkeypatch.setattr(compensation, "HELD_BYTES", 0)
+    monkeypatch.setattr(compensation, "Frontier", lambda *found: Frontier(*found[:3], 0))
     again = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
     for name, value in held.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_of_calls_that_memory_does_not_hold_a_few_samples_are_taken(pipeline, slimmed, calls, monkeypatch):
+    whole = compensation.held_bytes(pipeline.unet, calls[0], ["up_blocks.2.attentions.0.proj_out"])
+    monkeypatch.setattr(compensation, "HELD_BYTES", 4 * whole // 2)  # of four calls, half
+    local, mended = (slimmed(allocation="uniform", forms=Forms(compensate=how))[1] for how in ("none", "everything"))
+    assert error(pipeline.unet, mended, calls[:4]) < error(pipeline.unet, local, calls[:4])
+    layers = (Layer("up_blocks.2.attentions.0.proj_out", stream=Spot("up_blocks.2.attentions.0")),)
+    rows = compensation.dense_rows(pipeline.unet, calls[:4], layers)
+    taken = [row[compensation.SAMPLES].tolist() for row in rows]
+    assert taken == [[0, 2], [1, 3], [0, 2], [1, 3]]  # both branches of one image, another at each call
+    part = some_of(calls[1], torch.tensor(taken[1]))
+    torch.testing.assert_close(predict(pipeline.unet, part), predict(pipeline.unet, calls[1])[[1, 3]])
 
 
 def test_replans_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
