@@ -86,6 +86,7 @@ METHODS = {
     "everything": Method("everything linear solved again, in order", EVERYTHING),
     "replanned": Method("default, planned again", replans=1),
     "everything-replanned": Method("everything solved again, planned again", EVERYTHING, replans=1),
+    "constant-resnet": Method("local forms + resnets, nothing compensated", Forms().local(), groups=ALL_GROUPS),
     "joint-resnet": Method("default + resnets, one knapsack", groups=ALL_GROUPS),
     "everything-resnet": Method("everything solved again, resnets too", EVERYTHING, groups=ALL_GROUPS),
     "replanned-resnet": Method("default + resnets, planned again", groups=ALL_GROUPS, replans=1),
