@@ -183,12 +183,12 @@ def test_of_calls_that_memory_does_not_hold_a_few_samples_are_taken(pipeline, sl
 
 
 def test_replans_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
-    settings = PlanSettings(align=4, replans=1, groups=("query_key", "value_output", "feed_forward", "resnet"))
+    settings = PlanSettings(align=4, replans=1)
     plans = [
         make_plan(
             pipeline.unet,
             statistics,
-            Budget("30%"),
+            Budget("18%"),
             settings.model_copy(update={"replans": replans, "forms": Forms().local()}),
             calls=Calls.of(calls[:3], fitting=calls[:4]),
         )
