@@ -254,7 +254,7 @@ class PlanSettings(Settings):
     """Which groups may be slimmed; query_key and value_output go together. `resnet` must be named to be slimmed."""
     sensitivity_calls: int = Field(16, ge=1, le=MOST)
     """Recorded denoiser calls on which sensitivities are measured at most: no more are when plans no longer change."""
-    rounds: int = Field(0, ge=0, le=16)
+    replans: int = Field(0, ge=0, le=16)
     """How often the plan is made again by sensitivities at the ranks that were chosen; the best one is taken."""
     resnets: ResnetSettings = ResnetSettings()
     """How slim resnets are fitted."""

@@ -29,7 +29,7 @@ class Method:
 
     Attributes:
         label: in the tables.
-        forms, allocation, groups, rounds: of our own; baselines take the ranks of the uniform allocation.
+        forms, allocation, groups, replans: of our own; baselines take the ranks of the uniform allocation.
         baseline: what is done instead of ours.
     """
 
@@ -38,10 +38,10 @@ class Method:
     allocation: Allocation = "global"
     baseline: Baseline | None = None
     groups: tuple[str, ...] = TRANSFORMER_GROUPS
-    rounds: int = 0
+    replans: int = 0
 
     def settings(self) -> PlanSettings:
-        return PlanSettings(forms=self.forms, allocation=self.allocation, groups=self.groups, rounds=self.rounds)
+        return PlanSettings(forms=self.forms, allocation=self.allocation, groups=self.groups, replans=self.replans)
 
 
 def _pruning(prune: Callable[[nn.Module, Plan], nn.Module]) -> Baseline:
@@ -84,13 +84,14 @@ METHODS = {
     "compensated": Method("+ projections solved again (the default)"),
     "sequential": Method("default, last linears too, in order", Forms(compensate="sequential")),
     "everything": Method("everything linear solved again, in order", EVERYTHING),
-    "rounds": Method("default, planned again twice", rounds=2),
-    "everything-rounds": Method("everything solved again, planned again twice", EVERYTHING, rounds=2),
+    "replanned": Method("default, planned again", replans=1),
+    "everything-replanned": Method("everything solved again, planned again", EVERYTHING, replans=1),
+    "constant-resnet": Method("local forms + resnets, nothing compensated", Forms().local(), groups=ALL_GROUPS),
     "joint-resnet": Method("default + resnets, one knapsack", groups=ALL_GROUPS),
     "everything-resnet": Method("everything solved again, resnets too", EVERYTHING, groups=ALL_GROUPS),
-    "rounds-resnet": Method("default + resnets, planned again twice", groups=ALL_GROUPS, rounds=2),
-    "everything-rounds-resnet": Method(
-        "everything solved again, resnets too, planned again twice", EVERYTHING, groups=ALL_GROUPS, rounds=2
+    "replanned-resnet": Method("default + resnets, planned again", groups=ALL_GROUPS, replans=1),
+    "everything-replanned-resnet": Method(
+        "everything solved again, resnets too, planned again", EVERYTHING, groups=ALL_GROUPS, replans=1
     ),
     "resnet": Method("resnets alone", groups=("resnet",)),
     "magnitude-resnet": Method(
@@ -115,7 +116,7 @@ THINGS = (
     "torch-pruning",
 )
 THINGS_WHOLE = (
-    *("joint-resnet", "everything-resnet", "magnitude-resnet", "rounds-resnet", "everything-rounds-resnet"),
+    *("joint-resnet", "everything-resnet", "magnitude-resnet", "replanned-resnet", "everything-replanned-resnet"),
     *("obs-diff", "global", "papers", "papers-softmax", "torch-pruning-resnet"),
 )
 

@@ -44,7 +44,7 @@ from slimdiff.settings import (
 S = TypeVar("S", bound=BaseModel)
 MODEL = "'demo', a diffusers pipeline directory, a safetensors file of a whole model, or a hub id"
 """What a model may be, in the help."""
-PLANNING = ("groups", "align", "allocation", "precision", "int8_error")
+PLANNING = ("groups", "align", "allocation", "precision", "int8_error", "replans")
 """The fields of `PlanSettings` that are flags."""
 _ARTIFACTS = ("MODEL", "ARTIFACT", "BASE", "CANDIDATE", "DENSE", "SLIM", "DIR_OR_FILE")
 """What may be a hub id, to be looked up in the hub's local cache where the hub is not asked."""

@@ -90,6 +90,10 @@ class Replay:
         """Paths of the stages that run once, and whose outputs may stand for them."""
         return list(self._steady)
 
+    def held(self) -> dict[str, Any]:
+        """Their outputs."""
+        return {path: run.output for path, run in self._steady.items()}
+
     def predict(self, path: str) -> Tensor:
         """The denoiser's output for the call (`predict`), of whose modules the one at a path alone has changed."""
         with _answering(self.denoiser, self.before(path)):
@@ -135,6 +139,12 @@ class Frontier:
         others = sum(_bytes(outputs) for i, outputs in enumerate(self._held) if i != number)
         if others + _bytes(found) <= self.most:
             self._held[number] = found
+
+
+def held_bytes(denoiser: nn.Module, call: Call, paths: Sequence[str]) -> int:
+    """The most that a `Frontier` of these modules holds of one call."""
+    stages = Replay(denoiser, call, paths).held()
+    return sum(_bytes(output) for path, output in stages.items() if stages.keys().isdisjoint(_parents(path)))
 
 
 def _bytes(value: Any) -> int:

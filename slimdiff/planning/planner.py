@@ -32,7 +32,7 @@ from slimdiff.planning.precision import (
     layer_plans,
     measure_int8,
 )
-from slimdiff.planning.rounds import iterate
+from slimdiff.planning.replanning import iterate
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
 from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
@@ -124,7 +124,7 @@ class Planner:
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
         name = self.settings.allocation
-        known = self.is_measured and not self.settings.rounds
+        known = self.is_measured and not self.settings.replans
         if name in MEASURED and not known and not self.calls.gives("sensitivity"):
             raise InputError(f"the {name} allocation measures {MEASURED[name]}: give it recorded denoiser calls")
         if self.in_int8 and not self.knows_int8 and not self.calls.gives("sensitivity"):
@@ -309,7 +309,7 @@ class Planner:
 
         sensitivities: Mapping[str, float] = self.sensitivities
         picks = picked(sensitivities)
-        if self.settings.rounds and self.settings.allocation == "global":
+        if self.settings.replans:
             picks, sensitivities = iterate(self, picks, picked)
         if self.in_int8 and not together:
             return picks, choose_int8(*self._int8, self.settings.int8_error), sensitivities
@@ -374,10 +374,16 @@ def chosen_sites(sites: Sequence[Site], settings: PlanSettings) -> list[Site]:
     """Those in the groups that may be slimmed.
 
     Raises:
-        InputError: if the groups have a fault (`fault_in`), or the model has nothing in them.
+        InputError: if the groups have a fault (`fault_in`), the model has nothing in them, or plans are to be made
+            again by an allocation that measures no sensitivities.
     """
     if fault := fault_in(settings.groups):
         raise InputError(f"groups: {fault}")
+    if settings.replans and settings.allocation != "global":
+        raise InputError(
+            f"replans measure sensitivities again, and the {settings.allocation} allocation has none: leave replans "
+            "out, or take the global allocation"
+        )
     chosen = [s for s in sites if s.group in settings.groups]
     if not chosen:
         others = ", ".join(sorted({s.group for s in sites})) or "no group"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimdiff.algebra.least_squares import Sums, solve
-from slimdiff.denoising.replay import Frontier
+from slimdiff.denoising.replay import Frontier, held_bytes
+from slimdiff.denoising.samples import batch_size, some_of, spread
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
@@ -36,6 +37,8 @@ from slimdiff.slimming.streams import Layer, Spot, everything, output_projection
 OUTPUT_BYTES = 512 * 2**20
 # Most memory for what calls have computed before the layer whose turn it is.
 HELD_BYTES = 2 * 2**30
+SAMPLES = ""
+"""Where `dense_rows` says which samples of a call it took: no layer has that path."""
 
 
 class _Reached(Exception):
@@ -106,13 +109,16 @@ def _order(denoiser: nn.Module, layers: Sequence[Layer], call: Call) -> list[str
 def dense_rows(denoiser: nn.Module, calls: Sequence[Call], layers: tuple[Layer, ...]) -> list[dict[str, Tensor]]:
     """What a dense model's layers give out, or the sums that they join: by call and path of the layer `[R, m]`.
 
-    Of evenly spread tokens, float32 on the CPU.
+    Of evenly spread tokens, float32 on the CPU. Where what the calls have computed before each layer is more than
+    memory holds, of a few samples of each call: which ones, `SAMPLES` says.
     """
+    taken = _samples(denoiser, calls[0], layers, len(calls))
     width = sum(len(denoiser.get_parameter(f"{layer.path}.weight")) * layer.share for layer in layers)
     most = OUTPUT_BYTES / (4 * width * len(calls))
     rows = []
     for number, call in enumerate(bar(calls, "dense outputs", "call")):
-        seen, here = _watch(denoiser, layers, call), {}
+        here = {} if taken is None else {SAMPLES: spread(batch_size(call) or 1, taken, number)}
+        seen = _watch(denoiser, layers, some_of(call, here[SAMPLES]) if here else call)
         for layer in layers:
             own = seen[layer.path]
             output = own.given[0] if own.total is None else own.total
@@ -129,6 +135,7 @@ def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, T
         slim: whose layers of these stages get weights of their own, and biases where they have some.
         calls: recorded denoiser calls, with many more tokens in them than a layer has inputs.
     """
+    calls = [some_of(c, own[SAMPLES]) if SAMPLES in own else c for c, own in zip(calls, outputs, strict=True)]
     every = [path for layers in stages for layer in layers for path in layer.paths]
     frontier = Frontier(slim, calls, every, HELD_BYTES) if len(stages) > 1 else None
     with bar(name="compensate", unit="call", total=len(stages) * len(calls)) as done:
@@ -145,6 +152,15 @@ def compensate(slim: nn.Module, stages: Stages, outputs: Sequence[Mapping[str, T
                 done.update()
             for layer in layers:
                 _solve([slim.get_submodule(path) for path in layer.paths], halves[layer.path])
+
+
+def _samples(denoiser: nn.Module, call: Call, layers: Sequence[Layer], calls: int) -> int | None:
+    """How many samples of each call are taken; None for all of them."""
+    batch = batch_size(call)
+    if batch is None or not any(layer.stream for layer in layers):
+        return None
+    taken = batch * HELD_BYTES // (calls * max(1, held_bytes(denoiser, call, [layer.path for layer in layers])))
+    return None if taken >= batch else max(1, taken)
 
 
 def _pair(slim: nn.Module, layer: Layer, seen: _Seen, dense: Tensor, number: int) -> tuple[Tensor, Tensor]:

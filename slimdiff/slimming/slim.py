@@ -46,6 +46,11 @@ def factorise(
     return factors
 
 
+def _is_wide(denoiser: nn.Module, path: str) -> bool:
+    """Whether a layer is a convolution of more than one pixel."""
+    return cast(Tensor, denoiser.get_submodule(path).weight)[0, 0].numel() > 1
+
+
 def _weights(denoiser: nn.Module, names: Sequence[str]) -> list[Tensor]:
     return [cast(Tensor, denoiser.get_submodule(name).weight).detach() for name in names]
 
@@ -117,8 +122,8 @@ def slim_denoiser(
     layers = tuple(layer for stage in mended for layer in stage)
     outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(layers) if mended else []
     paths = [path for layer in layers for path in layer.paths]
-    # What a convolution of 3 x 3 gains belongs to its own weight: an update's is mapped channel by channel.
-    names = [path for path in paths if denoiser.get_parameter(f"{path}.weight")[0, 0].numel() == 1]
+    # What mends the stream belongs to a layer's own weight: an update of that has lost nothing there.
+    names = [layer.path for layer in layers if layer.stream is None and not _is_wide(denoiser, layer.path)]
     done = bar(name="slim", unit="site", total=len(changed))
 
     def weights(module: nn.Module, site: Site, rank: int) -> dict[str, Tensor]:

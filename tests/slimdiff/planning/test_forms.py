@@ -10,6 +10,8 @@ from conftest import PROMPTS, SAMPLING
 
 from slimdiff import Budget, InputError, PlanSettings, make_plan, slim_denoiser
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.replay import Frontier
+from slimdiff.denoising.samples import some_of
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import noise_error
 from slimdiff.groups import GROUPS, find_sites
@@ -18,7 +20,7 @@ from slimdiff.planning.knapsack import softmax_weights
 from slimdiff.planning.papers import block_influences
 from slimdiff.settings import PAPERS, Forms
 from slimdiff.slimming import compensation
-from slimdiff.slimming.streams import Layer
+from slimdiff.slimming.streams import Layer, Spot
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +151,10 @@ def test_everything_solved_again_mends_the_stream_too(pipeline, statistics, call
     def slimmed(how: str) -> torch.nn.Module:
         settings = PlanSettings(align=4, allocation="uniform", groups=groups, forms=Forms(compensate=how))
         plan = make_plan(pipeline.unet, statistics, Budget("25%"), settings, calls=calls[:4])
-        return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls)
+        return slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls[:4])
 
-    before, after = slimmed("sequential"), slimmed("everything")
-    assert error(pipeline.unet, after, calls) < 0.95 * error(pipeline.unet, before, calls)
+    before, after = slimmed("projections"), slimmed("everything")
+    assert error(pipeline.unet, after, calls[:4]) < 0.95 * error(pipeline.unet, before, calls[:4])
     local = slimmed("none").state_dict()
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, local[name])}
     kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in changed}
@@ -161,31 +163,50 @@ def test_everything_solved_again_mends_the_stream_too(pipeline, statistics, call
 
 def test_what_lies_before_a_layer_may_be_held_or_computed_again(pipeline, slimmed, monkeypatch):
     held = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
-    monkeypatch.setattr(compensation, "HELD_BYTES", 0)
+    monkeypatch.setattr(compensation, "Frontier", lambda *found: Frontier(*found[:3], 0))
     again = slimmed(allocation="uniform", forms=Forms(compensate="everything"))[1]
     for name, value in held.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[name], atol=1e-5, rtol=1e-5)
 
 
-def test_rounds_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
-    settings = PlanSettings(align=4, rounds=1, groups=("query_key", "value_output", "feed_forward", "resnet"))
+def test_of_calls_that_memory_does_not_hold_a_few_samples_are_taken(pipeline, slimmed, calls, monkeypatch):
+    whole = compensation.held_bytes(pipeline.unet, calls[0], ["up_blocks.2.attentions.0.proj_out"])
+    monkeypatch.setattr(compensation, "HELD_BYTES", 4 * whole // 2)  # of four calls, half
+    local, mended = (slimmed(allocation="uniform", forms=Forms(compensate=how))[1] for how in ("none", "everything"))
+    assert error(pipeline.unet, mended, calls[:4]) < error(pipeline.unet, local, calls[:4])
+    layers = (Layer("up_blocks.2.attentions.0.proj_out", stream=Spot("up_blocks.2.attentions.0")),)
+    rows = compensation.dense_rows(pipeline.unet, calls[:4], layers)
+    taken = [row[compensation.SAMPLES].tolist() for row in rows]
+    assert taken == [[0, 2], [1, 3], [0, 2], [1, 3]]  # both branches of one image, another at each call
+    part = some_of(calls[1], torch.tensor(taken[1]))
+    torch.testing.assert_close(predict(pipeline.unet, part), predict(pipeline.unet, calls[1])[[1, 3]])
+
+
+def test_replans_share_out_the_error_that_the_slim_model_makes(pipeline, statistics, calls):
+    settings = PlanSettings(align=4, replans=1)
     plans = [
         make_plan(
             pipeline.unet,
             statistics,
-            Budget("30%"),
-            settings.model_copy(update={"rounds": rounds, "forms": Forms().local()}),
-            calls=Calls.of(calls[:4], fitting=calls),
+            Budget("18%"),
+            settings.model_copy(update={"replans": replans, "forms": Forms().local()}),
+            calls=Calls.of(calls[:3], fitting=calls[:4]),
         )
-        for rounds in (0, 1)
+        for replans in (0, 1)
     ]
     once, twice = (
-        error(pipeline.unet, slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls), calls[:4])
+        error(pipeline.unet, slim_denoiser(pipeline.unet, statistics, plan, fitting_calls=calls[:4]), calls[:3])
         for plan in plans
     )
     predicted = sum(site.predicted_error or 0 for site in plans[1].sites.values())
     assert twice <= 1.001 * once  # the better plan is taken
     assert 1 / 1.5 < predicted / twice < 1.5
+
+
+def test_replans_are_refused_where_nothing_is_measured(pipeline, statistics, calls):
+    settings = PlanSettings(allocation="uniform", replans=1)
+    with pytest.raises(InputError, match="leave replans out"):
+        make_plan(pipeline.unet, statistics, Budget("10%"), settings, calls=calls[:1])
 
 
 def test_compensation_needs_calls(pipeline, compression):

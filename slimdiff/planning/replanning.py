@@ -40,7 +40,7 @@ Sensitivities = Mapping[str, float]
 def iterate(
     planner: Planner, picks: Picks, choose_again: Callable[[Sensitivities], Picks]
 ) -> tuple[Picks, Sensitivities]:
-    """As many rounds as the settings say, or until the ranks stay; of all their plans the one with the least error.
+    """As many plans more as the settings say, or until the ranks stay; of all their plans the one with the least error.
 
     Args:
         picks: index of each layer's candidate, by the planner's sensitivities; choose_again: the same by others.
@@ -51,14 +51,14 @@ def iterate(
     """
     calls = in_turn(planner.calls.held if planner.calls.gives("held") else planner.calls.sensitivity)
     best: tuple[float, Picks, Sensitivities] | None = None
-    for number in range(planner.settings.rounds + 1):
+    for number in range(planner.settings.replans + 1):
         ranks = {
             site: layer.candidates[pick]
             for layer, pick in zip(planner.layers, picks, strict=True)
             for site in layer.sites
         }
         error, known = measure_at(planner, ranks, calls)
-        log.info("round %d: the plan's slim model errs %.3g on %d calls", number, error, len(calls))
+        log.info("plan %d: its slim model errs %.3g on %d calls", number, error, len(calls))
         if best is None or error < best[0]:
             best = error, picks, known
         picks, before = choose_again(known), picks
@@ -83,7 +83,7 @@ def measure_at(planner: Planner, ranks: Mapping[Site, int], calls: Sequence[Call
     paths = [site.path for site in ranks]
     few = calls[:MOST_CALLS]
     own = {site: _own(denoiser, site, weights[site]) for site in ranks}
-    with bar(name="round", unit="pass", total=2 * len(few) * len(ranks)) as done:
+    with bar(name="replan", unit="pass", total=2 * len(few) * len(ranks)) as done:
         for call in few:
             replay = Replay(denoiser, call, paths)
             dense = replay.output
