@@ -17,6 +17,7 @@ import torch
 from benchmarks.things import world
 from exporters.machine import machine_name
 from slimdiff import embedded
+from slimdiff.budget import Budget
 from slimdiff.compression import Compressor
 from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.trajectory import sample_batch, with_denoiser
@@ -27,7 +28,7 @@ from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable
 from slimdiff.progress import bar
 from slimdiff.schedule import Schedule, ScheduleSettings, levels_of
-from slimdiff.settings import TRANSFORMER_GROUPS, Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.settings import TRANSFORMER_GROUPS, CalibrationSettings, PlanSettings, Sampling
 
 STEPS, SEED = 20, 60_000
 HALVINGS = 12

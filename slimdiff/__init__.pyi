@@ -1,5 +1,6 @@
 """Slim diffusion models in closed form, guided by their activations, without a gradient step."""
 
+from .budget import Budget
 from .calibration.calibrate import calibrate
 from .compression import Compression, Compressor, compress
 from .conversion import ConvertedLora, convert_lora
@@ -11,7 +12,7 @@ from .plan import Plan
 from .planning.planner import make_plan
 from .progress import show_progress
 from .schedule import Schedule, make_schedule
-from .settings import PAPERS, Budget, CalibrationSettings, Forms, PlanSettings, Sampling
+from .settings import PAPERS, CalibrationSettings, Forms, PlanSettings, Sampling
 from .slimming.map_file import save_maps
 from .slimming.slim import slim_denoiser
 from .statistics import Statistics

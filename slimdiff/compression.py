@@ -12,6 +12,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from slimdiff.budget import Budget
 from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.fit import check_fit
@@ -35,7 +36,7 @@ from slimdiff.planning.pictures import Picture
 from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
 from slimdiff.prompts import check_inputs
 from slimdiff.schedule import Schedule
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
+from slimdiff.settings import CalibrationSettings, PlanSettings
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
 

@@ -21,8 +21,9 @@ from deploy.build.cluster import run_on_ray
 from deploy.build.stages import Done, Stage, run_stages
 from deploy.build.workshop import Workshop
 from deploy.recipe.material import PICTURES
+from deploy.recipe.matrix import ImageShape
 from deploy.recipe.prompts import EMBEDDED, GENERAL
-from deploy.recipe.recipe import ImageShape, Recipe
+from deploy.recipe.recipe import Recipe
 from exporters.registry import names
 from slimdiff.errors import SlimdiffError
 from slimdiff.storage.lock import locked

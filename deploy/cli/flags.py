@@ -24,14 +24,12 @@ from deploy.recipe.material import calibration_material, parse_classes
 from deploy.recipe.prompts import default_source
 from deploy.recipe.recipe import check_groups, parse_budget
 from exporters.settings import OneOf
+from slimdiff.budget import BUDGETS, Budget, BudgetKind
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import cached_snapshot, check_lora, choose_variants, find_model
 from slimdiff.prompts.material import Material, find_pictures
 from slimdiff.settings import (
-    BUDGETS,
     MOST,
-    Budget,
-    BudgetKind,
     CalibrationSettings,
     Lora,
     LoraSettings,

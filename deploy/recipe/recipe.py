@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,27 +13,24 @@ from deploy.quality.metrics import METRICS, check_names, check_weights
 from deploy.recipe.errors import explain, nearest
 from deploy.recipe.gates import Gates
 from deploy.recipe.material import PICTURES, parse_classes
+from deploy.recipe.matrix import MatrixStage, Settings
 from deploy.recipe.prompts import EMBEDDED, GENERAL, all_prompts, default_source
 from deploy.recipe.yaml import read_yaml
-from exporters.registry import names
-from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime, parse_sizes
+from exporters.settings import BenchSettings, EngineSettings, ExportSettings, TableRuntime
+from slimdiff.budget import BUDGETS, Budget
 from slimdiff.errors import InputError
 from slimdiff.progress import working
 from slimdiff.settings import (
-    BUDGETS,
     LAST_SEED,
     MOST,
     MOST_AT_ONCE,
-    MOST_PIXELS,
     TRANSFORMER_GROUPS,
-    Budget,
     CalibrationSettings,
     LoraSettings,
     PlanSettings,
     Sampling,
     WeightSettings,
 )
-from slimdiff.settings import Settings as Strict
 
 HOW_WEIGHTS = "compare.metrics.{name}.weights"
 """Where a recipe names a metric's weights."""
@@ -42,12 +38,8 @@ POINTS = {"parameters": "4%,8%,12%,16%,20%,24%", "macs": "5%,10%,15%,20%,25%", "
 """Budgets of a sweep, by unit, if none are given."""
 
 
-class Settings(Strict, frozen=True, populate_by_name=True):
-    """What all settings have in common: unknown keys are errors, values never change."""
-
-
 class BudgetSettings(Settings, extra="allow"):
-    """How much smaller the denoiser must be: a value of exactly one kind of `slimdiff.settings.BUDGETS`, by its key;
+    """How much smaller the denoiser must be: a value of exactly one kind of `slimdiff.budget.BUDGETS`, by its key;
     `reduce: 12%` if none is given."""
 
     runtime: TableRuntime = "onnxruntime"
@@ -192,58 +184,6 @@ class SweepStage(Settings, coerce_numbers_to_str=True):
     def budgets(self) -> list[Budget]:
         """The points as budgets."""
         return [parse_budget(self.by, text) for text in self.texts]
-
-
-class ImageShape(Settings):
-    """How many images go through a denoiser together, and their size."""
-
-    height: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
-    """Pixels, a multiple of 8 as diffusers asks for."""
-    width: int = Field(ge=8, le=MOST_PIXELS, multiple_of=8)
-    """Pixels, a multiple of 8 too."""
-    images: int = Field(1, ge=1, le=1024)
-    """In one call, in which guidance takes two samples of each."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_text(cls, value: Any) -> Any:
-        """Also of `512x512`, or of `4x512x512` for four images."""
-        if not isinstance(value, str):
-            return value
-        sizes = parse_sizes(value)
-        if sizes is None or len(sizes) not in (2, 3):
-            raise ValueError("write a size such as 512x512, or 4x512x512 for four images at once")
-        return dict(zip(("width", "height", "images"), reversed(sizes), strict=False))
-
-    def __str__(self) -> str:
-        return f"{self.images}x{self.height}x{self.width}"
-
-
-class MatrixStage(Settings):
-    """Further exports of the slim model: a cell for every target with every shape in every precision."""
-
-    targets: tuple[str, ...] = Field(("onnxruntime",), min_length=1)
-    """A runtime for graphs, such as `onnxruntime` or `openvino`, or the compute capability, such as `sm89`, of a GPU
-    that TensorRT-RTX builds an engine for."""
-    shapes: tuple[ImageShape, ...] = Field(min_length=1)
-    """Such as `512x512` (height and width, pixels), or `4x512x512` for four images at once."""
-    precision: tuple[Literal["fp32", "fp16", "int8"], ...] = Field(("fp32",), min_length=1)
-    """Of graphs and engines."""
-
-    @field_validator("targets", "precision", "shapes")
-    @classmethod
-    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len({str(v) for v in value}) < len(value):
-            raise ValueError("the same is there twice")
-        return value
-
-    @field_validator("targets")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for target in value:
-            if target not in names("graph") and not re.fullmatch(r"sm\d{2,3}", target):
-                raise ValueError(f"a target is a GPU such as sm89, or one of {', '.join(names('graph'))}")
-        return value
 
 
 class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):

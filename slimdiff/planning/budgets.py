@@ -1,4 +1,4 @@
-"""How a kind of budget is planned: the half that needs a model (`slimdiff.settings.BUDGETS` has the other)."""
+"""How a kind of budget is planned: the half that needs a model (`slimdiff.budget.BUDGETS` has the other)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from slimdiff.budget import Budget
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import CostTable, mac_costs, parameter_costs
 from slimdiff.planning.knapsack import Layer
 from slimdiff.planning.pictures import Picture
-from slimdiff.settings import Budget
 
 if TYPE_CHECKING:
     from slimdiff.planning.planner import Planner

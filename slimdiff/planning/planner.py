@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache, partial
 import numpy as np
 from torch import nn
 
+from slimdiff.budget import BUDGETS, Budget, BudgetKind
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.int8 import input_ranges, rounded
 from slimdiff.denoising.modules import working_copy
@@ -35,7 +36,7 @@ from slimdiff.planning.precision import (
 from slimdiff.planning.replanning import iterate
 from slimdiff.planning.search import smallest_within
 from slimdiff.planning.sensitivity import measure_sensitivities
-from slimdiff.settings import BUDGETS, Budget, BudgetKind, Forms, PlanSettings
+from slimdiff.settings import Forms, PlanSettings
 from slimdiff.slimming.compensation import DenseOutputs, dense_rows
 from slimdiff.slimming.slim import Factors, check_statistics, factorise, slim_denoiser
 from slimdiff.statistics import Statistics

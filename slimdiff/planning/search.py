@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slimdiff.budget import Budget
 from slimdiff.errors import InputError
 from slimdiff.fidelity import HeldError
 from slimdiff.plan import Plan
 from slimdiff.planning.budgets import most_removable
 from slimdiff.progress import bar
-from slimdiff.settings import Budget
 
 if TYPE_CHECKING:
     from slimdiff.planning.planner import Planner

@@ -14,7 +14,8 @@ from exporters import settings as of_exporters
 from exporters.settings import BenchSettings, EngineSettings
 from slimdiff import schedule as of_schedules
 from slimdiff import settings as of_slimdiff
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings, Sampling
+from slimdiff.budget import Budget
+from slimdiff.settings import CalibrationSettings, PlanSettings, Sampling
 
 
 def test_the_help_of_a_field_is_its_docstring():

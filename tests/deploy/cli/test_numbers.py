@@ -14,8 +14,9 @@ from deploy.recipe.recipe import Recipe, make_recipe
 from deploy.triton.settings import TritonSettings
 from exporters.latency.decision import Gate
 from exporters.settings import BenchSettings, EngineSettings, TableSettings
+from slimdiff.budget import Budget
 from slimdiff.errors import InputError
-from slimdiff.settings import Budget, CalibrationSettings, PlanSettings
+from slimdiff.settings import CalibrationSettings, PlanSettings
 
 ODD = ("nan", "inf", "-inf", "-1", str(2**64), "1e400", "9" * 5000, "", "1,5", "true")
 EXPORTERS = (BenchSettings, EngineSettings, TableSettings)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from deploy.recipe.recipe import DEMO, load_recipe
+from slimdiff.budget import Budget
 from slimdiff.errors import InputError
-from slimdiff.settings import Budget
 
 
 def recipe(folder: Path, text: str) -> Path:

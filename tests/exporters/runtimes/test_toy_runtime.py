@@ -56,7 +56,8 @@ def test_processes_that_are_timed_take_it(toy, exported):
 
 
 def test_settings_and_recipes_take_its_name(toy):
-    from deploy.recipe.recipe import MatrixStage, Recipe
+    from deploy.recipe.matrix import MatrixStage
+    from deploy.recipe.recipe import Recipe
 
     assert TableSettings(runtime=toy).runtime == toy
     recipe = Recipe.model_validate({"model": "demo", "budget": {"speedup": 1.2, "runtime": toy}})

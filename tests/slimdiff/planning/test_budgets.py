@@ -9,6 +9,7 @@ import pytest
 from conftest import PROMPTS, SAMPLING, tiny_unet
 
 from slimdiff import Budget, InputError, PlanSettings, compress, slim_denoiser
+from slimdiff.budget import BUDGETS
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.trajectory import record_calls
 from slimdiff.fidelity import HeldError
@@ -18,7 +19,6 @@ from slimdiff.planning.costs import CostTable, batch_of, count_macs, count_param
 from slimdiff.planning.knapsack import TOLERANCE, _nearest, choose, find_layers
 from slimdiff.planning.planner import Planner
 from slimdiff.planning.search import STEPS
-from slimdiff.settings import BUDGETS
 from slimdiff.slimming.skeleton import skeleton
 
 

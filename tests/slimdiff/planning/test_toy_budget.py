@@ -15,10 +15,10 @@ from deploy.build.workshop import Workshop
 from deploy.cli.app import main
 from deploy.recipe.recipe import load_recipe
 from slimdiff import Budget, InputError, Plan, PlanSettings, compress
+from slimdiff.budget import BUDGETS, BudgetKind, read_amount, removed_amount
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.planner import PLANNED, register_budget
-from slimdiff.settings import BUDGETS, BudgetKind, read_amount, removed_amount
 
 # The half without torch: bytes of the weights in half precision.
 KIND = BudgetKind("bytes", "what goes out of the weights in fp16", read_amount, partial(removed_amount, noun="bytes"))
