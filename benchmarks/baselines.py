@@ -88,7 +88,7 @@ def _magnitude(module: nn.Module, site: Site) -> Tensor:
     score = torch.ones(site.heads * site.dense_rank)
     for _, layer, inner in GROUPS[site.group].layers(module):
         if inner.checked:
-            norms = layer.weight.transpose(0, inner.axis).flatten(1).norm(dim=1)
+            norms = layer.weight.transpose(0, inner.axis).flatten(1).norm(dim=1)[inner.before :]
             score = score * norms.reshape(-1, len(score)).prod(0)
     return score
 

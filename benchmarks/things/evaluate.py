@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.things import flux_models, models, world
 from benchmarks.things import judge as judges
-from benchmarks.things import models, world
 
 STEPS = 25
 GUIDANCE = 4.0
@@ -81,6 +81,34 @@ def save_grid(pictures: Tensor, path: Path, columns: int = 8, enlarge: int = 3) 
     partial.rename(path)
 
 
+def painter(model: Path, device: str, *, steps: int, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes pictures `[B, 3, 64, 64]` of scenes and noise with a saved pipeline, the UNet's or Flux's."""
+    # The files are fp16, and transformers would leave the text encoders so.
+    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+
+    def ids(tokenizer: Any, scenes: Tensor) -> Tensor:
+        return models.tokenize(tokenizer, [*world.captions(scenes), ""]).to(device)
+
+    @torch.no_grad()
+    def by_unet(scenes: Tensor, noise: Tensor) -> Tensor:
+        states = pipeline.text_encoder(ids(pipeline.tokenizer, scenes))[0]
+        return sample(pipeline.unet, pipeline.vae, states[:-1], states[-1:], noise, steps=steps, guidance=guidance)
+
+    @torch.no_grad()
+    def by_flux(scenes: Tensor, noise: Tensor) -> Tensor:
+        states = pipeline.text_encoder_2(ids(pipeline.tokenizer_2, scenes))[0]
+        pooled = pipeline.text_encoder(ids(pipeline.tokenizer, scenes)).pooler_output
+        made = flux_models.sample(
+            pipeline.transformer, pipeline.vae, (states, pooled), noise, steps=steps, guidance=guidance
+        )
+        return made
+
+    return by_flux if hasattr(pipeline, "transformer") else by_unet
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the pipeline's folder")
@@ -97,20 +125,12 @@ def main() -> int:
         if not path.exists():
             print(f"error: {path} is missing; train the model with python -m benchmarks.things.train", file=sys.stderr)
             return 2
-    # The files are fp16, and transformers would leave the text encoder so.
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        arguments.model, safety_checker=None, torch_dtype=torch.float32
-    ).to(arguments.device)
-    pipeline.unet.eval(), pipeline.vae.eval(), pipeline.text_encoder.eval()
     judge = judges.load(weights).to(arguments.device)
     kept: list[Tensor] = []
+    paint = painter(arguments.model, arguments.device, steps=arguments.steps, guidance=arguments.guidance)
 
-    @torch.no_grad()
     def draw(scenes: Tensor, noise: Tensor) -> Tensor:
-        ids = models.tokenize(pipeline.tokenizer, [*world.captions(scenes), ""]).to(noise.device)
-        states = pipeline.text_encoder(ids)[0]
-        options = {"steps": arguments.steps, "guidance": arguments.guidance}
-        kept.append(sample(pipeline.unet, pipeline.vae, states[:-1], states[-1:], noise, **options))
+        kept.append(paint(scenes, noise))
         return kept[-1]
 
     report = measure(draw, judge, arguments.count, batch=arguments.batch)

@@ -34,6 +34,8 @@ class FluxTrainer(train.Trainer):
     denoiser = "flux"
 
     def build(self) -> None:
+        # On an H200 with torch 2.11.0+cu130, cuDNN's attention ended in an illegal memory access within a few steps.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.batches |= {k: v for k, v in BATCHES[self.device.type].items() if k == "text" or k not in self.batches}
         self.tokenizer = flux_models.build_tokenizer(self.run.work / "tokenizer_2")
         self.table = models.CaptionTable(self.tokenizer, self.device)
@@ -186,7 +188,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, help="the transformer's samples, instead of time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--batch", type=int, help="the transformer's batch (default: 512 on a GPU, 16 on cores)")
-    parser.add_argument("--eager", action="store_true", help="compile nothing (the cores never do)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; eager if that fails")
     parser.add_argument("--names", type=int, default=len(world.NAMES), help="train on the first N things alone")
     parser.add_argument("--start", type=Path, help="go on from this pipeline's weights")
     parser.add_argument("--tiny", action="store_true", help="a small bank and evaluation, to try the script")
@@ -207,7 +209,7 @@ def main() -> int:
     bank, count = (128, 16) if arguments.tiny else (131_072, 2048) if cuda else (4096, 192)
     stages = {
         "text": lambda: train.stage_text(trainer),
-        "flux": lambda: stage_flux(trainer, bank=bank, compiled=cuda and not arguments.eager),
+        "flux": lambda: stage_flux(trainer, bank=bank, compiled=arguments.compile),
         "evaluate": lambda: stage_evaluate(trainer, count),
     }
     for name, stage in stages.items():

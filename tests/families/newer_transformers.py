@@ -12,10 +12,10 @@ from torch import nn
 from families.family import Family, noise
 from slimdiff.denoising.trajectory import Call
 
-_ALONE = "values alone are slimmed: "
-_NORMED = "queries and keys are normalised (qk-norm)"
-_ROTARY = "rotary positions turn queries and keys"
-_ADDED = "added key and value projections"
+ALONE = "values alone are slimmed: "
+NORMED = "queries and keys are normalised (qk-norm)"
+ROTARY = "rotary positions turn queries and keys"
+ADDED = "added key and value projections"
 
 
 def lumina2() -> nn.Module:
@@ -120,12 +120,12 @@ def flux2() -> nn.Module:
     ).eval()
 
 
-def _calls(arguments: Callable[[int], dict[str, Any]], times: tuple[float, float] = (900.0, 300.0)) -> list[Call]:
+def calls_of(arguments: Callable[[int], dict[str, Any]], times: tuple[float, float] = (900.0, 300.0)) -> list[Call]:
     return [Call(step, t, arguments(step) | {"timestep": torch.tensor([t, t])}) for step, t in enumerate(times)]
 
 
 def _of_latents(width: int, **more: Any) -> list[Call]:
-    return _calls(
+    return calls_of(
         lambda step: {
             "hidden_states": noise(2, 4, 8, 8, seed=step),
             "encoder_hidden_states": noise(2, 5, width, seed=7),
@@ -143,7 +143,7 @@ def lumina2_calls() -> list[Call]:
 
 
 def qwen_image_calls() -> list[Call]:
-    return _calls(
+    return calls_of(
         lambda step: {
             "hidden_states": noise(2, 16, 4, seed=step),
             "encoder_hidden_states": noise(2, 5, 24, seed=7),
@@ -169,7 +169,7 @@ def cogview4_calls() -> list[Call]:
 
 
 def flux2_calls() -> list[Call]:
-    return _calls(
+    return calls_of(
         lambda step: {
             "hidden_states": noise(2, 16, 4, seed=step),
             "encoder_hidden_states": noise(2, 5, 24, seed=7),
@@ -190,7 +190,7 @@ NEWER: dict[str, Family] = {
         lumina2,
         [],
         {"feed_forward": 3, "values": 3},
-        {f"{_ALONE}{_NORMED}; {_ROTARY}; fewer key and value heads than query heads": 3},
+        {f"{ALONE}{NORMED}; {ROTARY}; fewer key and value heads than query heads": 3},
         calls=lumina2_calls,
     ),
     "sana": Family(
@@ -198,7 +198,7 @@ NEWER: dict[str, Family] = {
         [],
         {"feed_forward": 2, "values": 4},
         {
-            f"{_ALONE}its processor {name} may do more than softmax attention": 2
+            f"{ALONE}its processor {name} may do more than softmax attention": 2
             for name in ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
         },
         calls=lambda: _of_latents(24),
@@ -207,33 +207,33 @@ NEWER: dict[str, Family] = {
         auraflow,
         [],
         {"feed_forward": 3, "values": 2},
-        {f"{_ALONE}{_ADDED}; {_NORMED}": 1, f"{_ALONE}{_NORMED}": 1},
+        {f"{ALONE}{ADDED}; {NORMED}": 1, f"{ALONE}{NORMED}": 1},
         calls=lambda: _of_latents(24),
     ),
     "qwen-image": Family(
         qwen_image,
         [],
         {"feed_forward": 4, "values": 2},
-        {f"{_ALONE}{_ADDED}; {_NORMED}; {_ROTARY}": 2},
+        {f"{ALONE}{ADDED}; {NORMED}; {ROTARY}": 2},
         calls=qwen_image_calls,
     ),
     "z-image": Family(
         z_image,
         [],
         {"feed_forward": 3, "values": 3},
-        {f"{_ALONE}{_NORMED}; {_ROTARY}": 3},
+        {f"{ALONE}{NORMED}; {ROTARY}": 3},
         calls=z_image_calls,
     ),
     "cogview4": Family(
-        cogview4, [], {"feed_forward": 2, "values": 2}, {f"{_ALONE}{_NORMED}; {_ROTARY}": 2}, calls=cogview4_calls
+        cogview4, [], {"feed_forward": 2, "values": 2}, {f"{ALONE}{NORMED}; {ROTARY}": 2}, calls=cogview4_calls
     ),
     "flux2": Family(
         flux2,
         [],
         {"feed_forward": 3, "values": 1},
         {
-            f"{_ALONE}{_only('Flux2Attention')}{_ADDED}; {_NORMED}; {_ROTARY}": 1,
-            f"{_only('Flux2ParallelSelfAttention')}{_NORMED}; {_ROTARY}": 1,
+            f"{ALONE}{_only('Flux2Attention')}{ADDED}; {NORMED}; {ROTARY}": 1,
+            f"{_only('Flux2ParallelSelfAttention')}{NORMED}; {ROTARY}": 1,
         },
         calls=flux2_calls,
     ),

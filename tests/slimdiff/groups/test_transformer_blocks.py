@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES as SHARED
+from families.video_transformers import VIDEO_TRANSFORMERS
 from torch import nn
 
 import slimdiff.models
@@ -18,7 +20,11 @@ from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
 from slimdiff.groups.values import FilledUp, LeavingOut, is_filled_up
 
-NAMES = ("flux", "flux2", "sd3", "hunyuan", "lumina2", "sana", "auraflow", "qwen-image", "z-image", "cogview4")
+FAMILIES = {**SHARED, **VIDEO_TRANSFORMERS}
+NAMES = (
+    *VIDEO_TRANSFORMERS,
+    *("flux", "flux2", "sd3", "hunyuan", "lumina2", "sana", "auraflow", "qwen-image", "z-image", "cogview4"),
+)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -30,6 +36,14 @@ def calibrated(request):
         for parameter in dense.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return dense, calls, calibrate_on_calls(dense, calls)
+
+
+@pytest.mark.parametrize("name", VIDEO_TRANSFORMERS)
+def test_sites_of_video_transformers_and_the_reasons_of_the_rest(name):
+    family = VIDEO_TRANSFORMERS[name]
+    sites, left_dense = find_sites(family.make())
+    assert Counter(site.group for site in sites) == family.sites
+    assert Counter(row["reason"] for row in left_dense) == family.left_dense
 
 
 def test_all_dimensions_in_another_basis_or_order_give_the_dense_model(calibrated):
