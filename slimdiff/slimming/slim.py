@@ -121,7 +121,6 @@ def slim_denoiser(
     mended = stages(denoiser, plan, fitting_calls)
     layers = tuple(layer for stage in mended for layer in stage)
     outputs = (dense_outputs or partial(dense_rows, denoiser, fitting_calls))(layers) if mended else []
-    paths = [path for layer in layers for path in layer.paths]
     # What mends the stream belongs to a layer's own weight: an update of that has lost nothing there.
     names = [layer.path for layer in layers if layer.stream is None and not _is_wide(denoiser, layer.path)]
     done = bar(name="slim", unit="site", total=len(changed))
@@ -146,11 +145,14 @@ def slim_denoiser(
         maps |= {f"{places[name]}.{path}": own for name, found in of_sites.items() for path, own in found.items()}
         _add_changes(maps, slim, dict(zip(names, zip(dense, local, strict=True), strict=True)))
     carry_modes(asked, slim)
-    if release_dense:
-        for path in paths:
-            for parameter in denoiser.get_submodule(path).parameters():
-                parameter.data = parameter.data.new_empty(0)
+    _release(denoiser, [path for layer in layers for path in layer.paths] if release_dense else ())
     return slim
+
+
+def _release(denoiser: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        for parameter in denoiser.get_submodule(path).parameters():
+            parameter.data = parameter.data.new_empty(0)
 
 
 def fit_groups(
