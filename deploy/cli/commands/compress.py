@@ -17,11 +17,14 @@ from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
 from slimdiff.errors import InputError
 from slimdiff.schedule import FILE
-from slimdiff.settings import PlanSettings, WeightSettings
+from slimdiff.settings import Budget, PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
-    from slimdiff import Compression
+    from collections.abc import Callable
+
+    from slimdiff import Compression, Compressor
+    from slimdiff.planning.costs import CostTable
     from slimdiff.schedule import Schedule
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
@@ -59,16 +62,15 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_artifact(out, "slim-model")
     budget, table, weights = flags.read_budget(args), flags.read(args, TableSettings), flags.read(args, WeightSettings)
-    by_latency = budget is not None and budget.kind == "speedup"
-    if not by_latency and table.model_fields_set:
+    if table.model_fields_set and not _by_latency(budget):
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
     for flag in ("plan", "statistics"):
         if getattr(args, flag):
             check_file(getattr(args, flag), f"--{flag}")
     schedule = find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
-    sampling = calibration.sampling
-    source, material = flags.read_material(args, calibration.samples, sampling.batch)  # a batch more, for errors
+    more = calibration.sampling.batch  # for errors
+    source, material = flags.read_material(args, calibration.samples, more)
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -78,29 +80,22 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff import Compressor, Plan, Statistics, compress
     from slimdiff.adapters import fused_files
     from slimdiff.calibration import distributed
-    from slimdiff.denoising.precision import in_dtype, in_float32
+    from slimdiff.denoising.precision import in_dtype
     from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import with_denoiser
     from slimdiff.loading.pipelines import load_pipeline, read_dtype
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    held, latency = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline), None
+    held = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline)
     pipeline = for_task(held, material)
-    prompts, sampling = make_inputs(pipeline, material, sampling)
+    prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
     warn_of_steps(pipeline, args.model, sampling)
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
-    work.check([budget] if budget else [], call=one_call)
-    if by_latency and work.picture is not None:
-        from exporters.latency.steps import measure_picture
-
-        latency = measure_picture(pipeline, work.picture, sampling, planning, table)
-    elif by_latency:
-        from exporters.latency.table import measure_latency
-
-        latency = measure_latency(denoiser_of(in_float32(pipeline)), one_call(), planning, table)
+    latency = _prepare(work, budget, table, one_call)
+    del work  # what it holds in float32 is not needed twice
     dense_costs = costs(denoiser_of(pipeline), one_call())
     watched = prompts[: calibration.samples]
     log.info("compress: %d prompts %s, %d steps each", len(watched), described(source), sampling.steps)
@@ -128,12 +123,32 @@ def run(args: argparse.Namespace) -> int:
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
         "lora": fused_files(held),
-        **({"schedule": schedule.model_dump(exclude_none=True)} if schedule else {}),
+        "schedule": schedule and schedule.model_dump(exclude_none=True),
         **said_of(sampling),
     }
     _write(args, written, slim, weights, made_from, schedule)
-    value["schedule"] = made_from.get("schedule")
-    return result(args, value, _text(value))
+    return result(args, value | {"schedule": made_from["schedule"]}, _text(value))
+
+
+def _by_latency(budget: Budget | None) -> bool:
+    return budget is not None and budget.kind == "speedup"
+
+
+def _prepare(
+    work: Compressor, budget: Budget | None, table: TableSettings, call: Callable[[], Any]
+) -> CostTable | None:
+    """Refuse what cannot be, and measure what a speedup is planned on: latencies of a call, or of an image by the
+    schedule; none for other budgets."""
+    work.check([budget] if budget else [], call=call)
+    if not _by_latency(budget):
+        return None
+    if work.picture is not None:
+        from exporters.latency.steps import measure_picture
+
+        return measure_picture(work.pipeline, work.picture, work.calibration.sampling, work.planning, table)
+    from exporters.latency.table import measure_latency
+
+    return measure_latency(work.denoiser, call(), work.planning, table)
 
 
 def _write(
