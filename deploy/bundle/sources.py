@@ -36,7 +36,7 @@ class Selection:
     shapes: Sequence[tuple[int, int, int]] = ()
     """Samples in one call, height and width in pixels. A model is exported for each, else in its own size."""
     precisions: Sequence[str] = ()
-    """A model is exported in each, else in fp32."""
+    """A model is exported in each, else as its plan says, in int8 or fp32."""
     capabilities: Sequence[str] = ()
     """Compute capabilities of engines; graphs go along on a server, and an edge gets none."""
     runtime: str | None = None
@@ -178,32 +178,43 @@ def _candidate(name: str, write: Callable[[Path], None], precision: str, sample:
 
 def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source:
     from deploy.artifacts.hashes import model_hash, steering_hashes
+    from deploy.artifacts.usage import usage_of, use
+    from deploy.recipe.rounding import prompts_for_int8, record_for_int8
     from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.graphs.scheduled import export_scheduled
     from exporters.graphs.vae import settings_for_unet
     from exporters.settings import ExportSettings
     from slimdiff.denoising.sizes import autoencoder_of
+    from slimdiff.models import plan_of
     from slimdiff.planning.costs import batch_of
+    from slimdiff.settings import Sampling
 
-    if "int8" in selection.precisions:
-        raise InputError(
-            f"{name} is in torch: put it into int8 first (slimdiff export --precision int8), and bundle that"
-        )
     rest = selection.rest(name, pipeline_name)
     pipeline, scale = rest.pipeline, rest.scale
     if getattr(pipeline, "unet", None) is None:
         raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
     settings = ExportSettings(keep_fp32=list(selection.keep_fp32), split=selection.split)
     settings = settings_for_unet(pipeline.unet, autoencoder_of(pipeline), settings)
+    plan = plan_of(pipeline.unet)
+    planned = "int8" if plan is not None and plan.int8() else "fp32"
+    if "int8" in selection.precisions and planned != "int8":
+        raise InputError(
+            f"{name} has no plan for int8: put it into int8 first (slimdiff export --precision int8), and bundle that"
+        )
+    usage = use(Sampling(guidance=selection.guidance), usage_of(name))
 
     def write(batch: int, height: int, width: int, precision: Any, folder: Path) -> None:
         call = example_call(pipeline, height=height, width=width, batch=batch)
-        how = settings.model_copy(update={"precision": precision})
+        how: Any = {"settings": settings.model_copy(update={"precision": precision}), "scheduler": pipeline.scheduler}
+        if precision == "int8":
+            sampling = usage.model_copy(update={"height": height, "width": width})
+            prompts = prompts_for_int8(rest.rest or name, None, sampling, settings)
+            how["calibration"] = record_for_int8(pipeline, prompts, sampling, settings)
         if schedule is None:
-            export_unet(pipeline.unet, folder, call, how, scheduler=pipeline.scheduler)
+            export_unet(pipeline.unet, folder, call, **how)
         else:
-            export_scheduled(pipeline.unet, folder, call, schedule, how, scheduler=pipeline.scheduler)
+            export_scheduled(pipeline.unet, folder, call, schedule, **how)
 
     schedule = find_schedule(name, None)
     shapes, candidates = selection.shapes, []
@@ -212,7 +223,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
         high, wide = call.arguments["sample"].shape[-2:]
         shapes = [(batch_of(call), high * scale, wide * scale)]
     for batch, high, wide in shapes:
-        for precision in selection.precisions or ["fp32"]:
+        for precision in selection.precisions or [planned]:
             taken = batch if schedule is None or schedule.guides_always() else None  # see export_scheduled
             label, sample = f"{precision}-{batch}x{high}x{wide}", (taken, None, high // scale, wide // scale)
             export = partial(write, batch, high, wide, precision)

@@ -205,8 +205,7 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
     classes: str | None = Field(None, coerce_numbers_to_str=True)
     """Of a class-conditional model, such as `207,360` or `0-999`."""
     schedule: str | None = None
-    """A file that says which steps of an image are guided and whole (relative to the recipe): the slim model is planned
-    for it and gets it. The model's own if not given; `none`: every step is guided and whole."""
+    """That images are made by (relative to the recipe), in place of the model's own; `none`: all steps are whole."""
     calibration: CalibrationSettings = CalibrationSettings()
     """The runs in which the denoiser is watched."""
     budget: BudgetSettings = BudgetSettings()
@@ -297,23 +296,20 @@ def make_recipe(content: dict[str, Any], source: str, folder: Path) -> Recipe:
     except ValidationError as error:
         raise InputError(f"{source}: {explain(error, Recipe)}") from error
     check_groups(recipe.plan, f"{source}: plan.groups")
-    folders = {name: getattr(recipe, name) for name in PICTURES}
-    resolved: dict[str, Any] = {k: str(folder / _name_of_file(v)) for k, v in folders.items() if v is not None}
+    names = (*PICTURES, "schedule") if recipe.schedule != "none" else PICTURES
+    named = {k: v for k in names if (v := getattr(recipe, k)) is not None}
+    resolved: dict[str, Any] = {k: str(folder / _name_of_file(v)) for k, v in named.items()}
     model = _name_of_file(recipe.model)
     if recipe.prompts is None:
         resolved["prompts"] = default_source(recipe.model)
     if recipe.model != "demo" and (model.startswith(".") or os.path.exists(folder / model)):
         resolved["model"] = str(folder / model)
-    if recipe.schedule not in (None, "none"):
-        resolved["schedule"] = str(folder / _name_of_file(recipe.schedule))
     if isinstance(recipe.prompts, str) and recipe.prompts not in (EMBEDDED, GENERAL):
         resolved["prompts"] = str(folder / _name_of_file(recipe.prompts))
-    resolved["lora"] = tuple(
-        one.model_copy(update={"file": str(folder / _name_of_file(one.file))}) for one in recipe.lora
-    )
+    lora = [one.model_copy(update={"file": str(folder / _name_of_file(one.file))}) for one in recipe.lora]
     if recipe.compare.metrics:
         resolved["compare"] = _resolve_metrics(recipe.compare, source, folder)
-    return recipe.model_copy(update=resolved)
+    return recipe.model_copy(update={**resolved, "lora": tuple(lora)})
 
 
 def _resolve_metrics(compare: CompareStage, source: str, folder: Path) -> CompareStage:

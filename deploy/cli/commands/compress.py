@@ -15,19 +15,17 @@ from deploy.cli.outputs import artifact_folder, check_artifact, check_file
 from deploy.recipe.material import hash_of
 from deploy.recipe.prompts import described
 from exporters.settings import TableSettings
+from slimdiff.budget import Budget
 from slimdiff.errors import InputError
 from slimdiff.schedule import FILE
-from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from slimdiff import Compression, Compressor
-    from slimdiff.denoising.trajectory import Call
     from slimdiff.planning.costs import CostTable
     from slimdiff.schedule import Schedule
-    from slimdiff.settings import Sampling
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
 EXAMPLE = """examples:
@@ -65,14 +63,13 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_artifact(out, "slim-model")
     budget, table, weights = flags.read_budget(args), flags.read(args, TableSettings), flags.read(args, WeightSettings)
-    by_latency = budget is not None and budget.kind == "speedup"
-    if not by_latency and table.model_fields_set:
+    if table.model_fields_set and not _by_latency(budget):
         raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
     _check_files(args)
     schedule = find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
-    sampling = calibration.sampling
-    source, material = flags.read_material(args, calibration.samples, sampling.batch)  # a batch more, for errors
+    more = calibration.sampling.batch  # for errors
+    source, material = flags.read_material(args, calibration.samples, more)
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -91,15 +88,16 @@ def run(args: argparse.Namespace) -> int:
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
     held = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline)
     pipeline = for_task(held, material)
-    prompts, sampling = make_inputs(pipeline, material, sampling)
+    prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
     warn_of_steps(pipeline, args.model, sampling)
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
-    work.check([budget] if budget else [], call=one_call)
-    latency = _measure_latency(work, pipeline, one_call, sampling, table) if by_latency else None
-    dense_costs, watched = costs(denoiser_of(pipeline), one_call()), len(prompts[: calibration.samples])
-    log.info("compress: %d prompts %s, %d steps each", watched, described(source), sampling.steps)
+    latency = _prepare(work, budget, table, one_call)
+    del work  # what it holds in float32 is not needed twice
+    dense_costs = costs(denoiser_of(pipeline), one_call())
+    watched = prompts[: calibration.samples]
+    log.info("compress: %d prompts %s, %d steps each", len(watched), described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -118,39 +116,45 @@ def run(args: argparse.Namespace) -> int:
     written = in_dtype(written, dtype) if (dtype := read_dtype(weights.dtype)) else written
     slim_costs = costs(denoiser_of(written), one_call())
     measured = compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)
-    told = schedule.model_dump(exclude_none=True) if schedule else None
-    value = {"out": str(out), **measured, "int8": _int8(slim.plan), "schedule": told}
+    value = {"out": str(out), **measured, "int8": _int8(slim.plan)}
     made_from = {
         "latency": dict(latency.made_from) if latency else None,
         "prompts": hash_of(material, calibration.samples),
         "calibration": calibration.model_dump(),
         "plan": planning.model_dump(),
         "lora": fused_files(held),
-        **({"schedule": told} if told else {}),
+        "schedule": schedule and schedule.model_dump(exclude_none=True),
         **said_of(sampling),
     }
     _write(args, written, slim, weights, made_from, schedule)
-    return result(args, value, _text(value))
+    return result(args, value | {"schedule": made_from["schedule"]}, _text(value))
+
+
+def _by_latency(budget: Budget | None) -> bool:
+    return budget is not None and budget.kind == "speedup"
+
+
+def _prepare(
+    work: Compressor, budget: Budget | None, table: TableSettings, call: Callable[[], Any]
+) -> CostTable | None:
+    """Refuse what cannot be, and measure what a speedup is planned on: latencies of a call, or of an image by the
+    schedule; none for other budgets."""
+    work.check([budget] if budget else [], call=call)
+    if not _by_latency(budget):
+        return None
+    if work.picture is not None:
+        from exporters.latency.steps import measure_picture
+
+        return measure_picture(work.pipeline, work.picture, work.calibration.sampling, work.planning, table)
+    from exporters.latency.table import measure_latency
+
+    return measure_latency(work.denoiser, call(), work.planning, table)
 
 
 def _check_files(args: argparse.Namespace) -> None:
     for flag in ("plan", "statistics"):
         if getattr(args, flag):
             check_file(getattr(args, flag), f"--{flag}")
-
-
-def _measure_latency(
-    work: Compressor, pipeline: Any, one_call: Callable[[], Call], sampling: Sampling, table: TableSettings
-) -> CostTable:
-    """What a speedup is planned on: latencies of a call, or by a schedule of the whole image."""
-    from deploy.artifacts.figures import denoiser_of
-    from exporters.latency.steps import measure_picture
-    from exporters.latency.table import measure_latency
-    from slimdiff.denoising.precision import in_float32
-
-    if work.picture is not None:
-        return measure_picture(pipeline, work.picture, sampling, work.planning, table)
-    return measure_latency(denoiser_of(in_float32(pipeline)), one_call(), work.planning, table)
 
 
 def _write(

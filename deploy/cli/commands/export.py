@@ -32,9 +32,6 @@ EXAMPLE = """examples:
   slimdiff export slim --out canny-onnx --controlnet sd-controlnet-canny
   slimdiff generate canny-onnx --control-image edges.png --prompt "a barn" --out barn.png"""
 
-_CALLS_OF_IMAGE = 8
-"""Recorded for int8, of one image's: `ExportSettings.int8_calls` says so."""
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "model", "MODEL", flags.MODEL)
@@ -92,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.files import copy_licenses
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.build import shapes
+    from deploy.recipe.rounding import record_for_int8
     from exporters.graphs.int8_layers import report_of
     from exporters.graphs.precision import fp32_islands
     from exporters.graphs.reading import graph_files, read_graph
     from slimdiff.adapters import fused_files
 
     pipeline, unet, call = _open(args, image, weights.variant, steering)
-    calibration = _calibration(pipeline, prompts, image, settings)
+    calibration = record_for_int8(pipeline, prompts, image, settings) if prompts else []
     log.info("export: %s, %s", args.model, settings.precision)
     with artifact_folder(out, "onnx") as temporary:
         how: Any = {"call": call, "vae_tile": args.vae_tile, "calibration": calibration}
@@ -178,27 +176,9 @@ def _prompts(args: argparse.Namespace, settings: ExportSettings, image: Sampling
             "with"
         )
     require("nncf", "int8")
-    from deploy.recipe.prompts import calibration_prompts, default_source
+    from deploy.recipe.rounding import prompts_for_int8
 
-    images = -(-settings.int8_calls // min(_CALLS_OF_IMAGE, image.steps))
-    return calibration_prompts(args.prompts or default_source(args.pipeline or args.model), images)
-
-
-def _calibration(pipeline: Any, prompts: list[str], image: Sampling, settings: ExportSettings) -> list[Any]:
-    """Recorded calls of the denoiser, of all times, on images of prompts; pictures, where it needs some, are grey."""
-    if not prompts:
-        return []
-    from slimdiff.denoising.calls import Calls
-    from slimdiff.denoising.tasks import neutral_inputs
-    from slimdiff.settings import CalibrationSettings, PlanSettings
-
-    log.info("export: recording calls for int8, %d images of %d steps", len(prompts), image.steps)
-    inputs, sampling = [], image.model_copy(update={"batch": 1})
-    for prompt in prompts:
-        rows, sampling = neutral_inputs(pipeline, 1, sampling, prompt)
-        inputs += rows
-    watched = CalibrationSettings(samples=len(inputs), sampling=sampling)
-    return Calls(pipeline, inputs, watched, PlanSettings(fitting_calls=settings.int8_calls)).fitting
+    return prompts_for_int8(args.pipeline or args.model, args.prompts, image, settings)
 
 
 def _of_int8(report: dict[str, Any] | None) -> list[str]:

@@ -35,6 +35,8 @@ def shop(pipeline, compression, weights, tmp_path):
         has_evaluator=False,
         exporting={},
         captions_hash={},
+        schedule=None,
+        scheduled={},
     )
 
 

@@ -45,6 +45,15 @@ def test_an_export_follows_the_plan_without_being_asked(slim, workspace, tmp_pat
     assert value["precision"] == "fp32" and not is_int8(read_graph(tmp_path / "wide" / "unet" / "model.onnx"))
 
 
+def test_a_bundle_for_an_edge_takes_what_the_plan_says(slim, tmp_path, capsys):
+    pytest.importorskip("openvino", reason="an edge runs OpenVINO, which is an extra")
+    plan = Plan.load(slim / "plan.json")
+    value = call(["bundle", slim, "--target", "edge", "--out", tmp_path / "edge"], capsys)
+    assert [d["precision"] for d in value["denoisers"]] == ["int8"]
+    rounded = [int8_layers(read_graph(file)) for file in (tmp_path / "edge").rglob("model.onnx")]
+    assert [set(layers) for layers in rounded if layers] == [set(plan.int8())]
+
+
 def test_compress_says_what_is_in_int8_and_what_is_not(workspace, tmp_path, capsys):
     argv = ["compress", workspace / "tiny", "--out", tmp_path / "slim", "--max-error", "0.05", "--precision", "int8"]
     value = call([*argv, *FEW, "--prompts", workspace / "prompts.txt"], capsys)
