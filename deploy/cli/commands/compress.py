@@ -18,6 +18,7 @@ from exporters.settings import TableSettings
 from slimdiff.budget import Budget
 from slimdiff.errors import InputError
 from slimdiff.schedule import FILE
+from slimdiff.settings import PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
