@@ -81,7 +81,7 @@ PAGES = {
         },
     ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),
-    "docs/int8.md": Page({"my-checkpoint": "tiny"}, 8),
+    "docs/int8.md": Page({"my-checkpoint": "tiny"}, 10, {"--speedup 1.6": "--speedup 1.02 --samples 2 --steps 2"}),
     "docs/bundles.md": Page(
         {"my-checkpoint": "tiny", "my-slim": "slim", "my-build": "build"},
         10,

@@ -54,8 +54,9 @@ def test_a_layer_of_another_kind_stays_dense_with_its_reason(fresh_pipeline, cal
     attention = fresh_pipeline.unet.get_submodule(ADAPTED)
     attention.to_q.__class__ = Scaled
     made = compress(fresh_pipeline, PROMPTS, Budget("5%"), calibration=calibration, planning=UNIFORM)
-    assert made.plan.left_dense == [{"site": ADAPTED, "reason": "a projection is not a plain linear layer"}]
-    assert f"{ADAPTED}.query_key" not in made.plan.sites
+    reason = "values alone are slimmed: a projection is not a plain linear layer"
+    assert made.plan.left_dense == [{"site": ADAPTED, "reason": reason}]
+    assert f"{ADAPTED}.query_key" not in made.plan.sites and f"{ADAPTED}.values" in made.plan.sites
 
 
 def test_a_real_adapter_is_refused_until_fused_and_then_recorded(calibration, tmp_path):
