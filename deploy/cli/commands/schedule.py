@@ -38,7 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(by_hand, ScheduleSettings, "guidance_interval", "deep_every", "depth")
     chosen = parser.add_argument_group("chosen").add_mutually_exclusive_group()
     flags.add(chosen, ChoiceSettings, *CHOSEN)
-    flags.add(parser, TableSettings, "runtime", help="where the whole image's speed is measured (default: it is not)")
+    where = "where latency counts: the whole image's is then what a speed is of (default: multiply-adds are counted)"
+    flags.add(parser, TableSettings, "runtime", help=where)
     flags.add(parser, TableSettings, "threads")
     measured = parser.add_argument_group("what is measured, where it is chosen")
     by_default = "'general', the 500 built-in ones; for demo its own"
