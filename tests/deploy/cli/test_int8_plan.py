@@ -45,6 +45,7 @@ def test_an_export_follows_the_plan_without_being_asked(slim, workspace, tmp_pat
     assert value["precision"] == "fp32" and not is_int8(read_graph(tmp_path / "wide" / "unet" / "model.onnx"))
 
 
+@pytest.mark.slow
 def test_a_bundle_for_an_edge_takes_what_the_plan_says(slim, tmp_path, capsys):
     pytest.importorskip("openvino", reason="an edge runs OpenVINO, which is an extra")
     plan = Plan.load(slim / "plan.json")

@@ -28,6 +28,7 @@ def call(pipeline):
     return record_calls(pipeline, PROMPTS[:1], SAMPLING)[0]
 
 
+@pytest.mark.slow
 def test_every_layer_has_what_it_saves_and_a_shape_is_measured_once(tmp_path, monkeypatch):
     one_level = {
         "block_out_channels": (32,),
