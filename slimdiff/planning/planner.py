@@ -253,11 +253,12 @@ class Planner:
         Args:
             bounds: whether that bounds the cost by this table, for the plan to say.
         """
+        measured = self.sensitivities  # first: where calls are recorded for them, MACs are counted of one
         # A cut in parameters runs no model to count MACs alone.
         macs = self._macs() if budget.kind == "parameters" else self.costs.macs
         counted = self.costs.picture is None or budget.kind == "macs" or self.calls.has("sensitivity")
         work = self.costs.work if macs is not None and counted else None
-        picks, int8, sensitivities = self._choose(table, removed, work)
+        picks, int8, sensitivities = self._choose(table, removed, work, measured)
         ranks = {layer.path: layer.candidates[pick] for layer, pick in zip(self.layers, picks, strict=True)}
         tables = {t.name: t for t in (self.costs.parameters, macs, work, self.costs.latency, self.size, table) if t}
         costs = {name: {"dense": t.dense, "slim": t.of(ranks, int8)} for name, t in tables.items()}
@@ -279,7 +280,7 @@ class Planner:
         )
 
     def _choose(
-        self, table: CostTable, removed: float, work: CostTable | None
+        self, table: CostTable, removed: float, work: CostTable | None, sensitivities: Mapping[str, float]
     ) -> tuple[list[int], list[str], Mapping[str, float]]:
         """The index of each layer's candidate, the paths that go into int8, and the sensitivities that it was by."""
         by_error, together = self.settings.allocation not in ("uniform", "softmax"), self.in_int8 and bool(table.int8)
@@ -308,7 +309,6 @@ class Planner:
             in_int8[tuple(picks)] = int8
             return picks
 
-        sensitivities: Mapping[str, float] = self.sensitivities
         picks = picked(sensitivities)
         if self.settings.replans:
             picks, sensitivities = iterate(self, picks, picked)
