@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.worlds import WORLDS, World
+from deploy.artifacts.schedules import find_schedule
 from deploy.cli.app import main as slimdiff
 from deploy.opening.openers import open_denoiser, whole_pipeline
 from deploy.opening.schedules import with_schedule
@@ -93,7 +94,7 @@ class Together:
         opened = open_denoiser(place, runtime)
         pipeline = opened.pipeline or whole_pipeline(opened, place, None, None)
         sampling = opened.sampling(self.sampling, pipeline)
-        pipeline, _ = with_schedule(pipeline, opened, None, None)
+        pipeline, _ = with_schedule(pipeline, opened, find_schedule(place, None), None)
         short = -len(self.captions) % sampling.batch
         return sample_images(pipeline, self.captions + self.captions[:short], sampling)[: len(self.captions)]
 

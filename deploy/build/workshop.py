@@ -50,7 +50,7 @@ class Workshop:
     exported: tuple[str, ...] = ("dense", "slim")
     """The denoisers that become graphs."""
     engine_precision = "fp16"
-    """Of the engine: fp32 never fuses attention, and hardly anybody runs it on such a GPU."""
+    """Of the engine, unless graphs are in int8: fp32 never fuses attention, and hardly anybody runs it on a GPU."""
 
     def __init__(self, recipe: Recipe, folder: Path, forced: Collection[str] = ()) -> None:
         self.recipe = recipe
@@ -175,8 +175,10 @@ class Workshop:
 
     def exported_as(self, name: str) -> ExportSettings:
         """How the `dense` or the `slim` denoiser becomes a graph: a precision of the plan is the slim one's alone."""
-        planned = self.recipe.plan.precision == "int8"
-        return self.of_unet.model_copy(update={"precision": "fp32"}) if planned and name == "dense" else self.of_unet
+        how, planned = self.of_unet, self.recipe.plan.precision == "int8"
+        if name == "dense" and planned and how.precision == "int8":
+            return how.model_copy(update={"precision": "fp32"})
+        return how
 
     @property
     def weight_settings(self) -> dict[str, Any]:

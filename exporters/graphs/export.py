@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 from slimdiff.progress import working
+
+if TYPE_CHECKING:
+    from slimdiff.plan import Plan
+
+log = logging.getLogger("slimdiff")
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -98,6 +103,7 @@ def export_unet(
     file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
     if (plan := plan_of(unet)) is not None:
         check_leftovers(file, plan)
+        warn_of_precision(plan, settings)
     if settings.precision == "int8":
         quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
     if not settings.split:
@@ -106,6 +112,12 @@ def export_unet(
     for whole in file.parent.glob(f"{GRAPH}*"):
         whole.unlink()
     return file.parent
+
+
+def warn_of_precision(plan: Plan, settings: ExportSettings) -> None:
+    """Say that a graph leaves out what its model's plan puts into int8."""
+    if settings.precision != "int8" and (int8 := plan.int8()):
+        log.warning("the model's plan puts %d layers into int8, and its graph is in %s", len(int8), settings.precision)
 
 
 def export_called(

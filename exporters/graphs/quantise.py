@@ -28,7 +28,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ import torch
 from torch import nn
 
 from exporters.graphs.inputs import in_graph_dtype, named_inputs
-from exporters.graphs.int8_costs import errors_alone, macs_of
+from exporters.graphs.int8_costs import in_int8, macs_of
 from exporters.graphs.int8_layers import REPORT, Int8Layer, int8_layers
 from exporters.graphs.precision import paths_to_keep
 from exporters.graphs.reading import WEIGHTED, inputs_of, module_of, name_of, read_graph, shape_of, weight_of
@@ -52,7 +52,7 @@ from slimdiff.denoising.int8 import input_ranges
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, SlimdiffError, require
 from slimdiff.planning.costs import count_macs
-from slimdiff.planning.precision import choose_int8, settled_within
+from slimdiff.planning.precision import choose_int8, errors_alone, settled_within
 
 if TYPE_CHECKING:
     import onnx
@@ -98,7 +98,7 @@ def quantise_graph(
     }
     constant = _constant_inputs(unet, list(layers), calls)
     wide |= {path: _wide(path, f"its input is {value:g} in all calls") for path, value in constant.items()}
-    macs, _ = macs_of(unet, list(layers), calls[0])
+    macs = macs_of(unet, list(layers), calls[0])
     _warn_of_memory(peak_bytes(graph.graph, len(calls)))
     alone: Mapping[str, float | None]
     if plan is not None and plan.layers:
@@ -180,7 +180,11 @@ def _as_measured(
     asked = [path for path in layers if path not in wide and path not in kept]
     trial = _quantised(file, feeds, [layers[path] for path in asked])
     there = {path: layer for path, layer in int8_layers(trial).items() if path in asked}
-    alone = errors_alone(unet, there, calls, settled_within(macs, most))
+
+    def rounded(path: str) -> AbstractContextManager[None]:
+        return in_int8(unet.get_submodule(path), there[path])
+
+    alone = errors_alone(unet, list(there), calls, rounded, settled_within(macs, most))
     int8 = choose_int8(alone, macs, most)
     if not int8:
         raise InputError(

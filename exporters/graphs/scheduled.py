@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from exporters.graphs.export import Denoiser, export_called, export_unet, in_precision
+from exporters.graphs.export import Denoiser, export_called, export_unet, in_precision, warn_of_precision
 from exporters.graphs.inputs import KEPT, arguments_from
 from exporters.graphs.pipeline import export_pipeline
 from exporters.graphs.quantise import check_calibration, quantise_graph
@@ -72,6 +72,7 @@ def export_scheduled(
     plan = plan_of(unet)
     if plan is not None:
         check_leftovers(file, plan)
+        warn_of_precision(plan, settings)
     if settings.precision == "int8":
         quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
     _cut_shallow(file, folder / SHALLOW, depth)
@@ -125,6 +126,6 @@ def _cut_shallow(whole: Path, target: Path, depth: str) -> None:
     used = [value for value in part.graph.input if value.name in read]
     del part.graph.input[:]
     part.graph.input.extend(used)
-    onnx.helper.set_model_props(part, {p.key: p.value for p in model.metadata_props} | {_DEPTH: depth})
+    onnx.helper.set_model_props(part, {_DEPTH: depth})  # what the whole graph says of its layers is not true of these
     target.write_bytes(part.SerializeToString())
     onnx.checker.check_model(str(target), full_check=True)

@@ -66,7 +66,7 @@ def work_in_stretches(
             for held in tensors:
                 for name in set(held) - needed:
                     del held[name]
-    return ir.Model(whole.graph(model.graph), ir_version=model.ir_version)
+    return ir.Model(whole.graph(), ir_version=model.ir_version)
 
 
 def cut(graph: ir.Graph, most: int = STRETCH_BYTES) -> list[list[ir.Node]]:
@@ -194,7 +194,8 @@ class _Whole:
         self._values |= {name_of(value): value for value in outputs}
         self._nodes += [node for node in nodes if not self._is_known(node)]
 
-    def graph(self, source: ir.Graph) -> ir.Graph:
+    def graph(self) -> ir.Graph:
+        source = self._source
         return require("onnx_ir", "onnx").Graph(
             [self._values.get(name_of(value), value) for value in source.inputs],
             [self._values[name_of(value)] for value in source.outputs],

@@ -177,12 +177,12 @@ class Measurement:
                 start = clock()
                 runs[names[index]]()
                 times[names[index]].append(clock() - start)
-            if count >= FEWEST and all(_width(seconds) <= self.settings.interval for seconds in times.values()):
+            if count >= FEWEST and all(interval_width(seconds) <= self.settings.interval for seconds in times.values()):
                 break
         return {name: float(np.median(seconds) * 1e3) for name, seconds in times.items()}
 
 
-def _width(seconds: Sequence[float]) -> float:
+def interval_width(seconds: Sequence[float]) -> float:
     """Width of the median's interval of 95 %, as a share of it: between two of the runs in order (binomial)."""
     rising, count = np.sort(seconds), len(seconds)
     low = max(0, int((count - Z * count**0.5) / 2))

@@ -85,8 +85,9 @@ class Int8Costs:
         self.macs = count_layer_macs(denoiser, call)
         slim = {layer.path: layer for layer in layers}
         others = find_layers(find_sites(denoiser)[0], 1)
-        self.modules = [slim.get(o.path) or Layer(o.sites, [o.dense_rank]) for o in others]
-        self.inside = {layer.path: [p for p in self.macs if p.startswith(f"{layer.path}.")] for layer in self.modules}
+        self.inside = {o.path: [path for path in self.macs if path.startswith(f"{o.path}.")] for o in others}
+        ran = [o for o in others if self.inside[o.path]]
+        self.modules = [slim.get(o.path) or Layer(o.sites, [o.dense_rank]) for o in ran]
         taken = {path for paths in self.inside.values() for path in paths}
         self.alone = [path for path in self.macs if path not in taken]
         self.inputs = _inputs_of(denoiser, self.alone, call)
@@ -100,8 +101,7 @@ class Int8Costs:
         """
         yield Int8Job(named_int8(self.whole), WHOLE, None, [1])
         for layer in self.modules:
-            if self.inside[layer.path]:
-                yield Int8Job(named_int8(keys[layer.path]), layer.path, layer, _ends_and_middle(layer.candidates))
+            yield Int8Job(named_int8(keys[layer.path]), layer.path, layer, _ends_and_middle(layer.candidates))
         for path in self.alone:
             yield Int8Job(named_int8(self._key(path)), path, None, [1])
 

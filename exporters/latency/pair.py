@@ -82,9 +82,12 @@ def write_job(
         settings: of a graph; `calibration` is what int8 is calibrated on.
 
     Raises:
-        InputError: for a runtime that takes neither models nor graphs, or a denoiser that is not exported.
+        InputError: for a runtime that takes neither models nor graphs, or models alone where a graph is asked for; or a
+            denoiser that is not exported.
     """
     if runtime_of(runtime, "model", "graph").takes == "model":
+        if settings is not None:
+            raise InputError(f"{runtime} takes models, and {settings.precision} is asked of a graph: time it elsewhere")
         from exporters.runtimes.torch_model import save_model
 
         save_model(denoiser, call, folder)

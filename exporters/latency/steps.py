@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from exporters.graphs.pipeline import example_call
 from exporters.graphs.scheduled import export_scheduled_pipeline
-from exporters.latency.alone import FEWEST, _width, threads_of
-from exporters.latency.table import _conditions, cache_folder, measure_latency
+from exporters.latency.alone import FEWEST, interval_width, threads_of
+from exporters.latency.table import cache_folder, conditions, measure_latency
 from exporters.layout import SHALLOW
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.pipeline import load_pipeline
@@ -83,7 +83,7 @@ def measure_steps(
     guided = [step for step, (guides, _) in enumerate(turns) if guides]
     whole = [step for step, (_, runs_all) in enumerate(turns) if runs_all]
     schedule = Schedule(levels=levels, steps=calls, depth=depth, guided=guided, whole=whole)
-    where = _conditions(settings)
+    where = conditions(settings)
     config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
     asked = sampling.model_dump(include={"guidance", "height", "width"})
     shapes = [list(p.shape) for p in unet.parameters()]
@@ -184,9 +184,8 @@ def _measure(pipeline: Any, schedule: Schedule, sampling: Sampling, settings: Ta
                 for kind, (_, seconds) in zip(schedule.kinds(), timed.seconds, strict=True):
                     times[kind].append(seconds)
                 rest.append(total - sum(seconds for _, seconds in timed.seconds))
-                if count >= LEAST and all(
-                    len(seconds) >= FEWEST and _width(seconds) <= settings.interval for seconds in times.values()
-                ):
+                narrow = (len(s) >= FEWEST and interval_width(s) <= settings.interval for s in times.values())
+                if count >= LEAST and all(narrow):
                     break
     found = {_name(kind): 1e3 * float(np.median(seconds)) for kind, seconds in times.items()}
     return {**found, "rest": 1e3 * float(np.median(rest))}

@@ -72,7 +72,7 @@ def measure_latency(
         MissingPackageError: if the runtime is not here.
     """
     settings, planning = settings or TableSettings(), planning or PlanSettings()
-    where = _conditions(settings)
+    where = conditions(settings)
     if planning.precision == "int8":
         check_runtime(settings.runtime)
     layers = find_layers(chosen_sites(find_sites(denoiser)[0], planning), planning.align)
@@ -167,7 +167,7 @@ def cache_folder() -> Path:
     return Path(base) / "slimdiff"
 
 
-def _conditions(settings: TableSettings) -> dict[str, Any]:
+def conditions(settings: TableSettings) -> dict[str, Any]:
     """All that latency depends on beside the model; also checks that the runtime is here."""
     version = torch.__version__ if settings.runtime == "torch" else version_of(settings.runtime)
     return {

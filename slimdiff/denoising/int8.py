@@ -107,6 +107,7 @@ def _round_input(step: float, _module: nn.Module, args: tuple[Tensor, ...]) -> t
 def _round_weight(weight: Tensor) -> Tensor:
     """`[out, ...]`, each channel in its own steps."""
     fine = weight.float()
-    steps = fine.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / WEIGHT_STEPS
+    steps = fine.flatten(1).abs().amax(1) / WEIGHT_STEPS
+    steps = torch.where(steps < torch.finfo(torch.float32).tiny, 1.0, steps)  # a channel of zeros has none
     zeros = torch.zeros(len(steps), dtype=torch.int32, device=steps.device)
     return torch.fake_quantize_per_channel_affine(fine, steps, zeros, 0, -WEIGHT_STEPS, WEIGHT_STEPS - 1).to(weight)

@@ -12,15 +12,17 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from slimdiff.calibration import distributed
-from slimdiff.denoising.int8 import Range, count_layer_macs, input_ranges, product_layers, rounded
+from slimdiff.denoising.int8 import count_layer_macs, input_ranges, product_layers, rounded
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
@@ -52,8 +54,7 @@ def measure_int8(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What each linear or convolution costs when it alone is in int8, by module path, and its multiply-adds.
 
-    Ranges of inputs are those of all calls. A pass computes what lies behind its layer alone (`Replay`). Processes of
-    one job share the layers out, as in `measure_sensitivities`.
+    Ranges of inputs are those of all calls; for the rest see `errors_alone`.
 
     Args:
         most: that layers may cost together. No more calls are taken when another one no longer changes which layers
@@ -68,39 +69,66 @@ def measure_int8(
     """
     macs = {path: count / batch_of(calls[0]) for path, count in count_layer_macs(denoiser, calls[0]).items()}
     ranges = {path: ends for path, ends in input_ranges(denoiser, macs, calls).items() if ends[0] < ends[1]}
-    process, processes = distributed.world()
-    own = {path: ranges[path] for path in list(ranges)[process::processes]}
-    some = in_turn([calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))])
     settled = None if most is None else settled_within(macs, most)
-    changed, energy = dict.fromkeys(ranges, 0.0), 0.0
-    known: dict[str, float] = {}
-    for number, call in enumerate(some):
-        parts = distributed.agree(partial(_measure, denoiser, own, call, len(some) - number))
-        energy += parts[0][1]  # the same in every process
-        if not 0 < energy < math.inf:
-            raise InputError("the dense model predicts nothing, or what is not finite: int8 cannot be measured on it")
-        for changes, _ in parts:
-            for path, value in changes.items():
-                changed[path] += value
-        before, known = known, {path: changed[path] / energy for path in ranges}
-        if before and settled is not None and settled(before, known):
-            log.info("int8: costs from %d of %d calls: the last changes no choice", number + 1, len(some))
-            break
+    known = errors_alone(denoiser, list(ranges), calls, lambda path: rounded(denoiser, {path: ranges[path]}), settled)
     return known, {path: macs[path] for path in ranges}
 
 
-def _measure(denoiser: nn.Module, ranges: Mapping[str, Range], call: Call, left: int) -> tuple[dict[str, float], float]:
+@torch.no_grad()
+def errors_alone(
+    denoiser: nn.Module,
+    paths: Sequence[str],
+    calls: Sequence[Call],
+    in_int8: Callable[[str], AbstractContextManager[Any]],
+    settled: Settled | None = None,
+) -> dict[str, float]:
+    """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction.
+
+    A pass computes what lies behind its layer alone (`Replay`). Processes of one job share the layers out, as in
+    `measure_sensitivities`. How long a call takes is logged when that is known.
+
+    Args:
+        in_int8: puts the layer at a path into int8, for the length of a block.
+        settled: whether what was known a call ago does as well as what is known now. No more calls are then taken; if
+            not given, `CALLS` are.
+
+    Raises:
+        InputError: if the model predicts nothing, or what is not finite.
+    """
+    process, processes = distributed.world()
+    own = paths[process::processes]
+    some = in_turn([calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))])
+    changed, energy = dict.fromkeys(paths, 0.0), 0.0
+    known: dict[str, float] = {}
+    for number, call in enumerate(some):
+        parts = distributed.agree(partial(_measure, denoiser, own, call, in_int8, len(some) - number))
+        energy += parts[0][1]  # the same in every process
+        if not 0 < energy < math.inf:
+            raise InputError("the model predicts nothing, or what is not finite: int8 cannot be measured on it")
+        for changes, _ in parts:
+            for path, value in changes.items():
+                changed[path] += value
+        before, known = known, {path: changed[path] / energy for path in paths}
+        if before and settled is not None and settled(before, known):
+            log.info("int8: costs from %d of %d calls: the last changes no choice", number + 1, len(some))
+            break
+    return known
+
+
+def _measure(
+    denoiser: nn.Module, paths: Sequence[str], call: Call, in_int8: Callable[[str], Any], left: int
+) -> tuple[dict[str, float], float]:
     """By path, the squared change of the output of a call; and the squared output itself.
 
     Args:
         left: calls that there are, for the estimate.
     """
-    changed = dict.fromkeys(ranges, 0.0)
-    replay = Replay(denoiser, call, list(ranges))
-    seconds = replay.seconds * sum(map(replay.share, ranges))
-    log.info("int8: what %d layers cost alone: about %.0f s a call, of %d at most", len(ranges), seconds, left)
-    for path, ends in bar(ranges.items(), "int8, a layer alone", "pass"):
-        with rounded(denoiser, {path: ends}):
+    changed = dict.fromkeys(paths, 0.0)
+    replay = Replay(denoiser, call, paths)
+    seconds = replay.seconds * sum(map(replay.share, paths))
+    log.info("int8: what %d layers cost alone: about %.0f s a call, of %d calls at most", len(paths), seconds, left)
+    for path in bar(paths, "int8, a layer alone", "pass"):
+        with in_int8(path):
             changed[path] = float((replay.predict(path) - replay.output).double().square().sum())
     return changed, float(replay.output.double().square().sum())
 

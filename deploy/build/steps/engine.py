@@ -26,7 +26,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         log.info("engine: skipped, %s", reason)
         return {"skipped": reason}
     graph = graph_of(str(shop.folder / "export" / "slim"), verified=False)
-    if shop.recipe.export.precision != shop.engine_precision:
+    if shop.recipe.export.precision not in (shop.engine_precision, "int8"):
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
         half = shop.of_unet.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
         graph = export_unet(

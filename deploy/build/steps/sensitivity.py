@@ -12,7 +12,8 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
 from slimdiff.planning.planner import keeps_measured
 
-_DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls", "precision"}
+_DECIDING = {"allocation", "forms", "groups", "sensitivity_calls", "resnets", "fitting_calls"}
+_DECIDING |= {"precision", "int8_error"}  # how many calls int8 is measured on depends on its bound
 """The settings of the plan that the result depends on."""
 
 

@@ -21,7 +21,7 @@ from exporters.engine.build import build_engine  # noqa: E402
 from exporters.graphs import quantise  # noqa: E402
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8 import processors_for  # noqa: E402
-from exporters.graphs.int8_costs import errors_alone, in_int8  # noqa: E402
+from exporters.graphs.int8_costs import in_int8  # noqa: E402
 from exporters.graphs.int8_layers import int8_layers, report_of, share_of_macs  # noqa: E402
 from exporters.graphs.naming import weight_dims  # noqa: E402
 from exporters.graphs.quantise import quantise_graph  # noqa: E402
@@ -34,7 +34,7 @@ from exporters.validation.graph import AS_WRITTEN  # noqa: E402
 from slimdiff.denoising.trajectory import predict  # noqa: E402
 from slimdiff.errors import InputError  # noqa: E402
 from slimdiff.plan import Plan  # noqa: E402
-from slimdiff.planning.precision import choose_int8, settled_within  # noqa: E402
+from slimdiff.planning.precision import choose_int8, errors_alone, settled_within  # noqa: E402
 
 QKV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -228,9 +228,13 @@ def test_nncf_reports_its_use_to_nobody():
     assert "MagicMock" in done.stdout  # in the place of what would send
 
 
+def alone_in_int8(dense, layers, calls, settled=None):
+    return errors_alone(dense, list(layers), calls, lambda p: in_int8(dense.get_submodule(p), layers[p]), settled)
+
+
 def test_errors_alone_are_those_of_whole_passes(int8_graph, dense, calls):
     layers = int8_layers(read_graph(int8_graph))
-    alone = errors_alone(dense, layers, calls)
+    alone = alone_in_int8(dense, layers, calls)
     assert list(alone) == list(layers)
     reference = [predict(dense, call) for call in calls]
     for path in (list(layers)[0], QKV, list(layers)[-1]):
@@ -248,9 +252,9 @@ def test_no_more_calls_are_taken_than_the_choice_needs(int8_graph, dense, calls,
     caplog.set_level("INFO", logger="slimdiff")
     layers = dict(list(int8_layers(read_graph(int8_graph)).items())[-3:])
     seen = []
-    errors_alone(dense, layers, calls, lambda before, known: bool(seen.append((before, known))))
+    alone_in_int8(dense, layers, calls, lambda before, known: bool(seen.append((before, known))))
     assert len(seen) == len(calls) - 1 == 2  # never settled: every call, held against the one before
-    assert errors_alone(dense, layers, calls, lambda *_: True) == seen[0][1] != seen[1][1]
+    assert alone_in_int8(dense, layers, calls, lambda *_: True) == seen[0][1] != seen[1][1]
     assert "what 3 layers cost alone: about" in caplog.messages[0] and "of 3 calls at most" in caplog.messages[0]
 
 

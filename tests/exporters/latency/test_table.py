@@ -156,8 +156,8 @@ def test_runs_end_when_the_interval_is_narrow_and_at_the_most_there_may_be(pipel
 
 
 def test_the_interval_of_a_median_lies_between_two_runs_in_order():
-    assert alone._width([1.0] * 8) == 0
-    assert alone._width([1, 2, 3, 4, 5, 6, 7, 8]) == pytest.approx((7 - 2) / 4.5, rel=0.5)
+    assert alone.interval_width([1.0] * 8) == 0
+    assert alone.interval_width([1, 2, 3, 4, 5, 6, 7, 8]) == pytest.approx((7 - 2) / 4.5, rel=0.5)
 
 
 @pytest.mark.parametrize("group", ["feed_forward", "resnet"])

@@ -63,6 +63,15 @@ def test_rounding_is_undone_and_finer_steps_err_less(pipeline, calls, monkeypatc
     assert 0 < (fine - before).norm() < 0.1 * (coarse - before).norm() < 0.1 * before.norm()
 
 
+def test_a_channel_of_zeros_has_no_steps_and_stays_zero():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    torch.nn.init.zeros_(layer[0].weight[1:2])
+    x = torch.randn(3, 8)
+    with torch.no_grad(), rounded(layer, {"0": (-4.0, 4.0)}):
+        weight, output = layer[0].weight.clone(), layer(x)
+    assert torch.isfinite(output).all() and not weight[1].any() and weight[0].any()
+
+
 def test_an_input_that_is_not_finite_is_named(pipeline, calls):
     arguments = calls[0].arguments
     bad = replace(calls[0], arguments={**arguments, "sample": arguments["sample"] * float("inf")})
