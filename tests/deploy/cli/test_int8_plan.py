@@ -12,10 +12,16 @@ for package in ("nncf", "onnxscript"):
 from command_line import call, refused  # noqa: E402
 from conftest import PROMPTS  # noqa: E402
 
+from deploy.build.workshop import Workshop  # noqa: E402
 from deploy.cli.app import main  # noqa: E402
+from deploy.recipe.recipe import load_recipe  # noqa: E402
+from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.int8_layers import int8_layers, is_int8  # noqa: E402
+from exporters.graphs.pipeline import example_call  # noqa: E402
 from exporters.graphs.reading import read_graph  # noqa: E402
-from slimdiff import Plan  # noqa: E402
+from exporters.latency.pair import write_job  # noqa: E402
+from exporters.settings import ExportSettings  # noqa: E402
+from slimdiff import InputError, Plan, load_pipeline  # noqa: E402
 
 FEW = ["--samples", "2", "--steps", "2"]
 
@@ -43,6 +49,27 @@ def test_an_export_follows_the_plan_without_being_asked(slim, workspace, tmp_pat
     capsys.readouterr()
     value = call(["export", slim, "--out", tmp_path / "wide", "--precision", "fp32"], capsys)
     assert value["precision"] == "fp32" and not is_int8(read_graph(tmp_path / "wide" / "unet" / "model.onnx"))
+
+
+def test_what_leaves_the_plans_precision_out_says_so(slim, tmp_path, caplog):
+    pipeline = load_pipeline(slim)
+    export_unet(pipeline.unet, tmp_path / "graph", example_call(pipeline))
+    count = len(Plan.load(slim / "plan.json").int8())
+    assert f"the model's plan puts {count} layers into int8, and its graph is in fp32" in caplog.text
+    asked = ExportSettings(precision="int8")
+    with pytest.raises(InputError, match="torch takes models, and int8 is asked of a graph"):
+        write_job("slim", pipeline.unet, example_call(pipeline), "torch", tmp_path / "job", asked)
+
+
+@pytest.mark.parametrize(
+    ("export", "dense", "slim"), [("", "fp32", "int8"), ("export: {precision: fp16}", "fp16", "fp16")]
+)
+def test_a_builds_dense_graph_has_the_precision_that_was_asked_for(export, dense, slim, workspace, tmp_path):
+    recipe = (workspace / "recipe.yaml").read_text().replace("plan: {", "plan: {precision: int8, ") + export
+    (workspace / "int8-plan.yaml").write_text(recipe)
+    shop = Workshop(load_recipe(workspace / "int8-plan.yaml"), tmp_path)
+    vars(shop)["slim"] = shop.dense  # as far as its modules go
+    assert (shop.exported_as("dense").precision, shop.exported_as("slim").precision) == (dense, slim)
 
 
 @pytest.mark.slow
