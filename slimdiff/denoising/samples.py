@@ -37,3 +37,9 @@ def spread(batch: int, taken: int, number: int) -> Tensor:
     half, pairs = batch // 2, max(1, taken // 2)
     one = ((torch.arange(pairs) * half) // pairs + number) % half
     return torch.cat([one, one + half])
+
+
+def one_branch(batch: int, taken: int, number: int) -> Tensor:
+    """Samples of a batch, others at each call; of two branches of guidance, now one and now the other."""
+    stride = batch // 2 + (batch > 2)  # the same place in the other half, and one on
+    return (number * stride + (torch.arange(taken) * batch) // taken) % batch

@@ -30,7 +30,7 @@ from slimdiff.groups import GROUPS
 from slimdiff.plan import LayerPlan
 from slimdiff.planning.costs import CostTable, batch_of, parameter_costs
 from slimdiff.planning.knapsack import Layer, choose
-from slimdiff.planning.sensitivity import STABLE, in_turn
+from slimdiff.planning.sensitivity import STABLE, affordable, in_turn
 from slimdiff.progress import bar
 
 log = logging.getLogger("slimdiff")
@@ -67,6 +67,7 @@ def measure_int8(
     Raises:
         InputError: if an input is not finite, or the model predicts nothing.
     """
+    calls = affordable(denoiser, calls)
     macs = {path: count / batch_of(calls[0]) for path, count in count_layer_macs(denoiser, calls[0]).items()}
     ranges = {path: ends for path, ends in input_ranges(denoiser, macs, calls).items() if ends[0] < ends[1]}
     settled = None if most is None else settled_within(macs, most)
@@ -98,6 +99,7 @@ def errors_alone(
     process, processes = distributed.world()
     own = paths[process::processes]
     some = in_turn([calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))])
+    some = affordable(denoiser, some)
     changed, energy = dict.fromkeys(paths, 0.0), 0.0
     known: dict[str, float] = {}
     for number, call in enumerate(some):

@@ -21,7 +21,7 @@ from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Evidence, Site
-from slimdiff.planning.sensitivity import _half, exchanged, in_turn
+from slimdiff.planning.sensitivity import _half, affordable, exchanged, in_turn
 from slimdiff.progress import bar
 from slimdiff.slimming.slim import fit_groups
 
@@ -49,7 +49,8 @@ def iterate(
         the picks, and sensitivities whose predicted errors add up to what the slim model was measured to err, before
         its errors are compensated, on calls that it was not fitted on where there are any.
     """
-    calls = in_turn(planner.calls.held if planner.calls.gives("held") else planner.calls.sensitivity)
+    held = planner.calls.held if planner.calls.gives("held") else planner.calls.sensitivity
+    calls = affordable(planner.denoiser, in_turn(held))
     best: tuple[float, Picks, Sensitivities] | None = None
     for number in range(planner.settings.replans + 1):
         ranks = {

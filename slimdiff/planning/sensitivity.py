@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration import distributed
+from slimdiff.denoising.int8 import count_layer_macs
 from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
+from slimdiff.denoising.samples import batch_size, one_branch, some_of
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
@@ -29,6 +31,8 @@ PORTION = 2
 """Calls that are measured before it is asked whether more are needed."""
 STABLE = 0.05
 """More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
+MOST_MACS = 1e11
+"""Multiply-adds of a pass, where a call's samples can be taken out: of a large model that is one sample."""
 
 Sensitivities = Mapping[str, float]
 
@@ -49,7 +53,7 @@ def measure_sensitivities(
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
     Of the denoiser, what comes before a site is computed once for all sites (`Replay`). Calls are taken a few at a
-    time, early and late ones in turn.
+    time, early and late ones in turn; of large models a sample of each (`affordable`).
 
     Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
     arguments, and each returns all of them.
@@ -67,7 +71,7 @@ def measure_sensitivities(
     process, processes = distributed.world()
     own = sites[process::processes]
     fitted = fit_groups(denoiser, factors, {site: _half(site) for site in own}, fitting_calls, resnet_settings)
-    ordered = in_turn(calls)
+    ordered = affordable(denoiser, in_turn(calls))
 
     def weights(site: Site) -> Mapping[str, Tensor]:
         if site.name in fitted:
@@ -107,6 +111,24 @@ def in_turn(calls: Sequence[Call]) -> list[Call]:
     """Calls of a trajectory in an order whose every beginning is spread over all of it."""
     golden = (math.sqrt(5) - 1) / 2
     return [calls[i] for i in sorted(range(len(calls)), key=lambda i: i * golden % 1)]
+
+
+@torch.no_grad()
+def affordable(denoiser: nn.Module, calls: Sequence[Call]) -> list[Call]:
+    """Calls of as many samples as a pass of `MOST_MACS` has, one at least: of both branches of guidance in turn.
+
+    More calls say more than more samples of each, and a pass through a large model takes seconds. A call whose samples
+    cannot be told apart is taken whole.
+    """
+    batches = [batch_size(call) for call in calls]
+    if not calls or batches[0] in (None, 1):
+        return list(calls)
+    of_one = sum(count_layer_macs(denoiser, some_of(calls[0], torch.tensor([0]))).values())
+    taken = max(1, int(MOST_MACS / max(of_one, 1)))
+    return [
+        call if batch is None or batch <= taken else some_of(call, one_branch(batch, taken, number))
+        for number, (call, batch) in enumerate(zip(calls, batches, strict=True))
+    ]
 
 
 def _half(site: Site) -> int:

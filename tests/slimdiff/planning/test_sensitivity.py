@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from conftest import PROMPTS, SAMPLING
 from slimdiff import PlanSettings
 from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
+from slimdiff.denoising.samples import one_branch
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
 from slimdiff.planning import sensitivity
 from slimdiff.planning.planner import Planner
-from slimdiff.planning.sensitivity import PORTION, in_turn, measure_sensitivities
+from slimdiff.planning.sensitivity import PORTION, affordable, in_turn, measure_sensitivities
 from slimdiff.slimming.slim import factorise
 
 
@@ -76,6 +78,41 @@ def test_no_more_calls_are_taken_than_plans_need(pipeline, statistics, calls, si
     few, seen = measure(lambda known, better: asked.append((known, better)) or 0.0)
     assert seen == in_turn(many)[: 2 * PORTION] and asked[0][1] == few
     assert asked[0][0] == measure_sensitivities(pipeline.unet, statistics, sites, factors, seen[:PORTION])
+
+
+def test_of_a_large_model_a_pass_has_one_sample_of_each_branch_in_turn(pipeline, statistics, calls, sites, monkeypatch):
+    factors = factorise(pipeline.unet, statistics, sites)
+    samples = [call.arguments["sample"] for call in calls]
+    assert all(len(sample) == 4 for sample in samples)
+    assert all(map(torch.equal, samples, (call.arguments["sample"] for call in affordable(pipeline.unet, calls))))
+    whole = measure_sensitivities(pipeline.unet, statistics, sites, factors, calls)
+    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    few = affordable(pipeline.unet, calls[:4])
+    texts = [call.arguments["encoder_hidden_states"] for call in few]
+    rows = [
+        next(i for i, row in enumerate(full.arguments["encoder_hidden_states"]) if torch.equal(row, text[0]))
+        for full, text in zip(calls, texts, strict=False)
+    ]  # of a prompt's calls, the empty text is the same
+    assert all(len(text) == 1 for text in texts)
+    assert {row < 2 for row in rows} == {True, False}
+    taken = affordable(pipeline.unet, in_turn(calls))
+    part = measure_sensitivities(pipeline.unet, statistics, sites, factors, calls)
+    monkeypatch.setattr(sensitivity, "in_turn", list)
+    assert part == measure_sensitivities(pipeline.unet, statistics, sites, factors, taken) != whole
+
+
+def test_a_call_whose_samples_cannot_be_told_apart_is_taken_whole(pipeline, calls, monkeypatch):
+    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    shared = replace(calls[0], arguments=calls[0].arguments | {"ids": torch.zeros(7, 3)})
+    assert affordable(pipeline.unet, [shared]) == [shared]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 10, 16])
+def test_one_sample_a_call_is_of_every_branch_in_turn(batch):
+    seen = [int(one_branch(batch, 1, number)) for number in range(batch)]
+    assert len(set(seen)) >= min(batch, 3)
+    if batch % 2 == 0:
+        assert {sample < batch // 2 for sample in seen[:3]} == {True, False}
 
 
 def test_every_beginning_of_the_calls_is_spread_over_all_of_them():
