@@ -70,7 +70,8 @@ def measure_sensitivities(
     """
     process, processes = distributed.world()
     own = sites[process::processes]
-    fitted = fit_groups(denoiser, factors, {site: _half(site) for site in own}, fitting_calls, resnet_settings)
+    halves, few = {site: _half(site) for site in own}, affordable(denoiser, fitting_calls)
+    fitted = fit_groups(denoiser, factors, halves, few, resnet_settings)
     ordered = affordable(denoiser, in_turn(calls))
 
     def weights(site: Site) -> Mapping[str, Tensor]:
