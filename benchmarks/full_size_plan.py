@@ -34,6 +34,7 @@ from exporters.settings import BenchSettings, ExportSettings, TableSettings
 from slimdiff import Budget, Plan, PlanSettings, Statistics
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.calls import Calls
+from slimdiff.planning.costs import CostTable
 from slimdiff.planning.planner import Planner
 from slimdiff.slimming.skeleton import skeleton
 from slimdiff.storage import manifest
@@ -83,7 +84,7 @@ class Subject:
         statistics.save(kept)
         return planner
 
-    def table(self, runtime: str) -> Any:
+    def table(self, runtime: str) -> CostTable:
         settings = TableSettings(runtime=runtime, threads=self.threads)
         return measure_latency(self.unet, self._call(), self.settings, settings)
 
