@@ -31,9 +31,10 @@ from exporters.latency.table import measure_latency
 from exporters.layout import GRAPH
 from exporters.machine import machine_name, usable_cores
 from exporters.settings import BenchSettings, ExportSettings, TableSettings
-from slimdiff import Budget, Plan, PlanSettings, Statistics
+from slimdiff import Budget, InputError, Plan, PlanSettings, Statistics
 from slimdiff.calibration.calibrate import calibrate_on_calls
 from slimdiff.denoising.calls import Calls
+from slimdiff.denoising.trajectory import Call
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.planner import Planner
 from slimdiff.slimming.skeleton import skeleton
@@ -42,6 +43,8 @@ from slimdiff.storage.manifest import replacing
 
 GROUPS = ("query_key", "value_output", "feed_forward", "resnet")
 STATISTICS, CLOCKS = "statistics.safetensors", "planning.json"
+INT8_CALLS = 2
+"""That a graph is calibrated on, for its time alone."""
 
 
 class Subject:
@@ -50,7 +53,6 @@ class Subject:
     def __init__(self, model: Model, calls: int, threads: int, work: Path) -> None:
         self.model, self.count, self.threads, self.work = model, calls, threads, work
         self.settings = PlanSettings(groups=GROUPS, precision="int8")
-        self.clocks: dict[str, Clock] = {}
 
     @cached_property
     def unet(self) -> nn.Module:
@@ -59,26 +61,28 @@ class Subject:
     @cached_property
     def planner(self) -> Planner:
         """With sensitivities and what int8 costs, which are measured if they are not kept."""
-        calls = random_calls(self.model, max(2, self.count))
+        calls = random_calls(self.model, self.count)
+        recorded = Calls.of(calls, fitting=random_calls(self.model, self.settings.fitting_calls))
         kept = self.work / STATISTICS
         if kept.is_file():
-            statistics = Statistics.load(kept)
-        else:
-            with self.clocks.setdefault("statistics of 2 calls", Clock()):
-                statistics = calibrate_on_calls(self.unet, calls[:2])
-        recorded = Calls.of(calls, fitting=random_calls(self.model, self.settings.fitting_calls), held=calls[:1])
-        planner = Planner(self.unet, statistics, self.settings, calls=recorded)
-        if kept.is_file():
-            return planner
+            return Planner(self.unet, Statistics.load(kept), self.settings, calls=recorded)
         peak_bytes(reset=True)
-        with self.clocks.setdefault("factors", Clock()):
+        with Clock() as collecting:
+            statistics = calibrate_on_calls(self.unet, calls[:2])
+        planner = Planner(self.unet, statistics, self.settings, calls=recorded)
+        with Clock() as factorising:
             _ = planner.factors
-        with self.clocks.setdefault(f"sensitivities of {len(planner.chosen)} sites", Clock()):
+        with Clock() as slimming:
             _ = planner.sensitivities
-        with self.clocks.setdefault("int8", Clock()):
+        with Clock() as rounding:
             layers = len(planner.int8_errors)
-        self.clocks[f"what {layers} layers cost in int8"] = self.clocks.pop("int8")
-        rows = {step: vars(clock) for step, clock in self.clocks.items()}
+        clocks = {
+            "statistics of 2 calls": collecting,
+            "factors": factorising,
+            f"sensitivities of {len(planner.chosen)} sites": slimming,
+            f"what {layers} layers cost in int8": rounding,
+        }
+        rows = {step: vars(clock) for step, clock in clocks.items()}
         manifest.write_json(self.work / CLOCKS, {"steps": rows, "peak": peak_bytes()})
         planner.remember(statistics, macs_too=True)
         statistics.save(kept)
@@ -94,7 +98,7 @@ class Subject:
         planner.costs.latency = table
         return planner.plan(Budget(speedup=speedup))
 
-    def graph(self, plan: Plan | None, name: str, calls: int = 2) -> Path:
+    def graph(self, plan: Plan | None, name: str) -> Path:
         """The graph of a plan in a folder of this name; the dense one if there is none."""
         folder = self.work / name
         if not folder.is_dir():
@@ -103,28 +107,29 @@ class Subject:
                 export_unet(unet, temporary, self._call())
                 if plan is not None and plan.int8():
                     how = ExportSettings(precision="int8")
-                    quantise_graph(temporary / GRAPH, unet, self._calls(calls), how, plan)
+                    quantise_graph(temporary / GRAPH, unet, self._calls(INT8_CALLS), how, plan)
         return folder / GRAPH
 
     def measure(self, speedup: float, runtime: str, settings: BenchSettings) -> dict[str, Any]:
-        with Clock() as clock:
+        """What a plan predicts of its speedup and what is measured; why it was refused, if it was."""
+        try:
             plan = self.plan(speedup, runtime)
+        except InputError as error:
+            return {"refused": str(error)}
         planned = plan.costs["latency_ms"]
-        dense, slim = self.graph(None, "dense"), self.graph(plan, f"{runtime}-{speedup:g}")
+        dense, slim = self.graph(None, "dense"), self.graph(plan, f"{runtime}-{self.threads}-{speedup:g}")
         result = bench(Job("dense", str(dense), runtime), Job("slim", str(slim), runtime), settings)
         return {
             "predicted": planned["dense"] / planned["slim"],
-            "planned in": clock.wall,
             "parameters": plan.parameters["slim"] / plan.parameters["dense"],
             "int8": len(plan.int8()),
             **{name: result[name] for name in ("speedup", "cpu_speedup")},
-            "ms": [result[side]["median_ms"] for side in ("baseline", "candidate")],
         }
 
-    def _calls(self, count: int) -> list[Any]:
+    def _calls(self, count: int) -> list[Call]:
         return random_calls(replace(self.model, batch=1), count)
 
-    def _call(self) -> Any:
+    def _call(self) -> Call:
         return self._calls(1)[0]
 
 
@@ -132,7 +137,8 @@ def planning_table(clocks: dict[str, Any]) -> str:
     lines = ["| step | time | processor time |", "| --- | --- | --- |"]
     lines += [f"| {s} | {c['wall'] / 60:.1f} min | {c['cpu'] / 60:.1f} min |" for s, c in clocks["steps"].items()]
     wall, cpu = (sum(c[clock] for c in clocks["steps"].values()) / 60 for clock in ("wall", "cpu"))
-    return "\n".join([*lines, f"| together | {wall:.1f} min | {cpu:.1f} min |"])
+    lines.append(f"| together | {wall:.1f} min | {cpu:.1f} min |")
+    return "\n".join([*lines, "", f"Peak memory: {clocks['peak'] / 2**30:.1f} GiB."])
 
 
 def speedup_table(rows: dict[str, Any]) -> str:
@@ -154,8 +160,12 @@ def speedup_table(rows: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", choices=tuple(MODELS))
-    parser.add_argument("--calls", type=int, default=16, help="of one guided image each (default: %(default)s)")
-    parser.add_argument("--runtime", default="openvino-fp32,onnxruntime", help="none: planning alone")
+    parser.add_argument(
+        "--calls", type=int, default=16, help="recorded, of one guided image each; 2 at least (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runtime", default="openvino-fp32,onnxruntime", help="an empty text: planning alone (default: %(default)s)"
+    )
     parser.add_argument("--speedups", default="1.6,2", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="of the runtimes (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=3, help="process pairs (default: %(default)s)")
@@ -163,14 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slimdiff").setLevel(logging.INFO)
-    work = args.work / args.model
+    if args.calls < 2:
+        parser.error("--calls is at least 2: statistics are collected on two")
+    work = args.work / f"{args.model}-calls{args.calls}"
     work.mkdir(parents=True, exist_ok=True)
     subject = Subject(MODELS[args.model], args.calls, args.threads, work)
     _ = subject.planner
     settings = BenchSettings(
         threads=args.threads, processes=args.processes, rounds=3, warmup=1, batch=1, max_seconds=3600
     )
-    file = work / "speedups.json"
+    file = work / f"speedups-{args.threads}-{args.processes}.json"
     rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for runtime in args.runtime.split(",") if args.runtime else []:
         for speedup in map(float, args.speedups.split(",")):

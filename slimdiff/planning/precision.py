@@ -36,7 +36,8 @@ from slimdiff.progress import bar
 log = logging.getLogger("slimdiff")
 
 CALLS = 4
-"""Recorded calls that a layer alone is measured on, at most, spread over those that there are."""
+"""Recorded calls that a layer alone is measured on, at most, spread over those that there are; of large models, a
+sample of each (`affordable`)."""
 ALL_SUBSETS = 4
 """Layers of a unit of which every set may go into int8; of more, one after another, the best first."""
 NOTHING_TO_GAIN = "it multiplies one row a sample, runs more than once, or its input is one number"
@@ -67,7 +68,6 @@ def measure_int8(
     Raises:
         InputError: if an input is not finite, or the model predicts nothing.
     """
-    calls = affordable(denoiser, calls)
     macs = {path: count / batch_of(calls[0]) for path, count in count_layer_macs(denoiser, calls[0]).items()}
     ranges = {path: ends for path, ends in input_ranges(denoiser, macs, calls).items() if ends[0] < ends[1]}
     settled = None if most is None else settled_within(macs, most)
@@ -98,8 +98,8 @@ def errors_alone(
     """
     process, processes = distributed.world()
     own = paths[process::processes]
-    some = in_turn([calls[i * len(calls) // min(len(calls), CALLS)] for i in range(min(len(calls), CALLS))])
-    some = affordable(denoiser, some)
+    count = min(len(calls), CALLS)
+    some = affordable(denoiser, in_turn([calls[i * len(calls) // count] for i in range(count)]))
     changed, energy = dict.fromkeys(paths, 0.0), 0.0
     known: dict[str, float] = {}
     for number, call in enumerate(some):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration import distributed
-from slimdiff.denoising.int8 import count_layer_macs
 from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.samples import batch_size, one_branch, some_of
@@ -19,6 +18,7 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Evidence, Site
+from slimdiff.planning.costs import count_macs
 from slimdiff.progress import bar
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, fit_groups
@@ -32,7 +32,8 @@ PORTION = 2
 STABLE = 0.05
 """More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
 MOST_MACS = 1e11
-"""Multiply-adds of a pass, where a call's samples can be taken out: of a large model that is one sample."""
+"""Multiply-accumulates of a pass (`count_macs`), where samples can be taken out of a call. One sample of Stable
+Diffusion 1.5 at 512 pixels makes more."""
 
 Sensitivities = Mapping[str, float]
 
@@ -114,20 +115,21 @@ def in_turn(calls: Sequence[Call]) -> list[Call]:
     return [calls[i] for i in sorted(range(len(calls)), key=lambda i: i * golden % 1)]
 
 
-@torch.no_grad()
 def affordable(denoiser: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    """Calls of as many samples as a pass of `MOST_MACS` has, one at least: of both branches of guidance in turn.
+    """The calls, each of as many samples as `MOST_MACS` allow and one at least; both branches of guidance take turns.
 
-    More calls say more than more samples of each, and a pass through a large model takes seconds. A call whose samples
-    cannot be told apart is taken whole.
+    More calls say more than more samples of each, and a pass through a large model takes seconds. Choose the calls
+    before: of every second one of these, all may be of one branch. A call whose samples cannot be told apart is taken
+    whole.
     """
-    batches = [batch_size(call) for call in calls]
-    if not calls or batches[0] in (None, 1):
+    batches = [batch_size(call) or 1 for call in calls]
+    largest = max(batches, default=1)
+    if largest == 1:
         return list(calls)
-    of_one = sum(count_layer_macs(denoiser, some_of(calls[0], torch.tensor([0]))).values())
+    of_one = count_macs(denoiser, calls[batches.index(largest)]) / largest
     taken = max(1, int(MOST_MACS / max(of_one, 1)))
     return [
-        call if batch is None or batch <= taken else some_of(call, one_branch(batch, taken, number))
+        call if batch <= taken else some_of(call, one_branch(batch, taken, number))
         for number, (call, batch) in enumerate(zip(calls, batches, strict=True))
     ]
 

@@ -13,8 +13,10 @@ from conftest import PROMPTS, SAMPLING
 from slimdiff import Budget, InputError, Plan, PlanSettings
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.int8 import count_layer_macs, input_ranges, product_layers, rounded
+from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import HeldError
+from slimdiff.planning import precision, sensitivity
 from slimdiff.planning.costs import CostTable, count_parameters
 from slimdiff.planning.knapsack import TOLERANCE
 from slimdiff.planning.planner import Planner
@@ -89,6 +91,34 @@ def test_each_layer_is_measured_alone(pipeline, calls):
     dense = [predict(pipeline.unet, call) for call in calls[:2]]
     changed = sum(float((a - d).double().square().sum()) for a, d in zip(alone, dense, strict=True))
     assert errors[path] == pytest.approx(changed / sum(float(d.double().square().sum()) for d in dense), rel=1e-6)
+
+
+def test_of_a_large_model_layers_are_measured_on_both_branches_and_ranged_on_all(pipeline, monkeypatch):
+    """Of 16 calls of one guided image, every fourth is taken: their numbers are all even."""
+    calls = record_calls(pipeline, PROMPTS[:1], SAMPLING.model_copy(update={"steps": 16, "batch": 1}))
+    assert len(calls) == 16 and all(len(call.arguments["sample"]) == 2 for call in calls)
+    taken, ranged = [], []
+
+    class Seen(Replay):
+        def __init__(self, denoiser, call, paths):
+            taken.append(call)
+            super().__init__(denoiser, call, paths)
+
+    def ranges_of(denoiser, paths, some):
+        ranged.extend(some)
+        return input_ranges(denoiser, paths, some)
+
+    monkeypatch.setattr(precision, "Replay", Seen)
+    monkeypatch.setattr(precision, "input_ranges", ranges_of)
+    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    measure_int8(pipeline.unet, calls)
+    branches = []
+    for one in taken:
+        texts = next(c.arguments["encoder_hidden_states"] for c in calls if c.timestep == one.timestep)
+        (text,) = one.arguments["encoder_hidden_states"]
+        branches.append([torch.equal(text, branch) for branch in texts].index(True))
+    assert branches == [0, 1, 0, 1]
+    assert ranged == calls
 
 
 def test_one_knapsack_is_as_good_as_trying_everything():

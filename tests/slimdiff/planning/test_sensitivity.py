@@ -13,7 +13,7 @@ from conftest import PROMPTS, SAMPLING
 from slimdiff import PlanSettings
 from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
-from slimdiff.denoising.samples import one_branch
+from slimdiff.denoising.samples import one_branch, some_of
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
@@ -99,6 +99,14 @@ def test_of_a_large_model_a_pass_has_one_sample_of_each_branch_in_turn(pipeline,
     part = measure_sensitivities(pipeline.unet, statistics, sites, factors, calls)
     monkeypatch.setattr(sensitivity, "in_turn", list)
     assert part == measure_sensitivities(pipeline.unet, statistics, sites, factors, taken) != whole
+
+
+def test_calls_of_other_batches_are_thinned_too(pipeline, calls, monkeypatch):
+    """A pipeline that guides a part of the steps calls with one sample, and with two."""
+    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    one = some_of(calls[0], torch.tensor([1]))
+    few = affordable(pipeline.unet, [one, calls[1]])
+    assert few[0] is one and len(few[1].arguments["sample"]) == 1
 
 
 def test_a_call_whose_samples_cannot_be_told_apart_is_taken_whole(pipeline, calls, monkeypatch):
