@@ -18,12 +18,12 @@ from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
 from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, parts_of, read_config
+from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, engine_folders, parts_of, read_config
 from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
-from slimdiff.schedule import Schedule
+from slimdiff.schedule import FILE, Schedule
 from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest as manifests
 
@@ -125,19 +125,27 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         )
     if selection.split:
         raise InputError(f"--split: {name} is exported already, and takes that then (a build, in its recipe)")
+    owners = [path]
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
         manifests.verify_manifest(path)
-        folders = sorted(file.parent for file in path.glob(f"*/{REPORT}"))
-        candidates = [_engine(folder.name, folder, rest.scale) for folder in folders]
+        owners = sorted(file.parent for file in path.glob(f"*/{REPORT}"))
+        candidates = [_engine(folder.name, folder, rest.scale) for folder in owners]
     elif kind == "build":
         candidates = _build(path, rest)
     else:  # of a pipeline of engines, the UNet alone: a bundle has all else in ONNX
         candidates = [_engine("engine", engine_of(name, kind), rest.scale)]
+    schedule = _common([find_schedule(str(owner), None) for owner in owners], name)
     folders = [path, path / "slim", *([Path(pipeline)] if pipeline else [])]  # a build has its model in a folder
-    schedule = find_schedule(name, None) if kind == "onnx" else None
     return Source(kind, folders, candidates, rest, _made_from(path), schedule)
+
+
+def _common(schedules: Sequence[Schedule | None], name: str) -> Schedule | None:
+    """The schedule of engines for several shapes, which is one."""
+    if any(schedule != schedules[0] for schedule in schedules):
+        raise InputError(f"{name} has engines of different schedules, and a bundle has one: name one of them")
+    return schedules[0]
 
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
@@ -161,8 +169,8 @@ def _engine(name: str, folder: Path, scale: int) -> Candidate:
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:
         raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
-    places = ["", *(f"{part}/" for part in parts_of(folder))]
-    kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, manifests.MANIFEST)]
+    places = ["", *(f"{place.relative_to(folder).as_posix()}/" for place in engine_folders(folder))]
+    kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, FILE, manifests.MANIFEST)]
     copy = partial(_copy, folder, [name for name in kept if (folder / name).is_file()])
     about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
     return _candidate(name, copy, report["parts"]["precision"], shape, scale, **about)
@@ -286,5 +294,5 @@ def _made_from(folder: Path) -> dict[str, Any]:
 def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)

@@ -8,11 +8,9 @@ from typing import Any
 from deploy.opening.openers import Opened
 from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
-from exporters.layout import GRAPH, STEP
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.schedulers import calls_of
-from slimdiff.errors import InputError
 from slimdiff.planning.costs import batch_of, count_macs, shallow_share
 from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling
@@ -38,10 +36,6 @@ def with_schedule(
     if opened.kind == "model":
         return schedule_pipeline(pipeline, schedule), schedule
     graph = Path(opened.denoiser.session.source)
-    if not (graph.is_file() and graph.suffix == ".onnx" or (graph / STEP / GRAPH).is_file()):
-        raise InputError(
-            "an engine takes no schedule: name the ONNX folder that it was built from, or say --schedule none"
-        )
     return schedule_graphs(pipeline, schedule, graph, opened.runtime, threads), schedule
 
 

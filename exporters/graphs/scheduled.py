@@ -17,7 +17,7 @@ from exporters.graphs.export import Denoiser, export_called, export_unet, in_pre
 from exporters.graphs.inputs import KEPT, arguments_from
 from exporters.graphs.pipeline import export_pipeline
 from exporters.graphs.quantise import check_calibration, quantise_graph
-from exporters.graphs.reading import read_graph
+from exporters.graphs.reading import DEPTH
 from exporters.graphs.shapes import check_leftovers
 from exporters.graphs.vae import settings_for_unet
 from exporters.layout import SHALLOW
@@ -29,9 +29,6 @@ from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 from slimdiff.schedule import Schedule
-
-_DEPTH = "slimdiff.depth"
-"""In the shallow graph's metadata: the path of the up block that it begins with."""
 
 
 @own_torch_state()
@@ -97,11 +94,6 @@ def export_scheduled_pipeline(
     return files + export_pipeline(pipeline, folder, settings, call=call, without=("unet",), vae_tile=vae_tile)
 
 
-def depth_of(shallow: Path) -> str:
-    """The up block that a shallow graph begins with."""
-    return str(read_graph(shallow).metadata_props.get(_DEPTH, ""))
-
-
 def _wrapper(depth: str) -> type[Denoiser]:
     """The whole UNet as a module with tensors only, in and out."""
 
@@ -126,6 +118,6 @@ def _cut_shallow(whole: Path, target: Path, depth: str) -> None:
     used = [value for value in part.graph.input if value.name in read]
     del part.graph.input[:]
     part.graph.input.extend(used)
-    onnx.helper.set_model_props(part, {_DEPTH: depth})  # what the whole graph says of its layers is not true of these
+    onnx.helper.set_model_props(part, {DEPTH: depth})  # what the whole graph says of its layers is not true of these
     target.write_bytes(part.SerializeToString())
     onnx.checker.check_model(str(target), full_check=True)
