@@ -105,8 +105,6 @@ def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch
         assert found["schedule"] is None
         assert max(high for _, high in ImageChops.difference(unscheduled, plain).getextrema()) <= 2
     assert differ(plain, expected)
-    line = refused(["bundle", "onnx", "--target", "server", "--triton", "--out", "served"], capsys)
-    assert "a Triton repository takes none" in line
 
 
 @pytest.mark.parametrize(
