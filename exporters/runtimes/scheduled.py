@@ -17,6 +17,7 @@ from exporters.registry import runtime_of
 from exporters.runtimes.module import answer
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
+from exporters.runtimes.split import SplitSession
 from exporters.runtimes.unet import UNet
 from slimdiff.denoising.scheduled import Scheduled, guides_as_known
 from slimdiff.denoising.trajectory import with_denoiser
@@ -70,6 +71,8 @@ def schedule_graphs(
             kind = type(pipeline).__name__
             raise InputError(f"{kind} arranges its guidance in a way that is not known: {_remedy(engine)}")
     session = None if shallow is None else open_session(shallow, runtime, threads)
+    if session is not None and isinstance(unet.session, SplitSession):
+        session = unet.session.with_step(session)
     return with_denoiser(pipeline, Scheduled(GraphPasses(unet, session), schedule))
 
 

@@ -15,6 +15,9 @@ from deploy.bundle.archive import unpack
 from deploy.cli.app import main
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
+from exporters.graphs.pipeline import example_call
+from exporters.graphs.scheduled import export_scheduled
+from exporters.settings import ExportSettings
 from exporters.validation.parity import image_psnr
 from slimdiff import Schedule, schedule_pipeline
 from slimdiff.errors import InputError
@@ -74,6 +77,20 @@ def test_a_prompt_becomes_the_image_of_the_schedule(served, pipeline, steps, gui
     found = serves(PROMPT, seed=3, steps=steps, guidance=guidance)
     assert image_psnr(expected(pipeline, BOTH, steps, guidance), found / 255) >= 50
     assert (server.batches["unet"], server.batches["unet_shallow"]) == (whole, shallow)
+
+
+def test_a_unet_in_parts_reuses_a_depth_too(source, pipeline, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("manifest.json", "unet"))
+    export_scheduled(pipeline.unet, folder / "unet", example_call(pipeline), BOTH, ExportSettings(split=True))
+    write_repository(folder, tmp_path / "out", TritonSettings(device="cpu"))
+    server = Server(models := tmp_path / "out" / "models")
+    serves = TextToImage(models / "text_to_image" / "1" / "pipeline", server)
+    found = serves(PROMPT, seed=3, steps=6, guidance=4.0)
+    assert image_psnr(expected(pipeline, BOTH, 6), found / 255) >= 50
+    assert (server.batches["unet_step"], server.batches["unet_shallow"]) == ([2, 2, 1], [2, 1, 1])
+    assert server.batches["unet_prompt"] == [2, 1]  # once for both branches, and once for the prompt alone
+    step, shallow = (models / name / "1" / "model.onnx.data" for name in ("unet_step", "unet_shallow"))
+    assert step.samefile(shallow)
 
 
 def test_an_image_that_was_cancelled_leaves_nothing_behind(served, pipeline):

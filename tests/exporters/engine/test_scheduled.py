@@ -17,6 +17,7 @@ from exporters.engine.build import request_engine  # noqa: E402
 from exporters.engine.check import read_engine  # noqa: E402
 from exporters.engine.shapes import with_single_branches  # noqa: E402
 from exporters.graphs.scheduled import export_scheduled  # noqa: E402
+from exporters.layout import engine_folders  # noqa: E402
 from exporters.runtimes.scheduled import schedule_graphs  # noqa: E402
 from exporters.runtimes.unet import UNet  # noqa: E402
 from exporters.settings import EngineSettings, ExportSettings  # noqa: E402
@@ -156,6 +157,24 @@ def test_a_batch_for_one_branch_is_added_where_none_is_taken():
         batches({"fixed": shapes(3)})
     with pytest.raises(InputError, match="has one of 2 alone"):
         with_single_branches({**dims, "sample": [2, 4, 8, 8]}, {"fixed": shapes(2)}, 2)
+
+
+def test_of_a_unet_in_parts_the_step_has_both(rtx, slim_and_plan, calls, tmp_path):
+    unet, plan = slim_and_plan
+    settings = ExportSettings(split=True)
+    folder = export_scheduled(unet, tmp_path / "onnx", calls[0], BOTH, settings)[0]
+    request = request_engine(folder, SETTINGS, plan=plan, branches=2)
+    report = request.build(tmp_path / "engine")
+    assert [row["file"] for row in report["engines"]] == ["step/model.engine", "step/shallow/model.engine"]
+    assert all(site["ok"] for row in report["engines"] for site in row["sites"])
+    assert all(site["ok"] for site in report["sites"]) and request.why_build(tmp_path / "engine") is None
+    places = [place.relative_to(tmp_path / "engine").as_posix() for place in engine_folders(tmp_path / "engine")]
+    assert places[0] == "step/shallow" and set(places) == {"step/shallow", "prompt", "time", "step"}
+    given = {tensor["name"] for tensor in read_engine(tmp_path / "engine" / "step" / "shallow")["inputs"]}
+    assert "kept" in given and not any("mid_block" in name for name in given)
+    for part in ("prompt", "step"):
+        profiles = read_engine(tmp_path / "engine" / part)["parts"]["shapes"]["profiles"]
+        assert len(profiles) == 2
 
 
 @pytest.mark.slow
