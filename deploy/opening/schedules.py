@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.figures import image_macs
 from deploy.opening.openers import Opened
 from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.schedulers import calls_of
-from slimdiff.planning.costs import batch_of, count_macs, shallow_share
 from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling
 
@@ -47,9 +47,5 @@ def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) 
         return {"dense": None, "slim": None, "saved": None}
     shapes: dict[str, Any] = {"height": sampling.height, "width": sampling.width, "guidance": sampling.guidance}
     call = example_call(dense.pipeline, **shapes)
-    unet = slim.opened.denoiser
     own = schedule.at(calls_of(slim.pipeline, sampling.steps))
-    share = 1.0 if own.depth is None else shallow_share(unet, own.depth, call)
-    whole = count_macs(dense.opened.denoiser, call) * own.steps
-    by_schedule = count_macs(unet, call) * own.steps * own.cost(share, batch_of(call))
-    return {"dense": whole, "slim": round(by_schedule), "saved": 1 - by_schedule / whole}
+    return image_macs(dense.opened.denoiser, slim.opened.denoiser, call, own)
