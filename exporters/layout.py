@@ -16,6 +16,8 @@ GRAPH = "model.onnx"
 ENGINE = "model.engine"
 SHALLOW = "shallow.onnx"
 """Beside a UNet's graph: the part of it that a schedule runs in some steps, on the same file of weights."""
+SHALLOW_ENGINE = "shallow"
+"""In the folder of a UNet's engine: that of its shallow graph's."""
 CONFIG = "config.json"
 PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
 """Folders in that of a denoiser whose graph, or engine, is in parts: `exporters.graphs.split` says what is in them."""
@@ -212,6 +214,27 @@ def parts_of(folder: Path | str) -> dict[str, Path]:
     found = {part: Path(folder) / part for part in PARTS}
     found = {part: at for part, at in found.items() if _holds(at)}
     return found if STEP in found and not _holds(Path(folder)) else {}
+
+
+def shallow_of(unet: Path, *, engine: bool = False) -> Path | None:
+    """The shallow graph that goes with a UNet's, or the folder of that graph's engine; None if there is none.
+
+    Args:
+        unet: the file or the folder of its graph or engine; in parts, the folder around them.
+        engine: look for an engine.
+    """
+    folder = unet if unet.is_dir() else unet.parent
+    folder = parts_of(folder).get(STEP, folder)
+    found = folder / SHALLOW_ENGINE if engine else folder / SHALLOW
+    return found if (found / ENGINE if engine else found).is_file() else None
+
+
+def engine_folders(folder: Path) -> list[Path]:
+    """The folders, below that of a denoiser's engine, with engines of its parts and of its shallow graph; the inner
+    ones first."""
+    parts = list(parts_of(folder).values())
+    inner = (shallow_of(place / ENGINE, engine=True) for place in (*parts, folder))
+    return [*(place for place in inner if place is not None), *parts]
 
 
 def _holds(folder: Path) -> bool:

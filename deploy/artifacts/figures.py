@@ -11,7 +11,8 @@ from typing import Any
 import slimdiff
 from slimdiff.denoising.trajectory import Call, denoiser_name
 from slimdiff.plan import Plan
-from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters
+from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters, shallow_share
+from slimdiff.schedule import Schedule
 from slimdiff.storage import manifest
 
 
@@ -27,6 +28,20 @@ def costs(denoiser: Any, call: Call) -> dict[str, int]:
         "macs": count_macs(denoiser, call) // batch_of(call),
         "bytes": count_bytes(denoiser),
     }
+
+
+def image_macs(dense: Any, slim: Any, call: Call, schedule: Schedule) -> dict[str, Any]:
+    """Multiply-adds of the denoiser's calls for an image: of dense, every step guided and whole, and of slim by the
+    schedule. `saved` is a share.
+
+    Args:
+        call: of one image, or some, with all branches of guidance.
+        schedule: for as many steps as the image has.
+    """
+    share = 1.0 if schedule.depth is None else shallow_share(slim, schedule.depth, call)
+    whole = count_macs(dense, call) * schedule.steps
+    own = count_macs(slim, call) * schedule.steps * schedule.cost(share, batch_of(call))
+    return {"dense": whole, "slim": round(own), "saved": 1 - own / whole}
 
 
 def compression_result(

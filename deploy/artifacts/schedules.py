@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from slimdiff.errors import InputError
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, Schedule
 
@@ -22,16 +21,3 @@ def find_schedule(name: str, asked: str | None) -> Schedule | None:
         return Schedule.load(asked)
     files = [place / FILE for place in places_of(name) if name != "demo" and (place / FILE).is_file()]
     return Schedule.load(files[0]) if files else None
-
-
-def refuse_schedule(name: str, what: str) -> None:
-    """Refuse an artifact whose schedule would be lost: what is made of it takes none.
-
-    Raises:
-        InputError: if there is a schedule beside it.
-    """
-    if find_schedule(name, None) is not None:
-        raise InputError(
-            f"{name} has a schedule, and {what} takes none: with one, run the model or its ONNX folder; without, take "
-            f"{FILE} out, or export with --schedule none"
-        )

@@ -176,6 +176,8 @@ class Workshop:
     def exported_as(self, name: str) -> ExportSettings:
         """How the `dense` or the `slim` denoiser becomes a graph: a precision of the plan is the slim one's alone."""
         how, planned = self.of_unet, self.recipe.plan.precision == "int8"
+        if self.schedule is not None and not self.schedule.guides_always():  # both, for they are timed side by side
+            how = how.model_copy(update={"dynamic_batch": True})
         if name == "dense" and planned and how.precision == "int8":
             return how.model_copy(update={"precision": "fp32"})
         return how

@@ -1,8 +1,9 @@
 """A bundle as one file, `.tar.zst`, and unpacking one safely.
 
-The manifest comes first, and the files that it lists follow: regular ones of those sizes and hashes, each once.
-So unpacking never writes more than the manifest says, and before it writes anything it holds that against the size of
-the archive and the room on the disk. Links, devices, folders and extended headers, which attacks by archives are made
+The manifest comes first, and the files that it lists follow: regular ones of those sizes and hashes, each once. Of
+files of one content, such as weights that a Triton repository shares, the others are hard links to the first. So
+unpacking never writes more than the manifest says, and before it writes anything it holds that against the size of the
+archive and the room on the disk. Other links, devices, folders and extended headers, which attacks by archives are made
 of, are refused before they are read.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deploy.artifacts.kinds import is_archive
@@ -31,15 +32,19 @@ _MOST_EXPANSION = 100
 _SLACK = 16 * 2**20
 
 
-class _RegularFile(tarfile.TarInfo):
-    """The header of a regular file; any other is refused before `tarfile` reads what it announces."""
+class _File(tarfile.TarInfo):
+    """The header of a regular file or a hard link; any other is refused before `tarfile` reads what it announces."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _RegularFile:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _File:
         info = super().frombuf(buf, encoding, errors)
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise InputError(f"the archive holds {info.name!r}, which is no regular file: refused")
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.LNKTYPE):
+            raise _odd(info)
         return info
+
+
+def _odd(info: tarfile.TarInfo) -> InputError:
+    return InputError(f"the archive holds {info.name!r}, which is no regular file: refused")
 
 
 def pack(folder: Path, file: Path) -> None:
@@ -51,6 +56,7 @@ def pack(folder: Path, file: Path) -> None:
     """
     zstandard = require("zstandard", "bundle")
     files = manifests.read_manifest(folder)["files"]
+    first = {entry["sha256"]: name for name, entry in sorted(files.items(), reverse=True)}
     sizes = {name: (folder / name).stat().st_size for name in (manifests.MANIFEST, *sorted(files))}
     for name, size in sizes.items():
         if len(name.encode()) > _LONGEST:
@@ -68,6 +74,8 @@ def pack(folder: Path, file: Path) -> None:
         for name, size in sizes.items():
             info = tarfile.TarInfo(name)  # neither times nor owners: the same files give the same bytes
             info.size, info.mode = size, 0o644
+            if name in files and (there := first[files[name]["sha256"]]) != name:
+                info.size, info.type, info.linkname = 0, tarfile.LNKTYPE, there
             try:
                 with (folder / name).open("rb") as content:
                     tar.addfile(info, content)
@@ -109,7 +117,7 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     with archive.open("rb") as file:
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(file, closefd=False)
         try:
-            with tarfile.open(fileobj=reader, mode="r|", tarinfo=_RegularFile) as tar:
+            with tarfile.open(fileobj=reader, mode="r|", tarinfo=_File) as tar:
                 yield tar
         except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
             raise InputError(f"{archive} is damaged, or ends early ({error}): copy it again, whole") from error
@@ -117,6 +125,8 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
 
 def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:
     first = tar.next()
+    if first is not None and not first.isreg():
+        raise _odd(first)
     if first is None or first.name != manifests.MANIFEST or first.size > manifests.MOST_JSON:
         raise InputError(f"{archive} does not begin with a {manifests.MANIFEST}: it is no archive of a bundle")
     _write(tar, first, folder / manifests.MANIFEST)
@@ -128,6 +138,12 @@ def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:
         expected = missing.pop(info.name, None)
         if expected is None:
             raise InputError(f"{archive} holds {info.name}, which its manifest does not list, or it holds it twice")
+        if info.islnk():
+            written = info.linkname not in (*missing, info.name)
+            if not written or manifest["files"].get(info.linkname) != expected:
+                raise _odd(info)
+            _link(folder / info.linkname, folder / info.name)
+            continue
         if info.size != expected["bytes"]:
             raise InputError(f"{archive}: {info.name} has {info.size} bytes, its manifest says {expected['bytes']}")
         _write(tar, info, folder / info.name)
@@ -137,9 +153,22 @@ def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:
         raise InputError(f"{archive} lacks {next(iter(missing))}, which its manifest lists: copy it again, whole")
 
 
+def _link(there: Path, file: Path) -> None:
+    """The same content under another name, once on the disk where that can do hard links."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            file.hardlink_to(there)
+            return
+        with there.open("rb") as content, file.open("xb") as out:
+            shutil.copyfileobj(content, out, 1 << 20)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{file.name} cannot lie beside the other files of its archive: refused") from error
+
+
 def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, file: Path) -> None:
     content = tar.extractfile(info)
-    assert content is not None  # `_RegularFile` refuses all others
+    assert content is not None  # `_File` and `_extract` refuse all others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("xb") as out:

@@ -20,8 +20,9 @@ from deploy.triton import check_served, write_repository
 from exporters.engine.check import REPORT, runs_on
 from exporters.graphs.int8 import processors_for
 from exporters.graphs.reading import read_graph
-from exporters.layout import GRAPH, parts_of
+from exporters.layout import GRAPH, engine_folders
 from exporters.registry import names, runtime_of
+from exporters.runtimes.scheduled import find_shallow
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
 from slimdiff.schedule import FILE
@@ -102,6 +103,8 @@ def write_bundle(
         candidate.write(folder / place)
         if edge:
             _make_lean(folder / place)
+        if source.schedule is not None:
+            find_shallow(folder / place, source.schedule, engine=candidate.is_engine)
         runtimes = _runtimes(candidate, selection)
         vae = place_of(candidate.latents, sizes) if source.rest.decoder else None
         about = candidate.model_dump(include=set(Model.model_fields))
@@ -139,7 +142,7 @@ def _make_lean(folder: Path) -> None:
     """Take out what only a denoiser's builder reads: the plan in its configuration, an engine's layers."""
     config = manifests.read_json(folder / "config.json")
     manifests.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "slim_plan"})
-    for place in (*parts_of(folder).values(), folder):  # the manifest around parts lists theirs
+    for place in (*engine_folders(folder), folder):  # the manifest around others lists theirs
         if (place / REPORT).is_file():
             report = manifests.read_json(place / REPORT)
             manifests.write_json(place / REPORT, {k: report[k] for k in _READ_OF_ENGINES if k in report})

@@ -18,12 +18,12 @@ from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
 from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, parts_of, read_config
+from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, engine_folders, parts_of, read_config
 from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
 from slimdiff.progress import working
-from slimdiff.schedule import Schedule
+from slimdiff.schedule import FILE, Schedule
 from slimdiff.settings import Sampling, SteeringSettings
 from slimdiff.storage import manifest as manifests
 
@@ -106,10 +106,6 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
     if kind not in ("onnx", "engine", ENGINE_PIPELINE, "engines", "build"):
         raise InputError(f"{name} is of the kind {kind}: bundled are models, ONNX folders, engines and builds")
     if kind == "build":
-        if find_schedule(str(path / "slim"), None) is not None:
-            raise InputError(
-                f"{name} has a slim model with a schedule, which a build's graphs do not follow: bundle {path / 'slim'}"
-            )
         export = build_folder.read_verdict(path)["recipe"]["export"]
         checked = selection.safety_checker and export.get("safety_checker", True)
         rest: TorchRest | ExportedRest = TorchRest(str(path / "slim"), checked, keep_fp32=export.get("keep_fp32", ()))
@@ -125,19 +121,28 @@ def open_source(name: str, pipeline: str | None, selection: Selection) -> Source
         )
     if selection.split:
         raise InputError(f"--split: {name} is exported already, and takes that then (a build, in its recipe)")
+    owners = [path]
     if kind == "onnx":
         candidates = [_graph("onnx", graph_of(name), rest.scale)]
     elif kind == "engines":
         manifests.verify_manifest(path)
-        folders = sorted(file.parent for file in path.glob(f"*/{REPORT}"))
-        candidates = [_engine(folder.name, folder, rest.scale) for folder in folders]
+        owners = sorted(file.parent for file in path.glob(f"*/{REPORT}"))
+        candidates = [_engine(folder.name, folder, rest.scale) for folder in owners]
     elif kind == "build":
+        owners = [path / "slim"]
         candidates = _build(path, rest)
     else:  # of a pipeline of engines, the UNet alone: a bundle has all else in ONNX
         candidates = [_engine("engine", engine_of(name, kind), rest.scale)]
+    schedule = _common([find_schedule(str(owner), None) for owner in owners], name)
     folders = [path, path / "slim", *([Path(pipeline)] if pipeline else [])]  # a build has its model in a folder
-    schedule = find_schedule(name, None) if kind == "onnx" else None
     return Source(kind, folders, candidates, rest, _made_from(path), schedule)
+
+
+def _common(schedules: Sequence[Schedule | None], name: str) -> Schedule | None:
+    """The schedule of engines for several shapes, which is one."""
+    if any(schedule != schedules[0] for schedule in schedules):
+        raise InputError(f"{name} has engines of different schedules, and a bundle has one: name one of them")
+    return schedules[0]
 
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
@@ -161,9 +166,9 @@ def _engine(name: str, folder: Path, scale: int) -> Candidate:
     shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
     if shape is None or len(shape) != 4:
         raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
-    places = ["", *(f"{part}/" for part in parts_of(folder))]
-    kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, manifests.MANIFEST)]
-    copy = partial(_copy, folder, [name for name in kept if (folder / name).is_file()])
+    places = ["", *(f"{place.relative_to(folder).as_posix()}/" for place in engine_folders(folder))]
+    kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, FILE, manifests.MANIFEST)]
+    copy = partial(_copy_engine, folder, [name for name in kept if (folder / name).is_file()])
     about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
     return _candidate(name, copy, report["parts"]["precision"], shape, scale, **about)
 
@@ -180,7 +185,6 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.artifacts.usage import usage_of, use
     from deploy.recipe.rounding import prompts_for_int8, record_for_int8
-    from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import example_call
     from exporters.graphs.scheduled import export_scheduled
     from exporters.graphs.vae import settings_for_unet
@@ -211,10 +215,7 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
             sampling = usage.model_copy(update={"height": height, "width": width})
             prompts = prompts_for_int8(rest.rest or name, None, sampling, settings)
             how["calibration"] = record_for_int8(pipeline, prompts, sampling, settings)
-        if schedule is None:
-            export_unet(pipeline.unet, folder, call, **how)
-        else:
-            export_scheduled(pipeline.unet, folder, call, schedule, **how)
+        export_scheduled(pipeline.unet, folder, call, schedule, **how)
 
     schedule = find_schedule(name, None)
     shapes, candidates = selection.shapes, []
@@ -286,5 +287,14 @@ def _made_from(folder: Path) -> dict[str, Any]:
 def _copy(source: Path, names: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+
+
+def _copy_engine(source: Path, names: Sequence[str], folder: Path) -> None:
+    """Copy an engine, whose manifests then list what is there: that of a build also has the graph it was built from."""
+    _copy(source, names, folder)
+    for place in (*engine_folders(folder), folder):  # the manifest around others lists theirs
+        if (place / manifests.MANIFEST).is_file():
+            about = manifests.read_manifest(place)
+            manifests.write_manifest(place, about["kind"], about["made_from"], about["runs_on"])

@@ -26,7 +26,7 @@ from slimdiff.loading.naming import find_component, places_of
 from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_bytes, count_parameters
-from slimdiff.schedule import Schedule
+from slimdiff.schedule import FILE, Schedule
 from slimdiff.storage import manifest as manifests
 
 
@@ -123,8 +123,19 @@ def engine(name: str) -> dict[str, Any]:
     ]
     built = ("backend", "version", "targets", "precision", "bytes", "seconds")
     kept = (*built, "inputs", "outputs", "layers", "fused_attention")
-    layers = {"int8_layers": len(report["int8"])} if report.get("int8") else {}
-    return {**_only(report, kept), **layers, "sites": rows, "provenance": provenance(folder)}
+    more: dict[str, Any] = {"int8_layers": len(report["int8"])} if report.get("int8") else {}
+    if engines := report.get("engines"):
+        more["engines"] = [
+            {
+                **_only(row, ("file", "sha256", "bytes", "layers")),
+                "int8_layers": len(row["int8"]),
+                "follows_plan": row["sites"] and all(site["ok"] for site in row["sites"]),
+            }
+            for row in engines
+        ]
+    if (folder / FILE).is_file():
+        more["schedule"] = str(Schedule.load(folder))
+    return {**_only(report, kept), **more, "sites": rows, "provenance": provenance(folder)}
 
 
 def engines(name: str) -> dict[str, Any]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deploy.artifacts.figures import image_macs
 from deploy.opening.openers import Opened
 from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
-from exporters.layout import GRAPH, STEP
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.schedulers import calls_of
-from slimdiff.errors import InputError
-from slimdiff.planning.costs import batch_of, count_macs, shallow_share
 from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling
 
@@ -38,10 +36,6 @@ def with_schedule(
     if opened.kind == "model":
         return schedule_pipeline(pipeline, schedule), schedule
     graph = Path(opened.denoiser.session.source)
-    if not (graph.is_file() and graph.suffix == ".onnx" or (graph / STEP / GRAPH).is_file()):
-        raise InputError(
-            "an engine takes no schedule: name the ONNX folder that it was built from, or say --schedule none"
-        )
     return schedule_graphs(pipeline, schedule, graph, opened.runtime, threads), schedule
 
 
@@ -53,9 +47,5 @@ def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) 
         return {"dense": None, "slim": None, "saved": None}
     shapes: dict[str, Any] = {"height": sampling.height, "width": sampling.width, "guidance": sampling.guidance}
     call = example_call(dense.pipeline, **shapes)
-    unet = slim.opened.denoiser
     own = schedule.at(calls_of(slim.pipeline, sampling.steps))
-    share = 1.0 if own.depth is None else shallow_share(unet, own.depth, call)
-    whole = count_macs(dense.opened.denoiser, call) * own.steps
-    by_schedule = count_macs(unet, call) * own.steps * own.cost(share, batch_of(call))
-    return {"dense": whole, "slim": round(by_schedule), "saved": 1 - by_schedule / whole}
+    return image_macs(dense.opened.denoiser, slim.opened.denoiser, call, own)

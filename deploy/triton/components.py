@@ -11,12 +11,16 @@ from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
 from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph, weight_files
 from exporters.graphs.timesteps import timestep_per_sample
-from exporters.layout import CONFIG, GRAPH, SAFETY_CHECKER, STEP, parts_of
+from exporters.layout import CONFIG, GRAPH, SAFETY_CHECKER, SHALLOW, SHALLOW_ENGINE, STEP, parts_of, shallow_of
+from exporters.runtimes.scheduled import find_shallow
 from slimdiff.errors import InputError
+from slimdiff.schedule import Schedule
 
 _OPTIONAL = ("text_encoder_2", SAFETY_CHECKER)
 MODELS = ("text_encoder", "unet", "vae_decoder", *_OPTIONAL)
 """The parts of a pipeline that are models, those that text to image needs."""
+SHALLOW_UNET = "unet_shallow"
+"""What a schedule runs in the place of the UNet in some steps."""
 Tensors = dict[str, TensorSpec]
 """Inputs or outputs by name; an open size is -1."""
 
@@ -26,8 +30,9 @@ class Component:
     """A model to be served.
 
     Attributes:
-        name: one of `MODELS`; of a UNet in parts, `unet_prompt`, `unet_time` and `unet_step`.
-        folder: where its file lies.
+        name: one of `MODELS`; of a UNet in parts, `unet_prompt`, `unet_time` and `unet_step`; by a schedule, also
+            `unet_shallow`.
+        file: the graph or engine.
         config: its `config.json`.
         max_batch: largest batch that it takes; 0 where its batch is fixed, and is the first size of all tensors.
         graph: the ONNX model without its weights, as it is to be served; None for an engine.
@@ -36,7 +41,7 @@ class Component:
 
     name: str
     backend: Literal["onnxruntime", "tensorrt"]
-    folder: Path
+    file: Path
     config: Path
     inputs: Tensors
     outputs: Tensors
@@ -45,31 +50,46 @@ class Component:
     made_for: str = ""
 
     @property
+    def folder(self) -> Path:
+        """Where its file lies."""
+        return self.file.parent
+
+    @property
     def fixed_batch(self) -> int | str | None:
         """The batch of every call, where it is fixed."""
         return None if self.max_batch else next(iter(self.inputs.values())).shape[0]
 
 
-def find_components(source: Path, index: Mapping[str, Any], settings: TritonSettings) -> list[Component]:
+def find_components(
+    source: Path, index: Mapping[str, Any], settings: TritonSettings, schedule: Schedule | None = None
+) -> list[Component]:
     """The models of an exported pipeline: engines where they are asked for and there are some, else graphs.
 
     Args:
         source: a folder in optimum's layout; an engine lies beside the graph that it takes the place of.
         index: names the optional models that the pipeline has.
+        schedule: that images are made by.
 
     Raises:
-        InputError: if a model is missing or damaged, or an engine cannot be served.
+        InputError: if a model is missing or damaged, an engine cannot be served, or the graphs do not follow the
+            schedule.
     """
     components = []
     wanted = [part for part in MODELS if part not in _OPTIONAL or index.get(part)]
-    for name, folder in (place for part in wanted for place in _places(part, source / part)):
+    places = [place for part in wanted for place in _places(part, source / part)]
+    if schedule is not None and schedule.depth is not None:
+        engine = settings.backend == "tensorrt" and shallow_of(source / "unet", engine=True) is not None
+        find_shallow(source / "unet", schedule, engine=engine)
+        folder = parts_of(source / "unet").get(STEP, source / "unet")
+        places.append((SHALLOW_UNET, folder / SHALLOW))
+    for name, file in places:
+        folder = file.parent / SHALLOW_ENGINE if name == SHALLOW_UNET else file.parent
         if settings.backend == "tensorrt" and (folder / ENGINE).is_file():
-            components.append(_engine(name, folder, settings))
-        elif (folder / GRAPH).is_file():
-            components.append(_graph(name, folder, settings))
+            components.append(_engine(name, folder, settings, _config(file.parent)))
+        elif file.is_file():
+            components.append(_graph(name, file, settings))
         else:
-            place = (folder / GRAPH).relative_to(source)
-            raise InputError(f"{source} has no {place}: name a folder that `slimdiff export` wrote")
+            raise InputError(f"{source} has no {file.relative_to(source)}: name a folder that `slimdiff export` wrote")
     for component in components:
         for name, tensor in (component.inputs | component.outputs).items():
             if -1 in tensor.shape[1 if component.max_batch else 0 :]:
@@ -85,6 +105,7 @@ def find_components(source: Path, index: Mapping[str, Any], settings: TritonSett
             f"the UNet in {source} takes latents of {unet} and the VAE of {vae}: a server makes no images by tiles, so "
             "export both for one size, without --vae-tile"
         )
+    _check_batches(components, schedule, denoiser)
     if settings.backend == "tensorrt" and not any(c.name == denoiser and c.backend == "tensorrt" for c in components):
         raise InputError(
             f"there is no engine of the UNet in {source}: put what `slimdiff engine` wrote into its folder unet, or "
@@ -93,11 +114,28 @@ def find_components(source: Path, index: Mapping[str, Any], settings: TritonSett
     return components
 
 
+def _check_batches(components: list[Component], schedule: Schedule | None, denoiser: str) -> None:
+    """Refuse a UNet of one batch where steps of the schedule go without guidance, with half of it."""
+    if schedule is None or schedule.guides_always():
+        return
+    fixed = [c for c in components if c.name in (denoiser, SHALLOW_UNET) and c.fixed_batch not in (None, 1)]
+    if fixed:
+        raise InputError(
+            f"{fixed[0].file} takes one batch alone, and steps without guidance are half of it: export the model with "
+            "this schedule (slimdiff export --schedule), and build engines for a range of batches"
+        )
+
+
 def _places(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """The models of a component, each with its folder: one, or one for each part; an InputError if these do not fit."""
+    """The models of a component, each with where its graph lies: one, or one for each part.
+
+    Raises:
+        InputError: if parts do not fit.
+    """
     if (folder / STEP / GRAPH).is_file():
         read_graph(folder)
-    return [(f"{name}_{part}", place) for part, place in parts_of(folder).items()] or [(name, folder)]
+    parts = [(f"{name}_{part}", place / GRAPH) for part, place in parts_of(folder).items()]
+    return parts or [(name, folder / GRAPH)]
 
 
 def _config(folder: Path) -> Path:
@@ -105,20 +143,20 @@ def _config(folder: Path) -> Path:
     return next((place / CONFIG for place in (folder, folder.parent) if (place / CONFIG).is_file()), folder / CONFIG)
 
 
-def _graph(name: str, folder: Path, settings: TritonSettings) -> Component:
-    model = read_graph(folder / GRAPH)
-    weight_files(folder / GRAPH, model)
-    if name == "unet":
+def _graph(name: str, file: Path, settings: TritonSettings) -> Component:
+    model, folder = read_graph(file), file.parent
+    weight_files(file, model)
+    if name in ("unet", SHALLOW_UNET) and "timestep" in inputs_of(model):
         timestep_per_sample(model)
     inputs, outputs = (
         {n: TensorSpec(t.dtype, tuple(d if isinstance(d, int) else -1 for d in t.shape)) for n, t in side.items()}
         for side in (inputs_of(model), outputs_of(model))
     )
     max_batch = settings.max_batch if _is_open(inputs | outputs) else 0
-    return Component(name, "onnxruntime", folder, _config(folder), inputs, outputs, max_batch, model)
+    return Component(name, "onnxruntime", file, _config(folder), inputs, outputs, max_batch, model)
 
 
-def _engine(name: str, folder: Path, settings: TritonSettings) -> Component:
+def _engine(name: str, folder: Path, settings: TritonSettings, config: Path) -> Component:
     report = read_engine(folder)
     if report["backend"] != "tensorrt":
         raise InputError(f"{folder} is an engine for {report['backend']}, and Triton runs those of TensorRT alone")
@@ -142,7 +180,7 @@ def _engine(name: str, folder: Path, settings: TritonSettings) -> Component:
     place = report["parts"]["runs_on"]
     gpu = place["gpu"]["name"] if "gpu" in place else ", ".join(place["targets"])
     made_for = f"TensorRT {report['version']}, {gpu}"
-    return Component(name, "tensorrt", folder, _config(folder), inputs, outputs, max_batch, made_for=made_for)
+    return Component(name, "tensorrt", folder / ENGINE, config, inputs, outputs, max_batch, made_for=made_for)
 
 
 def _is_open(tensors: Tensors) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from deploy.triton.components import Component, find_components
 from deploy.triton.config import FILES, PIPELINE, component_config, pipeline_config
 from deploy.triton.server import text_to_image
 from deploy.triton.settings import TritonSettings
-from exporters.engine.check import ENGINE
 from exporters.graphs.reading import weight_files
-from exporters.layout import GRAPH, INDEX, SAFETY_CHECKER, check_carried, is_component
+from exporters.layout import INDEX, SAFETY_CHECKER, check_carried, is_component
 from slimdiff.errors import InputError, require
 from slimdiff.loading.naming import read_index
+from slimdiff.schedule import FILE, MOST_STEPS, Schedule
 from slimdiff.storage import manifest
 
 _SERVER = Path(text_to_image.__file__).parent
@@ -32,10 +34,14 @@ def write_repository(
 
         models/unet/             `config.pbtxt`, and the graph or engine in `1/`; so are the text encoders,
                                  vae_decoder and a safety_checker; of a UNet in parts, there are unet_prompt, unet_time
-                                 and unet_step in its place
+                                 and unet_step in its place; by a schedule, unet_shallow beside it
         models/text_to_image/    the model that clients call, in Python: diffusers' pipeline over the others
+                                 and by the schedule that the source has
         compose.yaml             makes the server's image, with diffusers in it, and starts it
         client.py                asks it for an image
+
+    Files of weights that are there already, in a source around the repository or in another of its models, are the same
+    files (hard links) where the disk can do that, and copies elsewhere.
 
     Args:
         source: a pipeline that `slimdiff export` wrote; engines, where there are some, lie in its models' folders.
@@ -53,13 +59,19 @@ def write_repository(
     if (source / manifest.MANIFEST).is_file():
         manifest.verify_manifest(source)
     index = _index(source)
-    components = find_components(source, index, settings)
+    schedule = Schedule.load(source) if (source / FILE).is_file() else None
+    components = find_components(source, index, settings, schedule)
     models = out / "models"
     if models.exists():
         raise InputError(f"{models} is there already: name another folder, so that no old model is served")
+    written: dict[Path, Path] = {}
+    if source.resolve() in out.resolve().parents:  # which is one artifact with it
+        written = {file: file for component in components for file in component.folder.iterdir()}
     for component in components:
-        _write_component(component, models / component.name, settings)
+        _write_component(component, models / component.name, settings, written)
     _write_pipeline(source, index, components, models / PIPELINE, settings)
+    if schedule is not None:
+        manifest.write_json(models / PIPELINE / "1" / "pipeline" / text_to_image.SCHEDULE, _kinds(schedule, settings))
     usage = usage_of(str(source)) if usage is None else usage
     manifest.write_json(models / PIPELINE / "1" / "pipeline" / text_to_image.USAGE, dict(usage))
     templates = Environment(
@@ -106,19 +118,45 @@ def _index(source: Path) -> dict[str, Any]:
     return kept
 
 
-def _write_component(component: Component, folder: Path, settings: TritonSettings) -> None:
+def _write_component(component: Component, folder: Path, settings: TritonSettings, written: dict[Path, Path]) -> None:
+    """Write a model.
+
+    Args:
+        written: files of a source that are there already, and where; more come to it.
+    """
     inside = folder / "1"
     inside.mkdir(parents=True, exist_ok=True)
     (folder / "config.pbtxt").write_text(component_config(component, settings))
     if component.graph is None:
-        shutil.copyfile(component.folder / ENGINE, inside / FILES["tensorrt"])
+        _put(component.file, inside / FILES["tensorrt"], written)
         return
-    for name in weight_files(component.folder / GRAPH, component.graph):
+    for name in weight_files(component.file, component.graph):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(component.folder / name, inside / name)
+        _put(component.folder / name, inside / name, written)
     require("onnx_ir", "triton").save(component.graph, str(inside / FILES["onnxruntime"]))
     if component.config.parent == component.folder:  # an engine of this graph is held against the plan in there
         shutil.copyfile(component.config, inside / "config.json")
+
+
+def _put(file: Path, target: Path, written: dict[Path, Path]) -> None:
+    """Put a file of the source at a place of the repository: the one that is there already, or else a copy."""
+    if (there := written.get(file)) is not None:
+        with suppress(OSError):  # of disks without hard links
+            os.link(there, target)
+            return
+    shutil.copyfile(file, target)
+    written[file] = target
+
+
+def _kinds(schedule: Schedule, settings: TritonSettings) -> dict[str, Any]:
+    """What the server reads of a schedule: by number of the UNet's calls, which are guided (1) and which are whole.
+
+    Some samplers call it twice a step, or some times more.
+    """
+    most = min(MOST_STEPS, 2 * settings.max_steps + 12)
+    kinds = {calls: zip(*schedule.at(calls).kinds(), strict=True) for calls in range(1, most + 1)}
+    rows = {str(n): ["".join(str(int(kind)) for kind in each) for each in pair] for n, pair in kinds.items()}
+    return {"calls": {n: dict(zip(("guided", "whole"), pair, strict=True)) for n, pair in rows.items()}}
 
 
 def _write_pipeline(

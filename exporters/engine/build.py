@@ -18,12 +18,12 @@ from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
-from exporters.engine.shapes import dims_of_inputs, engine_shapes, part_shapes
+from exporters.engine.shapes import dims_of_inputs, engine_shapes, part_shapes, with_single_branches
 from exporters.engine.sites import compare_layers, compare_network, demand_int8, demand_plan
 from exporters.graphs.int8_layers import int8_layers, report_of
-from exporters.graphs.naming import check_reduced_dims, weight_dims
-from exporters.graphs.reading import read_graph, weight_files
-from exporters.layout import CONFIG, GRAPH, STEP, parts_of
+from exporters.graphs.naming import compare_dims, weight_dims
+from exporters.graphs.reading import depth_of, read_graph, weight_files
+from exporters.layout import CONFIG, GRAPH, SHALLOW, SHALLOW_ENGINE, STEP, parts_of, shallow_of
 from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
@@ -53,7 +53,9 @@ class EngineRequest:
     on_gpu: bool
     """Whether there is a GPU, on which the finished engine can be opened."""
     only: frozenset[str] | None = None
-    """Of a denoiser's part, the layers that the plan is looked for in; None: all."""
+    """Of a denoiser's part, or a shallow graph, the layers that the plan is looked for in; None: all."""
+    shallow: EngineRequest | None = None
+    """Of a UNet that a schedule runs in part in some steps: that part, with an engine of its own beside this one."""
 
     @property
     def key(self) -> str:
@@ -77,6 +79,8 @@ class EngineRequest:
         """Take over an engine for which `why_build` has nothing to say: its files appear in `folder` too."""
         source, folder = Path(source), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.shallow is not None:
+            self.shallow.reuse(source / SHALLOW_ENGINE, folder / SHALLOW_ENGINE)
         for name in (ENGINE, REPORT):
             with manifest.replacing(folder / name, is_file=True) as temporary:
                 shutil.copyfile(source / name, temporary)
@@ -108,16 +112,34 @@ class EngineRequest:
             "key": self.key,
             "parts": self.parts,
         }
+        if self.shallow is not None:
+            report |= _both(report, self.shallow.build(folder / SHALLOW_ENGINE), folder)
         manifest.write_json(folder / REPORT, report)
         return self._describe(report, folder)
 
     def _describe(self, report: dict[str, Any], folder: Path) -> dict[str, Any]:
         made_from = {"key": self.key, "parts": self.parts, "settings": self.settings.model_dump()}
         config = (self.onnx_file if self.onnx_file.is_dir() else self.onnx_file.parent) / CONFIG
-        if config.is_file():  # what a pipeline reads of its unet
+        if config.is_file() and self.onnx_file.name != SHALLOW:  # what a pipeline reads of its unet
             shutil.copy(config, folder)
         manifest.write_manifest(folder, "engine", made_from, runs_on(report))
         return report
+
+
+def _both(whole: Mapping[str, Any], shallow: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a report has of a UNet and of its shallow graph together, and `engines`: of each, what was read back."""
+    each = {ENGINE: whole, f"{SHALLOW_ENGINE}/{ENGINE}": shallow}
+    read = ("key", "bytes", "layers", "sites", "int8")
+    engines = [
+        {"file": name, "sha256": manifest.sha256_of(folder / name), **{key: report[key] for key in read}}
+        for name, report in each.items()
+    ]
+    return {
+        **{name: whole[name] + shallow[name] for name in ("bytes", "seconds", "layers")},
+        "seconds": round(whole["seconds"] + shallow["seconds"], 3),
+        "peak_memory": max(whole["peak_memory"], shallow["peak_memory"]),
+        "engines": engines,
+    }
 
 
 @dataclass(frozen=True)
@@ -156,6 +178,8 @@ class PartsRequest(EngineRequest):
             "key": self.key,
             "parts": self.parts,
         }
+        if engines := report.get("engines"):
+            report["engines"] = [{**row, "file": f"{STEP}/{row['file']}"} for row in engines]
         manifest.write_json(Path(folder) / REPORT, report)
         return self._describe(report, Path(folder))
 
@@ -165,13 +189,17 @@ def request_engine(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
+    branches: int = 1,
     gpu: AskGpu = gpu_here,
 ) -> EngineRequest:
     """Find out whether an engine can be built, and what its key is; builds nothing.
 
     Args:
-        onnx_file: `model.onnx`, its external data beside it; or the folder of a denoiser in parts.
+        onnx_file: `model.onnx`, its external data beside it; or the folder of a denoiser in parts. A shallow graph that
+            lies beside it gets an engine, too.
         plan: what the inner dims are held against.
+        branches: of guidance, where a schedule has steps without, which run one of them: the engine then takes that
+            batch, too. A batch of one image where none is said.
 
     Raises:
         InputError: for a graph, shapes or targets that the backend does not take, a plan that the graph does not
@@ -181,16 +209,22 @@ def request_engine(
     settings, onnx_file = settings or EngineSettings(), Path(onnx_file)
     model = read_graph(onnx_file)
     if plan is not None:
-        demand_plan(check_reduced_dims(onnx_file, plan), f"{onnx_file}", InputError)
+        demand_plan(compare_dims(weight_dims(model), plan, _layers(model)), f"{onnx_file}", InputError)
+    dims = dims_of_inputs(model)
+    if branches > 1:
+        said = settings.batch or settings.shapes or settings.profiles
+        settings = settings if said else settings.model_copy(update={"batch": branches})
+        shapes = with_single_branches(dims, engine_shapes(dims, settings), branches)
+        settings = settings.model_copy(update=shapes)
     if not (parts := parts_of(onnx_file)):
-        return _request(onnx_file, model, settings, plan, gpu)
-    whole = engine_shapes(dims_of_inputs(model), settings)
+        return _with_shallow(_request(onnx_file, model, settings, plan, gpu), gpu)
+    whole = engine_shapes(dims, settings)
     requests = {}
     for part, folder in parts.items():
         own = read_graph(folder / GRAPH)
         fitted = settings.model_copy(update=part_shapes(dims_of_inputs(own), whole))
         request = _request(folder / GRAPH, own, fitted, plan, gpu)
-        requests[part] = replace(request, only=frozenset(weight_dims(own)))
+        requests[part] = _with_shallow(replace(request, only=frozenset(weight_dims(own))), gpu)
     step = requests[STEP]
     alike = {name: step.parts[name] for name in ("precision", "options", "versions", "runs_on")}
     decides = {"engines": {part: request.key for part, request in requests.items()}, "shapes": whole, **alike}
@@ -211,7 +245,27 @@ def _request(
     int8 = (report_of(model) or {"layers": list(layers)})["layers"]
     demand_int8(layers, int8, f"{onnx_file}", InputError)
     parts = engine_parts(onnx_file, model, settings, shapes, backend, here, plan)
-    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, int8, here is not None)
+    if (depth := depth_of(model)) is not None:
+        parts["depth"] = depth
+    return EngineRequest(onnx_file, settings, backend, plan, parts, weights, int8, here is not None, _layers(model))
+
+
+def _layers(model: ir.Model) -> frozenset[str] | None:
+    """Of a shallow graph, the layers that it has of its model; None of one that has them all."""
+    return frozenset(weight_dims(model)) if depth_of(model) is not None else None
+
+
+def _with_shallow(whole: EngineRequest, gpu: AskGpu) -> EngineRequest:
+    """The request, with that of the shallow graph beside its graph, if there is one: for the same shapes and plan."""
+    file = shallow_of(whole.onnx_file)
+    if file is None:
+        return whole
+    model, plan = read_graph(file), whole.plan
+    if plan is not None:
+        demand_plan(compare_dims(weight_dims(model), plan, _layers(model)), f"{file}", InputError)
+    shapes = part_shapes(dims_of_inputs(model), whole.parts["shapes"])
+    request = _request(file, model, whole.settings.model_copy(update=shapes), plan, gpu)
+    return replace(whole, shallow=request, parts={**whole.parts, "shallow": request.key})
 
 
 def build_engine(
@@ -239,7 +293,8 @@ def build_engine(
         quantises), `fused_attention` (`calls`, `kernels`: fp32 never fuses,
         nor do head dims below 16), `sites` (`compare_network`'s rows on the parsed network; None without a plan),
         `engine_sites` (`compare_layers`'s rows on the finished engine; None without a plan or a GPU), and `key` with
-        its `parts`.
+        its `parts`. Of a UNet with a shallow graph, bytes, seconds and layers are both's, and `engines` says of each
+        its `file`, `sha256`, `key`, `bytes`, `layers`, `sites` and `int8`.
 
     Raises:
         InputError: see `request_engine`; also if the build would not fit into memory.

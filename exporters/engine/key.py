@@ -74,7 +74,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for name in {**before, **after}:  # in order
         a, b = before.get(name), after.get(name)
         if a != b:
-            hashes = name.partition(".")[0] in ("graph", "weights", "plan", "builder", "engines")
+            hashes = name.partition(".")[0] in ("graph", "weights", "plan", "builder", "engines", "shallow")
             found.append(f"{name.partition('.')[0]} changed" if hashes else f"{name} {a} -> {b}")
     return list(dict.fromkeys(found))
 

@@ -29,6 +29,7 @@ from exporters.layout import (
 from exporters.settings import EngineSettings, ShapeRange
 from slimdiff.denoising.sizes import LATENT_UPSCALER
 from slimdiff.errors import InputError
+from slimdiff.schedule import FILE
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def request_pipeline(
     settings: EngineSettings | None = None,
     *,
     plan: Plan | None = None,
+    branches: int = 1,
     gpu: AskGpu = gpu_here,
 ) -> dict[str, EngineRequest]:
     """Find out whether every graph of a pipeline can become an engine; builds nothing.
@@ -49,6 +51,7 @@ def request_pipeline(
         folder: that `export_pipeline` wrote.
         settings: the shapes are the UNet's, and the others' follow (`component_shapes`).
         plan: what the UNet's inner dims are held against.
+        branches: of guidance, where a schedule has steps without; see `request_engine`.
 
     Returns:
         by folder, the UNet first: it takes the most memory, so that what does not fit shows at once.
@@ -61,7 +64,7 @@ def request_pipeline(
     names, index = _graphs(folder), manifest.read_json(folder / INDEX)
     enlarged = 2 if index.get("_class_name") == LATENT_UPSCALER else 1
     place = folder / "unet"
-    unet = request_engine(place if parts_of(place) else place / GRAPH, settings, plan=plan, gpu=gpu)
+    unet = request_engine(place if parts_of(place) else place / GRAPH, settings, plan=plan, branches=branches, gpu=gpu)
     found = {"unet": unet}
     for name in names:
         file = folder / name / GRAPH
@@ -108,9 +111,17 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
             }
             for end, batch in batches.items()
         }
-        if (shape_range := ShapeRange(**ends)) not in ranges:
+        shape_range = ShapeRange(**ends)
+        if not any(_covers(other, shape_range) for other in ranges):
             ranges.append(shape_range)
     return fewest(ranges)
+
+
+def _covers(one: ShapeRange, other: ShapeRange) -> bool:
+    """Whether a profile takes all that another takes, and is fastest at the same."""
+    below = all(a <= b for name, low in one.min.items() for a, b in zip(low, other.min[name], strict=True))
+    above = all(a >= b for name, high in one.max.items() for a, b in zip(high, other.max[name], strict=True))
+    return one.opt == other.opt and below and above
 
 
 def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +200,8 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     if (source / manifest.MANIFEST).is_file():
         made_from |= {"onnx": manifest.read_manifest(source)["made_from"]}
     shapes = {"shapes": {name: report["parts"]["shapes"] for name, report in reports.items()}}
-    with manifest.replacing(out / INDEX, is_file=True) as file:
-        shutil.copyfile(source / INDEX, file)
+    (out / FILE).unlink(missing_ok=True)
+    for name in (name for name in (FILE, INDEX) if (source / name).is_file()):
+        with manifest.replacing(out / name, is_file=True) as file:
+            shutil.copyfile(source / name, file)
     manifest.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(reports["unet"]) | shapes)

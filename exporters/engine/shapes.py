@@ -57,10 +57,53 @@ def part_shapes(inputs: Dims, whole: Mapping[str, Any]) -> dict[str, Any]:
     for profile in profiles_of(whole):
         ends: dict[str, Any] = {}
         for end in ("min", "opt", "max"):
-            own = {name: tuple(profile[name][end]) for name in inputs if name in profile and name != "timestep"}
-            ends[end] = own | ({"timestep": tuple(profile["sample"][end][:1])} if "timestep" in inputs else {})
+            own = {name: tuple(profile[name][end]) for name in inputs if name in profile}
+            if inputs.get("timestep"):  # which is the whole graph's scalar, for each sample
+                own["timestep"] = tuple(profile["sample"][end][:1])
+            ends[end] = own
         if (shape_range := ShapeRange(**ends)) not in ranges:
             ranges.append(shape_range)
+    return {"batch": None, "shapes": {}, "profiles": [], **fewest(ranges)}
+
+
+def with_single_branches(inputs: Dims, whole: Mapping[str, Any], branches: int) -> dict[str, Any]:
+    """Shapes of a denoiser that also takes what a step without guidance has: one branch, and not all of them.
+
+    Kernels are chosen by profile, so that a batch that no profile takes yet gets one of its own.
+
+    Args:
+        whole: `engine_shapes` of it, for all branches together.
+        branches: of guidance.
+
+    Returns:
+        `shapes` or `profiles` of `EngineSettings`.
+
+    Raises:
+        InputError: if the graph takes one batch alone, or a batch is no multiple of the branches.
+    """
+    if fixed := [name for name, dims in inputs.items() if dims and isinstance(dims[0], int)]:
+        raise InputError(
+            f"steps without guidance have a smaller batch, and the graph's {fixed[0]} has one of {inputs[fixed[0]][0]} "
+            "alone: export the model with this schedule (slimdiff export --schedule)"
+        )
+    profiles = profiles_of(whole)
+    batches = [{end: shape[0] for end, shape in profile["sample"].items()} for profile in profiles]
+    for sizes, profile in zip(list(batches), list(profiles), strict=True):
+        if sizes["opt"] % branches:
+            raise InputError(
+                f"steps without guidance run one of {branches} branches, and a batch of {sizes['opt']} is no multiple: "
+                f"build for one that is (--batch {branches})"
+            )
+        own = {end: max(1, size // branches) for end, size in sizes.items()}
+        if not any(taken["min"] <= own["opt"] <= taken["max"] for taken in batches):
+            batches.append(own)
+            profiles.append(
+                {n: {end: [own[end], *s[1:]] if s else s for end, s in ends.items()} for n, ends in profile.items()}
+            )
+    ranges = [
+        ShapeRange(**{end: {n: tuple(ends[end]) for n, ends in p.items()} for end in ("min", "opt", "max")})
+        for p in profiles
+    ]
     return {"batch": None, "shapes": {}, "profiles": [], **fewest(ranges)}
 
 

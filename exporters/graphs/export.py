@@ -106,8 +106,11 @@ def export_unet(
         warn_of_precision(plan, settings)
     if settings.precision == "int8":
         quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
-    if not settings.split:
-        return file
+    return in_parts(file) if settings.split else file
+
+
+def in_parts(file: Path) -> Path:
+    """Put a graph's parts in its place (`exporters.graphs.split`); gives their folder."""
     split_graph(file, file.parent)
     for whole in file.parent.glob(f"{GRAPH}*"):
         whole.unlink()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Shape = tuple[int | str, ...]
 """Sizes; of open dims their names, or nothing where they have none."""
 
+DEPTH = "slimdiff.depth"
+"""In a shallow graph's metadata: the path of the up block that it begins with."""
+
 WEIGHTED = ("MatMul", "Gemm", "Conv")
 """Operators that a linear or a convolution is exported as, the weight being their second input."""
 
@@ -89,6 +92,11 @@ def outputs_of(model: ir.Model) -> dict[str, TensorSpec]:
 def shape_of(value: ir.Value | None) -> Shape:
     """Sizes of a tensor; no dims where the graph says no shape."""
     return tuple(d if isinstance(d, int) else d.value or "" for d in (value and value.shape) or ())
+
+
+def depth_of(model: ir.Model) -> str | None:
+    """The up block that a shallow graph begins with; None of another graph."""
+    return model.metadata_props.get(DEPTH)
 
 
 def steps_of(dim: str) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Graphs for a schedule: the whole UNet, which also gives what is kept, and the part of it that reuses that.
 
-They lie in one folder and have one file of weights: the shallow graph's are the whole graph's.
+They lie in one folder and have one file of weights: the shallow graph's are the whole graph's. Of a UNet in parts, both
+are of its step, and take what the other parts give.
 """
 
 from __future__ import annotations
@@ -13,25 +14,22 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from exporters.graphs.export import Denoiser, export_called, export_unet, in_precision, warn_of_precision
+from exporters.graphs.export import Denoiser, export_called, export_unet, in_parts, in_precision, warn_of_precision
 from exporters.graphs.inputs import KEPT, arguments_from
 from exporters.graphs.pipeline import export_pipeline
 from exporters.graphs.quantise import check_calibration, quantise_graph
-from exporters.graphs.reading import read_graph
+from exporters.graphs.reading import DEPTH
 from exporters.graphs.shapes import check_leftovers
 from exporters.graphs.vae import settings_for_unet
-from exporters.layout import SHALLOW
+from exporters.layout import GRAPH, SHALLOW, STEP
 from exporters.settings import ExportSettings
 from slimdiff.denoising.scheduled import TorchPasses
 from slimdiff.denoising.sizes import autoencoder_of
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
-from slimdiff.errors import InputError, require
+from slimdiff.errors import require
 from slimdiff.models import plan_of
 from slimdiff.schedule import Schedule
-
-_DEPTH = "slimdiff.depth"
-"""In the shallow graph's metadata: the path of the up block that it begins with."""
 
 
 @own_torch_state()
@@ -39,33 +37,32 @@ def export_scheduled(
     unet: nn.Module,
     folder: Path | str,
     call: Call,
-    schedule: Schedule,
+    schedule: Schedule | None,
     settings: ExportSettings | None = None,
     *,
     scheduler: Any = None,
     calibration: Sequence[Call] = (),
 ) -> list[Path]:
-    """Export a UNet as `export_unet` does, with `shallow.onnx` beside it if the schedule reuses a depth.
+    """Export a UNet as `export_unet` does, with `shallow.onnx` beside it if there is a schedule that reuses a depth; in
+    parts, beside the step's.
 
-    The whole graph then has a second output, `kept`, which the shallow graph takes as one more input. Where steps go
-    without guidance, both are open in the batch.
+    The whole graph then has a second output, `kept`, which the shallow graph takes as one more input. Of residuals that
+    steer a UNet, the shallow graph takes those of its own blocks. Where steps go without guidance, both are open in the
+    batch.
 
     Raises:
-        InputError: if the schedule is of another UNet, residuals of a ControlNet steer this one, or it is to reuse a
-            depth in parts.
+        InputError: if the schedule is of another UNet; and as `export_unet`.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
+    if schedule is None:
+        return [export_unet(unet, folder, call, settings, scheduler=scheduler, calibration=calibration)]
     schedule.check(unet.config, "the schedule")  # type: ignore[arg-type]
     if not schedule.guides_always():
         settings = settings.model_copy(update={"dynamic_batch": True})
     depth = schedule.depth
     if depth is None:
         return [export_unet(unet, folder, call, settings, scheduler=scheduler, calibration=calibration)]
-    if settings.split:
-        raise InputError(f"a UNet in parts cannot reuse {depth} yet: export it whole, or make another schedule")
-    if any("residual" in name for name in call.arguments):
-        raise InputError("residuals steer this UNet, and its graphs cannot reuse a depth: export without the schedule")
     if settings.precision == "int8":
         check_calibration(calibration)
     file = export_called(_wrapper(depth), unet, folder, call, settings, ["out_sample", KEPT], scheduler=scheduler)
@@ -75,8 +72,11 @@ def export_scheduled(
         warn_of_precision(plan, settings)
     if settings.precision == "int8":
         quantise_graph(file, in_precision(unet, torch.float32), calibration, settings, plan)
-    _cut_shallow(file, folder / SHALLOW, depth)
-    return [file, folder / SHALLOW]
+    if settings.split:
+        file = in_parts(file)
+    step = file / STEP / GRAPH if settings.split else file
+    _cut_shallow(step, step.with_name(SHALLOW), depth)
+    return [file, step.with_name(SHALLOW)]
 
 
 def export_scheduled_pipeline(
@@ -95,11 +95,6 @@ def export_scheduled_pipeline(
     more: Any = {"scheduler": getattr(pipeline, "scheduler", None), "calibration": calibration}
     files = export_scheduled(unet, folder / "unet", call, schedule, own, **more)
     return files + export_pipeline(pipeline, folder, settings, call=call, without=("unet",), vae_tile=vae_tile)
-
-
-def depth_of(shallow: Path) -> str:
-    """The up block that a shallow graph begins with."""
-    return str(read_graph(shallow).metadata_props.get(_DEPTH, ""))
 
 
 def _wrapper(depth: str) -> type[Denoiser]:
@@ -126,6 +121,6 @@ def _cut_shallow(whole: Path, target: Path, depth: str) -> None:
     used = [value for value in part.graph.input if value.name in read]
     del part.graph.input[:]
     part.graph.input.extend(used)
-    onnx.helper.set_model_props(part, {_DEPTH: depth})  # what the whole graph says of its layers is not true of these
+    onnx.helper.set_model_props(part, {DEPTH: depth})  # what the whole graph says of its layers is not true of these
     target.write_bytes(part.SerializeToString())
     onnx.checker.check_model(str(target), full_check=True)

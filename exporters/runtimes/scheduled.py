@@ -1,4 +1,4 @@
-"""A UNet's two graphs as the passes of a scheduled denoiser, in any runtime that takes graphs."""
+"""A UNet's two graphs, or their engines, as the passes of a scheduled denoiser, in any runtime that takes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from exporters.engine.check import read_engine
 from exporters.graphs.inputs import KEPT
-from exporters.graphs.scheduled import depth_of
-from exporters.layout import SHALLOW
+from exporters.graphs.reading import depth_of, read_graph
+from exporters.layout import ENGINE, SHALLOW, SHALLOW_ENGINE, shallow_of
+from exporters.registry import runtime_of
 from exporters.runtimes.module import answer
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
+from exporters.runtimes.split import SplitSession
 from exporters.runtimes.unet import UNet
 from slimdiff.denoising.scheduled import Scheduled, guides_as_known
 from slimdiff.denoising.trajectory import with_denoiser
@@ -35,7 +38,8 @@ class GraphPasses:
 
     def shallow(self, arguments: Mapping[str, Any], depth: str, kept: Tensor) -> Tensor:
         assert self.session is not None
-        found = answer(self.session, {**self.denoiser.named(**arguments), KEPT: kept})
+        inputs = {**self.denoiser.named(**arguments), KEPT: kept}
+        found = answer(self.session, {name: inputs[name] for name in self.session.inputs})
         return self._like(arguments, found["out_sample"])
 
     def _like(self, arguments: Mapping[str, Any], noise: Tensor) -> Tensor:
@@ -48,25 +52,55 @@ def schedule_graphs(
     """A pipeline like this one, whose UNet runs in a runtime, that makes its images by a schedule.
 
     Args:
-        graph: the whole UNet's file, beside which the shallow graph lies.
+        graph: the file, or folder, of the whole UNet's graph or engine, beside which the shallow one's lies.
 
     Raises:
         InputError: if there is no shallow graph of the schedule's depth, or a fixed batch that steps without guidance
             would not fill; and as `schedule_pipeline`.
     """
     unet: Any = pipeline.unet  # type: ignore[attr-defined]
-    other = "export the model with this schedule (slimdiff export --schedule), or say --schedule none"
+    engine = runtime_of(runtime).takes == "engine"
+    shallow = find_shallow(graph, schedule, engine=engine)
+    if shallow is not None and KEPT not in unet.session.outputs:
+        raise InputError(f"{graph} does not give what {shallow} reuses: {_remedy(engine)}")
     if not schedule.guides_always():
         if isinstance(unet.inputs["sample"][0], int):
-            raise InputError(f"{graph} takes one batch alone, and steps without guidance are half of it: {other}")
+            half = "takes one batch alone, and steps without guidance are half of it"
+            raise InputError(f"{graph} {half}: {_remedy(engine)}")
         if hasattr(type(pipeline), "do_classifier_free_guidance") and not guides_as_known(pipeline):
-            raise InputError(f"{type(pipeline).__name__} arranges its guidance in a way that is not known: {other}")
-    session = None
-    if schedule.depth is not None:
-        file = graph.parent / SHALLOW
-        if not file.is_file() or KEPT not in unet.session.outputs:
-            raise InputError(f"{graph.parent} has no {SHALLOW}, and the schedule reuses {schedule.depth}: {other}")
-        if (depth := depth_of(file)) != schedule.depth:
-            raise InputError(f"{file} begins with {depth}, and the schedule reuses {schedule.depth}: {other}")
-        session = open_session(file, runtime, threads)
+            kind = type(pipeline).__name__
+            raise InputError(f"{kind} arranges its guidance in a way that is not known: {_remedy(engine)}")
+    session = None if shallow is None else open_session(shallow, runtime, threads)
+    if session is not None and isinstance(unet.session, SplitSession):
+        session = unet.session.with_step(session)
     return with_denoiser(pipeline, Scheduled(GraphPasses(unet, session), schedule))
+
+
+def find_shallow(unet: Path, schedule: Schedule, *, engine: bool = False) -> Path | None:
+    """The shallow graph beside a UNet's, or the folder of its engine, that a schedule asks for; None if for none.
+
+    Args:
+        unet: the file, or folder, of its graph or engine.
+
+    Raises:
+        InputError: if there is none, or it begins with another up block than the schedule's.
+    """
+    if schedule.depth is None:
+        return None
+    shallow = shallow_of(unet, engine=engine)
+    if shallow is None:
+        folder, lacks = unet if unet.is_dir() else unet.parent, f"{SHALLOW_ENGINE}/{ENGINE}" if engine else SHALLOW
+        raise InputError(f"{folder} has no {lacks}, and the schedule reuses {schedule.depth}: {_remedy(engine)}")
+    depth = read_engine(shallow)["parts"].get("depth") if engine else depth_of(read_graph(shallow))
+    if depth != schedule.depth:
+        raise InputError(f"{shallow} begins with {depth}, and the schedule reuses {schedule.depth}: {_remedy(engine)}")
+    return shallow
+
+
+def _remedy(engine: bool) -> str:
+    what = (
+        "build it from a folder that was exported with this schedule"
+        if engine
+        else "export the model with this schedule (slimdiff export --schedule)"
+    )
+    return f"{what}, or say --schedule none"

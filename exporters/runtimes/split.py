@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from exporters.graphs.reading import check_parts
 from exporters.layout import GRAPH, PROMPT, STEP, TIME, parts_of
 from exporters.registry import Runtime
 from exporters.runtimes.session import Session, Shape
+from slimdiff.errors import InputError
 
 HELD = {PROMPT: 2, TIME: 128}
 """Answers that are kept: of prompts, what a pipeline alternates between; of times, the steps of a long schedule."""
@@ -43,6 +45,26 @@ class SplitSession:
 
     def __init__(self, parts: Mapping[str, Session], source: str):
         check_parts({part: (session.inputs, session.outputs) for part, session in parts.items()}, source)
+        self._held: dict[str, OrderedDict[object, dict[str, np.ndarray]]] = {
+            part: OrderedDict() for part in parts if part != STEP
+        }
+        self._take(parts, source)
+
+    def with_step(self, step: Session) -> SplitSession:
+        """Another session on the same parts of prompt and time, which run once for both: of a step's graph that takes
+        some of what they give.
+
+        Raises:
+            InputError: if it takes what they do not give.
+        """
+        given = {name for part, session in self.parts.items() if part != STEP for name in session.outputs}
+        if odd := sorted(name for name in step.inputs if "." in name and name not in given):
+            raise InputError(f"nothing in {self.source} gives {odd[0]} to {step.source}: export the model again")
+        other = copy.copy(self)
+        other._take({**self.parts, STEP: step}, step.source)
+        return other
+
+    def _take(self, parts: Mapping[str, Session], source: str) -> None:
         self.parts, self.source = dict(parts), source
         step = self.parts[STEP]
         self.runtime, self.outputs = step.runtime, step.outputs
@@ -55,9 +77,6 @@ class SplitSession:
             takes |= {name: shape for name, shape in session.inputs.items() if name not in given}
             self.dtypes |= {name: dtype for name, dtype in session.dtypes.items() if name in takes}
         self.inputs: dict[str, Shape] = takes | {"timestep": ()}
-        self._held: dict[str, OrderedDict[object, dict[str, np.ndarray]]] = {
-            part: OrderedDict() for part in self._others
-        }
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Session`."""

@@ -343,10 +343,16 @@ def guides_as_known(pipeline: Any) -> bool:
     return known is not None and hasattr(kind, _GUIDES)
 
 
+def guided_branches(kind: str) -> int:
+    """How many branches a guided call has, of a pipeline of a class of that name that `guides_as_known`."""
+    return 3 if _PROMPT_FIRST.fullmatch(kind) else 2
+
+
 def _branches(pipeline: Any, batch: int) -> int:
     """Of guidance, in a call of that many samples."""
-    first, guides = _prompt_first(pipeline), getattr(pipeline, _GUIDES, None)
-    count = 1 if not guides else 3 if first else 2
+    _prompt_first(pipeline)
+    guides = getattr(pipeline, _GUIDES, None)
+    count = guided_branches(type(pipeline).__name__) if guides else 1
     if guides is None or batch % count:
         raise InputError(f"{type(pipeline).__name__} does not say whether it guides: make a schedule that always does")
     return count

@@ -7,18 +7,23 @@ from typing import Any
 
 import deploy.quality
 from deploy.artifacts import build_folder
+from deploy.artifacts.figures import denoiser_of, image_macs
 from deploy.artifacts.hashes import content_hash, source_hash
+from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
 from deploy.quality.measure import Measures
 from deploy.recipe.recipe import HOW_WEIGHTS
+from exporters.runtimes.scheduled import schedule_graphs
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.scheduled import schedule_pipeline
+from slimdiff.denoising.schedulers import calls_of
 from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
+from slimdiff.schedule import Schedule
 
 
 def run(shop: Workshop, folder: Path) -> dict[str, Any]:
@@ -27,14 +32,18 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     shown = min(settings.shown, len(captions))
     measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
-    slim = shop.slim if shop.schedule is None else schedule_pipeline(shop.slim, shop.schedule)
+    schedule = shop.schedule
+    slim = shop.slim if schedule is None else schedule_pipeline(shop.slim, schedule)
     images = {
         name: sample_images(pipeline, captions, sampling, checked=False)
         for name, pipeline in (("dense", shop.dense), ("slim", slim))
     }
-    if in_onnx := shown and shop.schedule is None:  # the graph has the shapes of one image
+    if shown:  # the graph has the shapes of one image
         one = sampling.model_copy(update={"batch": 1})
-        exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
+        graph = graph_of(str(shop.folder / "export" / "slim"), verified=False)
+        exported = with_denoiser(shop.slim, UNet.open(graph))
+        if schedule is not None:
+            exported = schedule_graphs(exported, schedule, graph, "onnxruntime")
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, checked=False)
     (folder / "images").mkdir()
     pictures = []
@@ -49,11 +58,19 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     return {
         "noise_error": noise,
         "images": {**image_fidelity(images["dense"], images["slim"]), "metrics": measured["images"]},
-        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if in_onnx else None,
+        "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
         "quality": scores | measured["quality"],
         "sampling": sampling.model_dump(),
+        "schedule": schedule and _saved(shop, schedule),
         "pictures": pictures,
     }
+
+
+def _saved(shop: Workshop, schedule: Schedule) -> dict[str, Any]:
+    """The schedule that slim images are made by, as it holds for their steps, and the multiply-adds of an image."""
+    own = schedule.at(calls_of(shop.slim, shop.sampling.steps))
+    macs = image_macs(denoiser_of(shop.dense), denoiser_of(shop.slim), shop.trajectory[0], own)
+    return {"says": str(own), **own.model_dump(exclude_none=True), "macs_per_image": macs}
 
 
 def measures_of(shop: Workshop) -> Measures:
@@ -113,5 +130,6 @@ STAGE = Stage(
     },
     inputs=_inputs,
     kind="fidelity",
+    figures=lambda result: {"macs_per_image": own["macs_per_image"]} if (own := result["schedule"]) else {},
     packages=_packages,
 )

@@ -14,9 +14,12 @@ from exporters.engine.backends import BACKENDS, available_backend
 from exporters.engine.build import request_engine
 from exporters.engine.check import runs_on
 from exporters.engine.gpu import gpu_here
-from exporters.graphs.export import export_unet
+from exporters.graphs.scheduled import export_scheduled
 from exporters.registry import runtime_of
 from exporters.settings import EngineSettings
+from slimdiff.denoising.tasks import samples_per_image
+from slimdiff.planning.costs import batch_of
+from slimdiff.schedule import FILE
 
 log = logging.getLogger("slimdiff")
 
@@ -29,11 +32,13 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     if shop.recipe.export.precision not in (shop.engine_precision, "int8"):
         log.info("engine: exporting the slim denoiser in %s", shop.engine_precision)
         half = shop.of_unet.model_copy(update={"precision": shop.engine_precision, "dynamic_batch": False})
-        graph = export_unet(
-            denoiser_of(shop.slim), folder / "onnx-fp16", shop.trajectory[0], half, scheduler=shop.slim.scheduler
-        )
-    settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
-    request = request_engine(graph, settings, plan=shop.plan)
+        unet, call, schedule = denoiser_of(shop.slim), shop.trajectory[0], shop.schedule
+        to = folder / "onnx-fp16"
+        graph = export_scheduled(unet, to, call, schedule, half, scheduler=shop.slim.scheduler)[0]
+        graph = graph_of(str(to), verified=False)
+    request = request_engine(graph, _settings(shop), plan=shop.plan, branches=_branches(shop))
+    if shop.schedule is not None:
+        shop.schedule.of_slim().save(folder / FILE)
     before = shop.folder / "engine"
     why = "it was asked for" if "engine" in shop.forced else request.why_build(before)
     if why is None:
@@ -41,6 +46,21 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         return request.reuse(before, folder)
     log.info("engine: built, because %s", why)
     return request.build(folder)
+
+
+def _settings(shop: Workshop) -> EngineSettings:
+    """The recipe's; of graphs that a schedule opens in the batch, for that of the calls if the recipe names none."""
+    settings = EngineSettings(**shop.recipe.engine.model_dump(exclude={"enabled"}))
+    said = settings.batch or settings.shapes or settings.profiles
+    if said or shop.schedule is None or shop.schedule.guides_always():
+        return settings
+    return settings.model_copy(update={"batch": batch_of(shop.trajectory[0])})
+
+
+def _branches(shop: Workshop) -> int:
+    """Of guidance, where steps of the schedule go without."""
+    unguided = shop.schedule is not None and not shop.schedule.guides_always()
+    return samples_per_image(shop.slim, shop.sampling) if unguided else 1
 
 
 def _why_none(shop: Workshop) -> str | None:
@@ -78,7 +98,7 @@ STAGE = Stage(
     "engine",
     run,
     needs=("export",),
-    settings=lambda shop: shop.recipe.engine.model_dump(),
+    settings=lambda shop: shop.recipe.engine.model_dump() | shop.scheduled,
     inputs=_inputs,
     kind="engine",
     runs_on=lambda report: {} if "skipped" in report else runs_on(report),

@@ -11,11 +11,13 @@ from deploy.artifacts.figures import denoiser_of
 from deploy.artifacts.hashes import public_name
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop
-from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.export import unet_inputs
 from exporters.graphs.int8_layers import report_of
 from exporters.graphs.precision import fp32_islands
 from exporters.graphs.reading import read_graph
+from exporters.graphs.scheduled import export_scheduled
 from slimdiff.denoising.schedulers import with_scheduler
+from slimdiff.schedule import FILE
 from slimdiff.storage import manifest
 
 log = logging.getLogger("slimdiff")
@@ -31,7 +33,10 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         unet, call = denoiser_of(pipeline), shop.trajectory[0]
         more: Any = {"scheduler": pipeline.scheduler, "calibration": shop.trajectory}  # which int8 alone looks at
-        graph = export_unet(unet, folder / name, call, how, **more)
+        own = shop.schedule if name == "slim" else None
+        graph = export_scheduled(unet, folder / name, call, own, how, **more)[0]
+        if own is not None:
+            own.of_slim().save(folder / name / FILE)
         seconds = round(time.perf_counter() - start, 3)
         made_from = {"model": public_name(shop.recipe.model), "denoiser": name, "settings": how.model_dump()}
         made_from |= shop.usage
@@ -42,7 +47,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         manifest.write_manifest(folder / name, "onnx", made_from, runs_on)
         result[name] = {
             "folder": f"export/{name}",
-            "bytes": sum(f.stat().st_size for f in (folder / name).rglob("model.onnx*")),
+            "bytes": sum(f.stat().st_size for f in (folder / name).rglob("*.onnx*")),
             "inputs": inputs,
             "seconds": seconds,
             "fp32_islands": wide,
@@ -67,7 +72,7 @@ STAGE = Stage(
     "export",
     run,
     needs=("slim",),
-    settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings,
+    settings=lambda shop: shop.recipe.export.model_dump() | shop.trajectory_settings | shop.scheduled,
     inputs=lambda shop: shop.exporting | shop.captions_hash,
     kind="onnx",
     figures=lambda result: {"int8_macs": shares} if (shares := _shares(result)) else {},

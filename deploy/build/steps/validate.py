@@ -14,13 +14,16 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.graphs.vae import HALVES, export_vae, is_half
 from exporters.registry import runtime_of
+from exporters.runtimes.scheduled import schedule_graphs
 from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from exporters.settings import ExportSettings
 from exporters.validation.graph import check_parity
-from exporters.validation.parity import check_trajectory
+from exporters.validation.parity import BOUNDS, check_trajectory
+from exporters.validation.scheduled import check_shallow
 from exporters.validation.vae import check_vae, watch_vae
 from slimdiff.compression import with_denoiser
+from slimdiff.denoising.scheduled import schedule_pipeline
 from slimdiff.denoising.trajectory import Call
 
 log = logging.getLogger("slimdiff")
@@ -37,8 +40,14 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
         precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph)
+        ours, theirs = shop.slim, with_denoiser(shop.slim, unet)
+        if (schedule := shop.schedule) is not None:
+            ours, theirs = schedule_pipeline(ours, schedule), schedule_graphs(theirs, schedule, graph, shop.runtime)
+            if schedule.depth is not None:
+                passes: list[Any] = [side.unet.passes for side in (ours, theirs)]  # type: ignore[attr-defined]
+                found = check_shallow(found, passes[0], passes[1], calls, schedule.depth, BOUNDS[precision])
         with watch_vae(getattr(shop.slim, "vae", None)) as seen:
-            found = check_trajectory(found, shop.slim, with_denoiser(shop.slim, unet), captions, sampling)
+            found = check_trajectory(found, ours, theirs, captions, sampling)
         parts.append({"name": f"slim in {title} ({precision}) against slim in torch (fp32)", **found})
         half = shop.recipe.export.model_copy(update={"precision": precision})
         if precision == "fp16" and seen and is_half(shop.slim.vae, half):
@@ -72,7 +81,7 @@ STAGE = Stage(
     "validate",
     run,
     needs=("slim", "export", "engine"),
-    settings=lambda shop: shop.recipe.validation.model_dump() | shop.trajectory_settings,
+    settings=lambda shop: shop.recipe.validation.model_dump() | shop.trajectory_settings | shop.scheduled,
     inputs=lambda shop: shop.exporting,
     kind="parity",
     packages=lambda shop: (*packages_of(shop.runtime), ("polygraphy", "onnx")),

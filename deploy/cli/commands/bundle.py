@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts.numbers import size
-from deploy.artifacts.schedules import refuse_schedule
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
 from deploy.cli.outputs import artifact_folder, check_artifact, check_new_file, check_runnable
@@ -72,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
         check_new_file(_archive(out), "archive of a bundle")
     shapes = [_shape(spec) for spec in args.shape]
     check_runnable(args.source, args.pipeline)
-    if args.triton:
-        refuse_schedule(args.source, "a Triton repository")
     variants = flags.read_variants(args, args.source, args.pipeline)
     require("onnx", "onnx")
     if args.archive:

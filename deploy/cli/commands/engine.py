@@ -12,15 +12,18 @@ from deploy.cli.console import log, result
 from deploy.cli.outputs import artifact_folder, check_folder
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError
+from slimdiff.schedule import FILE
 from slimdiff.settings import MOST_AT_ONCE
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
     from exporters.engine.build import EngineRequest
+    from slimdiff.schedule import Schedule
 
 DESCRIPTION = """Build an engine of the UNet's graph, or with --whole of every graph of its pipeline, unless the one
 in DIR is that very engine. TensorRT-RTX builds for named targets without a GPU. A slim graph's inner dimensions are
-checked against its plan, before and after parsing."""
+checked against its plan, before and after parsing. Of a model with a schedule, all that its steps run is built: the
+shallow graph, too, and where steps go without guidance, for their smaller batch, too."""
 EXAMPLE = """examples:
   slimdiff export slim --out slim-onnx --precision fp16
   slimdiff engine slim-onnx --out slim-engine --backend tensorrt-rtx --target sm89 --target sm120
@@ -58,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.kinds import graph_of, plan_beside
-    from deploy.artifacts.schedules import refuse_schedule
+    from deploy.artifacts.schedules import find_schedule
     from exporters.layout import ENGINE_PIPELINE
     from slimdiff.storage.atomic import clear_leftovers
     from slimdiff.storage.lock import locked
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         clear_leftovers(out)  # a folder with nothing else in it looks like somebody else's
     check_folder(out, kind)
     graph = graph_of(args.onnx)
-    refuse_schedule(args.onnx, "an engine")
+    schedule = find_schedule(args.onnx, None)
     plan = plan_beside(graph)
     log.info("engine: %s, %s", graph, "dense" if plan is None else "slim, checked against its plan")
 
@@ -80,15 +83,17 @@ def run(args: argparse.Namespace) -> int:
     from exporters.engine.build import request_engine
     from exporters.engine.pipeline import finish_pipeline, request_pipeline
 
+    how: Any = {"plan": plan, "branches": _branches(source, graph, schedule)}
     if args.whole:
-        requests = request_pipeline(source, settings[""], plan=plan)
+        requests = request_pipeline(source, settings[""], **how)
     else:
-        requests = {name: request_engine(graph, chosen, plan=plan) for name, chosen in settings.items()}
+        requests = {name: request_engine(graph, chosen, **how) for name, chosen in settings.items()}
     if kind == "engine":
-        report = _make(requests[""], out)
+        report = _make(requests[""], out, schedule)
         return result(args, report, _text(report))
     with locked(out, kind.replace("-", " "), stays=False):
-        engines = [{"name": name, **_make(requests[name], out / name, args.whole)} for name in requests]
+        own = None if args.whole else schedule  # that of a pipeline lies beside its index
+        engines = [{"name": name, **_make(requests[name], out / name, own, args.whole)} for name in requests]
         if args.whole:
             copy_licenses(source, out)
             finish_pipeline(source, out, {engine["name"]: engine for engine in engines})
@@ -122,18 +127,44 @@ def _shapes(spec: str) -> dict[str, str]:
     return {name: shape for name, _, shape in parts}
 
 
-def _make(request: EngineRequest, out: Path, part: bool = False) -> dict[str, Any]:
-    """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does."""
+def _branches(source: Path, graph: Path, schedule: Schedule | None) -> int:
+    """Of guidance, if steps of the schedule go without; 1 otherwise."""
+    from exporters.layout import INDEX
+    from exporters.runtimes.scheduled import find_shallow
+    from slimdiff.denoising.scheduled import guided_branches
+    from slimdiff.loading.naming import read_index
+
+    if schedule is None:
+        return 1
+    find_shallow(graph, schedule)
+    if schedule.guides_always():
+        return 1
+    index = read_index(source) if (source / INDEX).is_file() else {}
+    return guided_branches(str(index.get("_class_name")).removeprefix("ORT"))
+
+
+def _make(request: EngineRequest, out: Path, schedule: Schedule | None, part: bool = False) -> dict[str, Any]:
+    """Build an engine unless it is there; as part of a pipeline, what held that together goes when the engine does.
+
+    Args:
+        schedule: that the engine's images are made by, which then lies beside it.
+    """
     from exporters.engine.check import read_engine
     from exporters.engine.pipeline import mark_unfinished
 
     why = request.why_build(out)
+    if why is None and schedule is None and (out / FILE).is_file():
+        why = "the graph has no schedule any more"
     if why is None:
+        if schedule is not None:
+            manifest.put_file(out, FILE, schedule.save)
         log.info("engine: %s is unchanged, not built again", out)
         return {"out": str(out), "reused": True, "built_because": None, **read_engine(out)}
     log.info("engine: %s is built, because %s", out, why)
     with artifact_folder(out, "engine") as temporary:
         report = request.build(temporary)
+        if schedule is not None:
+            manifest.put_file(temporary, FILE, schedule.save)
         if part:
             mark_unfinished(out.parent)
     odd = [row for row in report["engine_sites"] or [] if row["ok"] is False]

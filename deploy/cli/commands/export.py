@@ -135,7 +135,6 @@ def _write(
     Args:
         how: `call`, and `vae_tile` of a pipeline.
     """
-    from exporters.graphs.export import export_unet
     from exporters.graphs.pipeline import export_pipeline
     from exporters.graphs.scheduled import export_scheduled, export_scheduled_pipeline
 
@@ -146,8 +145,6 @@ def _write(
             return export_pipeline(pipeline, folder, settings, **how)
         return export_scheduled_pipeline(pipeline, folder, schedule, settings, **how)
     scheduler = getattr(pipeline, "scheduler", None)
-    if schedule is None:
-        return [export_unet(unet, folder, how["call"], settings, scheduler=scheduler)]
     return export_scheduled(unet, folder, how["call"], schedule, settings, scheduler=scheduler)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from deploy.artifacts.schedules import find_schedule
 from deploy.artifacts.usage import usage_of, use
 from deploy.cli import flags
 from deploy.cli.console import calm_libraries, log, result
@@ -16,8 +17,9 @@ from slimdiff.settings import Sampling, SteeringSettings
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
 timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision, and the
-VAE that a whole CANDIDATE has. BASE computes in float32. Where a graph misses the bounds of a model, the first tensor
-that diverges in it is named. Exit code 1 if they differ."""
+VAE that a whole CANDIDATE has. BASE computes in float32. Where CANDIDATE has a schedule, both make the image by it, and
+what it runs in the place of the whole network is held against BASE's. Where a graph misses the bounds of a model, the
+first tensor that diverges in it is named. Exit code 1 if they differ."""
 EXAMPLE = """examples:
   slimdiff validate slim slim-onnx
   slimdiff validate demo demo-onnx --runtime openvino-fp32
@@ -31,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), help=bounds)
     parser.add_argument("--runtime", choices=names(), help="what runs the candidate's ONNX (default: onnxruntime)")
     flags.text(parser, "--pipeline", "MODEL", "the model whose trajectory is recorded, if neither is one")
+    flags.add_schedule(parser)
     flags.add_variant(parser)
     flags.add_lora(parser, into="BASE")
     flags.add_steering(parser)
@@ -58,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
     from exporters.graphs.int8 import processors_for
     from exporters.graphs.reading import read_graph
     from exporters.validation.graph import check_parity
-    from exporters.validation.parity import check_trajectory
+    from exporters.validation.parity import BOUNDS, check_trajectory
+    from exporters.validation.parts import bounds_for
+    from exporters.validation.scheduled import check_shallow
     from exporters.validation.vae import check_vae, watch_vae
-    from slimdiff.compression import with_denoiser
     from slimdiff.denoising.tasks import neutral_inputs
     from slimdiff.denoising.trajectory import record_calls
     from slimdiff.loading.pipelines import load_pipeline
@@ -93,9 +97,14 @@ def run(args: argparse.Namespace) -> int:
     precision: Any = args.precision or candidate.precision
     every = args.every_module
     value = check_parity(base.denoiser, candidate.denoiser, calls, precision=precision, every_module=every)
+    pair, schedule = _by_schedule(
+        pipeline, base, candidate, find_schedule(args.candidate, args.schedule), args.schedule
+    )
+    if schedule is not None and schedule.depth is not None:
+        bounds = bounds_for(base.denoiser, candidate.denoiser) or BOUNDS[precision]
+        value = check_shallow(value, pair[0].unet.passes, pair[1].unet.passes, calls, schedule.depth, bounds)
     if not args.no_image:
-        log.info("validate: the image of each")
-        pair = [with_denoiser(pipeline, side.denoiser) for side in (base, candidate)]
+        log.info("validate: the image of each%s", f", by the schedule of {schedule}" if schedule else "")
         with watch_vae(getattr(pipeline, "vae", None)) as seen:
             value = check_trajectory(value, pair[0], pair[1], prompts, sampling)
         if seen and (vae := vae_of(candidate, args.candidate)):
@@ -103,9 +112,19 @@ def run(args: argparse.Namespace) -> int:
             of_vae = None if args.precision == "int8" else args.precision  # which is the UNet's alone
             value = check_vae(value, pipeline.vae, vae, seen, precision=of_vae, every_module=every)
     value |= {"reference": f"{base.kind}, {base.precision}", "timesteps": [call.timestep for call in calls]}
+    value["schedule"] = schedule and schedule.model_dump(exclude_none=True)
     if candidate.runtime in names("graph"):
         value["processors"] = processors_for(read_graph(candidate.denoiser.session.source))
     return result(args, value, _text(value, precision), 0 if value["passed"] else 1)
+
+
+def _by_schedule(pipeline: Any, base: Any, candidate: Any, schedule: Any, asked: str | None) -> tuple[list[Any], Any]:
+    """The pipeline with the denoiser of each side, by the candidate's schedule; and that schedule, if there is one."""
+    from deploy.opening.schedules import with_schedule
+    from slimdiff.compression import with_denoiser
+
+    ours, schedule = with_schedule(with_denoiser(pipeline, candidate.denoiser), candidate, schedule, asked)
+    return [with_schedule(with_denoiser(pipeline, base.denoiser), base, schedule, "")[0], ours], schedule
 
 
 def _text(value: dict[str, Any], precision: str) -> str:

@@ -28,6 +28,8 @@ COMPONENTS = "components.json"
 """By model: `batch` (of its graph; null where it is open), `inputs` and `outputs`, both name -> `dtype`, `shape`."""
 USAGE = "usage.json"
 """`steps` and `guidance` of requests that do not say, as far as they are known."""
+SCHEDULE = "schedule.json"
+"""By number of the UNet's calls for an image: `guided` and `whole`, a digit a call. Not there: all are both."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 PARTS = {
     "scheduler": "diffusers",
@@ -41,6 +43,11 @@ _HELD = {"unet_prompt": 2, "unet_time": 128}
 """And these others, with how many of their answers are kept."""
 
 
+SHALLOW = "unet_shallow"
+"""What runs in the place of the UNet, or of its step, in calls that are not whole, on what the last whole one kept."""
+KEPT = "kept"
+
+
 class Cancelled(Exception):
     """The caller wants no image any more."""
 
@@ -49,8 +56,8 @@ class TextToImage:
     """Makes images of the one size that the models are for.
 
     Args:
-        folder: `model_index.json`, `components.json`, `usage.json`, the scheduler's and tokenizers' folders, and a
-            `config.json` per model.
+        folder: `model_index.json`, `components.json`, `usage.json`, perhaps `schedule.json`, the scheduler's and
+            tokenizers' folders, and a `config.json` per model.
         infer: calls a model. It is given the model's own shapes and dtypes, with one more axis of 1 where a tensor has
             nothing but a batch (Triton has no scalars).
         max_steps: more than these are refused.
@@ -86,6 +93,9 @@ class TextToImage:
         self.max_steps, self.usage = max_steps, _read(folder / USAGE)
         self.pipeline = kind(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
+        if (folder / SCHEDULE).is_file():
+            steps = _Steps(_read(folder / SCHEDULE)["calls"], self.pipeline)
+            self.pipeline.unet.follow(steps, graphs.get(SHALLOW))
         height, width = graphs[STEP if STEP in graphs else "unet"]["inputs"]["sample"]["shape"][-2:]
         scale = self.pipeline.vae_scale_factor
         self.size = {"height": height * scale, "width": width * scale}
@@ -134,6 +144,7 @@ class TextToImage:
                 raise Cancelled("the request was cancelled")
             return tensors
 
+        self.pipeline.unet.begin()
         image = self.pipeline(
             prompt,
             negative_prompt=negative_prompt or None,  # to SDXL, nothing and an empty text are two things
@@ -205,6 +216,23 @@ class _TextEncoder(_Remote):
         return _Encoded(answers[first], (answers[layer], answers["last_hidden_state"]))
 
 
+class _Steps:
+    """Where an image is in its schedule: the pipelines that are served call the UNet once for each of their times."""
+
+    def __init__(self, calls: dict[str, dict[str, str]], pipeline: Any):
+        self.calls, self.pipeline = calls, pipeline
+        self.number = 0
+
+    def next(self) -> tuple[bool, bool, int]:
+        """Whether the next call is guided and whole, and how many branches of guidance it comes with."""
+        count = len(self.pipeline.scheduler.timesteps)
+        if (kinds := self.calls.get(str(count))) is None:
+            raise ValueError(f"the schedule says nothing of {count} calls: ask for fewer steps")
+        guided, whole = (kinds[name][self.number] == "1" for name in ("guided", "whole"))
+        self.number += 1
+        return guided, whole, 2 if self.pipeline.do_classifier_free_guidance else 1
+
+
 class _UNet(_Remote):
     dtype_of = "sample"
 
@@ -213,6 +241,19 @@ class _UNet(_Remote):
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+        self.steps: _Steps | None = None
+        self.shallow: dict[str, Any] | None = None
+        self.kept: Tensor | None = None
+
+    def follow(self, steps: _Steps, shallow: dict[str, Any] | None) -> None:
+        """Make images by a schedule; `shallow` is the graph of its calls that are not whole, if there are some."""
+        self.steps, self.shallow = steps, shallow
+
+    def begin(self) -> None:
+        """Begin an image: nothing of another, which may have been cancelled, is reused."""
+        self.kept = None
+        if self.steps is not None:
+            self.steps.number = 0
 
     def forward(
         self,
@@ -230,15 +271,30 @@ class _UNet(_Remote):
                 "in its pipeline, or serve one whose timesteps are whole"
             )
         given = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": encoder_hidden_states}
-        (noise,) = self.answer(given | (added_cond_kwargs or {}))
+        given |= added_cond_kwargs or {}
+        noise = self.answer(given, ["out_sample"])[0] if self.steps is None else self._by_schedule(given, self.steps)
         return (noise.to(sample.dtype),)
+
+    def _by_schedule(self, given: dict[str, Tensor], steps: _Steps) -> Tensor:
+        guided, whole, branches = steps.next()
+        alone = branches > 1 and not guided  # the branch of the prompt, which is the last
+        count = len(given["sample"]) // (branches if alone else 1)
+        given = {name: tensor[-count:] for name, tensor in given.items()}
+        if whole or self.kept is None:
+            noise, *kept = self.answer(given, ["out_sample", *([KEPT] if self.shallow else [])])
+            self.kept = kept[0] if kept else None
+        else:
+            (noise,) = self.answer(given | {KEPT: self.kept[-count:]}, ["out_sample"], shallow=True)
+        return torch.cat([noise] * branches) if alone else noise
 
     @property
     def whole_times(self) -> bool:
         return self.graph["inputs"]["timestep"]["dtype"].startswith("int")
 
-    def answer(self, given: dict[str, Tensor]) -> list[Tensor]:
-        return self.ask(["out_sample"], **given)
+    def answer(self, given: dict[str, Tensor], outputs: list[str], shallow: bool = False) -> list[Tensor]:
+        """Outputs of the UNet, or of its shallow graph, which take what they have inputs for."""
+        name, graph = (SHALLOW, self.shallow) if shallow and self.shallow else (self.name, self.graph)
+        return _ask(self.infer, name, graph, outputs, {key: given[key] for key in graph["inputs"]})
 
 
 class _UNetInParts(_UNet):
@@ -253,13 +309,13 @@ class _UNetInParts(_UNet):
     def whole_times(self) -> bool:
         return self.others["unet_time"]["inputs"]["timestep"]["dtype"].startswith("int")
 
-    def answer(self, given: dict[str, Tensor]) -> list[Tensor]:
+    def answer(self, given: dict[str, Tensor], outputs: list[str], shallow: bool = False) -> list[Tensor]:
         values = dict(given)
         for name, graph in self.others.items():
-            values |= self._kept(name, graph, {key: given[key] for key in graph["inputs"]})
-        return self.ask(["out_sample"], **{key: values[key] for key in self.graph["inputs"]})
+            values |= self._held(name, graph, {key: given[key] for key in graph["inputs"]})
+        return super().answer(values, outputs, shallow)
 
-    def _kept(self, name: str, graph: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _held(self, name: str, graph: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
         held, outputs = self.held[name], list(graph["outputs"])
         arrays = {key: tensor.detach().cpu().numpy() for key, tensor in given.items()}
         values = tuple((key, array.shape, array.dtype.str, array.tobytes()) for key, array in arrays.items())

@@ -78,6 +78,24 @@ def test_other_tools_read_the_archive(bundle, tmp_path):
         assert tar.extractfile("unet/model.onnx.data").read() == FILES["unet/model.onnx.data"]
 
 
+def test_files_of_one_content_are_in_it_once(bundle, tmp_path):
+    twice = {"triton/models/unet/1/model.onnx.data": "unet/model.onnx.data"}
+    for name, other in twice.items():
+        (bundle / name).parent.mkdir(parents=True)
+        (bundle / name).write_bytes((bundle / other).read_bytes())
+    about = manifests.read_manifest(bundle)
+    manifests.write_manifest(bundle, about["kind"], about["made_from"], about["runs_on"])
+    pack(bundle, tmp_path / "x")
+    raw = zstandard.ZstdDecompressor().stream_reader((tmp_path / "x").read_bytes()).read()
+    with tarfile.open(fileobj=io.BytesIO(raw)) as tar:  # as other tools read it
+        links = {info.name: info.linkname for info in tar if info.islnk()}
+        assert {frozenset(pair) for pair in links.items()} == {frozenset(pair) for pair in twice.items()}
+        tar.extractall(tmp_path / "elsewhere", filter="data")
+    out = unpack(tmp_path / "x", tmp_path / "out")
+    assert content(out) == content(bundle) == content(tmp_path / "elsewhere")
+    assert all((out / name).samefile(out / other) for name, other in twice.items())
+
+
 def member(name: str, content: bytes = b"", **changes) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size = len(content)
@@ -110,6 +128,22 @@ HOSTILE = {
     "an absolute path": lambda b, all: [*all, member("/tmp/slimdiff-outside.txt", b"x")],
     "a symbolic link": lambda b, all: [all[0], member("unet", type=tarfile.SYMTYPE, linkname="/tmp"), *all[1:]],
     "a hard link": lambda b, all: [all[0], member("x.txt", type=tarfile.LNKTYPE, linkname="/etc/passwd"), *all[1:]],
+    "a hard link to another content": lambda b, all: [
+        *all[:-1],
+        member(all[-1][0].name, type=tarfile.LNKTYPE, linkname=all[1][0].name),
+    ],
+    "a hard link to itself": lambda b, all: [
+        *all[:-1],
+        member(all[-1][0].name, type=tarfile.LNKTYPE, linkname=all[-1][0].name),
+    ],
+    "a hard link outside": lambda b, all: [
+        *all[:-1],
+        member(all[-1][0].name, type=tarfile.LNKTYPE, linkname="/etc/passwd"),
+    ],
+    "a manifest that is a link": lambda b, all: [
+        member("manifest.json", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
+        *all[1:],
+    ],
     "a device": lambda b, all: [all[0], member("x.txt", type=tarfile.CHRTYPE, devmajor=1, devminor=5), *all[1:]],
     "a fifo": lambda b, all: [all[0], member("x.txt", type=tarfile.FIFOTYPE), *all[1:]],
     "a folder": lambda b, all: [all[0], member("unet", type=tarfile.DIRTYPE), *all[1:]],

@@ -80,6 +80,16 @@ def test_the_error_is_drawn_over_times_that_are_not_whole(build):
     assert "t = 1.0955:" in report_of(build)
 
 
+def test_what_a_schedule_saves_is_a_figure(build):
+    assert "MACs of an image" not in text_of(report_of(build))
+    figures = build_folder.read(build, "build")["figures"]
+    edit(build, "build", figures=figures | {"macs_per_image": {"dense": 4_000, "slim": 1_000, "saved": 0.75}})
+    edit(build, "compare", schedule={"says": "6 steps: 3 guided, 2 whole"})
+    text = text_of(report_of(build))
+    assert "Five figures, dense to slim" in text and "slim by its schedule (6 steps: 3 guided, 2 whole)" in text
+    assert "75" in text[text.index("MACs of an image") : text.index("slim by its schedule")]
+
+
 # --- engine -------------------------------------------------------------------------------------------------------
 
 

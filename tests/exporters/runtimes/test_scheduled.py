@@ -15,7 +15,9 @@ from slimdiff import Sampling, Schedule, schedule_pipeline
 from slimdiff.denoising.trajectory import record_calls, sample_images, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
+from slimdiff.loading.steering import steer
 from slimdiff.schedule import make_schedule
+from slimdiff.settings import SteeringSettings
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
@@ -96,6 +98,34 @@ def test_the_whole_graph_is_the_plain_one_without_a_schedule(graph, pipeline):
         torch.testing.assert_close(unet(**call).sample, pipeline.unet(**call).sample, rtol=1e-4, atol=1e-4)
 
 
+def test_parts_and_a_depth_give_what_the_whole_and_its_shallow_graph_give(graph, pipeline, tmp_path):
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled
+    from exporters.settings import ExportSettings
+
+    settings = ExportSettings(split=True)
+    call = example_call(pipeline)
+    folder, shallow = export_scheduled(pipeline.unet, tmp_path, call, BOTH, settings, scheduler=pipeline.scheduler)
+    assert shallow == tmp_path / "step" / "shallow.onnx" and not (tmp_path / "model.onnx").exists()
+    assert {file.name for file in shallow.parent.iterdir()} == {"model.onnx", "model.onnx.data", "shallow.onnx"}
+    stored = sum(file.stat().st_size for file in folder.rglob("*.data"))
+    assert stored <= 1.01 * (graph.parent / "model.onnx.data").stat().st_size  # every weight once
+
+    one, two = (in_runtime(pipeline, file, BOTH).unet.passes for file in (graph, folder))
+    torch.manual_seed(2)
+    prompt = torch.randn(2, *one.denoiser.inputs["encoder_hidden_states"][1:])
+    arguments = {"sample": torch.randn(2, 4, 8, 8), "timestep": 801, "encoder_hidden_states": prompt}
+    with torch.no_grad():
+        expected, kept = one.whole(arguments, BOTH.depth)
+        for found, right in zip(two.whole(arguments, BOTH.depth), (expected, kept), strict=True):
+            assert float((found - right).norm() / right.norm()) < 1e-6
+        right, found = (passes.shallow(arguments | {"timestep": 701}, BOTH.depth, kept) for passes in (one, two))
+        assert float((found - right).norm() / right.norm()) < 1e-6
+        assert len(two.denoiser.session._held["prompt"]) == 1 and two.session._held is two.denoiser.session._held
+    images = [sample_images(in_runtime(pipeline, file, BOTH), PROMPTS[:2], SAMPLING) for file in (graph, folder)]
+    assert image_fidelity(*images)["psnr_db"] is None or image_fidelity(*images)["psnr_db"] > 90
+
+
 def test_a_depth_is_reused_in_int8_and_the_shallow_graph_has_the_whole_ones_steps(pipeline, tmp_path):
     pytest.importorskip("nncf", reason="int8 needs the extra int8")
     from exporters.graphs.int8_layers import int8_layers
@@ -115,3 +145,34 @@ def test_a_depth_is_reused_in_int8_and_the_shallow_graph_has_the_whole_ones_step
     expected = sample_images(schedule_pipeline(pipeline, BOTH), PROMPTS[:2], SAMPLING)
     rounded = sample_images(in_runtime(pipeline, graphs[0], BOTH), PROMPTS[:2], SAMPLING)
     assert image_fidelity(expected, rounded)["psnr_db"] > 20
+
+
+@pytest.mark.parametrize("steering", ["controlnet", "adapter"])
+def test_what_steers_a_unet_goes_with_a_depth(steering, pipeline, tiny, tmp_path):
+    from families.steering import make_adapter, make_controlnet, picture
+
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    small = with_denoiser(pipeline, tiny.unet(**blocks)) if steering == "controlnet" else pipeline
+    part = make_controlnet(small.unet) if steering == "controlnet" else make_adapter((32, 64))
+    part.save_pretrained(tmp_path / "part")
+    how: Any = (
+        {"controlnet": (str(tmp_path / "part"),)} if steering == "controlnet" else {"adapter": str(tmp_path / "part")}
+    )
+    steered = steer(small, SteeringSettings(**how))
+    call = example_call(steered)
+    graphs = export_scheduled(steered.unet, tmp_path / "onnx", call, BOTH, scheduler=steered.scheduler)
+    whole, shallow = ({i.name for i in onnx.load(str(file), load_external_data=False).graph.input} for file in graphs)
+    residuals = {name for name in whole if "residual" in name}
+    assert residuals and shallow - whole == {"kept"}
+    assert {name for name in shallow if "residual" in name} < residuals  # those of its own blocks
+
+    inputs = [{"prompt": "abc", "image": picture()}]
+    sampling = SAMPLING.model_copy(update={"batch": 1, "height": 16, "width": 16})
+    expected = sample_images(schedule_pipeline(steered, BOTH), inputs, sampling)
+    found = sample_images(in_runtime(steered, graphs[0], BOTH), inputs, sampling)
+    near = image_fidelity(expected, found)["psnr_db"]
+    others = sample_images(steered, inputs, sampling), sample_images(schedule_pipeline(small, BOTH), ["abc"], sampling)
+    assert near > 60 and all(image_fidelity(other, found)["psnr_db"] < near - 5 for other in others)

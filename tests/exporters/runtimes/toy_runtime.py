@@ -10,6 +10,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from exporters.registry import Runtime
+from exporters.runtimes.ort_session import OnnxRuntimeSession
 
 DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 
@@ -42,4 +43,14 @@ TOY = Runtime(
     extra="onnx",
     precision="fp32",
     options={"title": "Toy"},
+)
+
+
+def open_engine(folder: Path, threads: int | None = None) -> OnnxRuntimeSession:
+    """What stands for an engine: a graph in its file, in ONNX Runtime."""
+    return OnnxRuntimeSession(folder / "model.engine", threads, provider="cpu")
+
+
+TOY_ENGINE = Runtime(
+    name="toy-engine", takes="engine", module="onnx", opens="toy_runtime:open_engine", title="Toy", extra="onnx"
 )
