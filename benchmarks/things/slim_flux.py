@@ -33,7 +33,7 @@ from slimdiff.slimming.slim import factorise
 FLUX = Path(__file__).with_name("flux")
 ARGUMENTS = {"negative_prompt": "", "true_cfg_scale": evaluate.GUIDANCE, "max_sequence_length": models.MAX_TOKENS}
 SAMPLING = Sampling(steps=10, batch=8, seed=0, height=64, width=64, arguments=ARGUMENTS)
-CALLS = {"sensitivity_calls": 5, "fitting_calls": 16}
+CALLS = {"sensitivity_calls": 4, "fitting_calls": 16}
 METHODS: dict[str, tuple[Allocation, tuple[str, ...]]] = {
     "global": ("global", TRANSFORMER_GROUPS),
     "uniform": ("uniform", TRANSFORMER_GROUPS),
