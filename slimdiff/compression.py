@@ -83,7 +83,8 @@ def compress(
     Args:
         prompts: calibration prompts; about 64 suffice for a small model, 500 is the papers' number. For pipelines that
             take images, classes or nothing at all, mappings of their arguments (see `slimdiff.denoising.trajectory`).
-            Beyond `calibration.samples` they are not calibrated with, and serve to measure a budget of `max_error`.
+            Beyond `calibration.samples` they are not calibrated with: sensitivities and a budget of `max_error` are
+            measured on them. A few more, at least a batch, are worth giving.
         budget: how much to take out of the denoiser, in parameters, MACs, latency or error (a text or a count alone is
             of parameters: `"12%"`); or
         plan: the ranks themselves (a plan read from a file, perhaps edited).

@@ -33,6 +33,7 @@ from slimdiff.slimming.slim import factorise
 FLUX = Path(__file__).with_name("flux")
 ARGUMENTS = {"negative_prompt": "", "true_cfg_scale": evaluate.GUIDANCE, "max_sequence_length": models.MAX_TOKENS}
 SAMPLING = Sampling(steps=10, batch=8, seed=0, height=64, width=64, arguments=ARGUMENTS)
+CALLS = {"sensitivity_calls": 4, "fitting_calls": 16}
 METHODS: dict[str, tuple[Allocation, tuple[str, ...]]] = {
     "global": ("global", TRANSFORMER_GROUPS),
     "uniform": ("uniform", TRANSFORMER_GROUPS),
@@ -55,9 +56,10 @@ class Bench:
         self.pipeline.set_progress_bar_config(disable=True)
         self.dense = self.pipeline.transformer
         settings = CalibrationSettings(samples=prompts, sampling=SAMPLING)
-        seen = captions(prompts, 1, held=False)
-        self.statistics = calibrate(self.pipeline, seen, settings)
-        self.recorded = Calls(self.pipeline, seen, settings)
+        # Calibration sees the first of them, and sensitivities are measured on the others.
+        known = captions(prompts + SAMPLING.batch, 1, held=False)
+        self.statistics = calibrate(self.pipeline, known, settings)
+        self.recorded = Calls(self.pipeline, known, settings, PlanSettings(**CALLS))
         later = SAMPLING.model_copy(update={"seed": 50_000})
         self.calls = record_calls(self.pipeline, captions(8, 2, held=True), later, every=2)
         self.expected = {id(call): predict(self.dense, call) for call in self.calls}
@@ -66,7 +68,7 @@ class Bench:
     def make(self, method: str, percent: float) -> nn.Module | None:
         """The slim transformer; None where the groups have less than that."""
         allocation, groups = METHODS[method]
-        settings = PlanSettings(allocation=allocation, groups=groups, sensitivity_calls=4, fitting_calls=16)
+        settings = PlanSettings(allocation=allocation, groups=groups, **CALLS)
         planner = Planner(self.dense, self.statistics, settings, calls=self.recorded)
         planner.factors = self.factors
         if allocation == "global":

@@ -31,7 +31,7 @@ def calibration_material(
     Args:
         source: of prompts; `default`: nobody named it, and a pipeline that takes no prompt does without.
         samples: how many the calibration takes; there must be as many images.
-        more: how many beyond them serve to measure an error on, as far as there are any.
+        more: how many beyond them serve to measure errors and sensitivities on, as far as there are any.
         images, masks, control_images: folders.
         classes: such as `0-9` or `207,360`.
 

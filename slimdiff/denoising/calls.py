@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,6 +12,8 @@ from slimdiff.denoising.trajectory import Call, Inputs, record_calls
 from slimdiff.errors import InputError
 from slimdiff.prompts import check_inputs
 from slimdiff.settings import CalibrationSettings, PlanSettings, Sampling
+
+log = logging.getLogger("slimdiff")
 
 # What each kind of recorded calls is for, as an error says it.
 PURPOSES = {
@@ -58,12 +61,22 @@ class Calls:
     def sensitivity(self) -> list[Call]:
         """At most `planning.sensitivity_calls` of them, spread evenly over one batch of trajectories.
 
-        That batch is of `MOST_IMAGES` at most.
+        That batch is of `MOST_IMAGES` at most. Its prompts are ones that calibration has not seen, if there are any: a
+        stream of text holds few different tokens, so a site of it can be exact on those and far off on others.
 
         Raises:
             InputError: if they are not there and no pipeline can make them; so do `fitting` and `held`.
         """
-        return self._spread("sensitivity", self.prompts[:MOST_IMAGES], self.calibration.sampling)
+        seen, sampling = self.calibration.samples, self.calibration.sampling
+        # From the end: `held` begins at the front.
+        if fresh := self.prompts[seen:][-min(MOST_IMAGES, sampling.batch) :]:
+            return self._spread("sensitivity", fresh, sampling.model_copy(update={"seed": sampling.seed + seen}))
+        if self.prompts:
+            log.info(
+                "sensitivities are measured on prompts of the calibration: with more than %d prompts, on unseen ones",
+                seen,
+            )
+        return self._spread("sensitivity", self.prompts[:MOST_IMAGES], sampling)
 
     @cached_property
     def fitting(self) -> list[Call]:

@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     for name in args.merge:
         check_file(name, "--merge")
     calibration, variant = flags.read_calibration(args), flags.read(args, WeightSettings).variant
-    source, material = flags.read_material(args, calibration.samples) if args.model is not None else ("", Material())
+    more = calibration.sampling.batch if args.sensitivities else 0
+    source, material = "", Material()
+    if args.model is not None:
+        source, material = flags.read_material(args, calibration.samples, more)
 
     from slimdiff.statistics import Statistics, read_metadata
 
@@ -84,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         if first:
             until_written.enter_context(locked(unfinished, "calibration", out, stays=False))
             until_written.callback(remove_empty, unfinished)
-        log.info("calibrate: %d prompts %s, %d steps each", len(prompts), described(source), calibration.sampling.steps)
+        seen = min(len(prompts), calibration.samples)
+        log.info("calibrate: %d prompts %s, %d steps each", seen, described(source), calibration.sampling.steps)
         work = Compressor(pipeline, prompts, calibration, unfinished=unfinished)
         statistics = work.statistics
         if args.sensitivities:

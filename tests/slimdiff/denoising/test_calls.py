@@ -27,12 +27,31 @@ def test_calls_are_recorded_when_first_asked_for_and_once(pipeline, calibration,
     assert len(calls.fitting) <= 4 and len(asked) == 2
 
 
-def test_held_calls_are_not_the_calibrations(pipeline, calibration):
+def apart(some, others):
+    """Whether no sample of some calls has the latents, or the text, of a sample of the others."""
+
+    def rows(calls, name):  # the second half is the branch with text
+        return [row for call in calls for row in call.arguments[name].chunk(2)[1]]
+
+    names = ("sample", "encoder_hidden_states")
+    return not any(torch.equal(a, b) for name in names for a in rows(some, name) for b in rows(others, name))
+
+
+def test_sensitivities_and_errors_are_measured_on_what_calibration_has_not_seen(pipeline, calibration):
     calls = Calls(pipeline, PROMPTS, calibration.model_copy(update={"samples": 2}))
     assert len(calls.held) == len(calls.sensitivity)
-    for ours, theirs in zip(calls.held, calls.sensitivity, strict=True):
-        assert not torch.allclose(ours.arguments["sample"], theirs.arguments["sample"])
-        assert not torch.allclose(ours.arguments["encoder_hidden_states"], theirs.arguments["encoder_hidden_states"])
+    assert apart(calls.held, calls.fitting) and apart(calls.sensitivity, calls.fitting)
+
+
+def test_sensitivities_and_errors_are_measured_on_prompts_of_their_own_where_there_are_enough(pipeline, calibration):
+    sampling = calibration.sampling.model_copy(update={"batch": 1})
+    calls = Calls(pipeline, PROMPTS, calibration.model_copy(update={"samples": 2, "sampling": sampling}))
+    assert apart(calls.held, calls.sensitivity)
+
+
+def test_without_more_prompts_sensitivities_are_measured_on_the_calibrations(pipeline, calibration):
+    calls = Calls(pipeline, PROMPTS, calibration.model_copy(update={"samples": len(PROMPTS)}))
+    assert not apart(calls.sensitivity, calls.fitting)
 
 
 def test_what_cannot_be_had_is_named(pipeline):
