@@ -234,5 +234,5 @@ def test_ranks_and_a_schedule_are_chosen_together_for_a_speedup_of_the_image(mod
     assert of_image["slim_ms"] <= of_image["full_ms"] / 1.2 * 1.0001
     assert of_image["measured"] == min(pair["measured"] for pair in of_image["among"] if pair["measured"] is not None)
     assert found["schedule"]["whole"] == own.whole and of_image["schedule"] == str(own)
-    assert manifest.verify_manifest(tmp_path / "slim")["image"]["speedup"] == 1.2
+    assert manifest.verify_manifest(tmp_path / "slim")["made_from"]["image"]["speedup"] == 1.2
     image(tmp_path / "slim", tmp_path / "slim.png", capsys)
