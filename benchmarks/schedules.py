@@ -2,7 +2,9 @@
 
 `python -m benchmarks.schedules [--model demo,things] [--cuts 10%,20%,30%]` prints a Markdown table. Both plans are of
 the same statistics and sensitivities. One is for a budget of a picture's multiply-adds by the schedule; the other for a
-budget of a sample's, the largest model whose picture costs no more than the first one's.
+budget of a sample's, the largest model whose picture costs no more than the first one's. With `--runtime`, both are of
+measured latencies there, one thread: a picture's by the schedule against a call's with guidance. `--cuts` are then
+shares of a picture's time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks.things import world
+from exporters.graphs.pipeline import example_call
+from exporters.latency.steps import measure_picture
+from exporters.latency.table import measure_latency
 from exporters.machine import machine_name
+from exporters.settings import TableSettings
 from slimdiff import embedded
 from slimdiff.budget import Budget
 from slimdiff.compression import Compressor
@@ -33,6 +39,8 @@ from slimdiff.settings import TRANSFORMER_GROUPS, CalibrationSettings, PlanSetti
 STEPS, SEED = 20, 60_000
 HALVINGS = 12
 """Of the budget of the plan that does not know the schedule, until it costs the same."""
+MOST_OF_A_CALL = 0.9
+"""Of a call's time, the most that is tried to remove."""
 
 
 def _things(count: int, seed: int, held: bool) -> list[str]:
@@ -53,7 +61,15 @@ MODELS: dict[str, tuple[str, float, Callable[[int, int, bool], list[str]]]] = {
 class Bench:
     """A dense model on its way to slim ones, and the pictures that they are compared on."""
 
-    def __init__(self, name: str, asked: ScheduleSettings, samples: int, images: int, groups: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        asked: ScheduleSettings,
+        samples: int,
+        images: int,
+        groups: tuple[str, ...],
+        runtime: str | None = None,
+    ) -> None:
         model, guidance, captions = MODELS[name]
         self.pipeline: Any = load_pipeline(model, "fp32")
         self.schedule = asked.make(levels_of(self.pipeline.unet.config) or 1, STEPS)
@@ -64,9 +80,42 @@ class Bench:
         self.aware = Compressor(self.pipeline, prompts, *settings, schedule=self.schedule)
         self.aware.statistics = self.blind.statistics
         self.blind.measure()  # what both plan by
+        self.in_ms = runtime is not None
+        if runtime is not None:
+            self._measure_latencies(TableSettings(runtime=runtime, threads=1), settings[1])
         self.prompts, self.sampling = captions(images, 2, True), sampling.model_copy(update={"seed": SEED})
         self.full = self._latents(self.pipeline.unet, None)
         self.dense = self._latents(self.pipeline.unet, self.schedule)
+
+    def _measure_latencies(self, table: TableSettings, planning: PlanSettings) -> None:
+        """Of a call with guidance for the plan that does not know the schedule, and of a picture for the other."""
+        picture: Any = self.aware.picture
+        sampling = self.aware.calibration.sampling
+        self.aware.planner.costs.latency = measure_picture(self.aware.pipeline, picture, sampling, planning, table)
+        call = example_call(self.pipeline, guidance=sampling.guidance)
+        self.blind.planner.costs.latency = measure_latency(self.blind.denoiser, call, planning, table)
+
+    def table(self) -> CostTable:
+        """What a picture costs by the schedule."""
+        costs = self.aware.planner.costs
+        table = costs.latency if self.in_ms else costs.work
+        assert table is not None
+        return table
+
+    def plans(self, cut: str) -> tuple[Plan, Plan]:
+        """The one that knows the schedule, and the one that does not, whose picture costs no more."""
+        if self.in_ms:
+            aware = self.aware.plan(Budget(speedup=1 / (1 - float(cut.rstrip("%")) / 100)))
+            return aware, at_cost(self._blind_in_ms, 0.0, MOST_OF_A_CALL, self.table(), _cost(self.table(), aware))
+        aware = self.aware.plan(Budget(macs=cut))
+        macs: Any = self.blind.planner.costs.macs
+        return aware, at_cost(self._blind_in_macs, 0.0, macs.dense, self.table(), _cost(self.table(), aware))
+
+    def _blind_in_macs(self, removed: float) -> Plan:
+        return self.blind.plan(Budget(macs=str(int(removed))))
+
+    def _blind_in_ms(self, share: float) -> Plan:
+        return self.blind.plan(Budget(speedup=1 / (1 - share)))
 
     def _latents(self, unet: Any, schedule: Schedule | None) -> torch.Tensor:
         pipeline, batch = with_denoiser(self.pipeline, unet), self.sampling.batch
@@ -98,15 +147,17 @@ class Bench:
         }
 
 
-def at_cost(planner: Any, table: CostTable, most: float) -> Plan:
-    """The plan that does not know the schedule, for as many MACs of a sample as cost a picture at most so much."""
-    sample = planner.costs.macs
-    low, high = 0.0, sample.dense  # out of the model
+def at_cost(make: Callable[[float], Plan], low: float, high: float, table: CostTable, most: float) -> Plan:
+    """The plan that removes least, of those whose picture costs at most so much.
+
+    Args:
+        make: the plan that removes an amount between `low` and `high`.
+    """
     best: Plan | None = None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         try:
-            plan = planner.plan(Budget(macs=str(int(middle))))
+            plan = make(middle)
         except InputError:  # more than can go
             high = middle
             continue
@@ -124,12 +175,11 @@ def _cost(table: CostTable, plan: Plan) -> float:
 
 def rows_of(name: str, bench: Bench, cuts: Sequence[str]) -> list[dict[str, Any]]:
     """Both plans' rows at each cut."""
-    table: Any = bench.aware.planner.costs.work
+    table = bench.table()
     rows = [{"model": name, "cut": "dense", "plan": "", "picture": 1.0, "sample": 1.0}]
     rows[0] |= {"noise_error": 0.0, "latents": 0.0, "psnr_db": bench.psnr_db(bench.dense)}
     for cut in bar(cuts, f"plans of {name}", "cut"):
-        aware = bench.aware.plan(Budget(macs=cut))
-        blind = at_cost(bench.blind.planner, table, _cost(table, aware))
+        aware, blind = bench.plans(cut)
         for what, plan in (("knows the schedule", aware), ("does not", blind)):
             macs = plan.costs["macs"]
             shares = {"picture": _cost(table, plan) / table.dense, "sample": macs["slim"] / macs["dense"]}
@@ -137,10 +187,10 @@ def rows_of(name: str, bench: Bench, cuts: Sequence[str]) -> list[dict[str, Any]
     return rows
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> str:
+def table_of(rows: Sequence[dict[str, Any]], unit: str = "MACs") -> str:
     lines = [
-        "| model | cut of a picture's MACs | plan | MACs of a picture by the schedule | MACs of a sample | noise error "
-        "| final latents | PSNR to dense at full schedule |",
+        f"| model | cut of a picture's {unit} | plan | {unit} of a picture by the schedule | MACs of a sample "
+        "| noise error | final latents | PSNR to dense at full schedule |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -161,14 +211,15 @@ def main() -> None:
     parser.add_argument("--depth", help="up block whose input is reused (default: the last)")
     parser.add_argument("--samples", type=int, default=32, help="of the calibration (default: %(default)s)")
     parser.add_argument("--images", type=int, default=32, help="that are compared (default: %(default)s)")
+    parser.add_argument("--runtime", help="in which latencies count (default: multiply-adds do)")
     parser.add_argument("--groups", default=",".join(TRANSFORMER_GROUPS), help="(default: %(default)s)")
     args = parser.parse_args()
     asked = ScheduleSettings(guidance_interval=args.guidance_interval, deep_every=args.deep_every, depth=args.depth)
     rows: list[dict[str, Any]] = []
     for name in args.model.split(","):
-        bench = Bench(name, asked, args.samples, args.images, tuple(args.groups.split(",")))
+        bench = Bench(name, asked, args.samples, args.images, tuple(args.groups.split(",")), args.runtime)
         rows += rows_of(name, bench, args.cuts.split(","))
-    print(table_of(rows))
+    print(table_of(rows, f"time in {args.runtime}" if args.runtime else "MACs"))
     print(f"\n{bench.schedule}; {args.samples} prompts, {args.images} images; {machine_name()}")
 
 

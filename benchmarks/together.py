@@ -4,7 +4,9 @@
 table. Every artifact is made by the commands that a user gives, and is an ONNX folder. "Speedup" is of the whole
 picture (text encoder, all steps by its schedule, VAE) against the dense model with its full schedule, as
 `slimdiff bench --of image` has it; accuracy is what the world's judge reads back from pictures of held-out captions
-that the artifact itself made, in the first runtime. What is there below `--work` is not made again.
+that the artifact itself made, in the first runtime. With `--speedup S`, what is slim and has a schedule is made by
+`slimdiff compress --speedup S --of image`, for the first runtime: both are then chosen, and the settings by hand are of
+the other artifacts. What is there below `--work` is not made again.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Together:
         model, prompts = self.world.model, ["--prompts", self.work / "prompts.txt"]
         usage = ["--steps", self.sampling.steps, "--guidance", self.world.guidance]
         by: list[object] = []
-        if "schedule" in what:
+        chosen = self.asked.speedup is not None and {"slim", "schedule"} <= {*what}
+        if "schedule" in what and not chosen:
             file = self.work / FILE
             if not file.is_file():
                 how = ["--guidance-interval", self.asked.guidance_interval, "--deep-every", self.asked.deep_every]
@@ -75,8 +78,12 @@ class Together:
             slim = self.work / f"{name}-model"
             if not slim.is_dir():
                 how = ["--macs", self.asked.macs, "--groups", GROUPS, "--samples", self.asked.samples, *usage, *by]
+                if chosen:
+                    where = ["--of", "image", "--runtime", self.asked.runtime.partition(",")[0], "--threads", 1]
+                    how[:2] = ["--speedup", self.asked.speedup, *where]
                 precision = ["--precision", "int8", "--int8-error", self.asked.int8_error] if "int8" in what else []
-                self.command("compress", model, "--out", slim, *how, *precision, *prompts)
+                said = self.command("compress", model, "--out", slim, *how, *precision, *prompts)
+                manifest.write_json(self.work / f"{name}.json", said)
             model, by = str(slim), []
         rounded = ["--precision", "int8", "--int8-error", self.asked.int8_error] if "int8" in what else []
         self.command("export", model, "--out", out, *rounded, *(prompts if rounded else []), *by, *usage[2:])
@@ -113,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WORLDS), default="things")
     parser.add_argument("--runtime", default="onnxruntime,openvino", help="one or several, with commas between")
     parser.add_argument("--macs", default="30%", help="that slim models lose")
+    parser.add_argument("--speedup", type=float, help="of the image, that ranks and schedule are chosen for together")
     parser.add_argument("--guidance-interval", default="0.0:0.5", help="the guided part of a trajectory")
     parser.add_argument("--deep-every", type=int, default=3, help="how often the whole UNet runs")
     parser.add_argument("--int8-error", type=float, default=1e-3)

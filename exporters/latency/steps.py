@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +36,7 @@ from slimdiff.denoising.torch_state import on_threads, own_torch_state
 from slimdiff.denoising.trajectory import sample_batch, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.planning.costs import CostTable
-from slimdiff.planning.pictures import Kind, Picture, StepCosts
+from slimdiff.planning.pictures import Kind, Picture, PictureTimes, StepCosts, name_of
 from slimdiff.progress import bar
 from slimdiff.schedule import Schedule, levels_of
 from slimdiff.settings import PlanSettings, Sampling
@@ -95,7 +94,7 @@ def measure_steps(
         known[key] = _measure(pipeline, schedule, sampling, settings)
         manifest.write_json(file, known)
     times = known[key]
-    return StepCosts({kind: times[_name(kind)] for kind in kinds}, times["rest"])
+    return StepCosts({kind: times[name_of(kind)] for kind in kinds}, times["rest"])
 
 
 def measure_picture(
@@ -113,26 +112,54 @@ def measure_picture(
         InputError, MissingPackageError: as `measure_steps` and `measure_latency`.
     """
     schedule, pipeline = picture.schedule, in_float32(pipeline)
-    unet: nn.Module = pipeline.unet  # type: ignore[attr-defined]
     unguided = not schedule.guides_always()
-    steps = measure_steps(pipeline, sampling, depth=schedule.depth, unguided=unguided, settings=settings, cache=cache)
+    guided = {True: bool(schedule.guided), False: unguided}
+    asked: Any = {"settings": settings, "cache": cache}
+    steps = measure_steps(pipeline, sampling, depth=schedule.depth, unguided=unguided, **asked)
+    calls = _measure_calls(pipeline, sampling, [one for one, runs in guided.items() if runs], planning, **asked)
+    unet: nn.Module = pipeline.unet  # type: ignore[attr-defined]
+    return PictureTimes({schedule.depth: steps}, calls).table(picture, unet)
+
+
+def measure_pictures(
+    pipeline: DiffusionPipeline,
+    sampling: Sampling,
+    planning: PlanSettings | None = None,
+    settings: TableSettings | None = None,
+    *,
+    depths: Sequence[str],
+    unguided: bool,
+    cache: Path | None = None,
+) -> PictureTimes:
+    """What tables of pictures by any schedule are made of: one measurement for all of these depths.
+
+    Args:
+        depths: that schedules may reuse.
+        unguided: whether they may leave out guidance.
+
+    Raises:
+        InputError, MissingPackageError: as `measure_steps` and `measure_latency`.
+    """
+    pipeline = in_float32(pipeline)
+    asked: Any = {"settings": settings, "cache": cache}
+    reused: Sequence[str | None] = depths or [None]
+    steps = {depth: measure_steps(pipeline, sampling, depth=depth, unguided=unguided, **asked) for depth in reused}
+    calls = _measure_calls(pipeline, sampling, (True, False)[: 1 + unguided], planning, **asked)
+    return PictureTimes(steps, calls)
+
+
+def _measure_calls(
+    pipeline: Any,
+    sampling: Sampling,
+    guided: Sequence[bool],
+    planning: PlanSettings | None,
+    settings: TableSettings | None,
+    cache: Path | None,
+) -> dict[bool, CostTable]:
+    """Tables of a call with guidance and of one without."""
     size: Any = {"height": sampling.height, "width": sampling.width}
-    guidances = {True: sampling.guidance} if schedule.guided else {}
-    guidances |= {False: 1.0} if unguided else {}
-    calls = {
-        guided: measure_latency(
-            unet, example_call(pipeline, **size, guidance=guidance), planning, settings, cache=cache
-        )
-        for guided, guidance in guidances.items()
-    }
-    table = picture.table("latency_ms_per_image", unet, calls, steps)
-    told = {"steps_ms": {_name(kind): ms for kind, ms in steps.kinds.items()}, "rest_ms": steps.rest}
-    return replace(table, made_from={**table.made_from, **told})
-
-
-def _name(kind: Kind) -> str:
-    guided, whole = kind
-    return f"{'guided' if guided else 'unguided'}, {'whole' if whole else 'shallow'}"
+    calls = {one: example_call(pipeline, **size, guidance=sampling.guidance if one else 1.0) for one in guided}
+    return {one: measure_latency(pipeline.unet, call, planning, settings, cache=cache) for one, call in calls.items()}
 
 
 class _Timed:
@@ -187,7 +214,7 @@ def _measure(pipeline: Any, schedule: Schedule, sampling: Sampling, settings: Ta
                 narrow = (len(s) >= FEWEST and interval_width(s) <= settings.interval for s in times.values())
                 if count >= LEAST and all(narrow):
                     break
-    found = {_name(kind): 1e3 * float(np.median(seconds)) for kind, seconds in times.items()}
+    found = {name_of(kind): 1e3 * float(np.median(seconds)) for kind, seconds in times.items()}
     return {**found, "rest": 1e3 * float(np.median(rest))}
 
 

@@ -107,3 +107,37 @@ class Picture:
             for guided, samples in ((True, self.branches), (False, 1))
         }
         return self.table("macs_per_image", unet, scaled, steps)
+
+
+@dataclass(frozen=True)
+class PictureTimes:
+    """Milliseconds that were measured once, for the tables of pictures by any schedule.
+
+    Attributes:
+        steps: by depth, what each kind of step of the dense model takes; None is the key where no depth is reused.
+        calls: what a guided call takes by rank (True), and one without guidance.
+    """
+
+    steps: Mapping[str | None, StepCosts]
+    calls: Mapping[bool, CostTable]
+
+    def of(self, depth: str | None) -> StepCosts:
+        """What steps take, of pictures that reuse a depth; where all are whole, any measurement has them."""
+        return self.steps[depth] if depth in self.steps else next(iter(self.steps.values()))
+
+    def full(self, schedule: Schedule) -> float:
+        """What a picture takes at full schedule, measured beside this one's steps."""
+        return self.of(schedule.depth).full(schedule.steps)
+
+    def table(self, picture: Picture, unet: nn.Module) -> CostTable:
+        """What a picture takes by the ranks of the UNet's layers."""
+        steps = self.of(picture.schedule.depth)
+        table = picture.table("latency_ms_per_image", unet, self.calls, steps)
+        measured = {"steps_ms": {name_of(kind): ms for kind, ms in steps.kinds.items()}, "rest_ms": steps.rest}
+        return replace(table, made_from={**table.made_from, **measured})
+
+
+def name_of(kind: Kind) -> str:
+    """A kind of step in words."""
+    guided, whole = kind
+    return f"{'guided' if guided else 'unguided'}, {'whole' if whole else 'shallow'}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.scheduled import Scheduled, TorchPasses, guides_as_known, shallow_unet
@@ -89,9 +89,9 @@ class Images:
         self.call = record_calls(self.pipeline, self.prompts[:1], sampling.model_copy(update={"batch": 1}))[0]
         self.branches = len(self.recorded[0][0]) // len(self.batches[0])
 
-    def _run(self, schedule: Schedule | None, first: int, number: int) -> Tensor:
+    def _run(self, schedule: Schedule | None, first: int, number: int, unet: nn.Module | None = None) -> Tensor:
         """The final latents of a batch `[B, C, H, W]`, the first calls from the record."""
-        passes = _Replayed(self.pipeline.unet, self.recorded[number], first)
+        passes = _Replayed(unet or self.pipeline.unet, self.recorded[number], first)
         if schedule is None:
             schedule = Schedule(levels=self.levels, steps=1, guided=[0], whole=[0])
         other = with_denoiser(self.pipeline, Scheduled(passes, schedule))
@@ -115,15 +115,19 @@ class Images:
         return depths
 
     @own_torch_state()
-    def change(self, schedule: Schedule) -> float:
-        """Relative mean squared change of the final latents, sum |scheduled - full|^2 / sum |full|^2."""
+    def change(self, schedule: Schedule, unet: nn.Module | None = None) -> float:
+        """Relative mean squared change of the final latents, sum |scheduled - full|^2 / sum |full|^2.
+
+        Args:
+            unet: a slim one in the place of the pipeline's.
+        """
         kinds = schedule.kinds()
-        odd = next((step for step, kind in enumerate(kinds) if kind != (True, True)), None)
+        odd = next((step for step, kind in enumerate(kinds) if kind != (True, True)), None) if unet is None else 0
         if odd is None:
             return 0.0
         # A step that reuses takes what the whole one before it leaves, which so is run.
         first = odd if kinds[odd][1] else odd - 1
-        found = [self._run(schedule, first, number) for number in range(len(self.batches))]
+        found = [self._run(schedule, first, number, unet) for number in range(len(self.batches))]
         pairs = list(zip(found, self.reference, strict=True))
         total = sum(float(full.square().sum()) for full in self.reference)
         return sum(float((a - b).square().sum()) for a, b in pairs) / total

@@ -77,7 +77,9 @@ PAGES = {
             "--speedup 1.05": "--speedup 1.001",
             "--deep-every 3": "--deep-every 3 --steps 6",
             "--images 8": "--images 2",
-            "--of image": "--of image --steps 6 --processes 2 --rounds 3 --warmup 1",
+            "--of image --base": "--of image --steps 6 --processes 2 --rounds 3 --warmup 1 --base",
+            "1.3 --of image --runtime onnxruntime": "1.02 --of image --schedule-images 1 --runtime torch --threads 1 "
+            "--align 4 --samples 2 --steps 4",
         },
     ),
     "docs/build-engines.md": Page({"slim": "slim"}, 5),

@@ -24,8 +24,9 @@ from slimdiff.storage import manifest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from slimdiff import Compression, Compressor
+    from slimdiff import Compression, Compressor, Statistics
     from slimdiff.planning.costs import CostTable
+    from slimdiff.planning.together import Pair
     from slimdiff.schedule import Schedule
 
 DESCRIPTION = "Make a slim model out of a dense one, without training: a diffusers pipeline directory."
@@ -35,11 +36,15 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --macs 20% --prompts prompts.txt --samples 256
   slimdiff compress my-checkpoint --out slim --speedup 1.35 --runtime onnxruntime
   slimdiff compress my-checkpoint --out slim --speedup 1.2 --schedule schedule.json     # of a whole image by it
+  slimdiff compress my-checkpoint --out slim --speedup 2 --of image     # ranks and a schedule, chosen together
   slimdiff compress my-checkpoint --out slim --max-error 1e-3
   slimdiff compress my-checkpoint --out slim --speedup 1.6 --runtime openvino --precision int8
   slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json
   slimdiff compress finetuned/unet --pipeline my-checkpoint --out slim --reduce 12%"""
+
+IMAGES = 4
+"""That a schedule is chosen by, together with the ranks."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +55,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_budget(what)
     flags.text(what, "--plan", "FILE", "the ranks themselves: a plan.json, perhaps edited")
     flags.add(parser, TableSettings, "runtime", "threads")
+    of = "what --speedup is of: a call, or image: the whole one, by a schedule chosen with the ranks (default: call)"
+    parser.add_argument("--of", choices=("call", "image"), default="call", help=of)
+    flags.whole(
+        parser, "--schedule-images", f"images that the schedule is chosen by, with --of image (default: {IMAGES})"
+    )
     flags.add_schedule(parser)
     flags.add_calibration(parser)
     flags.add(parser, PlanSettings, *flags.PLANNING)
@@ -64,13 +74,11 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_artifact(out, "slim-model")
     budget, table, weights = flags.read_budget(args), flags.read(args, TableSettings), flags.read(args, WeightSettings)
-    if table.model_fields_set and not _by_latency(budget):
-        raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
     _check_files(args)
-    schedule = find_schedule(args.model, args.schedule)
+    images = _images(args, budget, table)
+    schedule = None if images else find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
-    more = calibration.sampling.batch  # for errors
-    source, material = flags.read_material(args, calibration.samples, more)
+    source, material = flags.read_material(args, calibration.samples, max(calibration.sampling.batch, images))
     planning = flags.read_planning(args)
 
     calm_libraries()
@@ -94,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
     warn_of_steps(pipeline, args.model, sampling)
     one_call = cache(partial(example_call, pipeline, **sampling.model_dump(include={"height", "width", "guidance"})))
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
-    latency = _prepare(work, budget, table, one_call)
+    latency, together = _prepare(work, budget, table, one_call, images, statistics)
+    if together is not None:
+        plan, schedule, budget, statistics = together.plan, together.schedule, None, work.statistics
     del work  # what it holds in float32 is not needed twice
     dense_costs = costs(denoiser_of(pipeline), one_call())
-    watched = prompts[: calibration.samples]
-    log.info("compress: %d prompts %s, %d steps each", len(watched), described(source), sampling.steps)
+    watched = min(len(prompts), calibration.samples)
+    log.info("compress: %d prompts %s, %d steps each", watched, described(source), sampling.steps)
     slim = compress(
         pipeline,
         prompts,
@@ -117,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     written = in_dtype(written, dtype) if (dtype := read_dtype(weights.dtype)) else written
     slim_costs = costs(denoiser_of(written), one_call())
     measured = compression_result(slim.plan, dense_costs, slim_costs, slim.seconds)
-    value = {"out": str(out), **measured, "int8": _int8(slim.plan)}
+    value = {"out": str(out), **measured, "int8": _int8(slim.plan), "image": together and together.described()}
     made_from = {
         "latency": dict(latency.made_from) if latency else None,
         "prompts": hash_of(material, calibration.samples),
@@ -125,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         "plan": planning.model_dump(),
         "lora": fused_files(held),
         "schedule": schedule and schedule.model_dump(exclude_none=True),
+        "image": value["image"],
         **said_of(sampling),
     }
     _write(args, written, slim, weights, made_from, schedule)
@@ -135,21 +146,52 @@ def _by_latency(budget: Budget | None) -> bool:
     return budget is not None and budget.kind == "speedup"
 
 
-def _prepare(
-    work: Compressor, budget: Budget | None, table: TableSettings, call: Callable[[], Any]
-) -> CostTable | None:
-    """Refuse what cannot be, and measure what a speedup is planned on: latencies of a call, or of an image by the
-    schedule; none for other budgets."""
-    work.check([budget] if budget else [], call=call)
+def _images(args: argparse.Namespace, budget: Budget | None, table: TableSettings) -> int:
+    """How many images a schedule is chosen by, together with the ranks; 0 if none is."""
+    if table.model_fields_set and not _by_latency(budget):
+        raise InputError("--runtime and --threads say where --speedup is measured: give --speedup with them")
+    if args.of == "call":
+        if args.schedule_images is not None:
+            raise InputError("--schedule-images are what a schedule is chosen by, with the ranks: give --of image")
+        return 0
     if not _by_latency(budget):
-        return None
+        raise InputError("--of image says what --speedup is of: give --speedup with it")
+    if args.schedule is not None:
+        raise InputError("--of image chooses a schedule together with the ranks: leave out --schedule, or --of image")
+    return args.schedule_images or IMAGES
+
+
+def _prepare(
+    work: Compressor,
+    budget: Budget | None,
+    table: TableSettings,
+    call: Callable[[], Any],
+    images: int,
+    statistics: Statistics | None,
+) -> tuple[CostTable | None, Pair | None]:
+    """Refuse what cannot be, and measure what a speedup is planned on: latencies of a call, or of an image by the
+    schedule; none for other budgets. If it is of an image by a schedule that is chosen, the pair of that and a plan."""
+    work.check([budget] if budget and not images else [], call=call)
+    if not _by_latency(budget):
+        return None, None
+    if images:
+        from exporters.latency.together import choose_together
+
+        if statistics is not None:
+            work.statistics = statistics
+        own = work.prompts[work.calibration.samples :][:images] or work.prompts[:images]
+        assert budget is not None
+        choosing = choose_together(work, own, float(budget.value), table)
+        pair = choosing.best()
+        work.planner.remember(work.statistics)
+        return choosing.table(pair), pair
     if work.picture is not None:
         from exporters.latency.steps import measure_picture
 
-        return measure_picture(work.pipeline, work.picture, work.calibration.sampling, work.planning, table)
+        return measure_picture(work.pipeline, work.picture, work.calibration.sampling, work.planning, table), None
     from exporters.latency.table import measure_latency
 
-    return measure_latency(work.denoiser, call(), work.planning, table)
+    return measure_latency(work.denoiser, call(), work.planning, table), None
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -194,11 +236,25 @@ def _text(value: dict[str, Any]) -> str:
     lines += [f"{line} (predicted)" for line in figures(predicted)]
     if of_image:
         lines.append("an image is one by the schedule, of the dense and of the slim model")
+    if (image := value["image"]) is not None:
+        lines += _of_image(image)
     if value["noise_error"] is not None:
         lines.append(f"noise error {value['noise_error']:12.3g}    measured on unseen calls")
     lines += [f"left dense: {row['site']} ({row['reason']})" for row in value["left_dense"]]
     lines += _of_int8(value["int8"])
     return "\n".join(lines)
+
+
+def _of_image(value: dict[str, Any]) -> list[str]:
+    """What was chosen for a speedup of an image."""
+    full, slim = value["full_ms"], value["slim_ms"]
+    predicted = "" if value["predicted"] is None else f" ({value['predicted']:.3g} predicted)"
+    return [
+        f"schedule     {value['schedule']}",
+        f"whole image  {full:.4g} ms dense at full schedule, {slim:.4g} ms slim by this one, {full / slim:.2f} times"
+        " as fast (predicted)",
+        f"final latents change by {value['measured']:.3g}{predicted}, by the schedule alone {value['scheduled']:.3g}",
+    ]
 
 
 def _int8(plan: Any) -> dict[str, Any] | None:

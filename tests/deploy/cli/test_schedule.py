@@ -122,6 +122,9 @@ def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch
         ("generate MODEL --prompt a --out a.png --schedule four.json", "for a UNet of 4 levels, and this one has 3"),
         ("generate MODEL --prompt a --out a.png --schedule broken.json", "broken.json: whole: "),
         ("generate MODEL --prompt a --out a.png --schedule absent.json", "no schedule can be read there"),
+        ("compress MODEL --out slim --macs 6% --of image", "--of image says what --speedup is of"),
+        ("compress MODEL --out slim --speedup 2 --of image --schedule none", "leave out --schedule, or --of image"),
+        ("compress MODEL --out slim --speedup 2 --schedule-images 2", "with the ranks: give --of image"),
     ],
 )
 def test_what_no_schedule_can_be_is_one_line(argv, said, model, tmp_path, monkeypatch, capsys):
@@ -205,3 +208,20 @@ def test_a_speedup_is_of_the_whole_image_by_the_schedule(model, tmp_path, monkey
     found = call(["compress", model, "--out", tmp_path / "slim", "--speedup", 1.01, *asked, *QUICK], capsys)
     image_ms = found["predicted"]["latency_ms_per_image"]
     assert image_ms["slim"] <= image_ms["budget"] * (1 + 1e-6) and image_ms["dense"] / image_ms["slim"] >= 1.01 - 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ranks_and_a_schedule_are_chosen_together_for_a_speedup_of_the_image(model, tmp_path, monkeypatch, capsys):
+    """A model's own schedule does not count, and another is written; predicted and measured are both said."""
+    monkeypatch.setenv("SLIMDIFF_CACHE", str(tmp_path / "cache"))
+    call(["schedule", model, "--guidance-interval", "0.0:0.5", "--steps", 6], capsys)
+    asked = ["--speedup", 1.2, "--of", "image", "--schedule-images", 1, "--runtime", "torch", "--threads", 1]
+    quick = ["--align", 4, "--samples", 1, "--batch", 1, "--steps", 6]
+    found = call(["compress", model, "--out", tmp_path / "slim", *asked, *quick], capsys)
+    of_image, own = found["image"], Schedule.load(tmp_path / "slim")
+    assert of_image["slim_ms"] <= of_image["full_ms"] / 1.2 * 1.0001
+    assert of_image["measured"] == min(pair["measured"] for pair in of_image["among"] if pair["measured"] is not None)
+    assert found["schedule"]["whole"] == own.whole and of_image["schedule"] == str(own)
+    assert manifest.verify_manifest(tmp_path / "slim")["made_from"]["image"]["speedup"] == 1.2
+    image(tmp_path / "slim", tmp_path / "slim.png", capsys)
