@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,8 +274,11 @@ class Recipe(WeightSettings, LoraSettings, Settings, frozen=True):
 DEMO = Path(__file__).parent / "demo.yaml"
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, instead: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
     """Read a recipe; a fault in it is said in one line.
+
+    Args:
+        instead: settings in the place of the file's, by section.
 
     Raises:
         InputError: naming the file, the place in it, and what would be right.
@@ -282,6 +286,10 @@ def load_recipe(path: Path) -> Recipe:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a recipe: it must be a YAML mapping with at least the key 'model'")
+    for section, settings in (instead or {}).items():
+        there = content.get(section) or {}
+        if isinstance(there, dict):  # what else it may be, the recipe's own checks refuse
+            content[section] = {**there, **settings}
     return make_recipe(content, str(path), path.parent)
 
 

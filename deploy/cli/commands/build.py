@@ -13,6 +13,7 @@ from deploy.cli.outputs import check_apart, check_folder
 from deploy.recipe.material import PICTURES, calibration_material
 from deploy.recipe.recipe import load_recipe
 from slimdiff.loading.naming import find_model
+from slimdiff.settings import PlanSettings
 
 DESCRIPTION = """Calibrate, plan, slim, export, build the engine, validate, compare, bench, report. Finished stages
 with unchanged inputs are skipped, an interrupted build goes on where it was. The recipe's gates decide the exit
@@ -38,6 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.text(parser, "recipe", "RECIPE.yaml", "what to build")
     flags.text(parser, "--out", "DIR", "build folder (default: the recipe's name without its ending)")
     flags.several(parser, "--force", "STAGE", FORCE)
+    flags.add(parser, PlanSettings, "precision", default=None)
     ray = "build the cells of a recipe's matrix on Ray: a cluster that sees the same files, or this machine"
     flags.text(parser, "--ray", "ADDRESS", ray, nargs="?", const="local")
 
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_recipe(source: Path, args: argparse.Namespace) -> int:
     """Build a recipe file; also what `slimdiff demo` does."""
-    recipe = load_recipe(source)
+    asked = getattr(args, f"{PlanSettings.__name__}.precision", None)
+    recipe = load_recipe(source, {} if asked is None else {"plan": {"precision": asked}})
     find_model(recipe.model)
     pictures = {name: getattr(recipe, name) for name in PICTURES}
     named = (recipe.model, recipe.prompts, recipe.schedule, *pictures.values(), recipe.compare.reference)

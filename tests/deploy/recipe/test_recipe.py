@@ -30,6 +30,21 @@ def test_defaults_and_overrides(tmp_path):
     assert found.prompts == "embedded"
 
 
+@pytest.mark.parametrize("plan", ["", "plan:", "plan: {align: 16}", "plan: {precision: own, align: 16}"])
+def test_a_setting_in_the_place_of_the_files_leaves_the_others(tmp_path, plan):
+    found = load_recipe(recipe(tmp_path, f"model: demo\n{plan}"), {"plan": {"precision": "int8"}})
+    assert (found.plan.precision, found.export.precision) == ("int8", "int8")
+    assert found.plan.align == (16 if "16" in plan else 8)
+
+
+def test_a_setting_that_does_not_go_with_the_files_is_refused(tmp_path):
+    file = recipe(tmp_path, "model: demo\nplan: {precision: int8, int8_error: 1e-2}")
+    with pytest.raises(InputError, match="give precision int8 with it"):
+        load_recipe(file, {"plan": {"precision": "own"}})
+    with pytest.raises(InputError, match="plan"):
+        load_recipe(recipe(tmp_path, "model: demo\nplan: [8]"), {"plan": {"precision": "int8"}})
+
+
 @pytest.mark.parametrize(("said", "read"), [("fast.json", "HERE/fast.json"), ("none", "none"), ("null", None)])
 def test_a_schedule_lies_beside_the_recipe(tmp_path, said, read):
     found = load_recipe(recipe(tmp_path, f"model: demo\nschedule: {said}")).schedule
