@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 
 from diffusers import DiffusionPipeline
 
@@ -83,10 +85,11 @@ class Calls:
         """At most `planning.fitting_calls` of them, spread over all images of the calibration."""
         chosen, sampling = self.prompts[: self.calibration.samples], self.calibration.sampling
         source = self._source("fitting")
-        total = -(-len(chosen) // sampling.batch) * sampling.steps
-        most = self.planning.fitting_calls
+        batches, most = -(-len(chosen) // sampling.batch), self.planning.fitting_calls
+        every = -(-batches * sampling.steps // most)
+        every += batches == 1 and every % 2 == 0  # or guidance's branches, called in turn, would be one alone
         # Of a scheduler that calls more than once a step these are too many.
-        return _evenly(record_calls(source, chosen, sampling, every=-(-total // most), staggered=True), most)
+        return _evenly(record_calls(source, chosen, sampling, every=every, staggered=True), most)
 
     @cached_property
     def held(self) -> list[Call]:
@@ -110,6 +113,12 @@ class Calls:
 
 
 def _evenly(calls: list[Call], most: int) -> list[Call]:
-    """At most this many of them, evenly spread."""
-    count = min(most, len(calls))
-    return [calls[i * len(calls) // count] for i in range(count)]
+    """At most this many of them, evenly spread; in turn of each branch, where guidance calls them one by one."""
+    times = [list(same) for _, same in groupby(calls, key=lambda call: call.timestep)]
+    count, branches = min(most, len(calls)), len(times[0])
+    if any(len(same) != branches for same in times):
+        return [calls[i * len(calls) // count] for i in range(count)]
+    chosen: list[Call] = []
+    for time, taken in sorted(Counter(i * len(times) // count for i in range(count)).items()):
+        chosen += [times[time][b] for b in sorted((len(chosen) + n) % branches for n in range(taken))]
+    return chosen
