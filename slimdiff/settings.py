@@ -215,8 +215,9 @@ class ResnetSettings(Settings):
     ridge: float | None = Field(None, gt=0, le=MOST)
     """Of the least squares, as a share of the mean square of conv2's inputs: draws `im2col` towards `channels`, and
     that towards `none`. If not given, each site's own: the one whose fit on half of the images errs least on others."""
-    memory_gib: float = Field(2.0, gt=0, le=MOST)
-    """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another."""
+    memory_gib: float | None = Field(None, gt=0, le=MOST)
+    """Bound on the sums and solutions of `im2col`; sites that do not fit at once are fitted one wave after another.
+    If not given, a quarter of the memory that is available, and 2 GiB at least."""
 
 
 TRANSFORMER_GROUPS = ("query_key", "value_output", "feed_forward", "values")

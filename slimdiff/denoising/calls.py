@@ -89,7 +89,7 @@ class Calls:
         every = -(-batches * sampling.steps // most)
         every += batches == 1 and every % 2 == 0  # or guidance's branches, called in turn, would be one alone
         # Of a scheduler that calls more than once a step these are too many.
-        return _evenly(record_calls(source, chosen, sampling, every=every, staggered=True), most)
+        return evenly(record_calls(source, chosen, sampling, every=every, staggered=True), most)
 
     @cached_property
     def held(self) -> list[Call]:
@@ -101,7 +101,7 @@ class Calls:
 
     def _spread(self, name: str, prompts: Sequence[Inputs], sampling: Sampling) -> list[Call]:
         calls = record_calls(self._source(name), prompts[: sampling.batch], sampling)
-        return _evenly(calls, self.planning.sensitivity_calls)
+        return evenly(calls, self.planning.sensitivity_calls)
 
     def _source(self, name: str) -> DiffusionPipeline:
         if self.pipeline is None:
@@ -112,7 +112,7 @@ class Calls:
         return self.pipeline
 
 
-def _evenly(calls: list[Call], most: int) -> list[Call]:
+def evenly(calls: list[Call], most: int) -> list[Call]:
     """At most this many of them, evenly spread; in turn of each branch, where guidance calls them one by one."""
     times = [list(same) for _, same in groupby(calls, key=lambda call: call.timestep)]
     count, branches = min(most, len(calls)), len(times[0])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, TemporalResnetBlock
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from slimdiff.settings import ResnetSettings
 
 # Columns of unfolded pixels that are multiplied at once: bounds the memory beside the sums.
 _MOST_PIXELS = 8192
+# Bytes of memory for `ResnetSettings.memory_gib`, whatever is available.
+_LEAST_MEMORY = 2 * 2**30
 
 
 class Resnet(Group[ChannelOrder]):
@@ -93,7 +96,7 @@ class Resnet(Group[ChannelOrder]):
             for fit in fits:
                 fit.solve_channels(settings.ridge)
         if settings.solve == "im2col":
-            for wave in _waves(fits, settings.memory_gib * 2**30):
+            for wave in _waves(fits, _memory(settings)):
                 _pass(denoiser, wave, calls, _Fit.see_patches, "fit convolutions")
                 for fit in wave:
                     fit.solve_patches(settings.ridge)
@@ -254,6 +257,13 @@ class _Fit:
         weight, bias = solve(self.sums, self.weights["conv2.weight"].double().flatten(1).T, ridge)
         self.weights |= {"conv2.weight": weight.T.unflatten(1, (-1, 3, 3)), "conv2.bias": bias}
         self.sums = None
+
+
+def _memory(settings: ResnetSettings) -> float:
+    """Bytes that sums may take: each wave is a pass over all calls, so few large ones are faster."""
+    if settings.memory_gib is not None:
+        return settings.memory_gib * 2**30
+    return max(psutil.virtual_memory().available / 4, _LEAST_MEMORY)
 
 
 def _waves(fits: Sequence[_Fit], memory: float) -> Iterator[list[_Fit]]:

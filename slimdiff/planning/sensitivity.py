@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimdiff.calibration import distributed
+from slimdiff.denoising.calls import evenly
 from slimdiff.denoising.modules import exchanged
 from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.samples import batch_size, one_branch, some_of
@@ -29,6 +30,9 @@ log = logging.getLogger("slimdiff")
 
 PORTION = 2
 """Calls that are measured before it is asked whether more are needed."""
+FITTED_ON = 16
+"""Calls that groups at half rank are fitted on: each goes through the model several times, and a slope needs no best
+fit."""
 STABLE = 0.05
 """More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
 MOST_MACS = 1e11
@@ -54,7 +58,8 @@ def measure_sensitivities(
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
     Of the denoiser, what comes before a site is computed once for all sites (`Replay`). Calls are taken a few at a
-    time, early and late ones in turn; of large models a sample of each (`affordable`).
+    time, early and late ones in turn; of large models a sample of each (`affordable`). Fitted groups are fitted on
+    `FITTED_ON` of their calls.
 
     Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
     arguments, and each returns all of them.
@@ -71,7 +76,8 @@ def measure_sensitivities(
     """
     process, processes = distributed.world()
     own = sites[process::processes]
-    halves, few = {site: _half(site) for site in own}, affordable(denoiser, fitting_calls)
+    halves = {site: _half(site) for site in own}
+    few = affordable(denoiser, evenly(list(fitting_calls), FITTED_ON)) if fitting_calls else ()
     fitted = fit_groups(denoiser, factors, halves, few, resnet_settings)
     ordered = affordable(denoiser, in_turn(calls))
 

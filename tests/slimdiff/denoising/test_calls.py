@@ -8,7 +8,7 @@ from conftest import PROMPTS
 
 from slimdiff import CalibrationSettings, InputError, PlanSettings
 from slimdiff.denoising import calls as calls_module
-from slimdiff.denoising.calls import Calls, _evenly
+from slimdiff.denoising.calls import Calls, evenly
 from slimdiff.denoising.trajectory import Call
 
 
@@ -66,14 +66,14 @@ def test_what_cannot_be_had_is_named(pipeline):
 @pytest.mark.parametrize(("times", "most"), [(20, 20), (20, 10), (28, 4), (7, 3), (8, 16), (8, 12)])
 def test_branches_that_are_called_one_by_one_are_both_among_few_calls(times, most):
     calls = [Call(2 * t + b, 1000 - t, {"branch": torch.tensor(b)}) for t in range(times) for b in (0, 1)]
-    chosen = _evenly(calls, most)
+    chosen = evenly(calls, most)
     conditional = sum(int(call.arguments["branch"]) for call in chosen)
     assert len(chosen) == most and abs(2 * conditional - most) <= 1
     steps = [call.step for call in chosen]
     assert steps == sorted(set(steps)) and steps[0] < 2 and steps[-1] >= 2 * times * (1 - 1 / most) - 2
 
 
-def test_calls_of_one_branch_each_time_are_spread_evenly():
+def test_calls_of_one_branch_each_time_are_spreadevenly():
     calls = [Call(t, 1000 - t, {}) for t in range(20)]
-    assert [call.step for call in _evenly(calls, 5)] == [0, 4, 8, 12, 16]
-    assert _evenly(calls, 64) == calls
+    assert [call.step for call in evenly(calls, 5)] == [0, 4, 8, 12, 16]
+    assert evenly(calls, 64) == calls
