@@ -19,6 +19,11 @@ SHALLOW = "shallow.onnx"
 CONFIG = "config.json"
 PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
 """Folders in that of a denoiser whose graph, or engine, is in parts: `exporters.graphs.split` says what is in them."""
+DENOISERS = ("unet", "transformer")
+"""Components that denoise; a pipeline has one of them."""
+EXPORTED_FOR = "exported_for"
+"""In a transformer's `config.json`: `latents`, the height and width that its graph is for (None: any), and `arguments`,
+those of its call that are part of the graph."""
 IMAGE_ENCODER = "image_encoder"
 """A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"
@@ -80,8 +85,30 @@ COMPONENTS = (
         optimum="ORTUnet",
     ),
     Component(
-        names=("text_encoder", "text_encoder_2"),
-        classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
+        names=("transformer",),
+        classes=(
+            "AuraFlowTransformer2DModel",
+            "DiTTransformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanDiT2DModel",
+            "PixArtTransformer2DModel",
+            "SD3Transformer2DModel",
+        ),
+        graphs=("",),
+        exports=f"{_GRAPHS}:export_denoiser",
+        opens=f"{_RUNTIMES}.diffusion_transformer:DiffusionTransformer",
+        optimum="ORTTransformer",
+    ),
+    Component(
+        names=("text_encoder", "text_encoder_2", "text_encoder_3"),
+        classes=(
+            "CLIPTextModel",
+            "CLIPTextModelWithProjection",
+            "BertModel",
+            "MT5EncoderModel",
+            "T5EncoderModel",
+            "UMT5EncoderModel",
+        ),
         graphs=("",),
         exports=f"{_GRAPHS}:export_text_encoder",
         opens=f"{_RUNTIMES}.text_encoder:TextEncoder",
@@ -134,7 +161,7 @@ COMPONENTS = (
         opens=f"{_RUNTIMES}.vae:VAE",
     ),
     Component(names=("scheduler", "low_res_scheduler", "inverse_scheduler", "image_noising_scheduler")),
-    Component(names=("tokenizer", "tokenizer_2", "feature_extractor")),
+    Component(names=("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")),
 )
 """In the order in which they are exported."""
 _ROWS = {name: row for row in COMPONENTS for name in row.names}
@@ -162,7 +189,8 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
             continue
         row = _ROWS.get(name)
         exported = entry[0].startswith("optimum") or entry[1] == "OnnxRuntimeModel"
-        if row and (not row.classes or entry[1] in row.classes or (row.optimum and exported)):
+        own = entry[1].removeprefix("Slim") if name in DENOISERS else entry[1]
+        if row and (not row.classes or own in row.classes or (row.optimum and exported)):
             continue
         cannot = f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have"
         if row:
@@ -191,6 +219,21 @@ def components_of(index: Mapping[str, Any]) -> dict[str, Component]:
 def autoencoder_of(index: Mapping[str, Any]) -> str | None:
     """The name of the component that makes images of latents; None of a pipeline that denoises images themselves."""
     return next((name for name in AUTOENCODERS if is_component(index.get(name))), None)
+
+
+def denoiser_of(index: Mapping[str, Any]) -> str | None:
+    """The name of the component of an index that denoises; None where there is none."""
+    return next((name for name in DENOISERS if is_component(index.get(name))), None)
+
+
+def denoiser_folder(folder: Path | str) -> Path:
+    """Where the denoiser of an exported pipeline lies: `unet`, unless there is a graph or an engine of a transformer.
+
+    Args:
+        folder: of the pipeline.
+    """
+    places = [Path(folder) / name for name in DENOISERS]
+    return next((place for place in places if _holds(place) or parts_of(place)), places[0])
 
 
 def exported_entry(name: str, entry: Sequence[str], split: bool = False) -> list[str]:
@@ -260,7 +303,7 @@ def latent_scale(vae: Mapping[str, Any]) -> int:
     Raises:
         InputError: if it is another model's.
     """
-    blocks = vae.get("block_out_channels")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     if not isinstance(blocks, list | tuple) or not blocks:
         raise InputError("the VAE's config.json has no block_out_channels: it is none of diffusers'")
     return 2 ** (len(blocks) - 1)

@@ -89,8 +89,13 @@ def export_scheduled_pipeline(
     vae_tile: int | None = None,
     calibration: Sequence[Call] = (),
 ) -> list[Path]:
-    """`export_pipeline` with its UNet by `export_scheduled`, whose files come first."""
-    unet: Any = pipeline.unet  # type: ignore[attr-defined]
+    """`export_pipeline` with its UNet by `export_scheduled`, whose files come first.
+
+    Raises:
+        InputError: for a pipeline without one, or see both.
+    """
+    if (unet := getattr(pipeline, "unet", None)) is None:
+        raise InputError(f"{type(pipeline).__name__} has no UNet: a schedule is exported with one, so leave it out")
     own = settings_for_unet(unet, autoencoder_of(pipeline), settings)
     more: Any = {"scheduler": getattr(pipeline, "scheduler", None), "calibration": calibration}
     files = export_scheduled(unet, folder / "unet", call, schedule, own, **more)

@@ -12,7 +12,7 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
 from deploy.quality.measure import Measures
 from deploy.recipe.recipe import HOW_WEIGHTS
-from exporters.runtimes.unet import UNet
+from exporters.runtimes.denoiser import open_denoiser
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.scheduled import schedule_pipeline
@@ -34,7 +34,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     }
     if in_onnx := shown and shop.schedule is None:  # the graph has the shapes of one image
         one = sampling.model_copy(update={"batch": 1})
-        exported = with_denoiser(shop.slim, UNet.open(shop.folder / "export" / "slim"))
+        exported = with_denoiser(shop.slim, open_denoiser(shop.folder / "export" / "slim"))
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, checked=False)
     (folder / "images").mkdir()
     pictures = []
