@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,8 @@ class Component:
     """That pipelines have for it."""
     classes: tuple[str, ...] = ()
     """That are exported; any if empty."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Of others, a pattern of their names and why they are not."""
     graphs: tuple[str, ...] = ()
     """Folders with a graph each, or an engine of it, as endings of its name. None: a folder of settings alone."""
     exports: str = ""
@@ -75,6 +78,7 @@ _NAMED: Any = {
     "exports": f"{_GRAPHS}:export_transformer",
     "opens": f"{_RUNTIMES}.transformer:Transformer",
 }
+_PROMPTS = "it is called with as many tokens as a prompt has, and a graph has one number of them"
 COMPONENTS = (
     Component(
         names=("unet",),
@@ -93,6 +97,15 @@ COMPONENTS = (
             "HunyuanDiT2DModel",
             "PixArtTransformer2DModel",
             "SD3Transformer2DModel",
+            "SanaTransformer2DModel",
+        ),
+        refused=(
+            ("*3DModel", "videos are made in torch alone"),
+            ("Flux2Transformer2DModel", "its pipeline reads the norm inside its VAE, and a graph shows none"),
+            ("Lumina2Transformer2DModel", "it cuts each prompt to its own length, and a graph has one"),
+            ("QwenImage*Transformer2DModel", _PROMPTS),
+            ("CogView4Transformer2DModel", _PROMPTS),
+            ("ZImageTransformer2DModel", "it takes lists of images and of prompts, and a graph takes tensors"),
         ),
         graphs=("",),
         exports=f"{_GRAPHS}:export_denoiser",
@@ -105,6 +118,7 @@ COMPONENTS = (
             "CLIPTextModel",
             "CLIPTextModelWithProjection",
             "BertModel",
+            "Gemma2Model",
             "MT5EncoderModel",
             "T5EncoderModel",
             "UMT5EncoderModel",
@@ -126,7 +140,7 @@ COMPONENTS = (
     ),
     Component(
         names=("vae",),
-        classes=("AutoencoderKL", "AutoencoderTiny"),
+        classes=("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"),
         graphs=("_decoder", "_encoder"),
         exports="exporters.graphs.vae:export_vae",
         opens=f"{_RUNTIMES}.vae:VAE",
@@ -184,7 +198,7 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
     Raises:
         InputError: naming the first of them.
     """
-    for name, entry in index.items():
+    for name, entry in sorted(index.items(), key=lambda item: item[0] not in DENOISERS):
         if not is_component(entry):
             continue
         row = _ROWS.get(name)
@@ -194,7 +208,8 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
             continue
         cannot = f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have"
         if row:
-            cannot += f" (taken is {' or '.join(row.classes)})"
+            reasons = [reason for pattern, reason in row.refused if fnmatchcase(own, pattern)]
+            cannot += f" ({reasons[0] if reasons else 'taken is ' + ' or '.join(row.classes)})"
         remedy = "stay in torch (generate, compare and bench take the model itself)"
         if name == SAFETY_CHECKER:
             remedy = "export without it (slimdiff export --no-safety-checker, or ExportSettings(safety_checker=False))"

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from slimdiff.plan import Plan
 
 log = logging.getLogger("slimdiff")
+_TAKEN_FOR_ZERO = 1e-6
+"""What is added is written as a sum that the exporter does not simplify; its own limit is 1e-8."""
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -266,7 +268,7 @@ def export_module(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_shapes=shapes,
-                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze},
+                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze, torch.ops.aten.add.Tensor: _add},
                 verbose=False,
             )
             assert program is not None
@@ -306,6 +308,19 @@ def _squeeze(self: Any, dim: int) -> Any:
 
     squeezes = len(self.shape) > 0 and self.shape[dim] == 1
     return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
+
+
+def _add(self: Any, other: Any, alpha: float = 1.0) -> Any:
+    """A sum, also with a number that is nearly zero: the exporter takes what is below 1e-8 for zero, and leaves it out.
+
+    Linear attention (Sana's, and that of its autoencoder) divides by a sum with 1e-15, which may be zero without.
+    """
+    from onnxscript import opset18 as op
+    from onnxscript.function_libs.torch_lib.ops.core import aten_add
+
+    if isinstance(other, float) and 0 < abs(other) < _TAKEN_FOR_ZERO and alpha == 1:
+        return op.Sum(self, op.CastLike(op.Constant(value_float=other), self))  # type: ignore[type-var]
+    return aten_add(self, other, alpha)
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:

@@ -141,7 +141,9 @@ def open_inputs(
         each = [name for name, value in values.items() if value.ndim and not _of_all_samples(name, value)]
         if len(values[main]) == 1:
             values |= {name: torch.cat([values[name]] * 2) for name in each}
-        dims |= {name: {0: "batch"} for name in each}
+        # One dim of a transformer's inputs: some view one tensor by the batch of another.
+        size = torch.export.Dim("batch", min=1) if main == "hidden_states" else "batch"
+        dims |= {name: {0: size} for name in each}
     if step and values[main].ndim == 3:
         for name in (main, "img_ids"):
             if name in values:
@@ -196,6 +198,9 @@ def latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of the latents that a call denoises, which a VAE decodes.
 
     Tokens of a transformer that are two by two latents each say by their places how many rows there are.
+
+    Raises:
+        InputError: if they are tokens without places, of which no height and width is known.
     """
     if isinstance(places := arguments.get("img_ids"), Tensor):
         rows, columns = (2 * (int(places[..., axis].max()) + 1) for axis in (1, 2))
@@ -204,8 +209,11 @@ def latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
         while not isinstance(shapes[0], int):
             shapes = shapes[0]
         return 2 * shapes[-2], 2 * shapes[-1]
-    height, width = arguments[sample_name(arguments)].shape[-2:]
-    return height, width
+    name = sample_name(arguments)
+    shape = tuple(arguments[name].shape)
+    if len(shape) != 4:
+        raise InputError(f"{name} {list(shape)} does not say its height and width: latents are [B, C, H, W]")
+    return shape[2], shape[3]
 
 
 def is_denoiser_input(name: str) -> bool:

@@ -73,17 +73,19 @@ class DiffusionTransformer(GraphDenoiser):
         Raises:
             InputError: for a shape that the graph was not exported for, or other arguments.
         """
+        if timestep is None:
+            raise InputError(f"{self.session.source} takes a timestep: one for all samples, or one for each")
         time = torch.as_tensor(timestep).expand(len(hidden_states))
         fixed = {name: value for name, value in others.items() if name in self._fixed}
         others = {name: value for name, value in others.items() if name not in fixed}
         for name, value in self._fixed.items():
             if name not in fixed or json.loads(json.dumps(fixed[name])) != value:
                 raise InputError(
-                    f"{self.session.source} was exported for {name} {value}, given was {fixed.get(name)}: ask for "
-                    "images of that size and number, or export for others (slimdiff export --height --width --batch)"
+                    f"{self.session.source} was exported for {name} {value}, and this call has {fixed.get(name)}: "
+                    "ask for images like that, or export for others (slimdiff export --height --width --batch)"
                 )
         inputs, unknown = named_inputs({"hidden_states": hidden_states, "timestep": time, **others})
         if unknown := unknown + [name for name in inputs if name not in self.session.inputs]:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")
-        found = next(iter(answer(self.session, inputs).values())).to(hidden_states.device, hidden_states.dtype)
-        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+        output = next(iter(answer(self.session, inputs).values())).to(hidden_states.device, hidden_states.dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -58,11 +58,11 @@ class LanguageModel(RuntimeModule):
                 f"the prompt has {length} tokens, and {self.session.source} takes {takes}: give that many "
                 f"(max_sequence_length={takes}), or export for others (slimdiff export --argument)"
             )
-        found = {name: value.to(input_ids.device) for name, value in answer(self.session, inputs).items()}
-        hidden = [value for name, value in found.items() if name.startswith("hidden_states.")]
+        outputs = {name: value.to(input_ids.device) for name, value in answer(self.session, inputs).items()}
+        hidden = [value for name, value in outputs.items() if name.startswith("hidden_states.")]
         if output_hidden_states and not hidden:
             raise InputError(f"{self.session.source} gives no hidden states: export it again (slimdiff export)")
-        last = found["last_hidden_state"]
+        last = outputs["last_hidden_state"]
         states = (*hidden, last) if output_hidden_states else None
         output = BaseModelOutput(last_hidden_state=last, hidden_states=states)
         return output.to_tuple() if return_dict is False else output

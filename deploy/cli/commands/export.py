@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         find_model(args.model, args.pipeline)
     for flag, asked in (("--vae-tile", args.vae_tile), ("what steers it", steering)):
         if alone and asked:
-            raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
+            raise InputError(f"{flag}: {args.model} is a denoiser alone: say with --pipeline which model it goes with")
     schedule = find_schedule(args.model, args.schedule)
     if schedule is not None and not schedule.guides_always():  # half a batch goes through in some steps
         settings = settings.model_copy(update={"dynamic_batch": True})
@@ -200,7 +200,7 @@ def _open(
 ) -> tuple[Any, Any, Any]:
     """The pipeline, its denoiser, and a call of it that graphs are for; no pipeline for a UNet that lies in none."""
     from deploy.artifacts.figures import denoiser_of
-    from exporters.graphs.alone import call_of_unet
+    from exporters.graphs.alone import call_of_unet, check_alone
     from exporters.graphs.pipeline import example_call
     from slimdiff.denoising.schedulers import with_scheduler
     from slimdiff.loading.pipelines import load_denoiser, load_pipeline
@@ -212,6 +212,7 @@ def _open(
         pipeline = load_pipeline(args.model, "fp32", variant=variant, **more)
         pipeline = with_scheduler(pipeline, image)
         return pipeline, denoiser_of(pipeline), example_call(pipeline, height=image.height, width=image.width, **shapes)
+    check_alone(component.kind)
     asked = {
         "--height and --width": image.height,
         "--scheduler": image.scheduler,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -14,21 +13,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import call
+import torch
+from command_line import call, refused
 from every_pipeline.members import inputs_of, make_member
 from families.family import SAMPLING
-from families.whole_transformers import aura_flow_pipeline
+from families.transformers import dit
+from families.whole_transformers import aura_flow_pipeline, sana_pipeline
 from PIL import Image
 
 for module in ("onnxscript", "onnxruntime", "polygraphy"):
     pytest.importorskip(module, reason=f"{module} is an extra")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 import onnx  # noqa: E402
 
+from exporters.graphs.pipeline import example_call  # noqa: E402
+from exporters.runtimes.pipeline import load_pipeline  # noqa: E402
 from exporters.validation.parity import image_psnr  # noqa: E402
 from slimdiff import Budget, CalibrationSettings, PlanSettings, compress  # noqa: E402
+from slimdiff.denoising.trajectory import predict  # noqa: E402
+from slimdiff.loading.pipelines import load_pipeline as load_in_torch  # noqa: E402
 
+LARGE = ["--height", 64, "--width", 64]
 SIZE = ["--height", 16, "--width", 16]
 PROMPT = ["--prompt", "a red circle"]
 GUIDED = ["--steps", 2, "--guidance", 3]
@@ -41,9 +47,12 @@ FAMILIES: dict[str, tuple[Callable[[], Any], list[Any], list[Any]]] = {
     "pixart-sigma": (partial(make_member, "PixArtSigmaPipeline"), SIZE + TOKENS + EXACT_SIZE, PROMPT),
     "dit": (partial(make_member, "DiTPipeline"), [], ["--class", 3]),
     "hunyuan-dit": (partial(make_member, "HunyuanDiTPipeline"), SIZE + EXACT_SIZE, PROMPT),
+    "sana": (sana_pipeline, LARGE + TOKENS + EXACT_SIZE, PROMPT),
     "auraflow": (aura_flow_pipeline, SIZE + TOKENS, PROMPT),
 }
 """Family -> makes a tiny member, what its graphs are for, and what an image is made from."""
+QUICK = ("flux", "sd3")
+"""Whose first test is not slow."""
 
 
 class Way:
@@ -56,15 +65,19 @@ class Way:
         pipeline.save_pretrained(self.dense)
         names = {"prompt", "class_labels"}
         inputs = [{k: v for k, v in one.items() if k in names} for one in inputs_of(pipeline)]
+        calibration = CalibrationSettings(samples=2, sampling=SAMPLING.model_copy(update=self.sampling))
+        planning = PlanSettings(allocation="uniform", align=4)
+        compression = compress(pipeline, inputs, Budget("5%"), calibration=calibration, planning=planning)
+        self.plan = compression.plan.model_dump()
+        compression.pipeline.save_pretrained(self.slim)
+        self.report: dict[str, Any] = {}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Size and arguments of the pipeline's call."""
         arguments = dict(json_argument(text) for text in self.sized if "=" in str(text))
         side = self.sized[1] if "--height" in self.sized else None
-        size = {"height": side, "width": side}
-        sampling = SAMPLING.model_copy(update={"arguments": arguments, **size})
-        calibration = CalibrationSettings(samples=2, sampling=sampling)
-        planning = PlanSettings(allocation="uniform", align=4)
-        made = compress(pipeline, inputs, Budget("5%"), calibration=calibration, planning=planning)
-        self.plan = made.plan.model_dump()
-        made.pipeline.save_pretrained(self.slim)
+        return {"height": side, "width": side, "arguments": arguments}
 
     @property
     def arguments(self) -> list[Any]:
@@ -72,11 +85,29 @@ class Way:
         return self.sized[self.sized.index("--argument") :] if "--argument" in self.sized else []
 
     @property
+    def open_size(self) -> bool:
+        return self.dense.parent.name.startswith("flux")
+
+    @property
+    def dynamic(self) -> str:
+        return "batch,size" if self.open_size else "batch"
+
+    @property
     def compared(self) -> list[Any]:
         return ["--classes", "3"] if "--class" in self.material else []
 
-    def image(self, argv: list[Any], capsys, out: Path) -> np.ndarray:
-        call(["generate", *argv, *self.material, *GUIDED, "--out", out], capsys)
+    def export(self, capsys) -> dict[str, Any]:
+        """What the command reports; it is run when this is first asked for."""
+        self.report = self.report or call(["export", self.slim, "--out", self.onnx, *self.sized], capsys)
+        return self.report
+
+    def validate(self, candidate: Path, capsys, *more: Any, code: int = 0) -> dict[str, Any]:
+        return call(["validate", self.slim, candidate, "--steps", 2, *more, *self.arguments], capsys, code=code)
+
+    def image(self, source: Path, capsys, out: Path) -> np.ndarray:
+        """Of the size that the graphs are for."""
+        sized = self.arguments if source == self.onnx else self.sized
+        call(["generate", source, *sized, *self.material, *GUIDED, "--out", out], capsys)
         return np.asarray(Image.open(out), dtype=float)
 
 
@@ -85,46 +116,101 @@ def json_argument(text: str) -> tuple[str, Any]:
     return name, json.loads(value)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def way(request, tmp_path_factory) -> Way:
     return Way(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_a_family_goes_the_whole_way(way, tmp_path, capsys):
-    made = call(["export", way.slim, "--out", way.onnx, *way.sized], capsys)
-    assert "transformer/model.onnx" in made["graphs"]
-    arguments = way.arguments
-    found = call(["validate", way.slim, way.onnx, "--calls", 2, "--steps", 2, *arguments], capsys)
-    assert found["passed"] and {"vae_decoder", "out_sample@trajectory"} <= {c["tensor"] for c in found["checks"]}
-    if importlib.util.find_spec("openvino"):
-        other = ["validate", way.slim, way.onnx, "--runtime", "openvino-fp32", "--calls", 1, "--no-image", *arguments]
-        assert call(other, capsys)["passed"]
+def test_a_slim_transformer_is_exported_and_makes_the_same_image(way, tmp_path, capsys):
+    assert "transformer/model.onnx" in way.export(capsys)["graphs"]
+    report = way.validate(way.onnx, capsys, "--calls", 2)
+    assert report["passed"] and {"vae_decoder", "out_sample@trajectory"} <= {c["tensor"] for c in report["checks"]}
+    expected = way.image(way.slim, capsys, tmp_path / "torch.png")
+    assert np.abs(way.image(way.onnx, capsys, tmp_path / "onnx.png") - expected).max() <= 1
 
-    expected = way.image([way.slim, *way.sized], capsys, tmp_path / "torch.png")
-    drawn = way.image([way.onnx, *way.sized], capsys, tmp_path / "onnx.png")
-    assert np.abs(drawn - expected).max() <= 1
-    compared = call(["compare", way.dense, way.onnx, "--images", 1, *GUIDED, *way.compared, *way.arguments], capsys)
-    assert compared["noise_error"]["relative_mse"] > 0
 
-    if importlib.util.find_spec("tensorrt_rtx"):
-        engine = ["engine", way.onnx, "--out", tmp_path / "engine", "--target", "sm89", "--backend", "tensorrt-rtx"]
-        report = call(engine, capsys)
-        slimmed = {name for name, site in way.plan["sites"].items() if site["rank"] < site["dense_rank"]}
-        assert slimmed <= {row["site"] for row in report["sites"]} and all(row["ok"] for row in report["sites"])
+@pytest.mark.slow
+def test_its_folder_in_a_pipeline_becomes_a_graph(way, tmp_path, capsys):
+    report = call(["export", way.slim / "transformer", "--out", tmp_path / "alone", *way.sized], capsys)
+    assert report["graphs"] == ["model.onnx"]
+    assert way.validate(tmp_path / "alone", capsys, "--calls", 1, "--no-image")["passed"]
 
-    bundle = tmp_path / "bundle"
-    call(["bundle", way.onnx, "--target", "edge", "--out", bundle], capsys)
-    edge = way.image([bundle, *way.sized], capsys, tmp_path / "edge.png")  # in bf16 where the processor has that
+
+def test_its_folder_alone_is_refused(tmp_path, capsys):
+    dit().transformer.save_pretrained(tmp_path / "alone")
+    for more in ([], ["--height", 64]):
+        line = refused(["export", tmp_path / "alone", "--out", tmp_path / "onnx", *more], capsys)
+        assert "a DiTTransformer2DModel alone does not say what it is called with: name its pipeline" in line
+
+
+@pytest.mark.slow
+def test_it_is_compared_with_the_dense_model(way, capsys):
+    way.export(capsys)
+    report = call(["compare", way.dense, way.onnx, "--images", 1, *GUIDED, *way.compared, *way.arguments], capsys)
+    assert report["noise_error"]["relative_mse"] > 0
+
+
+@pytest.mark.slow
+def test_it_runs_in_openvino(way, capsys):
+    pytest.importorskip("openvino", reason="openvino is an extra")
+    way.export(capsys)
+    assert way.validate(way.onnx, capsys, "--runtime", "openvino-fp32", "--calls", 1, "--no-image")["passed"]
+
+
+@pytest.mark.slow
+def test_it_becomes_an_engine_with_the_plans_dims(way, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="engines need the extra tensorrt-rtx")
+    way.export(capsys)
+    engine = ["engine", way.onnx, "--out", tmp_path / "engine", "--target", "sm89", "--backend", "tensorrt-rtx"]
+    report = call(engine, capsys)
+    slimmed = {name for name, site in way.plan["sites"].items() if site["rank"] < site["dense_rank"]}
+    assert slimmed <= {row["site"] for row in report["sites"]} and all(row["ok"] for row in report["sites"])
+
+
+@pytest.mark.slow
+def test_it_is_bundled_for_an_edge(way, tmp_path, capsys):
+    way.export(capsys)
+    call(["bundle", way.onnx, "--target", "edge", "--out", tmp_path / "bundle"], capsys)
+    expected = way.image(way.slim, capsys, tmp_path / "torch.png")
+    edge = way.image(tmp_path / "bundle", capsys, tmp_path / "edge.png")  # in bf16 where the processor has that
     assert image_psnr(expected / 255, edge / 255) > 35
 
+
+@pytest.mark.slow
+def test_a_fault_in_its_graph_is_found(way, tmp_path, capsys):
+    way.export(capsys)
     planted = tmp_path / "planted"
     shutil.copytree(way.onnx, planted)
     module = plant(planted / "transformer" / "model.onnx")
     (planted / "manifest.json").unlink()
-    wrong = call(["validate", way.slim, planted, "--calls", 1, "--steps", 2, "--no-image", *arguments], capsys, code=1)
-    assert wrong["divergence"]["module"] == module
+    report = way.validate(planted, capsys, "--calls", 1, "--no-image", code=1)
+    assert report["divergence"]["module"] == module
 
 
+@pytest.mark.slow
+def test_it_answers_as_torch_does_in_open_dims(way, tmp_path, capsys):
+    """In batches and, where its positions are inputs, sizes that it was not traced at."""
+    size = {"height": 24, "width": 32} if way.open_size else {name: way.sampling[name] for name in ("height", "width")}
+    call(["export", way.slim, "--out", tmp_path, *way.sized, "--dynamic", way.dynamic], capsys)
+    slim, graphs = load_in_torch(way.slim), load_pipeline(tmp_path)
+    example = example_call(slim, batch=3, **size, arguments=way.sampling["arguments"])
+    expected = predict(slim.transformer, example)
+    assert len(expected) == 3
+    torch.testing.assert_close(graphs.transformer.predict(example), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sizes_are_not_left_open_where_positions_are_constants(way, tmp_path, capsys):
+    argv = ["export", way.slim, "--out", tmp_path / "onnx", *way.sized, "--dynamic", "size"]
+    if way.open_size:
+        pytest.skip("its positions are inputs")
+    assert "--dynamic size: the graph of a Slim" in refused(argv, capsys)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     """Those of docs/transformers.md, of a tiny Flux."""
     pytest.importorskip("tensorrt_rtx", reason="the page builds an engine")
@@ -139,11 +225,13 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
 
 
 def plant(file: Path) -> str:
-    """Put a fault into one linear of a graph; the module that it is in."""
+    """Put a fault into one linear, or convolution, of a graph; the module that it is in."""
     model = onnx.load(file)
     weights = {weight.name: weight for weight in model.graph.initializer}
     node = next(
-        n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and ".ff" in n.name and n.input[1] in weights
+        n
+        for n in model.graph.node
+        if n.op_type in ("MatMul", "Gemm", "Conv") and ".ff" in n.name and n.input[1] in weights
     )
     values = onnx.numpy_helper.to_array(weights[node.input[1]]).copy()
     values[0] += 1

@@ -14,9 +14,10 @@ for module in ("onnxscript", "onnxruntime", "polygraphy"):
     pytest.importorskip(module, reason=f"{module} is an extra")
 
 from exporters.graphs.export import export_unet  # noqa: E402
+from exporters.graphs.inputs import latent_size  # noqa: E402
 from exporters.graphs.naming import check_reduced_dims, with_layers  # noqa: E402
 from exporters.graphs.shapes import leftover_dims  # noqa: E402
-from exporters.layout import read_config  # noqa: E402
+from exporters.layout import check_carried, read_config  # noqa: E402
 from exporters.runtimes.denoiser import open_denoiser  # noqa: E402
 from exporters.settings import ExportSettings  # noqa: E402
 from exporters.validation.graph import check_parity  # noqa: E402
@@ -69,6 +70,8 @@ def test_a_transformers_graph_refuses_what_it_was_not_exported_for(exported):
         denoiser(**arguments | text)
     with pytest.raises(InputError, match="pooled_projections"):
         denoiser(**{name: value for name, value in arguments.items() if name != "pooled_projections"})
+    with pytest.raises(InputError, match="takes a timestep"):
+        denoiser(**arguments | {"timestep": None})
     assert denoiser.batch == 2 and denoiser.latents == (8, 8)
 
 
@@ -84,6 +87,29 @@ def test_positions_of_one_size_cannot_be_left_open(tmp_path):
     slim, calls = halved("sd3")
     with pytest.raises(InputError, match="--dynamic size: the graph of a SlimSD3Transformer2DModel is for one size"):
         export_unet(slim, tmp_path, calls[0], ExportSettings(dynamic_size=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    {
+        "WanTransformer3DModel": "videos are made in torch alone",
+        "SlimFlux2Transformer2DModel": "the norm inside its VAE",
+        "SlimLumina2Transformer2DModel": "cuts each prompt to its own length",
+        "QwenImageTransformer2DModel": "as many tokens as a prompt has",
+        "CogView4Transformer2DModel": "as many tokens as a prompt has",
+        "ZImageTransformer2DModel": "lists of images and of prompts",
+        "OmniGenTransformer2DModel": "taken is AuraFlowTransformer2DModel or ",
+    }.items(),
+)
+def test_another_transformer_is_refused_with_the_reason(kind, reason):
+    index = {"_class_name": "APipeline", "text_encoder": ("transformers", "Qwen3Model"), "transformer": ("x", kind)}
+    with pytest.raises(InputError, match=f"{kind}, which exported pipelines cannot have .*{reason}.*: stay in torch"):
+        check_carried(index, "APipeline")
+
+
+def test_tokens_without_places_have_no_height():
+    with pytest.raises(InputError, match=r"hidden_states \[2, 16, 4\] does not say its height and width"):
+        latent_size({"hidden_states": noise(2, 16, 4)})
 
 
 @pytest.mark.slow
