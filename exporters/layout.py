@@ -92,6 +92,7 @@ COMPONENTS = (
         names=("transformer",),
         classes=(
             "AuraFlowTransformer2DModel",
+            "ChromaTransformer2DModel",
             "DiTTransformer2DModel",
             "FluxTransformer2DModel",
             "HunyuanDiT2DModel",

@@ -147,8 +147,10 @@ def check_transformer(model: nn.Module, call: Call, settings: ExportSettings) ->
         if asked:
             raise InputError(f"{flag} is for UNets, and the model has a {kind}: leave it out")
     fixed = fixed_arguments(call.arguments)
-    # Where hidden states are latents [B, C, H, W], the positions of one size become constants of the graph.
-    sized = settings.dynamic_size and (fixed or call.arguments["hidden_states"].ndim != 3)
+    # Where hidden states are latents [B, C, H, W], the positions of one size become constants of the graph. A mask over
+    # prompt and image follows both.
+    of_one_size = fixed or call.arguments["hidden_states"].ndim != 3 or call.arguments.get("attention_mask") is not None
+    sized = settings.dynamic_size and of_one_size
     if sized or (settings.dynamic_batch and fixed):
         open_dim = "size" if sized else "batch"
         raise InputError(f"--dynamic {open_dim}: the graph of a {kind} is for one {open_dim}: leave it out")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
 import transformers
-from every_pipeline.components import t5_tokenizer
+from every_pipeline.components import make_component, t5_tokenizer
+from every_pipeline.members import make_member
 
 from families.family import quiet, tiny_vae
-from families.newer_transformers import auraflow, lumina2, sana
+from families.newer_transformers import auraflow, sana
 
 _LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 
@@ -27,12 +30,33 @@ def aura_flow_pipeline() -> diffusers.AuraFlowPipeline:
     return quiet(diffusers.AuraFlowPipeline(t5_tokenizer(), encoder.eval(), tiny_vae(), auraflow(), scheduler))
 
 
-def lumina2_pipeline() -> diffusers.Lumina2Pipeline:
+def chroma_pipeline() -> diffusers.ChromaPipeline:
+    """Flux's blocks with a mask over prompt and image, called twice for guidance."""
     torch.manual_seed(0)
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=64,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    ).eval()
+    parts = {"tokenizer": t5_tokenizer(), "vae": make_component("AutoencoderKL"), "transformer": transformer}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = diffusers.AutoencoderKL(**levels, block_out_channels=(8,) * 4, norm_num_groups=4, shift_factor=0.1).eval()
-    return quiet(diffusers.Lumina2Pipeline(lumina2(), scheduler, vae, _gemma(16), t5_tokenizer()))
+    return quiet(diffusers.ChromaPipeline(scheduler, text_encoder=make_component("T5EncoderModel"), **parts))
+
+
+def changed_member(name: str, **config: Any) -> Any:
+    """A pipeline whose transformer has another configuration."""
+    pipeline = make_member(name)
+    torch.manual_seed(0)
+    transformer = pipeline.transformer
+    pipeline.register_modules(transformer=type(transformer).from_config({**transformer.config, **config}).eval())
+    return pipeline
 
 
 def sana_pipeline() -> diffusers.SanaPipeline:

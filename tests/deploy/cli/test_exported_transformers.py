@@ -18,7 +18,7 @@ from command_line import call, refused
 from every_pipeline.members import inputs_of, make_member
 from families.family import SAMPLING
 from families.transformers import dit
-from families.whole_transformers import aura_flow_pipeline, sana_pipeline
+from families.whole_transformers import aura_flow_pipeline, changed_member, chroma_pipeline, sana_pipeline
 from PIL import Image
 
 for module in ("onnxscript", "onnxruntime", "polygraphy"):
@@ -27,7 +27,10 @@ for module in ("onnxscript", "onnxruntime", "polygraphy"):
 pytestmark = pytest.mark.timeout(1800)
 import onnx  # noqa: E402
 
+from deploy.cli.app import main  # noqa: E402
 from exporters.graphs.pipeline import example_call  # noqa: E402
+from exporters.layout import read_config  # noqa: E402
+from exporters.runtimes.opening import open_session  # noqa: E402
 from exporters.runtimes.pipeline import load_pipeline  # noqa: E402
 from exporters.validation.parity import image_psnr  # noqa: E402
 from slimdiff import Budget, CalibrationSettings, PlanSettings, compress  # noqa: E402
@@ -40,9 +43,13 @@ PROMPT = ["--prompt", "a red circle"]
 GUIDED = ["--steps", 2, "--guidance", 3]
 TOKENS = ["--argument", "max_sequence_length=8"]
 EXACT_SIZE = ["--argument", "use_resolution_binning=false"]
+SECOND = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 FAMILIES: dict[str, tuple[Callable[[], Any], list[Any], list[Any]]] = {
     "flux": (partial(make_member, "FluxPipeline"), SIZE + TOKENS, PROMPT),
+    "flux-dev": (partial(changed_member, "FluxPipeline", guidance_embeds=True), SIZE + TOKENS, PROMPT),
+    "chroma": (chroma_pipeline, SIZE + TOKENS, PROMPT),
     "sd3": (partial(make_member, "StableDiffusion3Pipeline"), SIZE + TOKENS, PROMPT),
+    "sd3.5": (partial(changed_member, "StableDiffusion3Pipeline", **SECOND), SIZE + TOKENS, PROMPT),
     "pixart-alpha": (partial(make_member, "PixArtAlphaPipeline"), SIZE + TOKENS + EXACT_SIZE, PROMPT),
     "pixart-sigma": (partial(make_member, "PixArtSigmaPipeline"), SIZE + TOKENS + EXACT_SIZE, PROMPT),
     "dit": (partial(make_member, "DiTPipeline"), [], ["--class", 3]),
@@ -157,6 +164,17 @@ def test_it_runs_in_openvino(way, capsys):
     pytest.importorskip("openvino", reason="openvino is an extra")
     way.export(capsys)
     assert way.validate(way.onnx, capsys, "--runtime", "openvino-fp32", "--calls", 1, "--no-image")["passed"]
+
+
+@pytest.mark.slow
+def test_in_half_precision_its_language_models_stay_in_fp32(way, tmp_path, capsys):
+    argv = ["export", way.slim, "--out", tmp_path / "half", *way.sized, "--precision", "fp16"]
+    assert main([str(flag) for flag in argv]) == 0
+    said = capsys.readouterr().err
+    for folder in (tmp_path / "half").glob("text_encoder*"):
+        kind, graph = read_config(folder)["architectures"][0], open_session(folder)
+        assert (graph.precision == "fp32") != kind.startswith("CLIP") and (graph.precision == "fp32") == (kind in said)
+    assert way.validate(tmp_path / "half", capsys, "--calls", 1)["passed"]
 
 
 @pytest.mark.slow
