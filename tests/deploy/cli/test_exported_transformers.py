@@ -58,8 +58,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], list[Any], list[Any]]] = {
     "auraflow": (aura_flow_pipeline, SIZE + TOKENS, PROMPT),
 }
 """Family -> makes a tiny member, what its graphs are for, and what an image is made from."""
-QUICK = ("flux", "sd3")
-"""Whose first test is not slow."""
+QUICK = ("flux",)
+"""Whose tests are not slow, but for the longest."""
 
 
 class Way:
@@ -138,7 +138,6 @@ def test_a_slim_transformer_is_exported_and_makes_the_same_image(way, tmp_path, 
     assert np.abs(way.image(way.onnx, capsys, tmp_path / "onnx.png") - expected).max() <= 1
 
 
-@pytest.mark.slow
 def test_its_folder_in_a_pipeline_becomes_a_graph(way, tmp_path, capsys):
     report = call(["export", way.slim / "transformer", "--out", tmp_path / "alone", *way.sized], capsys)
     assert report["graphs"] == ["model.onnx"]
@@ -152,14 +151,12 @@ def test_its_folder_alone_is_refused(tmp_path, capsys):
         assert "a DiTTransformer2DModel alone does not say what it is called with: name its pipeline" in line
 
 
-@pytest.mark.slow
 def test_it_is_compared_with_the_dense_model(way, capsys):
     way.export(capsys)
     report = call(["compare", way.dense, way.onnx, "--images", 1, *GUIDED, *way.compared, *way.arguments], capsys)
     assert report["noise_error"]["relative_mse"] > 0
 
 
-@pytest.mark.slow
 def test_it_runs_in_openvino(way, capsys):
     pytest.importorskip("openvino", reason="openvino is an extra")
     way.export(capsys)
@@ -177,7 +174,6 @@ def test_in_half_precision_its_language_models_stay_in_fp32(way, tmp_path, capsy
     assert way.validate(tmp_path / "half", capsys, "--calls", 1)["passed"]
 
 
-@pytest.mark.slow
 def test_it_becomes_an_engine_with_the_plans_dims(way, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="engines need the extra tensorrt-rtx")
     way.export(capsys)
@@ -187,7 +183,6 @@ def test_it_becomes_an_engine_with_the_plans_dims(way, tmp_path, capsys):
     assert slimmed <= {row["site"] for row in report["sites"]} and all(row["ok"] for row in report["sites"])
 
 
-@pytest.mark.slow
 def test_it_is_bundled_for_an_edge(way, tmp_path, capsys):
     way.export(capsys)
     call(["bundle", way.onnx, "--target", "edge", "--out", tmp_path / "bundle"], capsys)
@@ -196,7 +191,6 @@ def test_it_is_bundled_for_an_edge(way, tmp_path, capsys):
     assert image_psnr(expected / 255, edge / 255) > 35
 
 
-@pytest.mark.slow
 def test_a_fault_in_its_graph_is_found(way, tmp_path, capsys):
     way.export(capsys)
     planted = tmp_path / "planted"
