@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.full_size import MODELS, random_calls
 from benchmarks.random_models import random_unet
 from benchmarks.ranks import uniform_ranks
-from exporters.graphs.export import _UNet, export_unet, unet_inputs, write_config
+from exporters.graphs.export import _OneAnswer, export_unet, unet_inputs, write_config
 from exporters.latency.measure import bench
 from exporters.latency.pair import Job
 from exporters.machine import machine_name
@@ -51,7 +51,7 @@ def by_older_exporter(unet: nn.Module, call: Call, folder: Path) -> Path:
     folder.mkdir()
     file = folder / "model.onnx"
     torch.onnx.export(
-        _UNet(unet, list(inputs)),
+        _OneAnswer(unet, list(inputs)),
         tuple(inputs.values()),
         str(file),
         dynamo=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,11 @@ SHALLOW_ENGINE = "shallow"
 CONFIG = "config.json"
 PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
 """Folders in that of a denoiser whose graph, or engine, is in parts: `exporters.graphs.split` says what is in them."""
+DENOISERS = ("unet", "transformer")
+"""Components that denoise; a pipeline has one of them."""
+EXPORTED_FOR = "exported_for"
+"""In a transformer's `config.json`: `latents`, the height and width that its graph is for (None: any), and `arguments`,
+those of its call that are part of the graph."""
 IMAGE_ENCODER = "image_encoder"
 """A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"
@@ -42,6 +48,8 @@ class Component:
     """That pipelines have for it."""
     classes: tuple[str, ...] = ()
     """That are exported; any if empty."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Of others, a pattern of their names and why they are not."""
     graphs: tuple[str, ...] = ()
     """Folders with a graph each, or an engine of it, as endings of its name. None: a folder of settings alone."""
     exports: str = ""
@@ -72,6 +80,7 @@ _NAMED: Any = {
     "exports": f"{_GRAPHS}:export_transformer",
     "opens": f"{_RUNTIMES}.transformer:Transformer",
 }
+_PROMPTS = "it is called with as many tokens as a prompt has, and a graph has one number of them"
 COMPONENTS = (
     Component(
         names=("unet",),
@@ -82,8 +91,41 @@ COMPONENTS = (
         optimum="ORTUnet",
     ),
     Component(
-        names=("text_encoder", "text_encoder_2"),
-        classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
+        names=("transformer",),
+        classes=(
+            "AuraFlowTransformer2DModel",
+            "ChromaTransformer2DModel",
+            "DiTTransformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanDiT2DModel",
+            "PixArtTransformer2DModel",
+            "SD3Transformer2DModel",
+            "SanaTransformer2DModel",
+        ),
+        refused=(
+            ("*3DModel", "videos are made in torch alone"),
+            ("Flux2Transformer2DModel", "its pipeline reads the norm inside its VAE, and a graph shows none"),
+            ("Lumina2Transformer2DModel", "it cuts each prompt to its own length, and a graph has one"),
+            ("QwenImage*Transformer2DModel", _PROMPTS),
+            ("CogView4Transformer2DModel", _PROMPTS),
+            ("ZImageTransformer2DModel", "it takes lists of images and of prompts, and a graph takes tensors"),
+        ),
+        graphs=("",),
+        exports=f"{_GRAPHS}:export_denoiser",
+        opens=f"{_RUNTIMES}.diffusion_transformer:DiffusionTransformer",
+        optimum="ORTTransformer",
+    ),
+    Component(
+        names=("text_encoder", "text_encoder_2", "text_encoder_3"),
+        classes=(
+            "CLIPTextModel",
+            "CLIPTextModelWithProjection",
+            "BertModel",
+            "Gemma2Model",
+            "MT5EncoderModel",
+            "T5EncoderModel",
+            "UMT5EncoderModel",
+        ),
         graphs=("",),
         exports=f"{_GRAPHS}:export_text_encoder",
         opens=f"{_RUNTIMES}.text_encoder:TextEncoder",
@@ -101,7 +143,7 @@ COMPONENTS = (
     ),
     Component(
         names=("vae",),
-        classes=("AutoencoderKL", "AutoencoderTiny"),
+        classes=("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"),
         graphs=("_decoder", "_encoder"),
         exports="exporters.graphs.vae:export_vae",
         opens=f"{_RUNTIMES}.vae:VAE",
@@ -136,7 +178,7 @@ COMPONENTS = (
         opens=f"{_RUNTIMES}.vae:VAE",
     ),
     Component(names=("scheduler", "low_res_scheduler", "inverse_scheduler", "image_noising_scheduler")),
-    Component(names=("tokenizer", "tokenizer_2", "feature_extractor")),
+    Component(names=("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")),
 )
 """In the order in which they are exported."""
 _ROWS = {name: row for row in COMPONENTS for name in row.names}
@@ -159,16 +201,18 @@ def check_carried(index: Mapping[str, Any], where: Path | str) -> None:
     Raises:
         InputError: naming the first of them.
     """
-    for name, entry in index.items():
+    for name, entry in sorted(index.items(), key=lambda item: item[0] not in DENOISERS):
         if not is_component(entry):
             continue
         row = _ROWS.get(name)
         exported = entry[0].startswith("optimum") or entry[1] == "OnnxRuntimeModel"
-        if row and (not row.classes or entry[1] in row.classes or (row.optimum and exported)):
+        own = entry[1].removeprefix("Slim") if name in DENOISERS else entry[1]
+        if row and (not row.classes or own in row.classes or (row.optimum and exported)):
             continue
         cannot = f"{where} asks for the {name} {'.'.join(entry)}, which exported pipelines cannot have"
         if row:
-            cannot += f" (taken is {' or '.join(row.classes)})"
+            reasons = [reason for pattern, reason in row.refused if fnmatchcase(own, pattern)]
+            cannot += f" ({reasons[0] if reasons else 'taken is ' + ' or '.join(row.classes)})"
         remedy = "stay in torch (generate, compare and bench take the model itself)"
         if name == SAFETY_CHECKER:
             remedy = "export without it (slimdiff export --no-safety-checker, or ExportSettings(safety_checker=False))"
@@ -193,6 +237,21 @@ def components_of(index: Mapping[str, Any]) -> dict[str, Component]:
 def autoencoder_of(index: Mapping[str, Any]) -> str | None:
     """The name of the component that makes images of latents; None of a pipeline that denoises images themselves."""
     return next((name for name in AUTOENCODERS if is_component(index.get(name))), None)
+
+
+def denoiser_of(index: Mapping[str, Any]) -> str | None:
+    """The name of the component of an index that denoises; None where there is none."""
+    return next((name for name in DENOISERS if is_component(index.get(name))), None)
+
+
+def denoiser_folder(folder: Path | str) -> Path:
+    """Where the denoiser of an exported pipeline lies: `unet`, unless there is a graph or an engine of a transformer.
+
+    Args:
+        folder: of the pipeline.
+    """
+    places = [Path(folder) / name for name in DENOISERS]
+    return next((place for place in places if _holds(place) or parts_of(place)), places[0])
 
 
 def exported_entry(name: str, entry: Sequence[str], split: bool = False) -> list[str]:
@@ -283,7 +342,7 @@ def latent_scale(vae: Mapping[str, Any]) -> int:
     Raises:
         InputError: if it is another model's.
     """
-    blocks = vae.get("block_out_channels")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     if not isinstance(blocks, list | tuple) or not blocks:
         raise InputError("the VAE's config.json has no block_out_channels: it is none of diffusers'")
     return 2 ** (len(blocks) - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from exporters.registry import names
@@ -65,6 +65,8 @@ class ExportSettings(Settings):
     split: bool = False
     """Write the UNet in parts, for slimdiff's runtimes: graphs of what the prompt and the time alone decide, which run
     once, and the graph of a step, which takes both. optimum opens the whole one alone."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """More arguments of the pipeline's call that the graphs are for, such as `max_sequence_length`."""
     safety_checker: bool = True
     """Keep the pipeline's safety checker, where it has one; without it no image is checked."""
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from slimdiff.groups import GROUPS
-from slimdiff.groups.group import Site
+from slimdiff.groups.group import Inner, Site
 from slimdiff.settings import Forms
 from slimdiff.storage.editable import Editable
 from slimdiff.storage.manifest import replacing
@@ -49,12 +49,23 @@ class SitePlan(BaseModel):
     """Parameters per unit of rank."""
     multiple: int = Field(1, ge=1)
     """Ranks are multiples of this: the groups of a resnet's inner norm."""
+    layers: dict[str, Inner] = {}
+    """In a graph's plan, the layers that carry the rank, by path below the module, where they are not those that the
+    group usually has: `axis`, `times`, `checked` and `before` of `Inner`."""
     local_error: float | None = None
     """Predicted relative error of the module's own output (of the scores, for query_key)."""
     sensitivity: float | None = None
     """How much the noise prediction's relative error grows per unit of local error, if it was measured."""
     predicted_error: float | None = None
     """Sensitivity times local error: this site's share of the noise prediction's relative mean squared error."""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without layers where they are the group's own."""
+        content: dict[str, Any] = write(self)
+        if not self.layers:
+            content.pop("layers", None)
+        return content
 
 
 class LayerPlan(BaseModel):

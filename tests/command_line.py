@@ -17,8 +17,9 @@ _SAID = re.compile(r"^slimdiff: error: |^\[ *[0-9.]+ s\] warning: ")
 def call(argv: list[Any], capsys, code: int = 0) -> dict[str, Any]:
     """What a command answers as JSON; asked to be quiet, it says nothing else but warnings and an error."""
     capsys.readouterr()
-    assert main([*(str(a) for a in argv), "--json", "--quiet"]) == code
+    ended = main([*(str(a) for a in argv), "--json", "--quiet"])
     seen = capsys.readouterr()
+    assert ended == code, seen.err
     assert all(_SAID.search(line) for line in seen.err.splitlines()), seen.err
     return json.loads(seen.out)
 

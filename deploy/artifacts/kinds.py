@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.layout import ENGINE_PIPELINE, STEP, parts_of
+from exporters.layout import ENGINE_PIPELINE, STEP, denoiser_folder, parts_of
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, is_part, read_index
 from slimdiff.loading.single_file import PICKLES, is_weights_file
@@ -22,6 +22,7 @@ _SUFFIXES = {".onnx": "onnx", ".safetensors": "statistics", ".json": "plan"}
 _MARKS = {
     "build.json": "build",
     "unet/model.onnx": "onnx",
+    "transformer/model.onnx": "onnx",
     "model.onnx": "onnx",
     f"unet/{STEP}/model.onnx": "onnx",
     f"{STEP}/model.onnx": "onnx",
@@ -92,15 +93,16 @@ def is_archive(path: Path) -> bool:
 
 
 def graph_of(name: str, *, verified: bool = True) -> Path:
-    """The UNet's graph of an ONNX file or folder, or the folder with its parts; a folder with a manifest is checked
+    """The denoiser's graph of an ONNX file or folder, or the folder with its parts; a folder with a manifest is checked
     against it, if `verified`.
 
     Raises:
         InputError: if there is none, it is a part alone, or it is not what the manifest says.
     """
     path = Path(name)
-    found = next((f for f in (path, path / "unet" / "model.onnx", path / "model.onnx") if f.is_file()), None)
-    found = found or next((folder for folder in (path / "unet", path) if parts_of(folder)), None)
+    inside = denoiser_folder(path)
+    found = next((f for f in (path, inside / "model.onnx", path / "model.onnx") if f.is_file()), None)
+    found = found or next((folder for folder in (inside, path) if parts_of(folder)), None)
     if found is None or not (found.suffix == ".onnx" or found.is_dir()):
         raise InputError(f"{name} holds no ONNX graph: name a folder with unet/model.onnx or model.onnx, or the file")
     if found.is_file() and found.parent in parts_of(whole := found.parent.parent).values():
@@ -111,8 +113,8 @@ def graph_of(name: str, *, verified: bool = True) -> Path:
 
 
 def engine_of(name: str, kind: str) -> Path:
-    """The folder of the UNet's engine; `kind` is `kind_of(name)`."""
-    return Path(name) / "unet" if kind == ENGINE_PIPELINE else Path(name)
+    """The folder of the denoiser's engine; `kind` is `kind_of(name)`."""
+    return denoiser_folder(name) if kind == ENGINE_PIPELINE else Path(name)
 
 
 def plan_beside(graph: Path) -> Plan | None:

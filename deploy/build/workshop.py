@@ -169,7 +169,7 @@ class Workshop:
         """
         settings_for_unet(denoiser_of(self.dense), getattr(self.dense, "vae", None), self.recipe.export)
         sampling = self.calibration.sampling
-        size = {"height": sampling.height, "width": sampling.width}
+        size: dict[str, Any] = {"height": sampling.height, "width": sampling.width}
         call = partial(example_call, self.dense, **size, guidance=sampling.guidance)
         self.new_compressor().check(self.budgets, call=call)
 

@@ -95,9 +95,10 @@ def write_bundle(
         raise InputError(
             f"{odd.name} is in none of {', '.join(_GRAPHS_ON_SERVERS)}: export it in one of these to bundle it"
         )
+    denoiser = source.rest.denoiser
     denoisers: list[Denoiser] = []
     for candidate in taken:
-        place = f"engines/{candidate.name}" if candidate.is_engine else "unet"
+        place = f"engines/{candidate.name}" if candidate.is_engine else denoiser
         if place in [d.folder for d in denoisers]:
             place = f"graphs/{candidate.name}"
         candidate.write(folder / place)

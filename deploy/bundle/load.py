@@ -16,10 +16,11 @@ from deploy.bundle.archive import unpack
 from deploy.bundle.description import Bundle, Denoiser, read_bundle
 from exporters.layout import autoencoder_of
 from exporters.registry import names, runtime_of
+from exporters.runtimes.denoiser import open_denoiser
 from exporters.runtimes.pipeline import check_index, load_pipeline
 from exporters.runtimes.scheduled import schedule_graphs
-from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
+from slimdiff.denoising.trajectory import denoiser_name
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.schedule import FILE, Schedule
 
@@ -90,7 +91,7 @@ def load(
         pipeline: Any = _open(read_bundle(path), runtime, height, width, threads)
         pipeline.schedule = Schedule.load(path) if (path / FILE).is_file() else None
         if scheduled and pipeline.schedule is not None:
-            source, name = Path(pipeline.unet.session.source), pipeline.chosen.runtime
+            source, name = Path(getattr(pipeline, denoiser_name(pipeline)).session.source), pipeline.chosen.runtime
             pipeline = schedule_graphs(pipeline, pipeline.schedule, source, name, threads)
         weakref.finalize(pipeline, unless_opened.pop_all().close)
     return pipeline
@@ -106,7 +107,7 @@ def _open(
     for denoiser, name in ways:
         folder = bundle.folder / denoiser.folder
         try:
-            unet = UNet.open(folder, name, threads)
+            unet = open_denoiser(folder, name, threads)
         except (MissingPackageError, InputError) as error:
             if runtime is not None or len(ways) == 1 or (isinstance(error, InputError) and not denoiser.is_engine):
                 raise

@@ -1,10 +1,11 @@
 """A pipeline's components besides the denoiser, in ONNX: copied from an exported folder, or exported from a model.
 
-Both leave a safety checker out unless `safety_checker`, have the pipeline's class (`kind`), `decoder`, the folder of
-what makes images of latents (None where the images themselves are denoised), `scale`, pixels per latent along a side,
-`controls`, how many pictures steer an image, `shown`, whether an IP-Adapter takes a picture as a prompt, `takes`, the
-arguments of the pipeline's call (`control_image` where `image` steers), and `write(folder, precision, sizes, encoder)`,
-which writes tokenizers, scheduler and graphs in optimum's layout:
+Both leave a safety checker out unless `safety_checker`, have the pipeline's class (`kind`), `denoiser`, the name of the
+component that denoises, `decoder`, the folder of what makes images of latents (None where the images themselves are
+denoised), `scale`, pixels per latent along a side, `controls`, how many pictures steer an image, `shown`, whether an
+IP-Adapter takes a picture as a prompt, `takes`, the arguments of the pipeline's call (`control_image` where `image`
+steers), and `write(folder, precision, sizes, encoder)`, which writes tokenizers, scheduler and graphs in optimum's
+layout:
 
     folder       of the bundle
     precision    of what is exported; what was exported before stays as it is
@@ -25,6 +26,7 @@ from deploy.artifacts.usage import usage_of, use
 from deploy.bundle.description import allowed
 from exporters.graphs.reading import inputs_of, read_graph
 from exporters.layout import (
+    DENOISERS,
     FOLDERS,
     GRAPH,
     IMAGE_ENCODER,
@@ -32,6 +34,8 @@ from exporters.layout import (
     autoencoder_of,
     check_carried,
     components_of,
+    denoiser_folder,
+    denoiser_of,
     latent_scale,
     read_config,
     steering_folders,
@@ -39,6 +43,7 @@ from exporters.layout import (
 )
 from exporters.runtimes.pipeline import check_index
 from slimdiff.denoising.steering import has_ip_adapter, nets_of
+from slimdiff.denoising.trajectory import denoiser_name
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
 from slimdiff.settings import Sampling, SteeringSettings
@@ -66,6 +71,10 @@ class ExportedRest:
         return check_index(self.folder)[1]
 
     @cached_property
+    def denoiser(self) -> str:
+        return denoiser_of(read_index(self.folder)) or DENOISERS[0]
+
+    @cached_property
     def decoder(self) -> str | None:
         name = autoencoder_of(read_index(self.folder))
         return name and f"{name}_decoder"
@@ -76,7 +85,7 @@ class ExportedRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(self.kind, read_config(self.folder / "unet"), self.controls)
+        return _takes(self.kind, read_config(denoiser_folder(self.folder)), self.controls)
 
     @cached_property
     def controls(self) -> int:
@@ -108,7 +117,7 @@ class ExportedRest:
         index = index if self.safety_checker else without_safety_checker(index)
         check_carried(index, self.folder / INDEX)
         manifest.write_json(folder / INDEX, index)
-        left = ("unet", *([] if encoder else ["vae_encoder"]))
+        left = (*DENOISERS, *([] if encoder else ["vae_encoder"]))
         places = [place for name, row in components_of(index).items() for place in row.folders(name)]
         for place in dict.fromkeys((*places, *steering_folders(self.folder))):
             if place not in left and (self.folder / place).is_dir():
@@ -118,7 +127,8 @@ class ExportedRest:
 def _takes(kind: Any, denoiser: Mapping[str, Any], controls: int) -> set[str]:
     """The arguments of the call of a pipeline's class; classes only if its denoiser knows some."""
     takes = set(inspect.signature(kind.__call__).parameters)
-    takes = takes if denoiser.get("num_class_embeds") else takes - {"class_labels"}
+    classes = denoiser.get("num_class_embeds") or denoiser.get("num_embeds_ada_norm")  # of DiT
+    takes = takes if classes else takes - {"class_labels"}
     return takes - {"image"} | {"control_image"} if controls and "control_image" not in takes else takes
 
 
@@ -157,6 +167,10 @@ class TorchRest:
         return type(self.pipeline)
 
     @cached_property
+    def denoiser(self) -> str:
+        return denoiser_name(self.pipeline)
+
+    @cached_property
     def decoder(self) -> str | None:
         name = autoencoder_of(self.pipeline.config)
         return name and f"{name}_decoder"
@@ -168,7 +182,7 @@ class TorchRest:
 
     @cached_property
     def takes(self) -> set[str]:
-        return _takes(self.kind, self.pipeline.unet.config, self.controls)
+        return _takes(self.kind, getattr(self.pipeline, self.denoiser).config, self.controls)
 
     @cached_property
     def controls(self) -> int:
@@ -192,9 +206,9 @@ class TorchRest:
         vaes = (self.decoder, "vae_encoder")
         beside = [name for name in (*FOLDERS, *steering) if name not in vaes]
         for size in sizes[: None if self.decoder else 1]:
-            pixels = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
+            pixels: Any = {k: n * self.scale for k, n in zip(("height", "width"), size, strict=True) if n is not None}
             place = folder / place_of(size, sizes)
-            without = ["unet", *([] if encoder else ["vae_encoder"]), *([] if place == folder else beside)]
+            without = [*DENOISERS, *([] if encoder else ["vae_encoder"]), *([] if place == folder else beside)]
             call = example_call(self.pipeline, **pixels)
             export_pipeline(self.pipeline, place, settings, call=call, without=without)
             if place != folder:  # further sizes have a VAE alone

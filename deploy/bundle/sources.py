@@ -16,9 +16,20 @@ from deploy.bundle.description import Model
 from deploy.bundle.rest import ExportedRest, Latents, TorchRest
 from exporters.dtypes import PRECISIONS
 from exporters.engine.check import ENGINE, REPORT, capabilities, read_engine, runs_on
+from exporters.graphs.inputs import SAMPLES
 from exporters.graphs.int8_layers import is_int8
 from exporters.graphs.reading import inputs_of, read_graph
-from exporters.layout import CONFIG, ENGINE_PIPELINE, GRAPH, INDEX, engine_folders, parts_of, read_config
+from exporters.layout import (
+    CONFIG,
+    ENGINE_PIPELINE,
+    EXPORTED_FOR,
+    GRAPH,
+    INDEX,
+    denoiser_folder,
+    engine_folders,
+    parts_of,
+    read_config,
+)
 from exporters.settings import of_vae
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, places_of
@@ -146,31 +157,39 @@ def _common(schedules: Sequence[Schedule | None], name: str) -> Schedule | None:
 
 
 def _graph(name: str, graph: Path, scale: int) -> Candidate:
-    """A graph of a UNet, or the folder with its parts, as it is."""
+    """A graph of a denoiser, or the folder with its parts, as it is."""
     inputs = inputs_of(content := read_graph(graph))
-    if "sample" not in inputs or len(inputs["sample"].shape) != 4:
-        raise InputError(f"{graph} is no UNet: its inputs are {', '.join(inputs)}")
-    precision = "int8" if is_int8(content) else PRECISIONS.get(inputs["sample"].dtype, "other")
+    name_of_sample = next((key for key in SAMPLES if key in inputs), None)
+    if name_of_sample is None or len(inputs[name_of_sample].shape) not in (3, 4):
+        raise InputError(f"{graph} is no UNet and no transformer: its inputs are {', '.join(inputs)}")
+    sample = inputs[name_of_sample]
+    precision = "int8" if is_int8(content) else PRECISIONS.get(sample.dtype, "other")
     endings = (".onnx", ".onnx.data", ".onnx_data")
     folder = graph if graph.is_dir() else graph.parent
     places = [folder, *parts_of(folder).values()]
     there = [p for place in places for p in place.iterdir() if p.is_file()]
     kept = [p.relative_to(folder).as_posix() for p in there if p.name == CONFIG or p.name.endswith(endings)]
-    return _candidate(name, partial(_copy, folder, kept), precision, inputs["sample"].shape, scale)
+    return _candidate(name, partial(_copy, folder, kept), precision, _with_latents(sample.shape, folder), scale)
 
 
 def _engine(name: str, folder: Path, scale: int) -> Candidate:
-    """An engine of a UNet, as it is; an InputError if it was changed, or is of something else."""
+    """An engine of a denoiser, as it is; an InputError if it was changed, or is of something else."""
     report = read_engine(folder)
     read_config(folder)
-    shape = next((i["shape"] for i in report["inputs"] if i["name"] == "sample"), None)
-    if shape is None or len(shape) != 4:
-        raise InputError(f"{folder} is no engine of a UNet: its inputs are {[i['name'] for i in report['inputs']]}")
+    shape = next((i["shape"] for i in report["inputs"] if i["name"] in SAMPLES), None)
+    if shape is None or len(shape) not in (3, 4):
+        raise InputError(f"{folder} is no engine of a denoiser: its inputs are {[i['name'] for i in report['inputs']]}")
     places = ["", *(f"{place.relative_to(folder).as_posix()}/" for place in engine_folders(folder))]
     kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, FILE, manifests.MANIFEST)]
     copy = partial(_copy_engine, folder, [name for name in kept if (folder / name).is_file()])
     about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
-    return _candidate(name, copy, report["parts"]["precision"], shape, scale, **about)
+    return _candidate(name, copy, report["parts"]["precision"], _with_latents(shape, folder), scale, **about)
+
+
+def _with_latents(sample: Sequence[int | str], folder: Path) -> Sequence[Any]:
+    """The shape of what is denoised as batch, channels and latents, of a transformer whose tokens do not say them."""
+    said = (read_config(folder).get(EXPORTED_FOR) or {"latents": sample[-2:]}).get("latents")
+    return (sample[0], None, *(said or (None, None)))
 
 
 def _candidate(name: str, write: Callable[[Path], None], precision: str, sample: Any, scale: int, **more: Any) -> Any:
@@ -185,22 +204,23 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
     from deploy.artifacts.hashes import model_hash, steering_hashes
     from deploy.artifacts.usage import usage_of, use
     from deploy.recipe.rounding import prompts_for_int8, record_for_int8
+    from exporters.graphs.inputs import latent_size
     from exporters.graphs.pipeline import example_call
     from exporters.graphs.scheduled import export_scheduled
     from exporters.graphs.vae import settings_for_unet
     from exporters.settings import ExportSettings
     from slimdiff.denoising.sizes import autoencoder_of
+    from slimdiff.denoising.trajectory import denoiser_name
     from slimdiff.models import plan_of
     from slimdiff.planning.costs import batch_of
     from slimdiff.settings import Sampling
 
     rest = selection.rest(name, pipeline_name)
     pipeline, scale = rest.pipeline, rest.scale
-    if getattr(pipeline, "unet", None) is None:
-        raise InputError(f"{name} is a {type(pipeline).__name__}, without a unet: it is not exported, so not bundled")
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
     settings = ExportSettings(keep_fp32=list(selection.keep_fp32), split=selection.split)
-    settings = settings_for_unet(pipeline.unet, autoencoder_of(pipeline), settings)
-    plan = plan_of(pipeline.unet)
+    settings = settings_for_unet(denoiser, autoencoder_of(pipeline), settings)
+    plan = plan_of(denoiser)
     planned = "int8" if plan is not None and plan.int8() else "fp32"
     if "int8" in selection.precisions and planned != "int8":
         raise InputError(
@@ -215,13 +235,13 @@ def _model(name: str, pipeline_name: str | None, selection: Selection) -> Source
             sampling = usage.model_copy(update={"height": height, "width": width})
             prompts = prompts_for_int8(rest.rest or name, None, sampling, settings)
             how["calibration"] = record_for_int8(pipeline, prompts, sampling, settings)
-        export_scheduled(pipeline.unet, folder, call, schedule, **how)
+        export_scheduled(denoiser, folder, call, schedule, **how)
 
     schedule = find_schedule(name, None)
     shapes, candidates = selection.shapes, []
     if not shapes:
         call = example_call(pipeline, guidance=selection.guidance)
-        high, wide = call.arguments["sample"].shape[-2:]
+        high, wide = latent_size(call.arguments)
         shapes = [(batch_of(call), high * scale, wide * scale)]
     for batch, high, wide in shapes:
         for precision in selection.precisions or [planned]:
@@ -241,7 +261,8 @@ def _rest(name: str, pipeline: str | None, selection: Selection) -> ExportedRest
             f"{whole} has text encoders and VAE as engines, and a bundle has them in ONNX: say with --pipeline which "
             "exported folder they were built from"
         )
-    if (whole / INDEX).is_file() and ((whole / "unet" / GRAPH).is_file() or parts_of(whole / "unet")):
+    own = denoiser_folder(whole)
+    if (whole / INDEX).is_file() and ((own / GRAPH).is_file() or parts_of(own)):
         return ExportedRest(whole, selection.safety_checker)
     if pipeline is None:
         raise InputError(

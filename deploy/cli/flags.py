@@ -234,9 +234,12 @@ def add_arguments(parser: Any) -> None:
     """More arguments of the pipeline's call, for `read_sampling`."""
     changed = "how much of an image is made anew, of image to image and inpainting: above 0, 1 for all of it"
     text(parser, "--strength", "X", f"{changed} (default: the pipeline's own)", type=_strength)
-    several(
-        parser, "--argument", "NAME=VALUE", "of the pipeline's call, such as image_guidance_scale=2", type=_argument
-    )
+    add_argument(parser)
+
+
+def add_argument(parser: Any, what: str = "of the pipeline's call, such as image_guidance_scale=2") -> None:
+    """`--argument`, for `read_sampling`."""
+    several(parser, "--argument", "NAME=VALUE", what, type=_argument)
 
 
 def read_sampling(args: argparse.Namespace, **more: Any) -> Sampling:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.artifacts.kinds import ENGINE_REPORT, engine_of, graph_of, kind_of, not_runnable
 from deploy.artifacts.usage import usage_of
 from exporters.dtypes import PRECISIONS
-from exporters.layout import ENGINE_PIPELINE, parts_of
+from exporters.layout import ENGINE_PIPELINE, denoiser_folder, parts_of
 from exporters.registry import names
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component
@@ -58,7 +58,7 @@ class Opened:
         """
         from slimdiff.denoising.tasks import samples_per_image
 
-        batch = None if self.kind == "model" else self.denoiser.inputs["sample"][0]
+        batch = None if self.kind == "model" else self.denoiser.batch
         if not isinstance(batch, int):
             return asked
         samples = samples_per_image(pipeline, asked)
@@ -89,7 +89,7 @@ class Opened:
             return {}
         from slimdiff.denoising.sizes import pixels_per_latent
 
-        sides, scale = self.denoiser.inputs["sample"][-2:], pixels_per_latent(pipeline)
+        sides, scale = self.denoiser.latents, pixels_per_latent(pipeline)
         return {k: s * scale for k, s in zip(("height", "width"), sides, strict=True) if isinstance(s, int)}
 
 
@@ -136,9 +136,11 @@ def open_denoiser(
         )
     if kind == "bundle":
         from deploy.bundle.load import load
+        from slimdiff.denoising.trajectory import denoiser_name
 
         whole: Any = load(name, runtime, height=height, width=width, threads=threads, scheduled=False)
-        return Opened(kind, whole.unet, whole.unet.predict, whole.chosen.runtime, whole, whole.usage)
+        denoiser: Any = getattr(whole, denoiser_name(whole))
+        return Opened(kind, denoiser, denoiser.predict, whole.chosen.runtime, whole, whole.usage)
     chosen = runtime_for(name, kind, runtime)
     if kind == "model":
         from deploy.artifacts.figures import denoiser_of
@@ -153,10 +155,10 @@ def open_denoiser(
             pipeline = load_pipeline(name, "fp32", variant=variant, **more)
             denoiser = denoiser_of(pipeline)
         return Opened(kind, denoiser, partial(predict, denoiser), pipeline=pipeline, usage=usage_of(name))
-    from exporters.runtimes.unet import UNet
+    from exporters.runtimes.denoiser import open_denoiser as open_graph
 
-    unet = UNet.open(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen, threads)
-    return Opened(kind, unet, unet.predict, chosen, usage=usage_of(name))
+    opened = open_graph(graph_of(name) if kind == "onnx" else engine_of(name, kind), chosen, threads)
+    return Opened(kind, opened, opened.predict, chosen, usage=usage_of(name))
 
 
 def runtime_for(name: str, kind: str, runtime: str | None) -> str:
@@ -223,7 +225,7 @@ def whole_pipeline(
     folder = Path(rest or name)
     if (kind := kind_of(str(folder))) == ENGINE_PIPELINE:
         return load_graphs(folder, runtime_for(str(folder), kind, None), threads=threads, unet=opened.denoiser)
-    if rest is not None and not ((unet := folder / "unet") / "model.onnx").is_file() and not parts_of(unet):
+    if rest is not None and not ((own := denoiser_folder(folder)) / "model.onnx").is_file() and not parts_of(own):
         from slimdiff.compression import with_denoiser
         from slimdiff.loading.pipelines import load_pipeline
 

@@ -33,7 +33,7 @@ class Side:
     @property
     def fixed_batch(self) -> bool:
         """Whether its graph takes one number of images at once, and no other."""
-        return self.opened.kind != "model" and isinstance(self.opened.denoiser.inputs["sample"][0], int)
+        return self.opened.kind != "model" and isinstance(self.opened.denoiser.batch, int)
 
     @property
     def size(self) -> dict[str, int]:

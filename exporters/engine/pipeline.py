@@ -11,9 +11,11 @@ from exporters.engine.build import EngineRequest, request_engine
 from exporters.engine.check import runs_on
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.shapes import dims_of_inputs, fewest, profiles_of
+from exporters.graphs.inputs import SAMPLES
 from exporters.graphs.reading import read_graph
 from exporters.layout import (
     CONFIGURED,
+    DENOISERS,
     ENGINE_PIPELINE,
     EXACT,
     FOLDERS,
@@ -21,6 +23,7 @@ from exporters.layout import (
     INDEX,
     check_carried,
     components_of,
+    denoiser_folder,
     latent_scale,
     parts_of,
     read_config,
@@ -63,9 +66,9 @@ def request_pipeline(
     folder, settings = Path(folder), settings or EngineSettings()
     names, index = _graphs(folder), manifest.read_json(folder / INDEX)
     enlarged = 2 if index.get("_class_name") == LATENT_UPSCALER else 1
-    place = folder / "unet"
+    place = denoiser_folder(folder)
     unet = request_engine(place if parts_of(place) else place / GRAPH, settings, plan=plan, branches=branches, gpu=gpu)
-    found = {"unet": unet}
+    found = {place.name: unet}
     for name in names:
         file = folder / name / GRAPH
         encoder, dims = name == "vae_encoder", dims_of_inputs(read_graph(file))
@@ -100,14 +103,15 @@ def component_shapes(inputs: Dims, unet: Mapping[str, Any], scale: int = 1) -> d
     """
     ranges: list[ShapeRange] = []
     for profile in profiles_of(unet):
-        sample = profile.get("sample", {"min": []})
-        if len(sample["min"]) != 4:
-            raise InputError("what is to be an engine in the place of the unet has no input sample [B, C, H, W]")
+        sample: Any = next((profile[name] for name in SAMPLES if name in profile), {"min": []})
+        if len(sample["min"]) not in (3, 4):  # of [B, tokens, C], no size is known
+            raise InputError("what is to be an engine in the place of the denoiser has no input sample [B, C, H, W]")
         most, best = sample["max"][0], sample["opt"][0]
+        axes = (2, 3) if len(sample["min"]) == 4 else ()
         batches = {"min": 1, "opt": best // 2 if best % 2 == 0 else best, "max": most}
         ends: dict[str, Any] = {
             end: {
-                n: _shape(n, dims, [batch, *(scale * side for side in sample[end][2:])]) for n, dims in inputs.items()
+                n: _shape(n, dims, [batch, *(scale * sample[end][axis] for axis in axes)]) for n, dims in inputs.items()
             }
             for end, batch in batches.items()
         }
@@ -145,8 +149,8 @@ def controlnet_shapes(inputs: Dims, unet: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
-    """`sizes` are those of the batch, and of height and width of images `[B, C, H, W]`."""
-    places = {0: sizes[0], 2: sizes[1], 3: sizes[2]} if len(dims) == 4 else {0: sizes[0]}
+    """`sizes` are those of the batch and, if known, of height and width of images `[B, C, H, W]`."""
+    places = dict(zip((0, 2, 3) if len(dims) == 4 else (0,), sizes, strict=False))
     other = [dim for axis, dim in enumerate(dims) if isinstance(dim, str) and axis not in places]
     if other:
         raise InputError(f"input {name} leaves {', '.join(other)} open: export with `slimdiff export`, which fixes it")
@@ -155,8 +159,8 @@ def _shape(name: str, dims: Any, sizes: list[int]) -> tuple[int, ...]:
 
 def _graphs(folder: Path) -> list[str]:
     """The folders with graphs besides the UNet's."""
-    unet = (folder / "unet" / GRAPH).is_file() or parts_of(folder / "unet")
-    if not (folder / INDEX).is_file() or not unet:
+    place = denoiser_folder(folder)
+    if not (folder / INDEX).is_file() or not ((place / GRAPH).is_file() or parts_of(place)):
         raise InputError(
             f"{folder} is no exported pipeline (it has no {INDEX} beside unet/{GRAPH}): make one with `slimdiff export`"
         )
@@ -164,14 +168,16 @@ def _graphs(folder: Path) -> list[str]:
     entries = index if isinstance(index, dict) else {}
     check_carried(entries, folder / INDEX)
     rows = components_of(entries)
-    if "unet" not in rows:
-        raise InputError(f"{folder / INDEX} names no unet: export the pipeline again, whole")
+    if place.name not in rows:
+        raise InputError(f"{folder / INDEX} names no {place.name}: export the pipeline again, whole")
     graphs = [graph for name, row in rows.items() if row.graphs for graph in row.folders(name)]
-    lacking = [name for name in graphs if name not in ("unet", "vae_encoder") and not (folder / name / GRAPH).is_file()]
+    lacking = [
+        name for name in graphs if name not in (place.name, "vae_encoder") and not (folder / name / GRAPH).is_file()
+    ]
     if lacking:
         raise InputError(f"{folder} has no {lacking[0]}/{GRAPH}, which its pipeline needs: export it again, whole")
     graphs = list(dict.fromkeys((*graphs, *steering_folders(folder))))
-    return [n for n in graphs if n not in ("unet", *EXACT) and (folder / n / GRAPH).is_file()]
+    return [n for n in graphs if n not in (place.name, *EXACT) and (folder / n / GRAPH).is_file()]
 
 
 def mark_unfinished(out: Path) -> None:
@@ -204,4 +210,5 @@ def finish_pipeline(source: Path, out: Path, reports: Mapping[str, Mapping[str, 
     for name in (name for name in (FILE, INDEX) if (source / name).is_file()):
         with manifest.replacing(out / name, is_file=True) as file:
             shutil.copyfile(source / name, file)
-    manifest.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(reports["unet"]) | shapes)
+    denoiser = next(reports[name] for name in DENOISERS if name in reports)
+    manifest.write_manifest(out, ENGINE_PIPELINE, made_from, runs_on(denoiser) | shapes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import compare_dims, site_row
+from exporters.graphs.naming import compare_dims, layers_of, site_row
 from exporters.graphs.reading import WEIGHTED
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import GROUPS
@@ -53,10 +53,10 @@ def compare_layers(layers: Mapping[str, Sequence[Sequence[int]]], plan: Plan) ->
     """
     rows = []
     for name, site in plan.sites.items():
-        for layer, inner in GROUPS[site.group].inner.items():
+        for layer, inner in layers_of(site).items():
             if not inner.checked:
                 continue
-            expected = sorted({site.rank, *(times * site.heads * site.rank for times in inner.times)})
+            expected = sorted({site.rank, *(inner.before + n * site.heads * site.rank for n in inner.times)})
             nodes = [f"{site.path}.{layer}/{operator}" for operator in WEIGHTED]
             found = [list(shape) for node in nodes for shape in layers.get(node, [])]
             seen = {dim for shape in found for dim in shape}

@@ -16,6 +16,17 @@ _TIME_IDS = 6
 """Of SDXL: sizes and places; its refiner has a score in the place of the last two."""
 
 
+def check_alone(kind: str) -> None:
+    """Refuse a denoiser, by the name of its class, whose call its configuration alone does not say.
+
+    Raises:
+        InputError: for a transformer.
+    """
+    kind = kind.removeprefix("Slim")
+    if kind not in ("UNet2DConditionModel", "UNet2DModel"):
+        raise InputError(f"a {kind} alone does not say what it is called with: name its pipeline (--pipeline MODEL)")
+
+
 def call_of_unet(unet: Any, *, batch: int | None = None, guidance: float = Sampling().guidance) -> Call:
     """A call with the shapes that a UNet2DConditionModel or UNet2DModel has by itself: zeros, at a whole time.
 
@@ -26,8 +37,7 @@ def call_of_unet(unet: Any, *, batch: int | None = None, guidance: float = Sampl
         InputError: for another model, or one that takes what its configuration alone does not say.
     """
     config, kind = unet.config, type(unet).__name__.removeprefix("Slim")
-    if kind not in ("UNet2DConditionModel", "UNet2DModel"):
-        raise InputError(f"a {kind} alone does not say what it is called with: name its pipeline (--pipeline MODEL)")
+    check_alone(kind)
     guided = kind == "UNet2DConditionModel" and not config.get("time_cond_proj_dim") and guidance > 1
     batch = batch or (2 if guided else 1)
     side = config["sample_size"]

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from exporters.dtypes import DTYPES
-from exporters.graphs.inputs import NAMES, arguments_from, in_graph_dtype, named_inputs, open_inputs
+from exporters.graphs.inputs import (
+    NAMES,
+    SAMPLES,
+    arguments_from,
+    fixed_arguments,
+    in_graph_dtype,
+    latent_size,
+    named_inputs,
+    open_inputs,
+)
 from exporters.graphs.inputs import in_steps as in_steps
 from exporters.graphs.inputs import open_size as open_size
-from exporters.graphs.naming import name_by_module
+from exporters.graphs.naming import name_by_module, with_layers
 from exporters.graphs.precision import join_casts, keep_in_float32, paths_to_keep, widen_softmax
 from exporters.graphs.quantise import check_calibration, quantise_graph
 from exporters.graphs.shapes import add_shapes, check_leftovers
 from exporters.graphs.split import split_graph
 from exporters.graphs.timesteps import graph_time, has_whole_times
-from exporters.layout import GRAPH
+from exporters.layout import EXPORTED_FOR, GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.precision import cast, floats
 from slimdiff.denoising.torch_state import own_torch_state
@@ -38,6 +47,8 @@ if TYPE_CHECKING:
     from slimdiff.plan import Plan
 
 log = logging.getLogger("slimdiff")
+_TAKEN_FOR_ZERO = 1e-6
+"""What is added is written as a sum that the exporter does not simplify; its own limit is 1e-8."""
 
 
 def dtype_of(settings: ExportSettings) -> torch.dtype:
@@ -46,22 +57,27 @@ def dtype_of(settings: ExportSettings) -> torch.dtype:
 
 
 class Denoiser(nn.Module):
-    """A module of diffusers with tensors only, in and out, as a graph has them: those of `names`, in that order."""
+    """A module of diffusers with tensors only, in and out, as a graph has them: those of `names`, in that order.
 
-    def __init__(self, unet: nn.Module, names: Sequence[str]):
+    Args:
+        fixed: arguments of its call that are no tensors.
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str], fixed: Mapping[str, Any] | None = None):
         super().__init__()
         self.unet = unet
         self.names = tuple(names)
+        self.fixed = dict(fixed or {})
 
     def answer(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """What it gives for tensors in the places of its arguments."""
         arguments = arguments_from(dict(zip(self.names, inputs, strict=True)))
         if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
             arguments.setdefault("encoder_hidden_states", None)
-        return self.unet(**arguments, return_dict=False)
+        return self.unet(**arguments, **self.fixed, return_dict=False)
 
 
-class _UNet(Denoiser):
+class _OneAnswer(Denoiser):
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.answer(inputs)[0]
 
@@ -76,16 +92,18 @@ def export_unet(
     scheduler: Any = None,
     calibration: Sequence[Call] = (),
 ) -> Path:
-    """Export a UNet, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`, or the folder
-    where `settings.split` puts it in parts (`exporters.graphs.split`).
+    """Export a denoiser, dense or slim, with the shapes of a recorded call; gives the path of `model.onnx`, or the
+    folder where `settings.split` puts it in parts (`exporters.graphs.split`).
 
-    Inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32 where the
-    call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]`, for SDXL `text_embeds [B, E]` and
-    `time_ids [B, 6]`, and whatever else the call has, by `exporters.graphs.inputs`; the output is `out_sample
-    [B, C, H, W]`.
+    A UNet's inputs are named as optimum names them: `sample [B, C, H, W]`, `timestep` (a scalar: int64, or float32
+    where the call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]`, for SDXL `text_embeds
+    [B, E]` and `time_ids [B, 6]`, and whatever else the call has, by `exporters.graphs.inputs`; the output is
+    `out_sample [B, C, H, W]`. A transformer's are `hidden_states`, `timestep [B]` (float32) and whatever else its call
+    has; what is no tensor is part of the graph, and noted in its `config.json`. Its output is `out_hidden_states`.
 
     Args:
-        unet: a UNet2DConditionModel or UNet2DModel; its weights, dtype and training mode are as before afterwards.
+        unet: a UNet2DConditionModel, UNet2DModel or a transformer; its weights, dtype and training mode are as before
+            afterwards.
         folder: gets `model.onnx`, `model.onnx.data` and `config.json`; in parts, a folder for each with the first two.
         call: whose shapes the graph is for.
         scheduler: that the graph is to run with.
@@ -100,8 +118,12 @@ def export_unet(
     settings = settings or ExportSettings()
     if settings.precision == "int8":
         check_calibration(calibration)
-    file = export_called(_UNet, unet, Path(folder), call, settings, ["out_sample"], scheduler=scheduler)
+    if "sample" not in call.arguments:
+        check_transformer(unet, call, settings)
+    name = next((name for name in SAMPLES if name in call.arguments), "sample")
+    file = export_called(_OneAnswer, unet, Path(folder), call, settings, [f"out_{name}"], scheduler=scheduler)
     if (plan := plan_of(unet)) is not None:
+        plan = with_layers(plan, unet)
         check_leftovers(file, plan)
         warn_of_precision(plan, settings)
     if settings.precision == "int8":
@@ -115,6 +137,26 @@ def in_parts(file: Path) -> Path:
     for whole in file.parent.glob(f"{GRAPH}*"):
         whole.unlink()
     return file.parent
+
+
+def check_transformer(model: nn.Module, call: Call, settings: ExportSettings) -> None:
+    """Refuse what a transformer's graph cannot have.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    kind = type(model).__name__
+    for asked, flag in ((settings.precision == "int8", "--precision int8"), (settings.split, "--split")):
+        if asked:
+            raise InputError(f"{flag} is for UNets, and the model has a {kind}: leave it out")
+    fixed = fixed_arguments(call.arguments)
+    # Where hidden states are latents [B, C, H, W], the positions of one size become constants of the graph. A mask over
+    # prompt and image follows both.
+    of_one_size = fixed or call.arguments["hidden_states"].ndim != 3 or call.arguments.get("attention_mask") is not None
+    sized = settings.dynamic_size and of_one_size
+    if sized or (settings.dynamic_batch and fixed):
+        open_dim = "size" if sized else "batch"
+        raise InputError(f"--dynamic {open_dim}: the graph of a {kind} is for one {open_dim}: leave it out")
 
 
 def warn_of_precision(plan: Plan, settings: ExportSettings) -> None:
@@ -133,31 +175,53 @@ def export_called(
     *,
     scheduler: Any = None,
 ) -> Path:
-    """Export what a UNet's pipeline calls as it does its UNet; see `export_unet`."""
+    """Export what a pipeline calls as it does its denoiser; see `export_unet`."""
     inputs = unet_inputs(call)
     if scheduler is not None and not has_whole_times(scheduler):
         inputs["timestep"] = inputs["timestep"].float()
-    dtype = dtype_of(settings)
-    step = 2 ** (len(model.config["block_out_channels"]) - 1) if settings.dynamic_size else None  # type: ignore[index]
+    dtype, fixed = dtype_of(settings), fixed_arguments(call.arguments)
+    step = _step_of(model) if settings.dynamic_size else None
     inputs, opened = open_inputs(inputs, batch=settings.dynamic_batch, step=step)
     examples = {name: in_graph_dtype(name, value, dtype) for name, value in inputs.items()}
     keep = paths_to_keep(model, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(model, dtype, keep)
     with _sizes_in(module, dtype):
-        file = export_module(wrapper(module, list(examples)), examples, outputs, folder, settings, opened, "unet.")
-    write_config(model, folder)
+        wrapped = wrapper(module, list(examples), fixed)
+        file = export_module(wrapped, examples, outputs, folder, settings, opened, "unet.")
+    about: dict[str, Any] = {} if "sample" in call.arguments else {EXPORTED_FOR: _exported_for(call, settings)}
+    if (plan := plan_of(model)) is not None:
+        about["slim_plan"] = with_layers(plan, model).model_dump()
+    write_config(model, folder, **about)
     return file
+
+
+def _exported_for(call: Call, settings: ExportSettings) -> dict[str, Any]:
+    """What a transformer's graph has fixed and its inputs do not show: the size of the latents, and arguments."""
+    size = None if settings.dynamic_size else latent_size(call.arguments)
+    return {"latents": size, "arguments": fixed_arguments(call.arguments)}
+
+
+def _step_of(model: Any) -> int:
+    """What the sides of the latents are multiples of."""
+    if blocks := model.config.get("block_out_channels"):
+        return 2 ** (len(blocks) - 1)
+    patch = model.config.get("patch_size") or 1
+    return patch[-1] if isinstance(patch, list | tuple) else patch
 
 
 def unet_inputs(call: Call) -> dict[str, Tensor]:
     """A recorded call as the graph's inputs, by name, in the graph's order; dtypes as recorded.
 
-    `timestep` is a scalar: int64 if it is whole, else float32.
+    `timestep` of a UNet is a scalar: int64 if it is whole, else float32. A transformer's is one a sample, float32.
 
     Raises:
         InputError: if the call has arguments that the graph has no input for, or times that differ.
     """
-    tensors, unknown = named_inputs(call.arguments)
+    fixed = fixed_arguments(call.arguments)
+    tensors, unknown = named_inputs({name: value for name, value in call.arguments.items() if name not in fixed})
+    if not unknown and {"hidden_states", "timestep"} <= set(tensors):
+        time = torch.as_tensor(tensors["timestep"]).float()
+        return tensors | {"timestep": time.expand(len(tensors["hidden_states"])).clone()}
     if unknown or not {"sample", "timestep"} <= set(tensors):
         raise InputError(
             f"the ONNX export takes {', '.join(NAMES.values())}; this call has {', '.join(unknown or call.arguments)}"
@@ -209,7 +273,7 @@ def export_module(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_shapes=shapes,
-                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze},
+                custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze, torch.ops.aten.add.Tensor: _add},
                 verbose=False,
             )
             assert program is not None
@@ -249,6 +313,19 @@ def _squeeze(self: Any, dim: int) -> Any:
 
     squeezes = len(self.shape) > 0 and self.shape[dim] == 1
     return op.Squeeze(self, [dim]) if squeezes else op.Identity(self)  # type: ignore[arg-type]
+
+
+def _add(self: Any, other: Any, alpha: float = 1.0) -> Any:
+    """A sum, also with a number that is nearly zero: the exporter takes what is below 1e-8 for zero, and leaves it out.
+
+    Linear attention (Sana's, and that of its autoencoder) divides by a sum with 1e-15, which may be zero without.
+    """
+    from onnxscript import opset18 as op
+    from onnxscript.function_libs.torch_lib.ops.core import aten_add
+
+    if isinstance(other, float) and 0 < abs(other) < _TAKEN_FOR_ZERO and alpha == 1:
+        return op.Sum(self, op.CastLike(op.Constant(value_float=other), self))  # type: ignore[type-var]
+    return aten_add(self, other, alpha)
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:

@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimdiff.errors import InputError
+
+_TRANSFORMERS = (
+    *("pooled_projections", "guidance", "encoder_attention_mask", "encoder_hidden_states_mask"),
+    *("attention_mask", "text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5"),
+    *("image_meta_size", "style", "original_size", "target_size", "crop_coords"),
+    *("txt_ids", "img_ids", "image_rotary_emb"),
+)
+"""Inputs that transformers alone have."""
 NAMES: dict[tuple[str, ...], str] = {
     ("sample",): "sample",
+    ("hidden_states",): "hidden_states",
     ("timestep",): "timestep",
     ("encoder_hidden_states",): "encoder_hidden_states",
     ("class_labels",): "class_labels",
@@ -27,6 +37,9 @@ NAMES: dict[tuple[str, ...], str] = {
     ("controlnet_cond",): "controlnet_cond",
     ("conditioning_scale",): "conditioning_scale",
     ("kept",): "kept",
+    **{(name,): name for name in _TRANSFORMERS},
+    ("added_cond_kwargs", "resolution"): "resolution",
+    ("added_cond_kwargs", "aspect_ratio"): "aspect_ratio",
 }
 """Place among the arguments of a denoiser's call -> name of the graph's input.
 
@@ -40,8 +53,12 @@ TIME = ("timestep", "class_labels", "timestep_cond", "text_embeds", "time_ids")
 KEPT = "kept"
 """What enters an up block, given by a whole UNet's graph and taken by its shallow one: `exporters.graphs.scheduled`."""
 SCALARS = ("timestep", "conditioning_scale")
-"""Inputs that are one number for all samples."""
-_FIRST = ("sample", "timestep", "encoder_hidden_states")
+"""Inputs that are one number for all samples; a transformer's `timestep` is one a sample."""
+SAMPLES = ("sample", "hidden_states")
+"""Inputs that are denoised: a UNet's, and a transformer's."""
+PLACES = ("txt_ids", "img_ids", "image_rotary_emb")
+"""Where tokens are: `[tokens, ...]`, the same for all samples, unless there is a dim more."""
+_FIRST = (*SAMPLES, "timestep", "encoder_hidden_states", *PLACES)
 _PLACES = {name: place for place, name in NAMES.items()}
 
 Path = tuple[str | int, ...]
@@ -58,13 +75,14 @@ def named_inputs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     for path, value in _leaves(arguments, ()):
         place = tuple(key for key in path if isinstance(key, str))
         numbers = [str(key) for key in path if isinstance(key, int)]
-        if place not in NAMES or len(numbers) > 1 or not (isinstance(value, Tensor) or NAMES[place] in SCALARS):
+        known = place in NAMES and not ("sample" in arguments and NAMES[place] in _TRANSFORMERS)
+        if not known or len(numbers) > 1 or not (isinstance(value, Tensor) or NAMES[place] in SCALARS):
             unknown.append(path_text(path))
         else:
             found["_".join([NAMES[place], *numbers])] = value
-    batch = len(found["sample"]) if "sample" in found else 1
+    batch = next((len(found[name]) for name in SAMPLES if name in found), 1)
     for name, value in found.items():
-        if name not in (*_FIRST, *SCALARS) and value.ndim and len(value) == 1 < batch:
+        if kind_of_input(name) not in (*_FIRST, *SCALARS) and value.ndim and len(value) == 1 < batch:
             found[name] = value.expand(batch, *value.shape[1:])
     return {name: found[name] for name in in_order(found)}, unknown
 
@@ -92,14 +110,16 @@ def arguments_from(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_graph_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """An input as a graph of that dtype has it: whole numbers as int64, and single numbers as float32.
+    """An input as a graph of that dtype has it: whole numbers as int64, and single numbers and places as float32.
 
-    Half precision has not the digits for a time, nor for a class that is one.
+    Half precision has not the digits for a time, nor for a class that is one, nor for the place of a token.
     """
     if not value.is_floating_point():
-        return value.long()
+        return value if value.dtype == torch.bool else value.long()
     if name == "timestep":
         return value
+    if kind_of_input(name) in PLACES:
+        return value.float()
     return value.to(torch.float32 if value.ndim <= 1 else dtype)
 
 
@@ -112,15 +132,24 @@ def open_inputs(
 
     Args:
         step: what height and width of `sample` are multiples of, if they are open. Pictures `[B, C, H, W]` whose sides
-            are sample's halved some times, or a multiple, follow them.
+            are sample's halved some times, or a multiple, follow them. Of `hidden_states [B, tokens, C]` the number
+            of tokens is open, whatever it is.
     """
     values, dims = dict(examples), {name: {} for name in examples}  # type: dict[str, Tensor], dict[str, dict[int, Any]]
+    main = sample_name(examples)
     if batch:
-        if len(values["sample"]) == 1:
-            values = {name: v if name in SCALARS else torch.cat([v, v]) for name, v in values.items()}
-        dims = {name: {} if name in SCALARS else {0: "batch"} for name in values}
-    if step:
-        sample = tuple(values["sample"].shape)
+        each = [name for name, value in values.items() if value.ndim and not _of_all_samples(name, value)]
+        if len(values[main]) == 1:
+            values |= {name: torch.cat([values[name]] * 2) for name in each}
+        # One dim of a transformer's inputs: some view one tensor by the batch of another.
+        size = torch.export.Dim("batch", min=1) if main == "hidden_states" else "batch"
+        dims |= {name: {0: size} for name in each}
+    if step and values[main].ndim == 3:
+        for name in (main, "img_ids"):
+            if name in values:
+                dims[name] |= {values[name].ndim - 2: torch.export.Dim("tokens", min=2)}
+    elif step:
+        sample = tuple(values[main].shape)
         for name, value in values.items():
             if own := _own_step(name, tuple(value.shape), sample, step):
                 values[name] = in_steps(value, own)
@@ -141,6 +170,52 @@ def in_steps(example: Tensor, step: int) -> Tensor:
     return nn.functional.interpolate(example, (height, width))
 
 
+def sample_name(names: Iterable[str]) -> str:
+    """Which of a denoiser's inputs is denoised.
+
+    Raises:
+        InputError: if none is.
+    """
+    there = list(names)
+    if (found := next((name for name in SAMPLES if name in there), None)) is None:
+        raise InputError(f"a denoiser takes {' or '.join(SAMPLES)}, and this one takes {', '.join(there)}")
+    return found
+
+
+def fixed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a transformer's call that are no tensors, such as Qwen-Image's `img_shapes`: part of its graph.
+
+    Those of a UNet are not: whatever its call has that is no tensor is refused.
+    """
+    if "sample" in arguments:
+        return {}
+    leaves = {name: [leaf for _, leaf in _leaves(value, ())] for name, value in arguments.items()}
+    numbers = {n for n, found in leaves.items() if found and all(isinstance(leaf, int | float | str) for leaf in found)}
+    return {name: value for name, value in arguments.items() if name in numbers and (name,) not in NAMES}
+
+
+def latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a call denoises, which a VAE decodes.
+
+    Tokens of a transformer that are two by two latents each say by their places how many rows there are.
+
+    Raises:
+        InputError: if they are tokens without places, of which no height and width is known.
+    """
+    if isinstance(places := arguments.get("img_ids"), Tensor):
+        rows, columns = (2 * (int(places[..., axis].max()) + 1) for axis in (1, 2))
+        return rows, columns
+    if shapes := arguments.get("img_shapes"):
+        while not isinstance(shapes[0], int):
+            shapes = shapes[0]
+        return 2 * shapes[-2], 2 * shapes[-1]
+    name = sample_name(arguments)
+    shape = tuple(arguments[name].shape)
+    if len(shape) != 4:
+        raise InputError(f"{name} {list(shape)} does not say its height and width: latents are [B, C, H, W]")
+    return shape[2], shape[3]
+
+
 def is_denoiser_input(name: str) -> bool:
     """Whether a graph's input is one that the table knows."""
     return kind_of_input(name) in _PLACES
@@ -156,6 +231,11 @@ def _own_step(name: str, shape: tuple[int, ...], sample: tuple[int, ...], step: 
         return step * times if (times * whole_height, times * whole_width) == (height, width) else None
     halved = (n for n in range(step.bit_length()) if (-(-whole_height // 2**n), -(-whole_width // 2**n)) == shape[-2:])
     return next((step // 2**n for n in halved), None)
+
+
+def _of_all_samples(name: str, value: Tensor) -> bool:
+    """Whether an input is the same for all samples, and has no batch."""
+    return name == "conditioning_scale" or (kind_of_input(name) in PLACES and value.ndim == 2)
 
 
 def path_text(path: Path) -> str:

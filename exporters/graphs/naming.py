@@ -14,8 +14,10 @@ from slimdiff.groups import GROUPS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import nn
 
-    from slimdiff import Plan
+    from slimdiff.groups.group import Inner
+    from slimdiff.plan import Plan, SitePlan
 
 
 def name_by_module(model: ir.Model, prefix: str) -> None:
@@ -76,6 +78,22 @@ def check_reduced_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]
     return compare_dims(weight_dims(read_graph(onnx_file)), plan)
 
 
+def layers_of(site: SitePlan) -> Mapping[str, Inner]:
+    """The layers that carry a site's rank in a graph, by path below the site's module."""
+    return site.layers or GROUPS[site.group].inner
+
+
+def with_layers(plan: Plan, denoiser: nn.Module) -> Plan:
+    """The plan of a slim model with the layers that carry its ranks, where a module has others than its group."""
+    sites = {}
+    for name, site in plan.sites.items():
+        group, module = GROUPS[site.group], denoiser.get_submodule(site.path)
+        own = {path: inner for path, _, inner in group.layers(module)}
+        known = all(inner == group.inner.get(path) for path, inner in own.items())
+        sites[name] = site if known else site.model_copy(update={"layers": own})
+    return plan.model_copy(update={"sites": sites})
+
+
 def compare_dims(
     dims: Mapping[str, tuple[int, ...]], plan: Plan, only: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
@@ -90,7 +108,7 @@ def compare_dims(
     """
     rows = []
     for name, site in plan.sites.items():
-        layers = {layer: inner for layer, inner in GROUPS[site.group].inner.items() if inner.checked}
+        layers = {layer: inner for layer, inner in layers_of(site).items() if inner.checked}
         paths = {layer: f"{site.path}.{layer}" for layer in layers if only is None or f"{site.path}.{layer}" in only}
         layers = {layer: layers[layer] for layer in paths}
         if not layers:
@@ -100,8 +118,8 @@ def compare_dims(
         last = found[list(layers)[-1]] or 0
         expected = {}
         for layer, inner in layers.items():
-            times = next((times for times in inner.times if (found[layer] or 0) == times * last), inner.times[-1])
-            expected[layer] = times * site.heads * site.rank
+            times = next((n for n in inner.times if (found[layer] or 0) == n * last), inner.times[-1])
+            expected[layer] = inner.before + times * site.heads * site.rank
         rows.append(site_row(name, site.path, expected, found))
     return rows
 

@@ -17,7 +17,9 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from PIL import Image
 from torch import Tensor, nn
 
-from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.export import check_transformer, dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.inputs import latent_size
+from exporters.graphs.language_model import export_language_model
 from exporters.graphs.steering import check_image_encoder, folders_of
 from exporters.graphs.vae import settings_for_unet, tile_call
 from exporters.layout import (
@@ -144,36 +146,37 @@ def export_pipeline(
     said by its row of `exporters.layout.COMPONENTS`, whose function is called once a graph: with the component, the
     graph's folder, the pipeline, `call` and `settings`.
 
-    Text encoders and VAE are open in the batch always, the UNet if `settings.dynamic_batch`: with a fixed batch, the
-    pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of the
-    call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32, unless
-    `settings.keep_fp32` names what of it does, and so does a safety checker. optimum itself runs none; `slimdiff`'s
-    runtimes do.
+    Text encoders and VAE are open in the batch always, the denoiser if `settings.dynamic_batch`: with a fixed batch,
+    the pipeline makes that many images (half of it with guidance) and no other number. Height and width are those of
+    the call, or open with `settings.dynamic_size`. A VAE whose config asks for it (`force_upcast`) stays in float32,
+    unless `settings.keep_fp32` names what of it does, and so does a safety checker. optimum itself runs none;
+    `slimdiff`'s runtimes do.
 
     Args:
-        pipeline: with a unet; not changed.
+        pipeline: with a unet or a transformer; not changed.
         folder: gets a subfolder per component and `model_index.json`.
         call: whose shapes the graphs are for; `example_call`'s if not given.
-        without: graphs that are not needed: `unet`, `vae_encoder`, ...
+        without: graphs that are not needed: `unet`, `transformer`, `vae_encoder`, ...
         vae_tile: side in pixels of the VAE's graphs, which then make larger images by tiles of that size.
         calibration: recorded calls that int8, which is the UNet's alone, is calibrated on.
 
     Raises:
-        InputError: for a pipeline without a unet, or with a component that there is no place for; for a path or pattern
-            in `keep_fp32` of no module, and a tile that the VAE cannot have.
+        InputError: for a pipeline without a denoiser, or with a component that there is no place for; for a path or
+            pattern in `keep_fp32` of no module, and a tile that the VAE cannot have.
         MissingPackageError: without onnx and onnxscript.
     """
     settings, folder = settings or ExportSettings(), Path(folder)
-    if not isinstance(getattr(pipeline, "unet", None), nn.Module):
-        raise InputError(f"{type(pipeline).__name__} has no unet: only pipelines with one are exported to ONNX")
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
     index = named_components(pipeline)
     index = index if settings.safety_checker else without_safety_checker(index)
     check_steered(pipeline)
     check_image_encoder(pipeline)
     check_carried({**index, "_class_name": type(pipeline).__name__}, type(pipeline).__name__)
-    call = call or example_call(pipeline)
+    call = call or example_call(pipeline, arguments=settings.arguments)
     autoencoder = autoencoder_of(pipeline)
-    settings_for_unet(pipeline.unet, autoencoder, settings)
+    settings_for_unet(denoiser, autoencoder, settings)
+    if "sample" not in call.arguments:
+        check_transformer(denoiser, call, settings)
     of_vae = call if vae_tile is None else tile_call(call, vae_tile, autoencoder, settings)
     jobs: dict[str, Callable[[], Path]] = {}
     for name, row in components_of(index).items():
@@ -182,7 +185,7 @@ def export_pipeline(
         for part, model in (folders_of(pipeline) if name in STEERING else {name: component}).items():
             for graph in row.folders(part):
                 if row.exports and graph not in without:
-                    more = {"calibration": calibration} if component is pipeline.unet else {}
+                    more = {"calibration": calibration} if component is denoiser else {}
                     jobs[graph] = partial(row.load("exports"), model, folder / graph, pipeline, own, settings, **more)
         if not row.exports:
             component.save_pretrained(folder / name)
@@ -204,6 +207,7 @@ def example_call(
     width: int | None = None,
     batch: int | None = None,
     guidance: float = Sampling().guidance,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Call:
     """A denoiser call of this pipeline for export: the first of as few scheduler steps as it takes, on neutral inputs.
 
@@ -214,6 +218,7 @@ def example_call(
         batch: samples in the denoiser call; if not given, as many as one image takes at that guidance: two with
             classifier-free guidance, one without, as for a model that is distilled for few steps.
         guidance: that the pipeline is used with; see `Sampling.guidance`.
+        arguments: more of the pipeline's call, such as `max_sequence_length`.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
 
@@ -223,7 +228,7 @@ def example_call(
 
     refused: list[InputError] = []
     asked: Any = {"guidance": guidance, "batch": 1} if batch is None else {"guidance": 1.0, "batch": batch}
-    whole = Sampling(seed=0, height=height, width=width, **asked)
+    whole = Sampling(seed=0, height=height, width=width, arguments=dict(arguments or {}), **asked)
     inputs, sampling = neutral_inputs(pipeline, whole.batch, whole)
     with patch.object(denoiser, "forward", zeros) if isinstance(denoiser, UNet2DConditionModel) else nullcontext():
         for steps in FEW_STEPS:
@@ -246,13 +251,15 @@ def named_components(pipeline: Any) -> dict[str, Any]:
 def export_denoiser(
     unet: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings, calibration: Sequence[Call] = ()
 ) -> Path:
-    """The graph of a pipeline's unet; see `export_unet`."""
+    """The graph of a pipeline's denoiser; see `export_unet`."""
     settings = settings_for_unet(unet, autoencoder_of(pipeline), settings)
     return export_unet(unet, folder, call, settings, scheduler=pipeline.scheduler, calibration=calibration)
 
 
-def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, _call: Call, settings: ExportSettings) -> Path:
-    """The graph of one of CLIP's text encoders, in the folder of its name."""
+def export_text_encoder(encoder: Any, folder: Path, pipeline: Any, call: Call, settings: ExportSettings) -> Path:
+    """The graph of a text encoder, in the folder of its name."""
+    if not type(encoder).__name__.startswith("CLIP"):
+        return export_language_model(encoder, folder, pipeline, settings)
     length = getattr(pipeline, folder.name.replace("text_encoder", "tokenizer")).model_max_length
     norm = getattr(pipeline, "text_encoder_2", None) is None  # SDXL takes hidden states as they are
     last = type(pipeline).__name__ == LATENT_UPSCALER  # which reads it
@@ -268,7 +275,7 @@ def export_transformer(model: Any, folder: Path, pipeline: Any, call: Call, sett
     """The graph of a model of transformers that is called on one tensor, its outputs by their names there."""
     name, example, outputs = _NAMED[type(model).__name__]
     wrapped = _Transformer(in_precision(model, dtype_of(settings)), outputs)
-    high, wide = (side * pixels_per_latent(pipeline) for side in call.arguments["sample"].shape[-2:])
+    high, wide = (side * pixels_per_latent(pipeline) for side in latent_size(call.arguments))
     value = example(pipeline, (wide, high))
     inputs = {name: value.to(dtype_of(settings)) if value.is_floating_point() else value}
     file = export_module(wrapped, inputs, list(outputs), folder, settings, {name: {0: "batch"}}, "model.")

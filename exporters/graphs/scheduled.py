@@ -28,6 +28,7 @@ from slimdiff.denoising.sizes import autoencoder_of
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import require
+from slimdiff.errors import InputError
 from slimdiff.models import plan_of
 from slimdiff.schedule import Schedule
 
@@ -89,8 +90,13 @@ def export_scheduled_pipeline(
     vae_tile: int | None = None,
     calibration: Sequence[Call] = (),
 ) -> list[Path]:
-    """`export_pipeline` with its UNet by `export_scheduled`, whose files come first."""
-    unet: Any = pipeline.unet  # type: ignore[attr-defined]
+    """`export_pipeline` with its UNet by `export_scheduled`, whose files come first.
+
+    Raises:
+        InputError: for a pipeline without one, or see both.
+    """
+    if (unet := getattr(pipeline, "unet", None)) is None:
+        raise InputError(f"{type(pipeline).__name__} has no UNet: a schedule is exported with one, so leave it out")
     own = settings_for_unet(unet, autoencoder_of(pipeline), settings)
     more: Any = {"scheduler": getattr(pipeline, "scheduler", None), "calibration": calibration}
     files = export_scheduled(unet, folder / "unet", call, schedule, own, **more)

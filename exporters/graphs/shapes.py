@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graphs.naming import compare_dims, weight_dims
+from exporters.graphs.naming import compare_dims, layers_of, weight_dims
 from exporters.graphs.reading import Shape, module_of, name_of, read_graph, shape_of
 from slimdiff.errors import SlimdiffError, require
 from slimdiff.groups import GROUPS
@@ -86,7 +86,7 @@ def leftover_dims(onnx_file: Path | str, plan: Plan) -> list[dict[str, Any]]:
                 rows.append(_row(site["path"], f"{layer}'s weight", dims, f"the plan keeps {expected}"))
     by_path: dict[str, list[SitePlan]] = defaultdict(list)
     for planned in plan.sites.values():
-        if planned.rank < planned.dense_rank:
+        if planned.rank < planned.dense_rank and not GROUPS[planned.group].fills_up:
             by_path[planned.path].append(planned)
     left = [row for path, sites in by_path.items() for row in _leftovers_at(path, sites, graph, by_module, weights)]
     return [_row("", name_of(w), shape_of(w), "a weight that no node reads") for w in unread] + rows + left
@@ -116,7 +116,7 @@ def _leftovers_at(
     dense = {n for site in sites for n in _inner_sizes(site, site.dense_rank)}
     dense -= {n for site in sites for n in _inner_sizes(site, site.rank)}
     heads = max(site.heads for site in sites)
-    axes = {layer: inner.axis for site in sites for layer, inner in GROUPS[site.group].inner.items()}
+    axes = {layer: inner.axis for site in sites for layer, inner in layers_of(site).items()}
     first: list[ir.Node] = []
     last: list[ir.Node] = []
     around: set[int] = set()
@@ -169,7 +169,7 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 def _inner_sizes(site: SitePlan, rank: int) -> set[int]:
     """Sizes that a rank shows as: of a head and of all heads; of value rows alone and with gate rows."""
-    return {rank} | {times * site.heads * rank for inner in GROUPS[site.group].inner.values() for times in inner.times}
+    return {rank} | {n * site.heads * rank + inner.before for inner in layers_of(site).values() for n in inner.times}
 
 
 def _extents(shape: Shape, convolution: bool, heads: int) -> set[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graphs.export import dtype_of, export_module, in_precision, in_steps, open_size, write_config
+from exporters.graphs.inputs import latent_size
 from exporters.graphs.precision import cast_tensor, paths_to_keep
 from exporters.layout import latent_scale
 from exporters.settings import ExportSettings, of_vae
@@ -41,7 +42,9 @@ class VaeEncoder(nn.Module):
 
     def forward(self, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         found = self.vae.encode(sample)
-        return (found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents,)
+        if hasattr(found, "latent_dist"):
+            return (found.latent_dist.parameters,)
+        return (found.latent if hasattr(found, "latent") else found.latents,)
 
 
 HALVES: dict[str, type[VaeDecoder | VaeEncoder]] = {"vae_decoder": VaeDecoder, "vae_encoder": VaeEncoder}
@@ -91,7 +94,7 @@ def tile_call(call: Call, side: int, vae: Any, settings: ExportSettings) -> Call
     scale = latent_scale(vae.config)
     if settings.dynamic_size:
         raise InputError("--vae-tile: a VAE of open size takes tiles of any size: leave it out")
-    height, width = (scale * latents for latents in call.arguments["sample"].shape[-2:])
+    height, width = (scale * latents for latents in latent_size(call.arguments))
     if side % (4 * scale) or side > min(height, width):
         raise InputError(
             f"--vae-tile: a tile of images of {height} x {width} is a multiple of {4 * scale} pixels and no larger "
@@ -109,7 +112,7 @@ def export_vae(vae: Any, folder: Path, pipeline: Any, call: Call, settings: Expo
         InputError: for a path or pattern of the VAE in `keep_fp32` that no module has.
     """
     scale, name = latent_scale(vae.config), f"vae_{folder.name.rpartition('_')[2]}"
-    height, width = call.arguments["sample"].shape[-2:]
+    height, width = latent_size(call.arguments)
     if name == "vae_decoder":
         inside, outside, step = "latent_sample", "sample", 1
         channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels

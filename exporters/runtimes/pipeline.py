@@ -1,4 +1,4 @@
-"""A diffusers pipeline whose unet, VAE and text encoders run in another runtime."""
+"""A diffusers pipeline whose denoiser, VAE and text encoders run in another runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_invisible_watermark_available
 
-from exporters.layout import CONFIGURED, INDEX, autoencoder_of, check_carried, components_of
+from exporters.layout import CONFIGURED, INDEX, autoencoder_of, check_carried, components_of, denoiser_of
+from exporters.runtimes.denoiser import GraphDenoiser
 from exporters.runtimes.module import refuse_torchs_own
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.loading.model_directory import library_class, pipeline_class
@@ -38,7 +39,7 @@ def load_pipeline(
     Args:
         folder: with `model_index.json`, a folder per component, scheduler and tokenizers.
         threads: of a runtime on the CPU; its own choice if not given.
-        unet, vae: take the place of the folder's own, which is then not opened; vae of a vqvae, too.
+        unet, vae: take the place of the folder's own denoiser and autoencoder (vqvae, too), which is then not opened.
         checked: whether the folder was held against its manifest already.
 
     Raises:
@@ -52,7 +53,7 @@ def load_pipeline(
     if index.get("add_watermarker") and not is_invisible_watermark_available():
         raise MissingPackageError(f"{folder} marks its images, which takes a package: pip install invisible-watermark")
     parts: dict[str, Any] = {}
-    rows, replaced = components_of(index), {"unet": unet, autoencoder_of(index): vae}
+    rows, replaced = components_of(index), {denoiser_of(index): unet, autoencoder_of(index): vae}
     for name in inspect.signature(kind).parameters:
         value = index.get(name)
         with _explained(folder, name):
@@ -68,23 +69,32 @@ def load_pipeline(
                 parts[name] = _from_library(folder, name, value)
     with _explained(folder, kind.__name__):
         pipeline = kind(**parts)
+    _take_size(pipeline)
     refuse_torchs_own(pipeline)
     return pipeline
+
+
+def _take_size(pipeline: Any) -> None:
+    """Let a pipeline that is asked for no size make images of the size that its transformer's graph is for."""
+    own = getattr(pipeline, "transformer", None)
+    height, width = own.latents if isinstance(own, GraphDenoiser) else (None, None)
+    if height is not None and height == width and hasattr(pipeline, "default_sample_size"):
+        pipeline.default_sample_size = height
 
 
 def check_index(folder: Path) -> tuple[dict[str, Any], type[DiffusionPipeline]]:
     """The content of a folder's `model_index.json` and the pipeline that it names; nothing is opened for that.
 
     Raises:
-        InputError: if it names other classes than those of diffusers and transformers, no unet, or a component that
-            exported pipelines cannot have.
+        InputError: if it names other classes than those of diffusers and transformers, no denoiser, or a component
+            that exported pipelines cannot have.
     """
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is no exported pipeline: it has no {INDEX}; make one with `slimdiff export`")
     index = read_index(folder)
-    if not isinstance(index.get("unet"), list):
-        raise InputError(f"{folder / INDEX} names no unet: only pipelines with one are exported")
-    if any((folder / "unet").glob("*.safetensors")):
+    if (denoiser := denoiser_of(index)) is None:
+        raise InputError(f"{folder / INDEX} names no unet and no transformer: only pipelines with one are exported")
+    if any((folder / denoiser).glob("*.safetensors")):
         raise InputError(f"{folder} is a model in torch, not in ONNX: export it first with `slimdiff export`")
     kind = pipeline_class(str(index.get("_class_name", "")).removeprefix("ORT"), folder / INDEX)
     check_carried(index, folder / INDEX)

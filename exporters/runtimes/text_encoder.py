@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from exporters.layout import FINAL_NORM
+from exporters.layout import FINAL_NORM, read_config
+from exporters.runtimes.language_model import LanguageModel
 from exporters.runtimes.module import RuntimeModule, answer
 from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
@@ -32,6 +34,12 @@ class TextEncoder(RuntimeModule):
             raise InputError(f"{session.source} is no CLIP text encoder: its inputs are {', '.join(session.inputs)}")
         super().__init__(session, CLIPTextConfig.from_dict(config))
         self.projects = "text_embeds" in session.outputs
+
+    @classmethod
+    def open_in(cls, folder: Path, name: str, runtime: str, threads: int | None = None) -> Any:
+        """Open the text encoder of that name, CLIP or a `LanguageModel`, by its configuration."""
+        kind = cls if "clip" in str(read_config(folder / name).get("model_type", "clip")) else LanguageModel
+        return kind.open(folder / name, runtime, threads)
 
     def forward(
         self,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from exporters.graphs.inputs import named_inputs
 from exporters.graphs.reading import steps_of
 from exporters.graphs.timesteps import graph_time
-from exporters.runtimes.module import RuntimeModule, answer
-from exporters.runtimes.session import Session, Shape
-from slimdiff.denoising.trajectory import Call
+from exporters.runtimes.denoiser import GraphDenoiser
+from exporters.runtimes.module import answer
+from exporters.runtimes.session import Session
 from slimdiff.errors import InputError
 
 
-class UNet(RuntimeModule):
+class UNet(GraphDenoiser):
     """Drop-in for a pipeline's unet: `pipeline.unet = UNet.open("onnx/unet", "openvino")`.
 
     Takes what a diffusers pipeline gives a UNet2DConditionModel or UNet2DModel, in any floating-point dtype and on any
@@ -49,11 +49,6 @@ class UNet(RuntimeModule):
             # Pipelines ask each IP-Adapter's projection whether it takes CLIP's embedding, or hidden states.
             kinds = [ImageProjection(1, 1, 1) if len(shape) == 3 else nn.Identity() for shape in shown]
             self.encoder_hid_proj = SimpleNamespace(image_projection_layers=kinds)
-
-    @property
-    def inputs(self) -> dict[str, Shape]:
-        """Shapes of the session's inputs."""
-        return self.session.inputs
 
     def forward(
         self,
@@ -118,8 +113,3 @@ class UNet(RuntimeModule):
                 sizes[side] = size // step
         dims = (dim if isinstance(dim, int) else steps_of(dim) for dim in self.inputs[name])
         return sample.new_zeros([dim if isinstance(dim, int) else dim[0] * sizes[dim[1]] for dim in dims])
-
-    @torch.no_grad()
-    def predict(self, call: Call) -> Tensor:
-        """The output for a recorded call, `[B, C, H, W]`, float32 on the CPU."""
-        return self(**call.to("cpu"), return_dict=False)[0].float()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
@@ -112,6 +112,8 @@ class VAE(RuntimeModule):
         """
         found = self._run(self.encoder, x, "sample", encode_tiles)
         if "latent_sample" in self.encoder.outputs:
+            if self.config.get("_class_name") == "AutoencoderDC":
+                return EncoderOutput(latent=found) if return_dict else (found,)
             return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
         found = DiagonalGaussianDistribution(found)
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)

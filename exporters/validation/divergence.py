@@ -12,10 +12,11 @@ it names the wrong place; and it takes log2(n) runs of the graph, where this tak
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,7 +120,8 @@ def _run_parts(
         if place not in numbers:
             return
         number = numbers[place]
-        part, reference = parts[number], value.float().cpu().numpy().copy()
+        part = parts[number]
+        reference = _as_in_graph(fragments, part.output, value.float().cpu().numpy().copy())
         error = _own_error(fragments, part, values, reference)
         errors.append((part, error))
         values[part.output] = reference
@@ -150,6 +152,21 @@ def _own_error(fragments: OnnxFragments, part: Part, values: dict[str, np.ndarra
         elif not broken:
             distance = _relative_l2(candidate, reference)
     return OwnError(tensor, module_of(node), distance, broken, float(np.abs(reference).max(initial=0)), problem)
+
+
+def _as_in_graph(fragments: OnnxFragments, name: str, array: np.ndarray) -> np.ndarray:
+    """A module's tensor in the shape that the graph has it in: the exporter joins the module's last reshape with what
+    comes after it, so that heads may be apart already (`[B, L, H, d]` of `[B, L, H d]`).
+
+    The array as it is where the graph's dims are not the array's, some of them taken apart.
+    """
+    dims = [array.shape[0] if axis == 0 else dim for axis, dim in enumerate(fragments.shape(name))]
+    sizes = [dim for dim in dims if isinstance(dim, int)]
+    if len(sizes) < len(dims) or prod(sizes) != array.size or len(sizes) <= array.ndim:
+        return array
+    ends = {prod(sizes[:axis]) for axis in range(len(sizes) + 1)}
+    apart = all(prod(array.shape[:axis]) in ends for axis in range(array.ndim + 1))
+    return array.reshape(sizes) if apart else array
 
 
 def _relative_l2(candidate: np.ndarray, reference: np.ndarray) -> float:
@@ -190,9 +207,11 @@ def _watch(denoiser: nn.Module, call: Call, see: Callable[[Place, Tensor], None]
     """Run the model; show `see` every module's output and every childless module's one input, as they come."""
 
     def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        first = output if isinstance(output, Tensor) else output[0]
-        if isinstance(first, Tensor):
-            see((path, "out"), first)
+        # Of several tensors side by side (both streams of joint attention), the graph does not tell which is which.
+        several = output.values() if isinstance(output, Mapping) else output
+        values = [output] if isinstance(output, Tensor) else list(several)
+        if isinstance(values[0], Tensor) and not any(isinstance(other, Tensor) for other in values[1:]):
+            see((path, "out"), values[0])
 
     def before(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor):
@@ -230,7 +249,7 @@ def _first_node(
     names = [name_of(node.outputs[0]) for node in part.nodes]
     if len(names) == 1:
         return part.nodes[0]
-    values, kept = _values_within(denoiser, call, parts, part)
+    values, kept = _values_within(fragments, denoiser, call, parts, part)
     try:
         results = dict(zip(names, fragments.run(part.nodes, values, names), strict=True))
     except InputError:
@@ -246,7 +265,7 @@ def _first_node(
 
 
 def _values_within(
-    denoiser: nn.Module, call: Call, parts: list[Part], part: Part
+    fragments: OnnxFragments, denoiser: nn.Module, call: Call, parts: list[Part], part: Part
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """The reference's values of what a part reads, and all that torch computes from the last of them to the output."""
     outputs = {other.place: other.output for other in parts if other.output in part.reads}
@@ -258,7 +277,7 @@ def _values_within(
             if place == part.place:
                 raise _Stop
             if name := outputs.get(place):
-                values[name] = value.float().cpu().numpy().copy()
+                values[name] = _as_in_graph(fragments, name, value.float().cpu().numpy().copy())
                 record.kept = []
 
         _watch(denoiser, call, see)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graphs.reading import inputs_of, module_of, name_of, outputs_of, read_graph
+from exporters.graphs.reading import Shape, inputs_of, module_of, name_of, outputs_of, read_graph, shape_of
 from exporters.runtimes.ort_session import inference_session
 from slimdiff.errors import InputError, require
 
@@ -52,6 +52,10 @@ class OnnxFragments:
     def reads(self, node: ir.Node) -> list[str]:
         """Names of the node's inputs that are not weights."""
         return list(dict.fromkeys(name_of(v) for v in node.inputs if v is not None and not v.is_initializer()))
+
+    def shape(self, name: str) -> Shape:
+        """Sizes of a tensor that a node gives, as the graph says them."""
+        return next(shape_of(value) for value in self._makers[name].outputs if value.name == name)
 
     def between(self, known: Collection[str], results: Iterable[str]) -> tuple[list[ir.Node], list[str]]:
         """The nodes that compute `results` from `known` (a tensor that is both is computed), in execution order.

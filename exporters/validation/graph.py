@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from exporters.dtypes import PRECISIONS
 from exporters.layout import GRAPH, read_config
 from exporters.registry import runtime_of
+from exporters.runtimes.denoiser import GraphDenoiser, denoiser_in, open_denoiser
 from exporters.runtimes.opening import open_session
 from exporters.runtimes.split import SplitSession
-from exporters.runtimes.unet import UNet
 from exporters.validation.divergence import find_divergence, own_errors
 from exporters.validation.fragments import OnnxFragments
 from exporters.validation.int8 import check_int8_layers
@@ -51,7 +51,7 @@ def check_parity(
     each layer is held against the model's (`exporters.validation.int8`), and the runtime against the graph as written.
 
     Args:
-        reference: the denoiser in float32: the model in torch, or a `UNet` that is open in a runtime.
+        reference: the denoiser in float32: the model in torch, or one that is open in a runtime.
         candidate: the other one, or the folder or file of a graph, which is opened in ONNX Runtime.
         calls: from `record_calls`, in order of time.
         precision: chooses the bounds; the candidate's own if not given.
@@ -67,17 +67,18 @@ def check_parity(
         (metric `finite`: count of values that are not) and by module (metric `own_relative_l2`).
 
     Raises:
-        InputError: without calls, for a candidate that is no UNet, or for `every_module` without a graph and its model.
+        InputError: without calls, for a candidate that is no denoiser, or for `every_module` without a graph and its
+            model.
         MissingPackageError: without polygraphy, or onnxruntime for a graph.
     """
-    side = candidate if isinstance(candidate, nn.Module) else UNet.open(candidate)
-    session = side.session if isinstance(side, UNet) else None
+    side = candidate if isinstance(candidate, nn.Module) else open_denoiser(candidate)
+    session = side.session if isinstance(side, GraphDenoiser) else None
     own = session.precision if session else PRECISIONS[str(next(side.parameters()).dtype).removeprefix("torch.")]
     precision = precision or cast(Precision, own)
     runs_graph = session is not None and session.runtime.startswith("ONNX Runtime")
     if session is not None and precision == "int8" and session.source.endswith(GRAPH):
         runs_graph = True  # its layers are held against the model's, and the runtime against what it says
-    if graph is None and session and not isinstance(reference, UNet) and runs_graph:
+    if graph is None and session and not isinstance(reference, GraphDenoiser) and runs_graph:
         graph = session.source
     if graph is None:
         if every_module:
@@ -144,7 +145,7 @@ def _with_int8(
     rows, fault = check_int8_layers(fragments.file, reference, calls)
     onnxruntime = runtime_of("onnxruntime")
     as_written = replace(onnxruntime, options={**onnxruntime.options, "as_written": True})
-    written = UNet(open_session(fragments.file, as_written), read_config(fragments.file)).predict(middle)
+    written = denoiser_in(open_session(fragments.file, as_written), read_config(fragments.file)).predict(middle)
     pair = written.double().numpy(), candidate(middle).double().numpy()
     rows += compare(at_time("out_sample as written", middle), *pair, AS_WRITTEN)
     failed = next((row["tensor"] for row in rows if not row["passed"]), None)

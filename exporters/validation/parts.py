@@ -15,9 +15,9 @@ from exporters.graphs.export import unet_inputs
 from exporters.graphs.reading import read_graph
 from exporters.graphs.split import crossing
 from exporters.layout import ENGINE, STEP
+from exporters.runtimes.denoiser import GraphDenoiser
 from exporters.runtimes.module import feed_of
 from exporters.runtimes.split import SplitSession
-from exporters.runtimes.unet import UNet
 from exporters.validation.fragments import OnnxFragments
 from exporters.validation.parity import Bounds, at_time, check
 from slimdiff.denoising.trajectory import Call, predict
@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 def bounds_for(reference: nn.Module, candidate: nn.Module) -> Bounds | None:
     """`EXACT` where both are graphs in fp32 in one runtime, and the candidate alone is in parts; None otherwise."""
-    if not (isinstance(reference, UNet) and isinstance(candidate, UNet)):
+    if not (isinstance(reference, GraphDenoiser) and isinstance(candidate, GraphDenoiser)):
         return None
     whole, parts = reference.session, candidate.session
     alike = whole.runtime == parts.runtime and whole.precision == parts.precision == "fp32"
@@ -54,7 +54,7 @@ def check_parts(
         mid_block.attentions.0.transformer_blocks.0.attn2.to_k@t=981`), metric `relative_l2`. The first that fails is
         what `first_diverging` names.
     """
-    if isinstance(reference, UNet) and reference.session.source.endswith(ENGINE):
+    if isinstance(reference, GraphDenoiser) and reference.session.source.endswith(ENGINE):
         return result  # nothing is seen of its inside
     tensors_of, rows = _tensors_of(reference, parts), []
     for call in calls:
@@ -96,7 +96,7 @@ def _error(reference: np.ndarray, candidate: np.ndarray) -> float:
 def _tensors_of(reference: nn.Module, parts: SplitSession) -> Callable[[Call], Arrays]:
     """A function from a call to what a reference has in the places of what the step takes from the other parts."""
     names = [name for part, session in parts.parts.items() if part != STEP for name in session.outputs]
-    if not isinstance(reference, UNet):
+    if not isinstance(reference, GraphDenoiser):
         return partial(_in_torch, reference, names)
     if isinstance(own := reference.session, SplitSession):
         others = [part for part in own.parts if part != STEP]

@@ -31,6 +31,9 @@ from slimdiff.prompts import Inputs
 from slimdiff.prompts.material import Material, open_picture
 from slimdiff.settings import Sampling
 
+_ONE_AT_A_TIME = ("Flux", "Chroma", "QwenImage", "CogView4", "Lumina2", "Wan", "HunyuanVideo")
+"""Beginnings of the names of pipelines whose guidance takes no second sample in a call of their denoiser."""
+
 
 def for_task(pipeline: DiffusionPipeline, material: Material) -> DiffusionPipeline:
     """The pipeline that takes what is there: this one, or diffusers' image-to-image or inpainting one of its parts.
@@ -162,10 +165,12 @@ def neutral_inputs(
 def samples_per_image(pipeline: Any, sampling: Sampling) -> int:
     """How many samples of a denoiser call one image takes: two with classifier-free guidance, one without.
 
-    InstructPix2Pix takes three, for its guidance by the image. Models distilled with their guidance (LCM) take it as an
-    input, and one sample.
+    InstructPix2Pix takes three, for its guidance by the image. Models distilled with their guidance (LCM, Flux) take it
+    as an input, and one sample; so do those whose pipelines call them twice, once for the negative prompt.
     """
     takes = _takes(pipeline)
+    if type(pipeline).__name__.startswith(_ONE_AT_A_TIME):
+        return 1
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     # Upscalers of latents have such an input for other things, and guide.
     embedded = config.get("time_cond_proj_dim") and hasattr(type(pipeline), "do_classifier_free_guidance")

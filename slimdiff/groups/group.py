@@ -125,6 +125,7 @@ class Group(ABC, Generic[F]):
             those after the first are solved with it.
         second_input: name of the module's second argument, where it has one.
         stands_alone: whether the module has its norm and residual inside.
+        fills_up: whether slim inner dimensions are filled up to the dense ones between its layers.
         product_dim: what `attention_of` of a TensorRT network calls this rank in the attention products.
     """
 
@@ -137,6 +138,7 @@ class Group(ABC, Generic[F]):
     added: tuple[str, ...] = ()
     second_input = "encoder_hidden_states"
     stands_alone = False
+    fills_up = False
     product_dim: str | None = None
 
     @abstractmethod

@@ -62,6 +62,7 @@ class Values(Group[HeadBases]):
 
     name = "values"
     per_head = True
+    fills_up = True
     inner = {"to_v": Inner(0), "to_out.0": Inner(1)}
 
     def site(self, path: str, module: nn.Module) -> Site | str | None:
@@ -76,7 +77,8 @@ class Values(Group[HeadBases]):
         return replace(site, received=(out.in_features,) * len(outputs))
 
     def layout(self, module: nn.Module) -> Mapping[str, Inner]:
-        layers = {"to_v": Inner(0), "add_v_proj": Inner(0), "to_out.0": Inner(1), "to_add_out": Inner(1)}
+        receives = Inner(1, (module.to_out[0].in_features // module.to_v.out_features,))  # type: ignore
+        layers = {"to_v": Inner(0), "add_v_proj": Inner(0), "to_out.0": receives, "to_add_out": receives}
         return {name: inner for name, inner in layers.items() if getattr(module, name.partition(".")[0], None)}
 
     def resize(self, module: nn.Module, site: Site, rank: int) -> None:

@@ -37,6 +37,7 @@ class SitePlan:
     path: str
     heads: int
     rank: int
+    layers: dict = field(default_factory=dict)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
 from deploy.quality.measure import Measures
 from deploy.recipe.recipe import HOW_WEIGHTS
+from exporters.runtimes.denoiser import open_denoiser
 from exporters.runtimes.scheduled import schedule_graphs
-from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
 from slimdiff.denoising.scheduled import schedule_pipeline
@@ -41,7 +41,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     if shown:  # the graph has the shapes of one image
         one = sampling.model_copy(update={"batch": 1})
         graph = graph_of(str(shop.folder / "export" / "slim"), verified=False)
-        exported = with_denoiser(shop.slim, UNet.open(graph))
+        exported = with_denoiser(shop.slim, open_denoiser(graph))
         if schedule is not None:
             exported = schedule_graphs(exported, schedule, graph, "onnxruntime")
         images["slim_onnx"] = sample_images(exported, captions[:shown], one, checked=False)

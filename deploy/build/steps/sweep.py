@@ -54,7 +54,7 @@ class Sweep:
     @cached_property
     def call(self) -> Any:
         """The call whose latency is measured: one image at calibration's guidance. MACs are of one sample."""
-        size = {"height": self.sampling.height, "width": self.sampling.width}
+        size: dict[str, Any] = {"height": self.sampling.height, "width": self.sampling.width}
         return example_call(self.shop.dense, **size, guidance=self.sampling.guidance)
 
     @cached_property

@@ -14,8 +14,8 @@ from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of, spread
 from exporters.graphs.vae import HALVES, export_vae, is_half
 from exporters.registry import runtime_of
+from exporters.runtimes.denoiser import open_denoiser
 from exporters.runtimes.scheduled import schedule_graphs
-from exporters.runtimes.unet import UNet
 from exporters.runtimes.vae import VAE
 from exporters.settings import ExportSettings
 from exporters.validation.graph import check_parity
@@ -36,7 +36,7 @@ def run(shop: Workshop, _: Path) -> dict[str, Any]:
     parts = []
     title = runtime_of(shop.runtime).title
     for graph in (graph_of(str(folder), verified=False) for folder in graphs):
-        unet = UNet.open(graph, shop.runtime)
+        unet = open_denoiser(graph, shop.runtime)
         precision = unet.session.precision
         log.info("validate: %s in %s against fp32 in torch, %d calls", precision, title, len(calls))
         found = check_parity(denoiser_of(shop.slim), unet, calls, graph=graph)

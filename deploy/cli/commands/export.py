@@ -50,6 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(parser, WeightSettings, "variant")
     flags.add_usage(parser, "guidance")
     flags.add(parser, Sampling, "scheduler")
+    flags.add_argument(parser, "of the pipeline's call that graphs are for, such as max_sequence_length=256")
     samples = "samples in a denoiser call (default: what one image takes: two with guidance above 1, one without)"
     flags.whole(parser, "--batch", samples, most=MOST_AT_ONCE)
     dynamic = "leave the batch, the size (height and width), or both open instead of fixed"
@@ -68,14 +69,16 @@ def run(args: argparse.Namespace) -> int:
     if not set(open_dims) <= {"batch", "size"}:
         raise InputError(f"--dynamic takes batch, size or batch,size, got {args.dynamic!r}")
     dynamic = {f"dynamic_{name}": True for name in open_dims}
-    settings, image = flags.read(args, ExportSettings, **dynamic), flags.read_usage(args, args.model)
+    image = flags.read_usage(args, args.model)
+    arguments = {"arguments": image.arguments} if image.arguments else {}
+    settings = flags.read(args, ExportSettings, **dynamic, **arguments)
     weights, steering = flags.read(args, WeightSettings), flags.read(args, SteeringSettings)
     alone = args.pipeline is None and find_component(args.model) is not None
     if not alone:
         find_model(args.model, args.pipeline)
     for flag, asked in (("--vae-tile", args.vae_tile), ("what steers it", steering)):
         if alone and asked:
-            raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
+            raise InputError(f"{flag}: {args.model} is a denoiser alone: say with --pipeline which model it goes with")
     schedule = find_schedule(args.model, args.schedule)
     if schedule is not None and not schedule.guides_always():  # half a batch goes through in some steps
         settings = settings.model_copy(update={"dynamic_batch": True})
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         for source in filter(None, (args.pipeline, args.model)):
             copy_licenses(source, temporary)
         names = [file.relative_to(temporary).as_posix() for each in files for file in graph_files(each)]
-        islands = fp32_islands(files[0])  # the UNet's
+        islands = fp32_islands(files[0])  # the denoiser's
         about = {"precision": settings.precision, "dynamic": args.dynamic, "fp32_islands": islands}
         if report := report_of(read_graph(temporary / names[0])):
             about["int8"] = report
@@ -194,20 +197,26 @@ def _open(
 ) -> tuple[Any, Any, Any]:
     """The pipeline, its denoiser, and a call of it that graphs are for; no pipeline for a UNet that lies in none."""
     from deploy.artifacts.figures import denoiser_of
-    from exporters.graphs.alone import call_of_unet
+    from exporters.graphs.alone import call_of_unet, check_alone
     from exporters.graphs.pipeline import example_call
     from slimdiff.denoising.schedulers import with_scheduler
     from slimdiff.loading.pipelines import load_denoiser, load_pipeline
 
-    shapes: dict[str, Any] = {"batch": args.batch, "guidance": image.guidance}
+    shapes: dict[str, Any] = {"batch": args.batch, "guidance": image.guidance, "arguments": image.arguments}
     component = find_component(args.model)
     if component is None or component.pipeline or args.pipeline or args.lora:
         more: Any = {"lora": args.lora, "rest": args.pipeline, "steering": steering}
         pipeline = load_pipeline(args.model, "fp32", variant=variant, **more)
         pipeline = with_scheduler(pipeline, image)
         return pipeline, denoiser_of(pipeline), example_call(pipeline, height=image.height, width=image.width, **shapes)
-    for flag, value in (("--height and --width", image.height), ("--scheduler", image.scheduler)):
-        if value is not None:
+    check_alone(component.kind)
+    asked = {
+        "--height and --width": image.height,
+        "--scheduler": image.scheduler,
+        "--argument": shapes.pop("arguments"),
+    }
+    for flag, value in asked.items():
+        if value:
             raise InputError(f"{flag}: {args.model} is a UNet alone: say with --pipeline which model it goes with")
     unet = load_denoiser(args.model, "fp32", variant)
     return None, unet, call_of_unet(unet, **shapes)

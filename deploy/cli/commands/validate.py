@@ -13,7 +13,7 @@ from deploy.cli.outputs import check_runnable
 from exporters.registry import names
 from slimdiff.errors import InputError, require
 from slimdiff.prompts import check_inputs
-from slimdiff.settings import Sampling, SteeringSettings
+from slimdiff.settings import SteeringSettings
 
 DESCRIPTION = """Run both artifacts on denoiser calls recorded from a real trajectory, from its first to its last
 timestep, and hold their outputs, and the image at its end, against named bounds of the candidate's precision, and the
@@ -39,6 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_steering(parser)
     flags.whole(parser, "--calls", "calls, spread over the trajectory", default=5)
     flags.add_usage(parser, "steps", "guidance")
+    flags.add_argument(parser)
     neutral = "of the trajectory, whose image, where one is needed, is grey (default: 'a photo')"
     flags.sentence(parser, "--prompt", neutral, default="a photo")
     parser.add_argument(
@@ -50,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    asked = flags.read(args, Sampling, batch=1)
+    asked = flags.read_sampling(args, batch=1)
     check_inputs(args.prompt, where="--prompt")
     check_runnable(args.base, args.candidate, args.pipeline)
     variants = flags.read_variants(args, args.base, args.candidate, args.pipeline)
@@ -158,6 +159,6 @@ def _unguided(sampling: Any, pipeline: Any, *sides: Any) -> Any:
     from slimdiff.denoising.tasks import samples_per_image
 
     samples = samples_per_image(pipeline, sampling)
-    batches = [side.denoiser.inputs["sample"][0] for side in sides if side.kind != "model"]
+    batches = [side.denoiser.batch for side in sides if side.kind != "model"]
     odd = any(isinstance(batch, int) and batch % samples for batch in batches)
     return sampling.model_copy(update={"guidance": 1.0}) if odd else sampling

@@ -198,8 +198,8 @@ def test_a_component_that_has_no_row_is_one_line_that_says_whether_it_can_go(tmp
     with pytest.raises(InputError, match="asks for the image_normalizer .*cannot have: stay in torch"):
         check_carried(index, "x")
     pipeline = tasks.upscaler()
-    pipeline.register_to_config(text_encoder=("transformers", "T5EncoderModel"))
-    with pytest.raises(InputError, match="T5EncoderModel, .*taken is CLIPTextModel or .*: stay in torch"):
+    pipeline.register_to_config(text_encoder=("transformers", "LlamaModel"))
+    with pytest.raises(InputError, match="LlamaModel, .*taken is CLIPTextModel or .*: stay in torch"):
         export_pipeline(pipeline, tmp_path)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from exporters.graphs.export import export_unet, unet_inputs
+from exporters.graphs.export import export_module, export_unet, unet_inputs
 from exporters.graphs.naming import check_reduced_dims, weight_dims
 from exporters.graphs.reading import read_graph
 from exporters.settings import ExportSettings
@@ -130,3 +131,17 @@ def test_no_such_file_and_no_graph_are_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff not a model")
     with pytest.raises(InputError, match="no ONNX model"):
         read_graph(tmp_path / "model.onnx")
+
+
+def test_a_number_that_is_nearly_zero_is_added(tmp_path):
+    """Without it, zero would be divided by zero."""
+
+    class Ratio(torch.nn.Module):
+        def forward(self, x):
+            return x / (x + 1e-15), x + 0.5, x + x
+
+    file = export_module(Ratio(), {"x": torch.zeros(2, 3)}, ["ratio", "half", "twice"], tmp_path, ExportSettings())
+    session = pytest.importorskip("onnxruntime").InferenceSession(file)
+    ratio, half, twice = session.run(None, {"x": np.array([[0, 0, 1], [1, 0, 3]], np.float32)})
+    assert ratio.tolist() == [[0, 0, 1], [1, 0, 1]]
+    assert half.tolist() == [[0.5, 0.5, 1.5], [1.5, 0.5, 3.5]] and twice.tolist() == [[0, 0, 2], [2, 0, 6]]

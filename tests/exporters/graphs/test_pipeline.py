@@ -89,7 +89,7 @@ def test_other_pipelines_are_refused(pipeline, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"Linear, which .* cannot have \(taken is CLIPTextModel or"):
         export_pipeline(pipeline, tmp_path)
     monkeypatch.setattr(pipeline, "unet", None)
-    with pytest.raises(InputError, match="no unet"):
+    with pytest.raises(InputError, match="neither a unet nor a transformer"):
         export_pipeline(pipeline, tmp_path)
 
 
