@@ -12,6 +12,7 @@ from deploy.artifacts.hashes import content_hash, source_hash
 from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from deploy.quality import intervals
 from deploy.quality.measure import Measures
 from deploy.recipe.recipe import HOW_WEIGHTS
 from exporters.runtimes.scheduled import schedule_graphs
@@ -111,12 +112,23 @@ def _packages(shop: Workshop) -> tuple[tuple[str, str], ...]:
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
-    """What the embedded model's evaluator says of both sets of images."""
-    sides = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
+    """What the embedded model's evaluator says of both sets of images, with the intervals of `deploy.quality`."""
+    sides = [embedded.look(images, seed) for images in (dense, slim)]
+    metrics = (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower"))
+
+    def figures(rows: Any) -> list[float]:
+        """By metric, of dense and of slim, and their difference."""
+        one, other = (side.figures(rows) for side in sides)
+        return [value for name, _, _ in metrics for value in (one[name], other[name], other[name] - one[name])]
+
+    values = figures(slice(None))
+    ends = intervals.of_distances(len(dense), figures, values)
     result = {}
-    for metric, unit, better in (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower")):
-        values = {name: scores[metric] for name, scores in sides.items()}
-        result[metric] = {**values, "unit": unit, "better": better, "count": len(dense)}
+    for place, (metric, unit, better) in enumerate(metrics):
+        (a, b, change), (of_a, of_b, of_change) = (row[3 * place : 3 * place + 3] for row in (values, ends))
+        difference = {"difference": change, "low": of_change[0], "high": of_change[1]}
+        about = {"intervals": {"dense": of_a, "slim": of_b}, "unit": unit, "better": better, "count": len(dense)}
+        result[metric] = {"dense": a, "slim": b, **difference, **about}
     return result
 
 
