@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from PIL import Image
 from torch import Tensor, nn
 
-from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.export import dtype_of, export_module, export_unet, in_precision, refuse_scheduled, write_config
 from exporters.graphs.steering import check_image_encoder, folders_of
 from exporters.graphs.vae import settings_for_unet, tile_call
 from exporters.layout import (
@@ -166,6 +166,7 @@ def export_pipeline(
     settings, folder = settings or ExportSettings(), Path(folder)
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise InputError(f"{type(pipeline).__name__} has no unet: only pipelines with one are exported to ONNX")
+    refuse_scheduled(pipeline.unet)
     index = named_components(pipeline)
     index = index if settings.safety_checker else without_safety_checker(index)
     check_steered(pipeline)
