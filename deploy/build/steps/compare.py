@@ -125,7 +125,8 @@ def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
     ends = intervals.of_distances(len(dense), figures, values)
     result = {}
     for place, (metric, unit, better) in enumerate(metrics):
-        (a, b, change), (of_a, of_b, of_change) = (row[3 * place : 3 * place + 3] for row in (values, ends))
+        own = slice(3 * place, 3 * place + 3)
+        (a, b, change), (of_a, of_b, of_change) = values[own], ends[own]
         difference = {"difference": change, "low": of_change[0], "high": of_change[1]}
         about = {"intervals": {"dense": of_a, "slim": of_b}, "unit": unit, "better": better, "count": len(dense)}
         result[metric] = {"dense": a, "slim": b, **difference, **about}
