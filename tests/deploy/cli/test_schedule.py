@@ -132,6 +132,7 @@ def test_what_no_schedule_can_be_is_one_line(argv, said, model, tmp_path, monkey
     four = {"levels": 4, "steps": 4, "depth": "up_blocks.3", "guided": [0, 1, 2, 3], "whole": [0, 2]}
     Path("four.json").write_text(json.dumps(four))
     Path("broken.json").write_text(json.dumps({**four, "whole": "all"}))
+        ("schedule MODEL --speedup 2 --depth up_blocks.7", "has no up_blocks.7 to reuse"),
     Path("photo.json").write_bytes(b"\x89PNG")
     assert said in refused([str(model) if word == "MODEL" else word for word in argv.split()], capsys)
     assert not (model / "schedule.json").exists() and not Path("a.png").exists()
