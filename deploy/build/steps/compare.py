@@ -19,8 +19,8 @@ from exporters.runtimes.scheduled import schedule_graphs
 from exporters.runtimes.unet import UNet
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
-from slimdiff.denoising.scheduled import schedule_pipeline
-from slimdiff.denoising.schedulers import calls_of
+from slimdiff.denoising.scheduled import Scheduled, schedule_pipeline
+from slimdiff.denoising.schedulers import calls_of, with_scheduler
 from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
@@ -34,7 +34,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
     schedule = shop.schedule
-    slim = shop.slim if schedule is None else schedule_pipeline(shop.slim, schedule)
+    slim: Any = shop.slim if schedule is None else schedule_pipeline(shop.slim, schedule)
     images = {
         name: sample_images(pipeline, captions, sampling, checked=False)
         for name, pipeline in (("dense", shop.dense), ("slim", slim))
@@ -62,15 +62,15 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
         "quality": scores | measured["quality"],
         "sampling": sampling.model_dump(),
-        "schedule": schedule and _saved(shop, schedule),
+        "schedule": schedule and _saved(shop, schedule, slim.unet, -(-len(captions) // sampling.batch)),
         "pictures": pictures,
     }
 
 
-def _saved(shop: Workshop, schedule: Schedule) -> dict[str, Any]:
+def _saved(shop: Workshop, schedule: Schedule, scheduled: Scheduled, runs: int) -> dict[str, Any]:
     """The schedule that slim images are made by, as it holds for their steps, and the multiply-adds of an image."""
-    own = schedule.at(calls_of(shop.slim, shop.sampling.steps))
-    macs = image_macs(denoiser_of(shop.dense), denoiser_of(shop.slim), shop.trajectory[0], own)
+    own = schedule.at(calls_of(with_scheduler(shop.slim, shop.sampling), shop.sampling.steps))
+    macs = image_macs(denoiser_of(shop.dense), denoiser_of(shop.slim), shop.trajectory[0], scheduled, runs)
     return {"says": str(own), **own.model_dump(exclude_none=True), "macs_per_image": macs}
 
 
