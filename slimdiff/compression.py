@@ -18,7 +18,7 @@ from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.modules import carry_modes
 from slimdiff.denoising.precision import held_like, in_float32
-from slimdiff.denoising.scheduled import shallow_unet
+from slimdiff.denoising.scheduled import Scheduled, shallow_unet
 from slimdiff.denoising.sizes import check_size
 from slimdiff.denoising.tasks import samples_per_image
 from slimdiff.denoising.torch_state import own_torch_state
@@ -225,6 +225,10 @@ class Compressor:
             InputError: saying why.
         """
         denoiser = getattr(self._work, denoiser_name(self._work))
+        if isinstance(denoiser, Scheduled):
+            raise InputError(
+                "the pipeline runs by a schedule: slim the one that the schedule was given to, and give it as schedule="
+            )
         slim_class_of(denoiser)
         check_fit(self.source)
         sampling = self.calibration.sampling

@@ -73,7 +73,7 @@ class Schedule(Editable):
     """Steps, from 0, that run all branches of guidance; the others run the branch of the prompt alone."""
     whole: list[int]
     """Steps, from 0, that run the whole network."""
-    carried_from: int | None = None
+    carried_from: int | None = Field(None, ge=1, le=MOST_STEPS)
     """The number of steps that it was said or measured for, if that was another."""
     made_by: dict[str, Any] = {}
     """What was asked for, and what was measured on which trajectories; nothing of it if it was said by hand."""
@@ -103,7 +103,8 @@ class Schedule(Editable):
 
     def __str__(self) -> str:
         reuse = f"{len(self.whole)} whole, the others from {self.depth} on" if self.depth else "all whole"
-        return f"{self.steps} steps: {len(self.guided)} guided, {reuse}"
+        carried = f", carried over from {self.carried_from} steps" if self.carried_from else ""
+        return f"{self.steps} steps: {len(self.guided)} guided, {reuse}{carried}"
 
     def kinds(self) -> list[tuple[bool, bool]]:
         """Whether each step is guided, and whether it is whole."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import slimdiff
+from slimdiff.denoising.scheduled import Scheduled
 from slimdiff.denoising.trajectory import Call, denoiser_name
 from slimdiff.plan import Plan
 from slimdiff.planning.costs import batch_of, count_bytes, count_macs, count_parameters, shallow_share
-from slimdiff.schedule import Schedule
+from slimdiff.planning.pictures import StepCosts
 from slimdiff.storage import manifest
 
 
@@ -30,18 +31,21 @@ def costs(denoiser: Any, call: Call) -> dict[str, int]:
     }
 
 
-def image_macs(dense: Any, slim: Any, call: Call, schedule: Schedule) -> dict[str, Any]:
-    """Multiply-adds of the denoiser's calls for an image: of dense, every step guided and whole, and of slim by the
-    schedule. `saved` is a share.
+def image_macs(dense: Any, slim: Any, call: Call, scheduled: Scheduled, runs: int) -> dict[str, Any]:
+    """Multiply-adds of the denoiser's calls for an image: of dense, every step guided and whole, and of slim as it ran.
+    `saved` is a share.
 
     Args:
-        call: of one image, or some, with all branches of guidance.
-        schedule: for as many steps as the image has.
+        call: of one image, with all branches of guidance.
+        scheduled: what slim's images were made with: its calls count, which image to image has fewer of.
+        runs: of the pipeline, that made them.
     """
-    share = 1.0 if schedule.depth is None else shallow_share(slim, schedule.depth, call)
-    whole = count_macs(dense, call) * schedule.steps
-    own = count_macs(slim, call) * schedule.steps * schedule.cost(share, batch_of(call))
-    return {"dense": whole, "slim": round(own), "saved": 1 - own / whole}
+    depth, branches = scheduled.schedule.depth, batch_of(call)
+    share = 1.0 if depth is None else shallow_share(slim, depth, call)
+    steps = StepCosts.of_macs(share, branches).kinds
+    whole = count_macs(dense, call) * scheduled.ran.total() / runs
+    own = count_macs(slim, call) * sum(n * steps[kind] for kind, n in scheduled.ran.items()) / branches / runs
+    return {"dense": round(whole), "slim": round(own), "saved": 1 - own / whole}
 
 
 def compression_result(

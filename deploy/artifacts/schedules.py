@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from exporters.layout import CONFIG, read_config
+from slimdiff import embedded
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, Schedule
 
@@ -21,3 +25,15 @@ def find_schedule(name: str, asked: str | None) -> Schedule | None:
         return Schedule.load(asked)
     files = [place / FILE for place in places_of(name) if name != "demo" and (place / FILE).is_file()]
     return Schedule.load(files[0]) if files else None
+
+
+def check_schedule(name: str, schedule: Schedule | None) -> None:
+    """Refuse a schedule of another UNet than the artifact's, by its configuration on the disk; nothing is opened.
+
+    Raises:
+        InputError: for another number of levels.
+    """
+    root = embedded.path() if name == "demo" else Path(name)
+    file = next((file for file in (root / "unet" / CONFIG, root / CONFIG) if file.is_file()), None)
+    if schedule is not None and file is not None:
+        schedule.check(read_config(file), f"the schedule of {name}")

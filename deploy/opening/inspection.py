@@ -49,6 +49,7 @@ def model(name: str, variant: str | None = None) -> dict[str, Any]:
         "sites": rows,
         "left_dense": left_dense,
         "lora": plan.calibration.get("lora") if plan else None,
+        **_scheduled(places_of(name)[-1]),
         "provenance": provenance(places_of(name)[-1]),
     }
 
@@ -82,6 +83,7 @@ def onnx(name: str) -> dict[str, Any]:
         **_sizes(graph_files(graph)),
         "parts": [{"part": part, **_sizes([folder / GRAPH])} for part, folder in parts_of(graph).items()] or None,
         "slim": plan is not None,
+        **_scheduled(Path(name)),
     }
     if plan is not None:
         checked = check_reduced_dims(graph, plan)
@@ -89,6 +91,11 @@ def onnx(name: str) -> dict[str, Any]:
         wrong = {row["site"] for row in checked if not row["ok"]}
         rows = [{**row, "ok": row["site"] not in wrong} for row in sites_of(plan)]
     return {**value, "sites": rows, "provenance": provenance(Path(name))}
+
+
+def _scheduled(folder: Path) -> dict[str, str]:
+    """The schedule that lies in an artifact's folder, for people; nothing if there is none."""
+    return {"schedule": str(Schedule.load(folder))} if (folder / FILE).is_file() else {}
 
 
 def _sizes(graphs: list[Path]) -> dict[str, int]:
@@ -133,9 +140,7 @@ def engine(name: str) -> dict[str, Any]:
             }
             for row in engines
         ]
-    if (folder / FILE).is_file():
-        more["schedule"] = str(Schedule.load(folder))
-    return {**_only(report, kept), **more, "sites": rows, "provenance": provenance(folder)}
+    return {**_only(report, kept), **more, **_scheduled(folder), "sites": rows, "provenance": provenance(folder)}
 
 
 def engines(name: str) -> dict[str, Any]:
@@ -158,6 +163,7 @@ def bundle(name: str) -> dict[str, Any]:
         files = content.manifest["files"]
         return {
             **content.description.model_dump(),
+            **_scheduled(folder),
             "files": len(files),
             "bytes": sum(entry["bytes"] for entry in files.values()),
             "provenance": _only(content.manifest, ("kind", "made_from", "versions")),
@@ -177,7 +183,7 @@ def statistics(name: str) -> dict[str, Any]:
 def schedule(name: str) -> dict[str, Any]:
     """Which steps are guided and whole."""
     own = Schedule.load(name)
-    return {"steps": own.steps, "depth": own.depth, "guided": own.guided, "whole": own.whole, "made_by": own.made_by}
+    return own.model_dump(exclude={"schema_version"})
 
 
 def plan(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from deploy.opening.pairs import Side
 from exporters.graphs.pipeline import example_call
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.denoising.scheduled import schedule_pipeline
-from slimdiff.denoising.schedulers import calls_of
+from slimdiff.denoising.schedulers import calls_of, with_scheduler
 from slimdiff.schedule import Schedule
 from slimdiff.settings import Sampling
 
@@ -39,13 +39,21 @@ def with_schedule(
     return schedule_graphs(pipeline, schedule, graph, opened.runtime, threads), schedule
 
 
-def compute_of(dense: Side, slim: Side, schedule: Schedule, sampling: Sampling) -> dict[str, Any]:
+def as_followed(schedule: Schedule | None, pipeline: Any, sampling: Sampling) -> Schedule | None:
+    """The schedule as images of so many steps follow it: carried over to their calls if it is for another number."""
+    return schedule and schedule.at(calls_of(with_scheduler(pipeline, sampling), sampling.steps))
+
+
+def compute_of(dense: Side, slim: Side, sampling: Sampling, images: int) -> dict[str, Any]:
     """Multiply-adds of the denoiser's calls for an image, counted: of dense with every step guided and whole, and of
-    slim by the schedule. `saved` is a share; all are None where a side is no model in torch.
+    slim by its schedule. `saved` is a share; all are None where a side is no model in torch.
+
+    Args:
+        images: that slim has made, and no others.
     """
     if not dense.opened.kind == slim.opened.kind == "model":
         return {"dense": None, "slim": None, "saved": None}
     shapes: dict[str, Any] = {"height": sampling.height, "width": sampling.width, "guidance": sampling.guidance}
     call = example_call(dense.pipeline, **shapes)
-    own = schedule.at(calls_of(slim.pipeline, sampling.steps))
-    return image_macs(dense.opened.denoiser, slim.opened.denoiser, call, own)
+    runs = -(-images // sampling.batch)
+    return image_macs(dense.opened.denoiser, slim.opened.denoiser, call, slim.pipeline.unet, runs)

@@ -37,6 +37,7 @@ from exporters.graphs.timesteps import graph_time, has_whole_times
 from exporters.layout import EXPORTED_FOR, GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.precision import cast, floats
+from slimdiff.denoising.scheduled import Scheduled
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError, require
@@ -165,6 +166,19 @@ def warn_of_precision(plan: Plan, settings: ExportSettings) -> None:
         log.warning("the model's plan puts %d layers into int8, and its graph is in %s", len(int8), settings.precision)
 
 
+def refuse_scheduled(unet: nn.Module) -> None:
+    """Refuse a denoiser that runs by a schedule: its graph would have every step whole, and say nothing of it.
+
+    Raises:
+        InputError: saying what is exported in its place.
+    """
+    if isinstance(unet, Scheduled):
+        raise InputError(
+            "this UNet runs by a schedule, which a graph alone does not follow: save the pipeline (save_pretrained), "
+            "and export that folder with slimdiff export"
+        )
+
+
 def export_called(
     wrapper: type[Denoiser],
     model: nn.Module,
@@ -176,6 +190,7 @@ def export_called(
     scheduler: Any = None,
 ) -> Path:
     """Export what a pipeline calls as it does its denoiser; see `export_unet`."""
+    refuse_scheduled(model)
     inputs = unet_inputs(call)
     if scheduler is not None and not has_whole_times(scheduler):
         inputs["timestep"] = inputs["timestep"].float()

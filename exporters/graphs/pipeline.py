@@ -17,7 +17,15 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from PIL import Image
 from torch import Tensor, nn
 
-from exporters.graphs.export import check_transformer, dtype_of, export_module, export_unet, in_precision, write_config
+from exporters.graphs.export import (
+    check_transformer,
+    dtype_of,
+    export_module,
+    export_unet,
+    in_precision,
+    refuse_scheduled,
+    write_config,
+)
 from exporters.graphs.inputs import latent_size
 from exporters.graphs.language_model import export_language_model
 from exporters.graphs.steering import check_image_encoder, folders_of
@@ -167,6 +175,7 @@ def export_pipeline(
     """
     settings, folder = settings or ExportSettings(), Path(folder)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
+    refuse_scheduled(denoiser)
     index = named_components(pipeline)
     index = index if settings.safety_checker else without_safety_checker(index)
     check_steered(pipeline)

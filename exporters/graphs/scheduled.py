@@ -27,8 +27,7 @@ from slimdiff.denoising.scheduled import TorchPasses
 from slimdiff.denoising.sizes import autoencoder_of
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
-from slimdiff.errors import require
-from slimdiff.errors import InputError
+from slimdiff.errors import InputError, require
 from slimdiff.models import plan_of
 from slimdiff.schedule import Schedule
 

@@ -81,7 +81,8 @@ def measure_steps(
     turns = [kinds[step % len(kinds)] for step in range(calls)]
     guided = [step for step, (guides, _) in enumerate(turns) if guides]
     whole = [step for step, (_, runs_all) in enumerate(turns) if runs_all]
-    schedule = Schedule(levels=levels, steps=calls, depth=depth, guided=guided, whole=whole)
+    content = {"levels": levels, "steps": calls, "depth": depth, "guided": guided, "whole": whole}
+    schedule = Schedule.parse(content, "the schedule")
     where = conditions(settings)
     config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
     asked = sampling.model_dump(include={"guidance", "height", "width"})

@@ -11,6 +11,7 @@ import copy
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -87,6 +88,8 @@ class Scheduled(nn.Module):
         self._kept: _Kept | None = None
         self._listed: tuple[Tensor, list[float]] | None = None
         self._carried: dict[int, Schedule] = {}
+        self.ran: Counter[tuple[bool, bool]] = Counter()
+        """Calls by pipelines so far: whether all branches ran, and whether the whole network did."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -115,8 +118,10 @@ class Scheduled(nn.Module):
         named = {name: value for name, value in named.items() if value is not None}
         arguments = {"sample": sample, "timestep": timestep, **named, **others}
         pipeline = None if torch.is_grad_enabled() else _calling(self)
-        if pipeline is None or self.schedule.is_full():
+        if pipeline is None:
             noise = self.passes.whole(arguments, None)[0]
+        elif self.schedule.is_full():
+            noise = self._whole(arguments)
         else:
             noise = self._at_step(pipeline, arguments)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
@@ -127,7 +132,7 @@ class Scheduled(nn.Module):
         kept = self._kept if self._kept is not None and self._kept.times is times else None
         step = _find(pipeline, arguments, listed, kept)
         if kept is not None and step == kept.step:  # a further call of a step: what the first one left stays
-            return self.passes.whole(arguments, None)[0]
+            return self._whole(arguments)
         schedule = self._for(len(listed))
         guided, whole = schedule.kinds()[step]
         branches = 1 if schedule.guides_always() else _branches(pipeline, len(sample))
@@ -141,13 +146,20 @@ class Scheduled(nn.Module):
         if whole or state is None:
             noise, state = self.passes.whole(arguments, schedule.depth)
             self._kept = _Kept(times, step, like, state, runs)
+            self.ran[runs == branches, True] += 1
         else:
             assert kept is not None and schedule.depth is not None
             noise = self.passes.shallow(arguments, schedule.depth, state)
             self._kept = replace(kept, step=step)
+            self.ran[runs == branches, False] += 1
         if step == len(listed) - 1:
             self._kept = None  # the picture is finished: nothing of it stays in memory
         return noise.repeat(branches, *[1] * (noise.ndim - 1)) if runs < branches else noise
+
+    def _whole(self, arguments: dict[str, Any]) -> Tensor:
+        """A step of which nothing is kept."""
+        self.ran[True, True] += 1
+        return self.passes.whole(arguments, None)[0]
 
     def _times(self, pipeline: Any) -> tuple[Tensor, list[float]]:
         """The times of the pipeline's scheduler, and the same as numbers."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from slimdiff.embedded.evaluator import Seen
 
 
 def path() -> Path:
@@ -24,19 +27,20 @@ def captions(count: int, seed: int = 0, *, held_out: bool = False) -> list[str]:
     return [s.caption() for s in sample_scenes(count, seed, held_out=held_out)]
 
 
-def quality(images: Sequence[Any], seed: int) -> dict[str, float]:
-    """What the evaluator sees in images made from `captions(len(images), seed, held_out=True)`.
+def look(images: Sequence[Any], seed: int) -> Seen:
+    """What the evaluator sees in images made from `captions(len(images), seed, held_out=True)`."""
+    import numpy as np
 
-    Returns:
-        `caption_accuracy` in [0, 1] and `frechet_distance` to as many rendered scenes.
-    """
     from slimdiff.embedded import evaluator, scenes
 
     reader = evaluator.load()
     captioned = scenes.sample_scenes(len(images), seed, held_out=True)
     pictures = evaluator.to_tensor(images)
     hits = evaluator.attribute_hits(reader, pictures, captioned)
-    return {
-        "caption_accuracy": evaluator.caption_accuracy(hits)["all"],
-        "frechet_distance": evaluator.frechet_distance(reader, pictures, scenes.render(captioned, seed)),
-    }
+    each = [[hit for name in row.values() for hit in name] for row in hits]
+    return evaluator.Seen(
+        np.array([sum(row) for row in each]),
+        np.array([len(row) for row in each]),
+        evaluator.features(reader, pictures),
+        evaluator.features(reader, scenes.render(captioned, seed)),
+    )

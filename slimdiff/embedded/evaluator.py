@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -102,7 +104,6 @@ def caption_accuracy(hits: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
     return {name: sum(row) / len(row) for name, row in by_name.items()}
 
 
-@torch.no_grad()
 def frechet_distance(evaluator: Evaluator, images: Tensor, reference: Tensor) -> float:
     """Fréchet distance between two sets of pictures in the evaluator's feature space (mean over places, 96 dims).
 
@@ -111,12 +112,41 @@ def frechet_distance(evaluator: Evaluator, images: Tensor, reference: Tensor) ->
     Raises:
         InputError: for a set of one.
     """
+    return distance_of(features(evaluator, images), features(evaluator, reference))
+
+
+@torch.no_grad()
+def features(evaluator: Evaluator, images: Tensor) -> np.ndarray:
+    """What `frechet_distance` is of, float64 `[N, 96]`."""
+    return evaluator.features(images).mean(1).double().numpy()
+
+
+def distance_of(images: np.ndarray, reference: np.ndarray) -> float:
+    """`frechet_distance` of sets of `features`."""
     if min(len(images), len(reference)) < 2:
         raise InputError("the distance of two sets of images takes at least two of each: make more")
-    moments = []
-    for batch in (images, reference):
-        f = evaluator.features(batch).mean(1).double().numpy()
-        moments.append((f.mean(0), np.cov(f, rowvar=False)))
-    (mean_a, cov_a), (mean_b, cov_b) = moments
+    (mean_a, cov_a), (mean_b, cov_b) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (images, reference))
     eigenvalues = scipy.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the evaluator sees in images, one row each: figures of any number of them follow from it.
+
+    Attributes:
+        right, asked: attributes of the caption that the image shows, and that there are; `[N]`.
+        features: of the image, and `rendered`, of the scene of its caption; `[N, 96]`.
+    """
+
+    right: np.ndarray
+    asked: np.ndarray
+    features: np.ndarray
+    rendered: np.ndarray
+
+    def figures(self, rows: Any = slice(None)) -> dict[str, float]:
+        """`caption_accuracy` in [0, 1], and `frechet_distance` to all scenes; of the images of these numbers."""
+        return {
+            "caption_accuracy": float(self.right[rows].sum() / self.asked[rows].sum()),
+            "frechet_distance": distance_of(self.features[rows], self.rendered),
+        }

@@ -133,16 +133,21 @@ class Images:
         return sum(float((a - b).square().sum()) for a, b in pairs) / total
 
     def schedule(self, kinds: Kinds, depth: str | None, **made_by: Any) -> Schedule:
-        """Of these kinds of steps, for as many."""
+        """Of these kinds of steps, for as many.
+
+        Raises:
+            InputError: for a depth that the UNet does not have.
+        """
         whole = [step for step, (_, whole) in enumerate(kinds) if whole]
-        return Schedule(
-            levels=self.levels,
-            steps=len(kinds),
-            depth=depth if len(whole) < len(kinds) else None,
-            guided=[step for step, (guided, _) in enumerate(kinds) if guided],
-            whole=whole,
-            made_by=made_by,
-        )
+        content: dict[str, Any] = {
+            "levels": self.levels,
+            "steps": len(kinds),
+            "depth": depth if len(whole) < len(kinds) else None,
+            "guided": [step for step, (guided, _) in enumerate(kinds) if guided],
+            "whole": whole,
+            "made_by": made_by,
+        }
+        return Schedule.parse(content, "the schedule")
 
 
 @dataclass

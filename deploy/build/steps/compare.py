@@ -12,14 +12,15 @@ from deploy.artifacts.hashes import content_hash, source_hash
 from deploy.artifacts.kinds import graph_of
 from deploy.build.stages import Stage
 from deploy.build.workshop import Workshop, packages_of
+from deploy.quality import intervals
 from deploy.quality.measure import Measures
 from deploy.recipe.recipe import HOW_WEIGHTS
 from exporters.runtimes.denoiser import open_denoiser
 from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff import embedded
 from slimdiff.compression import with_denoiser
-from slimdiff.denoising.scheduled import schedule_pipeline
-from slimdiff.denoising.schedulers import calls_of
+from slimdiff.denoising.scheduled import Scheduled, schedule_pipeline
+from slimdiff.denoising.schedulers import calls_of, with_scheduler
 from slimdiff.denoising.tasks import has_prompts, text_of
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.fidelity import compare_noise, image_fidelity
@@ -33,7 +34,7 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
     measures = measures_of(shop)
     noise = compare_noise(shop.dense, shop.slim, shop.captions[: settings.trajectories], sampling)
     schedule = shop.schedule
-    slim = shop.slim if schedule is None else schedule_pipeline(shop.slim, schedule)
+    slim: Any = shop.slim if schedule is None else schedule_pipeline(shop.slim, schedule)
     images = {
         name: sample_images(pipeline, captions, sampling, checked=False)
         for name, pipeline in (("dense", shop.dense), ("slim", slim))
@@ -61,15 +62,15 @@ def run(shop: Workshop, folder: Path) -> dict[str, Any]:
         "images_onnx": image_fidelity(images["slim"][:shown], images["slim_onnx"]) if shown else None,
         "quality": scores | measured["quality"],
         "sampling": sampling.model_dump(),
-        "schedule": schedule and _saved(shop, schedule),
+        "schedule": schedule and _saved(shop, schedule, slim.unet, -(-len(captions) // sampling.batch)),
         "pictures": pictures,
     }
 
 
-def _saved(shop: Workshop, schedule: Schedule) -> dict[str, Any]:
+def _saved(shop: Workshop, schedule: Schedule, scheduled: Scheduled, runs: int) -> dict[str, Any]:
     """The schedule that slim images are made by, as it holds for their steps, and the multiply-adds of an image."""
-    own = schedule.at(calls_of(shop.slim, shop.sampling.steps))
-    macs = image_macs(denoiser_of(shop.dense), denoiser_of(shop.slim), shop.trajectory[0], own)
+    own = schedule.at(calls_of(with_scheduler(shop.slim, shop.sampling), shop.sampling.steps))
+    macs = image_macs(denoiser_of(shop.dense), denoiser_of(shop.slim), shop.trajectory[0], scheduled, runs)
     return {"says": str(own), **own.model_dump(exclude_none=True), "macs_per_image": macs}
 
 
@@ -111,12 +112,24 @@ def _packages(shop: Workshop) -> tuple[tuple[str, str], ...]:
 
 
 def quality(dense: list[Any], slim: list[Any], seed: int) -> dict[str, Any]:
-    """What the embedded model's evaluator says of both sets of images."""
-    sides = {name: embedded.quality(images, seed) for name, images in (("dense", dense), ("slim", slim))}
+    """What the embedded model's evaluator says of both sets of images, with the intervals of `deploy.quality`."""
+    sides = [embedded.look(images, seed) for images in (dense, slim)]
+    metrics = (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower"))
+
+    def figures(rows: Any) -> list[float]:
+        """By metric, of dense and of slim, and their difference."""
+        one, other = (side.figures(rows) for side in sides)
+        return [value for name, _, _ in metrics for value in (one[name], other[name], other[name] - one[name])]
+
+    values = figures(slice(None))
+    ends = intervals.of_distances(len(dense), figures, values)
     result = {}
-    for metric, unit, better in (("caption_accuracy", "share", "higher"), ("frechet_distance", "", "lower")):
-        values = {name: scores[metric] for name, scores in sides.items()}
-        result[metric] = {**values, "unit": unit, "better": better, "count": len(dense)}
+    for place, (metric, unit, better) in enumerate(metrics):
+        own = slice(3 * place, 3 * place + 3)
+        (a, b, change), (of_a, of_b, of_change) = values[own], ends[own]
+        difference = {"difference": change, "low": of_change[0], "high": of_change[1]}
+        about = {"intervals": {"dense": of_a, "slim": of_b}, "unit": unit, "better": better, "count": len(dense)}
+        result[metric] = {"dense": a, "slim": b, **difference, **about}
     return result
 
 

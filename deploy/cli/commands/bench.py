@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploy.history.summary import Case
     from exporters.latency.decision import Gate
     from exporters.latency.pair import Job
+    from slimdiff.schedule import Schedule
 
 DESCRIPTION = """Time one denoiser call of each in turn (or one whole image), in pairs of fresh processes, so that what
 slows the machine slows both, and give the speedup with its interval. Pairs are added until the gate is decided: pass
@@ -115,12 +116,13 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     if "batch" not in chosen.model_fields_set and (args.of == "image" or usage.guidance <= 1):
         chosen = chosen.model_copy(update={"batch": 1})
     usage = usage.model_copy(update={"batch": chosen.batch})
+    schedules = _schedules(args) if args.of == "image" else {}
     with TemporaryDirectory(prefix="slimdiff-bench-") as scratch:
         asked = {"base": (args.base, args.base_runtime or args.runtime), "candidate": (args.candidate, args.runtime)}
         # Exports come last: what else is wrong shows before them.
         order = sorted(asked, key=lambda place: kind_of(asked[place][0]) == "model")
         jobs = {
-            place: _of_image(args, place, *asked[place], usage, Path(scratch) / place, variants)
+            place: _of_image(args, *asked[place], usage, schedules[place], Path(scratch) / place, variants)
             if args.of == "image"
             else job_of(*asked[place], chosen.batch, Path(scratch) / place, variants[asked[place][0]])
             for place in order
@@ -135,22 +137,30 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
     return code
 
 
+def _schedules(args: argparse.Namespace) -> dict[str, Schedule | None]:
+    """What each side's images are made by; one of another model shows before any export."""
+    from deploy.artifacts.schedules import check_schedule, find_schedule
+
+    asked = {"base": (args.base, args.base_schedule), "candidate": (args.candidate, args.schedule)}
+    schedules = {place: find_schedule(*each) for place, each in asked.items()}
+    for place, schedule in schedules.items():
+        check_schedule(asked[place][0], schedule)
+    return schedules
+
+
 def _of_image(
     args: argparse.Namespace,
-    place: str,
     name: str,
     runtime: str | None,
     usage: Sampling,
+    schedule: Schedule | None,
     scratch: Path,
     variants: dict[str | None, str | None],
 ) -> Job:
-    """The artifact in a `place`, base or candidate, as its whole image is to be timed."""
-    from deploy.artifacts.schedules import find_schedule
-
+    """The artifact as its whole image is to be timed."""
     calm_libraries()
     from deploy.opening.picture import picture_job
 
-    schedule = find_schedule(name, args.base_schedule if place == "base" else args.schedule)
     chosen: Any = {"variant": variants[name], "rest": args.pipeline, "rest_variant": variants[args.pipeline]}
     return picture_job(name, runtime, usage, schedule, scratch, **chosen)
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import EXIT_CODE, judge, overall, quality
     from deploy.opening.pairs import open_pair
-    from deploy.opening.schedules import compute_of, with_schedule
+    from deploy.opening.schedules import as_followed, compute_of, with_schedule
     from deploy.quality.folders import save_images
     from deploy.quality.measure import Measures
     from slimdiff import compare
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     dense, slim, sampling = open_pair(*both, sampling, args.runtime, args.pipeline, variants, material, loras, steering)
     prompts, sampling = make_inputs(dense.pipeline, material, sampling)
     slim.pipeline, schedule = with_schedule(slim.pipeline, slim.opened, schedule, args.schedule)
+    schedule = as_followed(schedule, slim.pipeline, sampling)
     counts = {"--images": min(args.images, len(prompts)), "--trajectories": min(args.trajectories, len(prompts))}
     if dense.fixed_batch or slim.fixed_batch:
         for flag, count in counts.items():
@@ -125,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
         value["images"]["metrics"] = measured["images"]
         value["quality"] |= measured["quality"]
         if schedule is not None:
-            value["schedule"] = schedule.model_dump(exclude_none=True)
-            value["macs_per_image"] = compute_of(dense, slim, schedule, sampling)
+            value["schedule"] = {"says": str(schedule), **schedule.model_dump(exclude_none=True)}
+            value["macs_per_image"] = compute_of(dense, slim, sampling, counts["--images"])
         value["precision"] = {"dense": dense.precision, "slim": slim.precision}
         if folder is not None:
             made_from = {"command": "compare", "sampling": value["sampling"]}
@@ -163,6 +164,8 @@ def _text(value: dict[str, Any]) -> str:
         f"noise-prediction error: {value['noise_error']['relative_mse']:.3g} relative mean squared",
         f"images: PSNR {images['psnr_db']:.1f} dB, SSIM {images['ssim']:.4f}, {images['count']} pairs",
     ]
+    if (schedule := value.get("schedule")) is not None:
+        lines.append(f"schedule: {schedule['says']}")
     if (macs := value.get("macs_per_image", {})).get("saved") is not None:
         lines.append(
             f"multiply-adds per image: {macs['dense']:.4g} dense, every step guided and whole; {macs['slim']:.4g} "

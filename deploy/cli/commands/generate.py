@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
 
     from deploy.opening.openers import open_denoiser, whole_pipeline
-    from deploy.opening.schedules import with_schedule
+    from deploy.opening.schedules import as_followed, with_schedule
     from slimdiff.denoising.steering import nets_of
     from slimdiff.denoising.tasks import for_task, make_inputs
     from slimdiff.denoising.trajectory import sample_images
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         enable_tiling(pipeline)
     inputs, sampling = make_inputs(pipeline, material, sampling)
     pipeline, schedule = with_schedule(pipeline, opened, schedule, args.schedule)
+    schedule = as_followed(schedule, pipeline, sampling)
     log.info("generate: %d steps%s", sampling.steps, f", by the schedule of {schedule}" if schedule else "")
     start = time.perf_counter()
     filled = -(-len(inputs) // sampling.batch) * sampling.batch  # a graph's batch is fixed

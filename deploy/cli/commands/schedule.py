@@ -88,8 +88,11 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args.model, "fp32", variant=variant, lora=args.lora)
     times: dict[str | None, Any] = {}
     if asked:
+        from slimdiff.denoising.scheduled import shallow_unet
         from slimdiff.planning.schedules import Images, choose_schedule, measure_changes
 
+        if by_hand.depth is not None and getattr(pipeline, "unet", None) is not None:
+            shallow_unet(pipeline.unet, by_hand.depth)  # which refuses what the model does not have
         prompts, sampling = make_inputs(pipeline, material, sampling)
         log.info("schedule: %d images in %d steps, again for each step and what is left out", samples, sampling.steps)
         images = Images(pipeline, prompts[:samples], sampling)

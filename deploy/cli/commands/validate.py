@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     from deploy.build import spread
     from deploy.opening.openers import open_denoiser, vae_of
+    from deploy.opening.schedules import as_followed
     from exporters.graphs.int8 import processors_for
     from exporters.graphs.reading import read_graph
     from exporters.validation.graph import check_parity
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     pair, schedule = _by_schedule(
         pipeline, base, candidate, find_schedule(args.candidate, args.schedule), args.schedule
     )
+    schedule = as_followed(schedule, pipeline, sampling)
     if schedule is not None and schedule.depth is not None:
         bounds = bounds_for(base.denoiser, candidate.denoiser) or BOUNDS[precision]
         value = check_shallow(value, pair[0].unet.passes, pair[1].unet.passes, calls, schedule.depth, bounds)

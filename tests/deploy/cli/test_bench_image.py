@@ -87,3 +87,12 @@ def test_calls_and_pictures_are_series_of_their_own(tmp_path):
     }
     entries = [Entry.model_validate(line), Entry.model_validate({**line, "of": "image"})]
     assert [entry.of for entry in entries] == ["call", "image"] and len(all_series(entries)) == 2
+
+
+def test_a_schedule_of_another_model_shows_before_any_export(workspace, tmp_path, monkeypatch, capsys):
+    make_schedule(2, STEPS, deep_every=2).save(tmp_path / "other.json")
+    monkeypatch.setattr("deploy.opening.picture._export", lambda *_: pytest.fail("it exports"))
+    for flag in ("--schedule", "--base-schedule"):
+        tiny = workspace / "tiny"
+        said = refused(["bench", tiny, tiny, "--of", "image", flag, tmp_path / "other.json"], capsys)
+        assert "is for a UNet of 2 levels, and this one has 3" in said and str(tiny) in said

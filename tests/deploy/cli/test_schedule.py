@@ -64,6 +64,21 @@ def test_compare_holds_a_scheduled_model_against_the_dense_one_at_full_schedule(
     )
 
 
+def test_what_was_carried_over_is_said_with_what_was_measured(model, capsys):
+    """In the result, not in a warning alone; a sampler's calls are what counts, not its steps."""
+    schedule = make_schedule(3, 6, guidance_interval=(0.0, 0.5), deep_every=3)
+    schedule.model_copy(update={"made_by": {"latent_error": 0.01}}).save(model / "schedule.json")
+    for steps, calls, more in ((6, 6, []), (4, 4, []), (3, 5, ["--scheduler", "heun"])):
+        found = call(["compare", model, model, *FEW, "--steps", steps, *more], capsys)
+        own = found["schedule"]
+        assert (own["steps"], own.get("carried_from")) == (calls, None if calls == 6 else 6)
+        assert own["made_by"] == {"latent_error": 0.01} and own["whole"] == schedule.at(calls).whole
+        assert ("carried over from 6 steps" in own["says"]) == (calls != 6)
+        shares = [1 - schedule.at(calls).cost(shallow) for shallow in (1.0, 0.0)]
+        assert shares[0] < found["macs_per_image"]["saved"] < shares[1]
+    assert call(["inspect", model / "schedule.json"], capsys)["levels"] == 3
+
+
 def test_a_chosen_schedule_is_as_fast_as_asked_and_says_what_it_changes(model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     measured = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 3, "--depth", "up_blocks.2"]
@@ -117,6 +132,7 @@ def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch
         ("schedule MODEL --guidance-interval 0.5:2", "guidance-interval"),
         ("schedule MODEL --guidance-interval 0.8:0.2", "an interval of guidance is like 0.0:0.5"),
         ("schedule MODEL --deep-every 2 --depth up_blocks.7", "a UNet of 3 levels has up_blocks.1 or up_blocks.2"),
+        ("schedule MODEL --speedup 2 --depth up_blocks.7", "has no up_blocks.7 to reuse"),
         ("schedule MODEL --deep-every 2 --out schedule.txt", "name a file that ends in .json"),
         ("schedule MODEL --deep-every 2 --out photo.json", "is there and no schedule: name another file"),
         ("generate MODEL --prompt a --out a.png --schedule four.json", "for a UNet of 4 levels, and this one has 3"),

@@ -119,10 +119,11 @@ def test_metrics_are_shown_with_their_intervals(build):
     compare["images"]["metrics"] = {"lpips": {"value": 0.123, "low": 0.101, "high": 0.145, **about}}
     clip = {"dense": 31.0, "slim": 30.5, "difference": -0.5, "low": -0.81, "high": -0.19, "intervals": {}}
     compare["quality"]["clip"] = {**clip, **about, "better": "higher"}
+    compare["quality"]["caption_accuracy"] |= {"low": -0.02, "high": 0.005, "intervals": {}}
     save(build, "compare", compare)
     page = report_of(build)
     text = text_of(page)
-    for said in ("LPIPS lower is better", "0.123", "0.101 to 0.145", "CLIP score", "0.810 to", "Caption accuracy"):
+    for said in ("LPIPS lower is better", "0.123", "0.101 to 0.145", "CLIP score", "0.810 to", "−2.00 to +0.50 points"):
         assert said in text, said
     assert not Elements(page).wrong
 

@@ -176,3 +176,15 @@ def test_what_steers_a_unet_goes_with_a_depth(steering, pipeline, tiny, tmp_path
     near = image_fidelity(expected, found)["psnr_db"]
     others = sample_images(steered, inputs, sampling), sample_images(schedule_pipeline(small, BOTH), ["abc"], sampling)
     assert near > 60 and all(image_fidelity(other, found)["psnr_db"] < near - 5 for other in others)
+
+
+def test_a_pipeline_that_runs_by_a_schedule_is_not_exported_without_it(pipeline, tmp_path):
+    from exporters import export_pipeline, export_unet
+    from exporters.graphs.pipeline import example_call
+
+    scheduled: Any = schedule_pipeline(pipeline, BOTH)
+    with pytest.raises(InputError, match="runs by a schedule"):
+        export_pipeline(scheduled, tmp_path / "pipeline")
+    with pytest.raises(InputError, match="runs by a schedule"):
+        export_unet(scheduled.unet, tmp_path / "unet", example_call(pipeline))
+    assert not [*tmp_path.iterdir()]

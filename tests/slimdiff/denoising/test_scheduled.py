@@ -20,7 +20,7 @@ from diffusers import (
 from families.images import instruct_pix2pix, unconditional, xl
 from families.steering import make_adapter, make_controlnet, picture
 
-from slimdiff import Sampling
+from slimdiff import Sampling, compress
 from slimdiff.denoising.scheduled import Scheduled, TorchPasses, schedule_pipeline
 from slimdiff.denoising.trajectory import sample_images
 from slimdiff.errors import InputError
@@ -310,6 +310,8 @@ def test_what_no_schedule_can_follow_is_refused_in_one_line(pipeline):
         schedule_pipeline(without, make_schedule(levels, 6, deep_every=2, depth="up_blocks.1"))
     with pytest.raises(InputError, match="has a schedule already"):
         schedule_pipeline(schedule_pipeline(pipeline, BOTH), BOTH)
+    with pytest.raises(InputError, match="slim the one that the schedule was given to"):
+        compress(schedule_pipeline(pipeline, BOTH), PROMPTS, "4%")
     changed = copy.deepcopy(pipeline)
     changed.unet.forward = changed.unet.forward
     with pytest.raises(InputError, match="forward was replaced"):

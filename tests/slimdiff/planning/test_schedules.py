@@ -88,3 +88,8 @@ def test_a_schedule_is_chosen_for_a_speedup_or_an_error(images):
         choose_schedule(images, measured, speedup=9)
     with pytest.raises(InputError, match="give one of them"):
         choose_schedule(images, measured)
+
+
+def test_a_depth_that_the_unet_does_not_have_is_refused(images):
+    with pytest.raises(InputError, match="depth is up_blocks.7, and a UNet of"):
+        images.change(images.schedule([(True, True), (True, False)], "up_blocks.7"))
