@@ -1,10 +1,10 @@
 """Ranks and a schedule together: how much of a speedup of the whole picture each brings, for the least change.
 
-Some splits are looked at, from ranks alone to the schedule alone. Of each, the schedule is the best one by what was
-measured on final images, and the plan the best one within what is left, by that schedule's own table. What a schedule
-changes in the final latents is measured; what a plan does is predicted: its error of the noise, times a factor that the
-pairs measured so far show. Both are taken to be orthogonal, so that squares add. The best predicted pair is made and
-measured, which corrects the factor, until the best one is a measured one.
+Some splits are looked at, from ranks alone to the schedule alone, or as far as these go. Of each, the schedule is the
+best one by what was measured on final images, and the plan the best one within what is left, by that schedule's own
+table. What a schedule changes in the final latents is measured; what a plan does is predicted: its error of the noise,
+times a factor that the pairs measured so far show. Both are taken to be orthogonal, so that squares add. The best
+predicted pair is made and measured, which corrects the factor, until the best one is a measured one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +31,7 @@ from slimdiff.schedule import Schedule
 
 log = logging.getLogger("slimdiff")
 SPLITS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
-"""Shares of the speedup's logarithm that the schedule brings; the ranks bring the rest."""
+"""Shares of what a schedule can bring beyond what it must, in logarithms; the ranks bring the rest of the speedup."""
 TRIED = 4
 """Pairs at most that are made and measured."""
 _LEAST = 0.05
@@ -127,44 +128,45 @@ class Choosing:
         # Computed once, before copies of the planner take them over.
         _ = self.planner.factors, self.planner.sensitivities, self.planner.in_int8 and self.planner.int8_errors
         choices = [one for changes in self.changes for one in frontier(changes)]
-        found: dict[tuple[Any, ...], Pair] = {}
-        fastest = 1.0
-        for split in bar(SPLITS, "plans", "split"):
-            within = [one for one in choices if one.cost <= self.speedup**-split + 1e-9]
-            if not within:
-                continue
-            choice = min(within, key=lambda one: (one.change, one.cost))
-            key = (choice.depth, *choice.kinds)
-            if key in found:
-                continue
-            pair, most = self._pair(choice)
-            fastest = max(fastest, most)
-            if pair is not None:
-                found[key] = pair
-        if not found:
+        choices.sort(key=lambda one: one.cost)
+        fast = bisect_left(choices, True, key=lambda one: self._fastest(one) < self.speedup)  # so many can be
+        if not fast:
             raise InputError(
                 f"no schedule and ranks of this model make an image {self.speedup:g} times as fast: at most "
-                f"{fastest:.3g} times, by what was measured"
+                f"{self._fastest(choices[0]):.3g} times, by what was measured"
             )
+        most, least = choices[fast - 1].cost, max(choices[0].cost, 1 / self.speedup)
+        found: dict[tuple[Any, ...], Pair] = {}
+        for split in bar(SPLITS, "plans", "split"):
+            within = [one for one in choices[:fast] if one.cost <= most * (least / most) ** split + 1e-9]
+            choice = min(within, key=lambda one: (one.change, one.cost))
+            key = (choice.depth, *choice.kinds)
+            if key not in found and (pair := self._pair(choice)) is not None:
+                found[key] = pair
         return [*found.values()]
 
-    def _pair(self, choice: Choice) -> tuple[Pair | None, float]:
-        """The best plan by a schedule, None if no plan is so fast; and how fast the fastest is."""
+    def _fastest(self, choice: Choice) -> float:
+        """How fast an image is by a schedule with the lowest ranks, against the dense one at full schedule."""
+        schedule = self.images.schedule(choice.kinds, choice.depth)
+        table = self.times.table(Picture(schedule, self.images.branches), self.planner.denoiser)
+        return self.times.full(schedule) / (table.dense - most_removable(table, self.planner.layers))
+
+    def _pair(self, choice: Choice) -> Pair | None:
+        """The best plan by a schedule; None if no plan is so fast."""
         schedule = self.images.schedule(choice.kinds, choice.depth)
         picture = Picture(schedule, self.images.branches)
         table = self.times.table(picture, self.planner.denoiser)
         full = self.times.full(schedule)
         removed = table.dense - full / self.speedup
-        most = full / (table.dense - most_removable(table, self.planner.layers))
         if removed > most_removable(table, self.planner.layers):
-            return None, most
+            return None
         removed = max(removed, _NOTHING * table.dense)
         plan = _weighed(self.planner, picture, table).cut(table, removed, Budget(speedup=self.speedup), bounds=True)
         alone = self.images.change(schedule)
         made_by = {"speedup": full / table.dense, "latent_error": alone, "images": len(self.images.prompts)}
         made_by |= {"guidance": self.images.sampling.guidance, "seed": self.images.sampling.seed}
         schedule = self.images.schedule(choice.kinds, choice.depth, **made_by)
-        return Pair(schedule, plan, alone, _noise_error(plan), full, plan.costs[table.name]["slim"]), most
+        return Pair(schedule, plan, alone, _noise_error(plan), full, plan.costs[table.name]["slim"])
 
     def _measure(self, pair: Pair) -> None:
         with self.planner.as_planned(pair.plan) as unet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -82,5 +83,8 @@ def test_splits_go_from_ranks_alone_to_the_schedule(choosing, best):
 
 
 def test_what_nothing_makes_so_fast_is_refused(choosing):
-    with pytest.raises(InputError, match=r"make an image 100 times as fast: at most [0-9.]+ times"):
+    with pytest.raises(InputError, match=r"make an image 100 times as fast: at most [0-9.]+ times") as refused:
         replace(choosing, speedup=100.0).best()
+    most = float(re.search(r"at most ([0-9.]+) times", str(refused.value))[1])
+    nearly = replace(choosing, speedup=0.97 * most).best()
+    assert most > SPEEDUP and nearly.slim_ms <= nearly.full_ms / (0.97 * most) * 1.0001
