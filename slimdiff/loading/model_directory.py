@@ -25,6 +25,7 @@ from slimdiff.errors import InputError
 from slimdiff.loading.naming import CONFIG, INDEX, Component, read_index
 from slimdiff.loading.transformers_files import check_vocabulary
 from slimdiff.loading.weights import Weights, choose_variant, find_weights, read_headers
+from slimdiff.schedule import FILE as SCHEDULE
 from slimdiff.storage import manifest
 
 LIBRARIES = ("diffusers", "transformers", "slimdiff.models")
@@ -60,7 +61,7 @@ class ModelDirectory:
 def check_model_directory(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> ModelDirectory:
     """Refuse what could run code, leave the directory or is not whole; see `read_index` too.
 
-    A directory with a manifest is checked against it.
+    A directory with a manifest is checked against it, but for the schedule, which people edit.
 
     Args:
         variant: of the weights; at least one component must have it.
@@ -71,7 +72,7 @@ def check_model_directory(folder: Path, variant: str | None = None, without: Col
     """
     index = read_index(folder)
     if (folder / manifest.MANIFEST).is_file():
-        manifest.verify_manifest(folder)
+        manifest.verify_manifest(folder, editable=(SCHEDULE,))
     if (folder / "None.py").exists():  # diffusers takes it for the pipeline's own code where none is named
         raise InputError(f"{folder / 'None.py'} would be run by diffusers: refused")
     pipeline = pipeline_class(index.get("_class_name"), folder / INDEX)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,15 @@ def is_inside(name: str) -> bool:
     return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
 
 
-def verify_manifest(folder: Path, *, exact: bool = False, under: str = "") -> dict[str, Any]:
+def verify_manifest(
+    folder: Path, *, exact: bool = False, under: str = "", editable: Collection[str] = ()
+) -> dict[str, Any]:
     """Check every file against the manifest; a progress bar shows if that takes over two seconds.
 
     Args:
         exact: refuse files that the manifest does not list, too, and links of any kind.
         under: only the files whose names begin so.
+        editable: files that people change or remove; whoever reads one holds it against rules of its own.
 
     Raises:
         InputError: naming the first file that is missing or differs.
@@ -214,7 +217,9 @@ def verify_manifest(folder: Path, *, exact: bool = False, under: str = "") -> di
     manifest = read_manifest(folder)
     if exact:
         _refuse_others(folder, manifest["files"])
-    files = {name: entry for name, entry in manifest["files"].items() if name.startswith(under)}
+    files = {
+        name: entry for name, entry in manifest["files"].items() if name.startswith(under) and name not in editable
+    }
     total = sum(entry["bytes"] for entry in files.values())
     with bar(name=f"verify {folder.name}", unit="B", total=total, unit_scale=True, delay=AFTER, leave=False) as done:
         for name, expected in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_a_file_of_the_users_own_is_not_taken_for_a_schedule(model, capsys):
     assert "schedule.json: " in refused(["schedule", model, "--deep-every", 2], capsys)
     assert "swimming" in (model / "schedule.json").read_text()
     shutil.rmtree(model)
+
+
+def test_the_schedule_of_a_slim_model_is_edited_in_its_place(model, tmp_path, capsys):
+    """Its manifest lists it; nothing else of the model may differ."""
+    file = model / "schedule.json"
+    make_schedule(3, 6, deep_every=3).save(file)
+    manifest.write_manifest(model, "slim-model", {})
+    for text, said in ((None, ""), ('"whole": [1, 3]', "whole must have step 0"), ('"whole": [0, 4]', "")):
+        if text is not None:
+            file.write_text(re.sub(r'"whole": \[.*\]', text, file.read_text()))
+        asked = ["generate", model, "--prompt", PROMPTS[0], "--steps", 6, "--out", tmp_path / "edited.png"]
+        if said:
+            assert f"{file}: {said}" in refused(asked, capsys)
+        else:
+            assert call(asked, capsys)["schedule"]["whole"] == ([0, 3] if text is None else [0, 4])
+    file.unlink()
+    image(model, tmp_path / "without.png", capsys)
+    call(["schedule", model, "--deep-every", 2, "--steps", 6], capsys)
+    manifest.verify_manifest(model)
+    (model / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert "it was changed" in refused(["generate", model, "--prompt", "a", "--out", tmp_path / "a.png"], capsys)
 
 
 def test_a_unet_in_parts_follows_a_schedule(model, tmp_path, capsys):
