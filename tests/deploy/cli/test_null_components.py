@@ -21,11 +21,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "absent", "refused"),
     [
-        (
-            "StableDiffusion3Pipeline",
-            ("text_encoder_3", "tokenizer_3"),
-            {"export": "no unet", "bundle": "without a unet"},
-        ),
+        ("StableDiffusion3Pipeline", ("text_encoder_3", "tokenizer_3"), {}),
         (
             "StableDiffusionPipeline",
             ("text_encoder", "tokenizer"),

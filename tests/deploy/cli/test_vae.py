@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_a_vae_that_overflows_makes_one_line_and_no_black_image(graphs, capsys, 
 def test_a_server_answers_what_is_no_image_with_an_error(value):
     served = TextToImage.__new__(TextToImage)
     served.max_steps, served.usage, served.size = 10, {}, {}
-    served.pipeline = lambda *_, **__: SimpleNamespace(images=[np.full((8, 8, 3), value)])
+    served.pipeline = Mock(return_value=SimpleNamespace(images=[np.full((8, 8, 3), value)]))
     with pytest.raises(FloatingPointError, match="a model overflows"):
         served("a red circle")
 
