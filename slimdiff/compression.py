@@ -39,7 +39,7 @@ from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
 from slimdiff.prompts import check_inputs
 from slimdiff.schedule import Schedule
 from slimdiff.settings import CalibrationSettings, PlanSettings
-from slimdiff.slimming.offloaded import slim_offloaded
+from slimdiff.slimming.offloaded import check_plan, slim_offloaded
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
 
@@ -114,6 +114,8 @@ def compress(
     if statistics is not None:
         work.statistics = statistics
     work.check([] if budget is None else [budget], latency=latency)
+    if plan is not None:
+        check_plan(work.denoiser, plan)
     clock = [time.perf_counter()]
     statistics = work.statistics
     clock.append(time.perf_counter())

@@ -58,9 +58,10 @@ def shards_of(denoiser: Any) -> Shards | None:
 
 
 def device_of(denoiser: nn.Module) -> torch.device:
-    """The device that a denoiser runs on."""
+    """The device that a denoiser runs on; the CPU for one that has no weights yet, which is counted with."""
     shards = shards_of(denoiser)
-    return next(denoiser.parameters()).device if shards is None else shards.runs_on
+    held = next(denoiser.parameters())
+    return shards.runs_on if shards is not None else torch.device("cpu") if held.is_meta else held.device
 
 
 def each_weight(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -68,8 +68,7 @@ def _without_weights(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
             model = kind.from_config(config)
     finally:
         torch.set_default_dtype(before)
-    # Where a class keeps something in float32, be it nothing, diffusers casts weights alone.
-    return model if kind._keep_in_fp32_modules is not None else model.to(dtype)
+    return model
 
 
 def _device() -> torch.device:

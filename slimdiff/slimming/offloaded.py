@@ -48,11 +48,7 @@ def slim_offloaded(
     check_statistics(denoiser, statistics)
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
-    if plan.is_fitted():
-        raise InputError(
-            "an offloaded denoiser's slim weights are made one site after another, and nothing is fitted on calls of "
-            "the slim model: give forms with compensate none, and leave the group resnet out"
-        )
+    check_plan(denoiser, plan)
     fitting_sites(denoiser, plan)
     changed = changed_sites(denoiser, plan)
     known = factors or factorise(denoiser, statistics, changed, plan.forms)
@@ -67,6 +63,19 @@ def slim_offloaded(
     slim.register_forward_pre_hook(_refuse)
     slim.save_pretrained = partial(_save, slim, source)
     return slim.eval()
+
+
+def check_plan(denoiser: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that an offloaded denoiser is not slimmed by; for any other denoiser, it passes.
+
+    Raises:
+        InputError: saying why.
+    """
+    if shards_of(denoiser) is not None and plan.is_fitted():
+        raise InputError(
+            "an offloaded denoiser's slim weights are made one site after another, and nothing is fitted on calls of "
+            "the slim model: give a plan whose forms have compensate none, without slim sites of the group resnet"
+        )
 
 
 def _refuse(slim: nn.Module, _args: Any) -> None:
@@ -94,6 +103,9 @@ class _Source:
                     self.sites.setdefault(f"{site.path}.{path}.{kind}", []).append(site)
 
         self.restart()
+
+    def __deepcopy__(self, _memo: Any) -> _Source:
+        return self
 
     def restart(self) -> None:
         """Begin anew: no site is made."""

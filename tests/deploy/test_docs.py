@@ -90,9 +90,13 @@ PAGES = {
         {"{reduce: 12%}": QUICK, "[512x512, 4x512x512, 768x768]": "[16x16, 16x24]", "2x512x512": "2x16x16"},
     ),
 }
-COMMANDLESS = {"docs/index.md", "docs/api.md", "docs/transformers.md"}
-"""Pages that send to others, one of tables, and the API, which is made from the docstrings."""
-ELSEWHERE = {"docs/gate-latency-in-ci.md": "cli/test_bench", "docs/serve-with-triton.md": "triton/test_triton"}
+COMMANDLESS = {"docs/index.md", "docs/api.md"}
+"""A page that sends to others, and the API, which is made from the docstrings."""
+ELSEWHERE = {
+    "docs/transformers.md": "cli/test_offload",
+    "docs/gate-latency-in-ci.md": "cli/test_bench",
+    "docs/serve-with-triton.md": "triton/test_triton",
+}
 """Pages whose commands the tests of their own matter run."""
 
 
