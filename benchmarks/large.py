@@ -38,7 +38,7 @@ from slimdiff.plan import Plan, site_plan
 from slimdiff.planning.costs import count_parameters
 from slimdiff.settings import CalibrationSettings, Forms, StatisticsSettings
 from slimdiff.slimming.offloaded import slim_offloaded
-from slimdiff.slimming.slim import factorise
+from slimdiff.slimming.slim import Factors, factorise
 from slimdiff.storage.manifest import replacing, write_json
 from slimdiff.storage.tensors import write_tensors
 
@@ -166,7 +166,7 @@ def measure(work: Path, shape: str, most: int, limit: float, shard: str) -> str:
         statistics = calibrate_on_calls(denoiser, random_calls(held, turns), settings)
     chosen = choose(sites, most)
     plan = plan_of(denoiser, statistics.model_hash, chosen)
-    factors = {}
+    factors: Factors = {}
     for group in dict.fromkeys(site.group for site in chosen):
         own = [site for site in chosen if site.group == group]
         widest = max(max(site.widths) for site in own)
