@@ -17,6 +17,7 @@ from slimdiff.calibration.calibrate import calibrate
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.modules import carry_modes
+from slimdiff.denoising.offloading import shards_of
 from slimdiff.denoising.precision import held_like, in_float32
 from slimdiff.denoising.scheduled import Scheduled, shallow_unet
 from slimdiff.denoising.sizes import check_size
@@ -32,11 +33,13 @@ from slimdiff.plan import Plan
 from slimdiff.planning.budgets import Costs
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import find_layers
+from slimdiff.planning.offloaded import check_offloaded
 from slimdiff.planning.pictures import Picture
 from slimdiff.planning.planner import PLANNED, Planner, chosen_sites
 from slimdiff.prompts import check_inputs
 from slimdiff.schedule import Schedule
 from slimdiff.settings import CalibrationSettings, PlanSettings
+from slimdiff.slimming.offloaded import check_plan, slim_offloaded
 from slimdiff.slimming.slim import slim_denoiser
 from slimdiff.statistics import Statistics
 
@@ -108,10 +111,12 @@ def compress(
     _expect(CostTable, latency=latency)
     _expect(Schedule, schedule=schedule)
     work = Compressor(pipeline, prompts, calibration, planning, schedule=schedule)
-    work.check([] if budget is None else [budget], latency=latency)
-    clock = [time.perf_counter()]
     if statistics is not None:
         work.statistics = statistics
+    work.check([] if budget is None else [budget], latency=latency)
+    if plan is not None:
+        check_plan(work.denoiser, plan)
+    clock = [time.perf_counter()]
     statistics = work.statistics
     clock.append(time.perf_counter())
     if plan is None:
@@ -230,6 +235,9 @@ class Compressor:
                 "the pipeline runs by a schedule: slim the one that the schedule was given to, and give it as schedule="
             )
         slim_class_of(denoiser)
+        measured = "statistics" in vars(self) and bool(self.statistics.sensitivities)
+        if budgets:
+            check_offloaded(denoiser, self.planning, [budget.kind for budget in budgets], measured)
         check_fit(self.source)
         sampling = self.calibration.sampling
         picture = self.picture
@@ -257,9 +265,14 @@ class Compressor:
     def slim(self, plan: Plan, *, release_dense: bool = False, maps: Maps | None = None) -> nn.Module:
         """The slim denoiser of a plan: of this compressor's, or of another's for the same weights (`slim_denoiser`).
 
-        Its weights are in the dtypes that the dense denoiser came in with.
+        Its weights are in the dtypes that the dense denoiser came in with. Of an offloaded denoiser they are made when
+        the slim one is saved (`slim_offloaded`), and there are no maps.
         """
         held = getattr(self._work, denoiser_name(self._work))
+        if shards_of(held) is not None:
+            planner = vars(self).get("planner")
+            factors = planner.factors if planner is not None and planner.knows(plan) else None
+            return slim_offloaded(self.denoiser, self.statistics, plan, factors)
         slim = held_like(self._slim(plan, release_dense, maps), held)
         carry_modes(getattr(self.source, denoiser_name(self.source)), slim)
         if release_dense and held is not self.denoiser:

@@ -54,6 +54,14 @@ class WeightSettings(Settings):
     not given."""
 
 
+class OffloadSettings(Settings):
+    """Where a denoiser's weights are while it is slimmed."""
+
+    offload: bool = False
+    """Leave the denoiser's weights in its files and read each layer's when it runs, for a model larger than memory; the
+    slim one is written while it is made."""
+
+
 class ScaledFile(Settings, frozen=True):
     """A file, and how much of what it holds is added to a model; also written `FILE` or `FILE:SCALE`."""
 

@@ -18,6 +18,7 @@ from slimdiff.calibration.observer import Observer
 from slimdiff.calibration.turns import Records, split_into_turns
 from slimdiff.calibration.weighting import timestep_weigher
 from slimdiff.denoising.modules import working_copy
+from slimdiff.denoising.offloading import device_of, each_weight, shards_of
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import (
@@ -43,14 +44,18 @@ log = logging.getLogger("slimdiff")
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's weights, their names, shapes and dtypes; half precision counts as the same in float32."""
-    digest, weights = hashlib.sha256(), sorted(module.state_dict().items())
-    size = sum(tensor.nbytes for _, tensor in weights)
+    shards = shards_of(module)
+    if shards is not None and shards.digest:  # which takes reading all files
+        return shards.digest
+    digest, size = hashlib.sha256(), sum(tensor.nbytes for tensor in module.state_dict().values())
     with bar(name="hash weights", unit="B", total=size, unit_scale=True, delay=AFTER, leave=False) as done:
-        for name, tensor in weights:
+        for name, tensor in each_weight(module):
             done.update(tensor.nbytes)
             tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if shards is not None:
+        shards.digest = digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -162,7 +167,7 @@ def _collect(
     def take(turn: int) -> Statistics:
         """The sums of one turn's sites over this process's share of its items."""
         mine = dealt[turn][process::processes]
-        statistics, done = records.begin(turn, len(mine), next(denoiser.parameters()).device)
+        statistics, done = records.begin(turn, len(mine), device_of(denoiser))
         statistics = statistics or Statistics(own_hash)
         done_bar.update(min(done, len(mine)))
         observer = Observer(statistics, settings.tokens_per_dimension, weigh)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from slimdiff.adapters import refuse_adapters
+from slimdiff.denoising.offloading import shards_of
 from slimdiff.errors import InputError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -84,8 +85,8 @@ def working_copy(denoiser: nn.Module) -> nn.Module:
 
 def _obstacles(denoiser: nn.Module) -> Iterator[str]:
     """What was done to a denoiser that slimming cannot carry over, each with how to undo it."""
-    parts = list(denoiser.modules())
-    if any(hasattr(part, "_hf_hook") for part in parts):
+    parts, ours = list(denoiser.modules()), shards_of(denoiser) is not None
+    if not ours and any(hasattr(part, "_hf_hook") for part in parts):
         yield "accelerate's hooks offload or dispatch it: pipe.remove_all_hooks() first"
     for part in parts:
         for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
@@ -107,7 +108,7 @@ def _obstacles(denoiser: nn.Module) -> Iterator[str]:
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         if type(tensor) not in (nn.Parameter, Tensor):
             yield f"its weights are {type(tensor).__name__}s, quantised or sharded: load it again without that"
-        elif tensor.is_meta:
+        elif tensor.is_meta and not ours:
             yield "its weights are on the device meta, which holds none: load them"
         elif isinstance(tensor, nn.Parameter) and tensor.dtype not in _DTYPES:
             yield f"its weights are {str(tensor.dtype).removeprefix('torch.')}: load it in float32, float16 or bfloat16"

@@ -26,7 +26,8 @@ def in_float32(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     dtypes = {name: {t.dtype for t in floats(part)} for name, part in models.items()}
-    on_cpu = any(t.device.type == "cpu" for part in models.values() for t in floats(part))
+    # What is offloaded, on `meta`, is cast layer by layer.
+    on_cpu = any(t.device.type in ("cpu", "meta") for part in models.values() for t in floats(part))
     if set().union(*dtypes.values()) <= {torch.float32} or (
         not on_cpu and len({getattr(part, "dtype", None) for part in models.values()}) == 1
     ):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from slimdiff.denoising.long_prompts import by_length, encode_long_prompts
 from slimdiff.denoising.modules import at_rest, evaluating, working_copy
+from slimdiff.denoising.offloading import device_of
 from slimdiff.denoising.precision import in_float32
 from slimdiff.denoising.schedulers import with_scheduler
 from slimdiff.denoising.sizes import autoencoder_of, check_size
@@ -45,6 +46,8 @@ from slimdiff.prompts import Inputs as Inputs
 from slimdiff.prompts import check_inputs
 from slimdiff.settings import Sampling
 
+DENOISERS = ("unet", "transformer")
+"""What pipelines call the module that is slimmed."""
 # Arguments of a pipeline's call that hold pictures, and are no choice beside the prompt.
 _IMAGES = re.compile(r"(?!num_|ip_adapter|negative_|max_|.*(embeds|scale|attention)).*(image|mask|video|frames|hint)")
 
@@ -119,7 +122,7 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     Raises:
         InputError: if it has neither.
     """
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer: there is nothing to slim in it")
@@ -384,7 +387,6 @@ def record_calls(
 @own_torch_state()
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
     """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]` (or as the model has it)."""
-    parameter = next(denoiser.parameters())
-    output = denoiser(**call.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    output = denoiser(**call.to(device_of(denoiser), next(denoiser.parameters()).dtype), return_dict=False)[0]
     output = torch.stack(output) if isinstance(output, list) else output  # Z-Image's, of one image each
     return output.float().cpu()

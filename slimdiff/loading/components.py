@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,29 @@ def load_component(
             is too narrow for.
     """
     chosen = weights.choose(variant)
-    headers = read_headers(weights.files[chosen])
-    own = float_dtypes(headers, folder) if dtype is None else {}
-    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ()) if issubclass(kind, ModelMixin) else set()
-    there = {d for name, d in own.items() if kept.isdisjoint(name.split("."))} or {torch.float32}
-    loaded_as = dtype or next(d for d in DTYPES.values() if d in there)  # the widest of them: nothing is rounded
+    _, own, _, loaded_as = choose_dtypes(folder, kind, weights.files[chosen], dtype)
     model = _load(folder, kind, loaded_as, chosen)
     _keep_dtypes(model, {plain_name(name): d for name, d in own.items()})
     if dtype == torch.float16:
         refuse_overflow(model, folder.name)
     return model.eval()
+
+
+def choose_dtypes(
+    folder: Path, kind: Any, files: Sequence[Path], dtype: torch.dtype | None
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, torch.dtype], set[str], torch.dtype]:
+    """What the files' headers say, and the dtypes that weights are loaded in.
+
+    Returns:
+        `read_headers`; the dtype of each floating-point tensor by its file, if no `dtype` is asked for; parts of names
+        of what the class keeps in float32 on purpose; and the dtype that the model is loaded in.
+    """
+    headers = read_headers(files)
+    own = float_dtypes(headers, folder) if dtype is None else {}
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ()) if issubclass(kind, ModelMixin) else set()
+    there = {d for name, d in own.items() if kept.isdisjoint(name.split("."))} or {torch.float32}
+    # The widest of them: nothing is rounded.
+    return headers, own, kept, dtype or next(d for d in DTYPES.values() if d in there)
 
 
 def _keep_dtypes(model: Any, own: Mapping[str, torch.dtype]) -> None:
@@ -80,7 +93,7 @@ def _load(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None) -> A
                 raise
             sides = (str(list(map(int, re.findall("[0-9]+", found[side])))) for side in ("file", "model"))
             what = f"{found['name']} is {' in the files and '.join(sides)} in the model"
-            raise InputError(_fault(folder, kind, what)) from error
+            raise InputError(fault(folder, kind, what)) from error
     else:
         more = {"key_mapping": mapping} if (mapping := _key_mapping(kind)) else {}
         model, info = kind.from_pretrained(folder, dtype=dtype, ignore_mismatched_sizes=True, **common, **more)
@@ -89,11 +102,12 @@ def _load(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None) -> A
     other = [f"{name[0]} ({list(name[1])} in the files)" for name in info["mismatched_keys"]]
     for names, what in ((info["missing_keys"], "lack"), (other, "have another shape of"), (unknown, "also have")):
         if names:
-            raise InputError(_fault(folder, kind, f"its files {what} {listed(names)}"))
+            raise InputError(fault(folder, kind, f"its files {what} {listed(names)}"))
     return model
 
 
-def _fault(folder: Path, kind: Any, what: str) -> str:
+def fault(folder: Path, kind: Any, what: str) -> str:
+    """Why a component's files do not make it up."""
     return f"the {folder.name} in {folder.parent} is no whole {kind.__name__}: {what}; copy or save it again"
 
 

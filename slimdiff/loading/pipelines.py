@@ -14,11 +14,13 @@ from torch import nn
 import slimdiff.models  # noqa: F401  (slim classes must be importable before a slim pipeline is loaded)
 from slimdiff.denoising.fit import check_fit
 from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import DENOISERS
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.loading.components import load_component
 from slimdiff.loading.loras import fuse_loras
 from slimdiff.loading.model_directory import check_component, check_model_directory
 from slimdiff.loading.naming import check_lora, choose_variants, find_component, find_model
+from slimdiff.loading.offloaded import load_offloaded
 from slimdiff.loading.single_file_weights import load_single_file
 from slimdiff.loading.steering import MultiControlNetModel, check_steering, load_controlnets, steer
 from slimdiff.loading.weights import choose_variant
@@ -37,6 +39,7 @@ def load_pipeline(
     lora: Sequence[Lora | str] = (),
     rest: str | None = None,
     steering: SteeringSettings | None = None,
+    offload: bool = False,
 ) -> DiffusionPipeline:
     """Load `demo`, a diffusers directory (dense or slim), a file of a whole model (`single_file`), or a hub id.
 
@@ -55,11 +58,13 @@ def load_pipeline(
         lora: files to fuse into the weights, each at its scale, or as text `FILE:SCALE` (see `fuse_loras`).
         rest: the model that gives the other components to a denoiser alone; the pipeline that it lies in if not given.
         steering: ControlNets or a T2I-Adapter to add to it (see `steer`).
+        offload: leave the denoiser's weights in their files, and read them as they are needed (see
+            `slimdiff.denoising.offloading`).
 
     Raises:
         InputError: if it is not a diffusers pipeline, its weights are pickles or do not fit its configuration, its
             parts do not fit each other, it has not that variant, or it asks for code of its own; or a LoRA or what is
-            to steer it does not fit it.
+            to steer it does not fit it; or a file of a whole model, LoRA or what steers is to go with `offload`.
         MissingPackageError: if there is a LoRA and peft is not here.
     """
     loras = [one if isinstance(one, Lora) else Lora.model_validate(one) for one in lora]
@@ -67,22 +72,26 @@ def load_pipeline(
         check_lora(Path(one.file))
     steering = steering or SteeringSettings()
     check_steering(steering)
+    if offload and (loras or steering):
+        raise InputError(
+            "an offloaded denoiser's weights stay as its files have them, and nothing steers it: leave out offload, or "
+            "the LoRA and what steers"
+        )
     instead: dict[str, Any] = dict.fromkeys(without)
     try:
         path, whole, own = find_model(model, rest), model, None
         if rest is not None and (own := find_component(model)) is not None:
             variants, whole = choose_variants(variant, str(model), rest), rest
-            instead[own.name] = load_denoiser(model, dtype, variants[str(model)])
+            instead[own.name] = load_denoiser(model, dtype, variants[str(model)], offload)
             path, variant = find_model(rest), variants[rest]
         if path is None:
             safe = {"use_safetensors": True, "trust_remote_code": False, "variant": variant}
             path = Path(DiffusionPipeline.download(str(whole), **safe, **instead))
         if path.is_file():
-            if variant is not None:
-                raise InputError(f"{path} is one file, without variants: leave out the variant {variant!r}")
+            _check_file(path, variant, offload)
             pipeline = load_single_file(path, read_dtype(dtype), instead)
         else:
-            pipeline = _load_directory(path, read_dtype(dtype), variant, instead)
+            pipeline = _load_directory(path, read_dtype(dtype), variant, instead, offload)
         if own is not None and own.name not in pipeline.components:
             raise InputError(f"{rest} is a {type(pipeline).__name__}, which has no {own.name}: name another --pipeline")
         check_fit(pipeline)
@@ -96,11 +105,24 @@ def load_pipeline(
         raise InputError(f"{model} could not be loaded as a diffusers pipeline: {reason[0]}") from error
 
 
-def load_denoiser(model: str | Path, dtype: torch.dtype | str | None = None, variant: str | None = None) -> nn.Module:
+def _check_file(path: Path, variant: str | None, offload: bool) -> None:
+    """Refuse what a file of a whole model does not go with."""
+    if variant is not None:
+        raise InputError(f"{path} is one file, without variants: leave out the variant {variant!r}")
+    if offload:
+        raise InputError(
+            f"{path} is one file of a whole model, and a denoiser is offloaded to the shards of a diffusers directory: "
+            "save it as one first, or leave out offload"
+        )
+
+
+def load_denoiser(
+    model: str | Path, dtype: torch.dtype | str | None = None, variant: str | None = None, offload: bool = False
+) -> nn.Module:
     """The model in a component folder alone (`find_component`), with every weight from its files.
 
     Args:
-        dtype, variant: as of `load_pipeline`.
+        dtype, variant, offload: as of `load_pipeline`.
 
     Raises:
         InputError: if it is none, or what `load_pipeline` would refuse of it.
@@ -110,11 +132,12 @@ def load_denoiser(model: str | Path, dtype: torch.dtype | str | None = None, var
         raise InputError(f"{model} is no folder of a denoiser alone, with its config.json and weights")
     kind, weights = check_component(component)
     choose_variant([weights], variant, component.folder)
-    return load_component(component.folder, kind, weights, read_dtype(dtype), variant)
+    load = load_offloaded if offload else load_component
+    return load(component.folder, kind, weights, read_dtype(dtype), variant)
 
 
 def _load_directory(
-    path: Path, dtype: torch.dtype | None, variant: str | None, instead: Mapping[str, Any]
+    path: Path, dtype: torch.dtype | None, variant: str | None, instead: Mapping[str, Any], offload: bool = False
 ) -> DiffusionPipeline:
     """The pipeline in a directory; `instead` has components that are not read, and what is in their place."""
     found = check_model_directory(path, variant, instead)
@@ -123,7 +146,8 @@ def _load_directory(
         if kind is MultiControlNetModel:
             parts[name] = load_controlnets(weights.folder, dtype, variant)
         else:
-            parts[name] = load_component(weights.folder, kind, weights, dtype, variant)
+            load = load_offloaded if offload and name in DENOISERS else load_component
+            parts[name] = load(weights.folder, kind, weights, dtype, variant)
     for name, (kind, folder) in found.others.items():
         parts[name] = kind.from_pretrained(folder, local_files_only=True)
     takes = inspect.signature(found.pipeline.__init__).parameters

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimdiff.denoising.modules import twin
+from slimdiff.denoising.offloading import device_of, hollow
 from slimdiff.denoising.scheduled import shallow_unet
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
@@ -161,8 +162,7 @@ def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any]
     Raises:
         InputError: if the model does not take the call.
     """
-    parameter = next(denoiser.parameters())
-    arguments = call.to(parameter.device, parameter.dtype)
+    arguments = call.to(device_of(denoiser), next(denoiser.parameters()).dtype)
 
     def count_in(model: nn.Module) -> _Count:
         return count(lambda: model(**arguments, return_dict=False), model)
@@ -170,7 +170,7 @@ def _counted(denoiser: nn.Module, call: Call, count: Callable[[Callable[[], Any]
     try:
         other = twin(denoiser)  # what a model keeps of its first call would have no numbers
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return count_in(other)
+            return count_in(hollow(other))
     except Exception:
         try:
             return count_in(denoiser)

@@ -23,6 +23,7 @@ from slimdiff.plan import Plan, SitePlan, site_plan
 from slimdiff.planning.budgets import Costs, PlannedBy
 from slimdiff.planning.costs import CostTable
 from slimdiff.planning.knapsack import Layer, choose, distances, find_layers, softmax_weights
+from slimdiff.planning.offloaded import check_offloaded
 from slimdiff.planning.papers import block_influences
 from slimdiff.planning.pictures import Picture
 from slimdiff.planning.precision import (
@@ -124,6 +125,7 @@ class Planner:
         silent = {s.path: None for s in self.sites if not GROUPS[s.group].covers(s, statistics)}
         self.left_dense = left_dense + [{"site": path, "reason": "it never ran in calibration"} for path in silent]
         self.chosen = chosen_sites([s for s in self.sites if s.path not in silent], self.settings)
+        check_offloaded(denoiser, self.settings, measured=self.is_measured)
         name = self.settings.allocation
         known = self.is_measured and not self.settings.replans
         if name in MEASURED and not known and not self.calls.gives("sensitivity"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimdiff.calibration.calibrate import weights_hash
 from slimdiff.denoising.modules import carry_modes, plain, twin, working_copy
+from slimdiff.denoising.offloading import present
 from slimdiff.denoising.torch_state import own_torch_state
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
@@ -42,7 +43,8 @@ def factorise(
     for site in bar(sites, "factorise", "site"):
         group = GROUPS[site.group]
         if group.covers(site, statistics):
-            factors[site.name] = group.factor(Evidence(modules[site.path], site, statistics, forms))
+            with present(modules[site.path]):
+                factors[site.name] = group.factor(Evidence(modules[site.path], site, statistics, forms))
     return factors
 
 
@@ -63,10 +65,19 @@ def _add_changes(maps: Maps, slim: nn.Module, solved: Mapping[str, tuple[Tensor,
         maps[name] = LayerMap(own.out, replace(own.into or AxisMap(), change=change))
 
 
-def _check_ran(sites: Sequence[Site], factors: Factors) -> None:
+def check_ran(sites: Sequence[Site], factors: Factors) -> None:
     for site in sites:
         if site.name not in factors:
             raise InputError(f"the plan slims {site.name}, which never ran in calibration: leave it at its dense rank")
+
+
+def configuration(denoiser: nn.Module) -> dict[str, Any]:
+    """What a dense model's slim class is made with beside the plan.
+
+    A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
+    """
+    keys = inspect.signature(slim_class_of(denoiser).__init__).parameters
+    return {k: v for k, v in denoiser.config.items() if k in keys}  # type: ignore[union-attr,operator]
 
 
 def check_statistics(denoiser: nn.Module, statistics: Statistics) -> None:
@@ -112,9 +123,9 @@ def slim_denoiser(
     if plan.model_hash != statistics.model_hash:
         raise InputError("this plan was made for another model (its weights differ): plan again")
     fitting_sites(denoiser, plan)  # refuse before the long work, not after
-    changed = _changed(denoiser, plan)
+    changed = changed_sites(denoiser, plan)
     known = factors or factorise(denoiser, statistics, changed, plan.forms)
-    _check_ran(changed, known)
+    check_ran(changed, known)
     ranks = {site: plan.sites[site.name].rank for site in changed}
     of_sites: dict[str, Maps] = {}
     fitted = fit_groups(denoiser, known, ranks, fitting_calls, resnet_settings, None if maps is None else of_sites)
@@ -173,7 +184,7 @@ def fit_groups(
     return fitted
 
 
-def _changed(denoiser: nn.Module, plan: Plan) -> list[Site]:
+def changed_sites(denoiser: nn.Module, plan: Plan) -> list[Site]:
     """The plan's sites that lose something, in the model's order."""
     return [s for s in find_sites(denoiser)[0] if s.name in plan.sites and plan.sites[s.name].rank < s.dense_rank]
 
@@ -193,14 +204,11 @@ def assemble(
     denoiser = plain(denoiser)
     slim_class = slim_class_of(denoiser)
     plan = plan.recount()
-    # A checkpoint's config may have keys that its class does not know: diffusers keeps them, constructors refuse them.
-    keys = inspect.signature(slim_class.__init__).parameters
-    config = {k: v for k, v in denoiser.config.items() if k in keys}  # type: ignore[union-attr,operator]
     fitting_sites(denoiser, plan)
     slim = cast(Any, twin(denoiser, lambda p: nn.Parameter(p.detach(), requires_grad=False)))
     slim.__class__, slim._internal_dict = slim_class, {}
-    slim.register_to_config(slim_plan=plan.model_dump(mode="json"), **config)
-    for site in _changed(denoiser, plan):
+    slim.register_to_config(slim_plan=plan.model_dump(mode="json"), **configuration(denoiser))
+    for site in changed_sites(denoiser, plan):
         module, own = denoiser.get_submodule(site.path), slim.get_submodule(site.path)
         smaller = own.state_dict()  # what the rank does not change stays: biases of last layers
         for name, tensor in weights(module, site, plan.sites[site.name].rank).items():

@@ -95,7 +95,7 @@ COMMANDLESS = {"docs/index.md", "docs/api.md"}
 ELSEWHERE = {
     "docs/gate-latency-in-ci.md": "cli/test_bench",
     "docs/serve-with-triton.md": "triton/test_triton",
-    "docs/transformers.md": "cli/test_exported_transformers",
+    "docs/transformers.md": "cli/test_exported_transformers",  # and cli/test_offload
 }
 """Pages whose commands the tests of their own matter run."""
 

@@ -16,7 +16,7 @@ from deploy.cli.outputs import check_file, check_new_file
 from deploy.recipe.prompts import described
 from slimdiff.errors import InputError
 from slimdiff.prompts.material import Material
-from slimdiff.settings import CalibrationSettings, WeightSettings
+from slimdiff.settings import CalibrationSettings, OffloadSettings, WeightSettings
 from slimdiff.storage.lock import locked, remove_empty
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_calibration(parser)
     flags.add_lora(parser)
     flags.add(parser, WeightSettings, "variant")
+    flags.add(parser, OffloadSettings, "offload")
     flags.add(parser, CalibrationSettings, "timestep_weights", "tokens_per_dimension", "memory_limit")
 
 
@@ -54,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     check_new_file(out, "statistics file")
     for name in args.merge:
         check_file(name, "--merge")
+    if args.sensitivities and flags.read(args, OffloadSettings).offload:
+        raise InputError(
+            "--sensitivities take a forward pass for each site and call, each of which would read all files: leave "
+            "out --offload, or them, and plan with --allocation local"
+        )
     calibration, variant = flags.read_calibration(args), flags.read(args, WeightSettings).variant
     more = calibration.sampling.batch if args.sensitivities else 0
     source, material = "", Material()
@@ -78,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     from slimdiff.calibration import distributed
     from slimdiff.denoising.tasks import for_task, make_inputs
 
-    pipeline = for_task(load_pipeline(args.model, variant=variant, lora=args.lora, rest=args.pipeline), material)
+    offload = flags.read(args, OffloadSettings).offload
+    held = load_pipeline(args.model, variant=variant, lora=args.lora, rest=args.pipeline, offload=offload)
+    pipeline = for_task(held, material)
     warn_of_steps(pipeline, args.model, calibration.sampling)
     prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})

@@ -18,7 +18,7 @@ from exporters.settings import TableSettings
 from slimdiff.budget import Budget
 from slimdiff.errors import InputError
 from slimdiff.schedule import FILE
-from slimdiff.settings import PlanSettings, WeightSettings
+from slimdiff.settings import OffloadSettings, PlanSettings, WeightSettings
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ EXAMPLE = """examples:
   slimdiff compress my-checkpoint --out slim --speedup 1.6 --runtime openvino --precision int8
   slimdiff compress my-checkpoint --out slim --reduce 12% --lora style.safetensors:0.8
   slimdiff compress my-checkpoint --out slim --plan edited-plan.json
+  slimdiff compress my-flux --out slim --reduce 10% --offload     # larger than memory
   slimdiff compress finetuned/unet --pipeline my-checkpoint --out slim --reduce 12%"""
 
 IMAGES = 4
@@ -68,6 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     unkept = "leave out the file by which slimdiff lora converts LoRA of the dense model"
     parser.add_argument("--no-maps", dest="maps", action="store_false", help=unkept)
     flags.add(parser, WeightSettings, *WeightSettings.model_fields)
+    flags.add(parser, OffloadSettings, "offload")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     schedule = None if images else find_schedule(args.model, args.schedule)
     calibration = flags.read_calibration(args)
     source, material = flags.read_material(args, calibration.samples, max(calibration.sampling.batch, images))
-    planning = flags.read_planning(args)
-
+    offload = flags.read(args, OffloadSettings).offload
+    planning = _planning(args, offload, weights)
     calm_libraries()
     from deploy.artifacts.figures import compression_result, costs, denoiser_of
     from deploy.opening.distilled import warn_of_steps
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan = Plan.load(Path(args.plan)) if args.plan else None
     statistics = Statistics.load(Path(args.statistics)) if args.statistics else None
-    held = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline)
+    held = load_pipeline(args.model, variant=weights.variant, lora=args.lora, rest=args.pipeline, offload=offload)
     pipeline = for_task(held, material)
     prompts, sampling = make_inputs(pipeline, material, calibration.sampling)
     calibration = calibration.model_copy(update={"sampling": sampling})
@@ -142,6 +144,30 @@ def run(args: argparse.Namespace) -> int:
     return result(args, value | {"schedule": made_from["schedule"]}, _text(value))
 
 
+def _planning(args: argparse.Namespace, offload: bool, weights: WeightSettings) -> PlanSettings:
+    """How ranks are chosen: with weights that stay in their files, without a forward pass of a slim model.
+
+    Raises:
+        InputError: if weights are to be written in another dtype.
+    """
+    planning = flags.read_planning(args)
+    if not offload:
+        return planning
+    if weights.dtype is not None:
+        raise InputError("--dtype is of weights in memory, and with --offload they keep their files': leave one out")
+    args.maps = False
+    changed: dict[str, Any] = {"forms": planning.forms.local()}
+    if "allocation" not in planning.model_fields_set:
+        changed["allocation"] = "local"
+    planning = planning.model_copy(update=changed)
+    log.info(
+        "offload: ranks by the %s allocation, nothing is solved again on the slim model, and no maps are written for "
+        "slimdiff lora",
+        planning.allocation,
+    )
+    return planning
+
+
 def _by_latency(budget: Budget | None) -> bool:
     return budget is not None and budget.kind == "speedup"
 
@@ -171,14 +197,14 @@ def _prepare(
 ) -> tuple[CostTable | None, Pair | None]:
     """Refuse what cannot be, and measure what a speedup is planned on: latencies of a call, or of an image by the
     schedule; none for other budgets. If it is of an image by a schedule that is chosen, the pair of that and a plan."""
+    if statistics is not None:
+        work.statistics = statistics
     work.check([budget] if budget and not images else [], call=call)
     if not _by_latency(budget):
         return None, None
     if images:
         from exporters.latency.together import choose_together
 
-        if statistics is not None:
-            work.statistics = statistics
         own = work.prompts[work.calibration.samples :][:images] or work.prompts[:images]
         assert budget is not None
         choosing = choose_together(work, own, float(budget.value), table)
