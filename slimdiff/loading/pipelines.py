@@ -73,10 +73,7 @@ def load_pipeline(
     steering = steering or SteeringSettings()
     check_steering(steering)
     if offload and (loras or steering):
-        raise InputError(
-            "an offloaded denoiser's weights stay as its files have them, and nothing steers it: leave out offload, or "
-            "the LoRA and what steers"
-        )
+        raise InputError("an offloaded denoiser takes no LoRA, and nothing steers it: leave these out, or offload")
     instead: dict[str, Any] = dict.fromkeys(without)
     try:
         path, whole, own = find_model(model, rest), model, None
