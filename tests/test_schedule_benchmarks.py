@@ -13,15 +13,15 @@ from benchmarks.schedule_accuracy import accuracy, lost_interval
 
 
 def test_a_pictures_latency_is_held_against_its_prediction(monkeypatch, capsys):
-    asked = ["--model", "tiny", "--steps", "4", "--pictures", "1", "--schedules", "0:1/1", "0:0.5/4"]
+    asked = ["--model", "tiny", "--steps", "4", "--pictures", "1", "--schedules", "0:1/1", "0:0.5/4", "--slim"]
     monkeypatch.setattr(sys, "argv", ["picture_latency", *asked])
     picture_latency.main()
     said = capsys.readouterr().out
-    rows = re.findall(r"\| (\S+) \| ([\d,]+) ms \| ([\d,]+) ms \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", said)
-    assert [row[0] for row in rows] == ["0:1/1", "0:0.5/4"]
-    full, less = (int(row[1]) for row in rows)
-    assert 0 < less < full and float(rows[1][4]) == pytest.approx(full / less, rel=0.1)
-    assert all(0.3 < float(row[3]) < 3 for row in rows)
+    rows = re.findall(r"\| (\S+) \| (\S+) \| ([\d,]+) ms \| ([\d,]+) ms \| ([\d.]+) \| ([\d.]+) \|", said)
+    assert [row[1] for row in rows] == ["0:1/1", "0:0.5/4"] * 2 and {row[0] for row in rows[:2]} == {"dense"}
+    full, less = (int(row[2]) for row in rows[:2])
+    assert 0 < less < full and float(rows[1][5]) == pytest.approx(int(rows[0][3]) / int(rows[1][3]), rel=0.1)
+    assert all(0.3 < float(row[4]) < 3 for row in rows)
 
 
 def test_points_lost_have_an_interval_over_captions():
