@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.full_size import MODELS
 from benchmarks.gpu.__main__ import NEEDED
+from benchmarks.gpu.cells import VARIANTS
 from benchmarks.gpu.command import main
 from benchmarks.gpu.layers import half, measure_layers, thin
 from benchmarks.gpu.unets import build, count, find_layers, make_inputs, model_of
@@ -107,3 +108,15 @@ def test_it_runs_writes_and_goes_on(tmp_path, capsys):
     (tmp_path / "gpu.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="was measured elsewhere"):
         main(argv)
+
+
+def test_pictures_are_timed_by_ranks_schedule_and_precision(tmp_path, capsys):
+    argv = "--model tiny --device cpu --part pictures --runtime eager,graph --dtype fp32,bf16 --batch 1 --rounds 8"
+    main([*argv.split(), "--steps", "6", "--out", str(tmp_path / "gpu.json")])
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "gpu.json").read_text())["pictures"]["tiny/eager/1"]
+    rows = {f"fp32/{variant}/{kind}" for variant in VARIANTS for kind in ("full", "scheduled")} | {"bf16/dense/full"}
+    assert set(found["pictures"]) == rows and found["pictures"]["fp32/dense/full"]["speedup"]["median"] == 1
+    assert found["pictures"]["fp32/dense/scheduled"]["speedup"]["low"] > 1.2  # 3 of 6 guided, 2 of 6 whole
+    assert sum(line.startswith("| tiny | eager | 1 | ") for line in out.splitlines()) == len(rows)
+    assert found["schedule"] in out and "tiny | graph" not in out

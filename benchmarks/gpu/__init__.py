@@ -14,6 +14,10 @@ Three UNets are timed in turn, ABC CBA, so that a clock that moves moves for all
   ranks on this very device. What a cut costs in quality is unknown here: its stand-in is the share cut, squared, times
   the layer's parameters.
 
+`--part pictures` times all calls of a guided picture of `--steps`: each UNet by the full schedule and by another
+(`--guidance-interval`, `--deep-every`), in the first dtype; the dense one in the others, too. Nothing beside the UNet
+is in it. `--batch` is then images.
+
 `--part attention` asks another question: which attention kernel runs, and how fast, where queries and keys have another
 width than values, or one that is no multiple of 8.
 """

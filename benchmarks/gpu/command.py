@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import benchmarks.gpu
 from benchmarks.full_size import MODELS
 from benchmarks.gpu.attention import measure_attention
 from benchmarks.gpu.cells import RUNTIMES, make_plans, measure_cell, measure_peaks, why_not
+from benchmarks.gpu.pictures import measure_pictures
 from benchmarks.gpu.report import table_of
 from benchmarks.gpu.unets import DTYPES
+from slimdiff.schedule import ScheduleSettings
 from slimdiff.storage import manifest
 
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tokens = 4096 if args.device == "cuda" else 64
                 result["attention"][dtype] = measure_attention(args.device, DTYPES[dtype], args.rounds, tokens)
                 manifest.write_json(file, result)
-    left = 0
+    left = picture_cells(args, result, file, started) if "pictures" in args.part else 0
     for cell in cells(args) if "unet" in args.part else ():
         key = "/".join(map(str, cell))
         if key in result["cells"]:
@@ -55,18 +58,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{left} cells are left: run it again with the same --out.")
 
 
-def measure(cell: tuple[str, str, str, int], key: str, args: Any, result: dict[str, Any], file: Path) -> None:
-    """Measure one cell, with the plans of its model before it if they are not there, and write the file."""
-    model, runtime, dtype, batch = cell
+def picture_cells(args: Any, result: dict[str, Any], file: Path, started: float) -> int:
+    """Measure whole pictures; gives how many cells are left."""
+    left = 0
+    how = ScheduleSettings(guidance_interval=args.guidance_interval, deep_every=args.deep_every)
+    for model, runtime, images in product(args.model, set(args.runtime) & {"eager", "graph"}, args.batch):
+        key = f"{model}/{runtime}/{images}"
+        if key in result["pictures"] or why_not(runtime, args.device):
+            continue
+        if time.monotonic() - started > 60 * args.minutes:
+            left += 1
+            continue
+        result["pictures"][key] = measure_pictures(
+            *(model, plans_of(model, args, result, file), how, runtime, args.dtype, images),
+            *(args.device, args.rounds, args.seconds, args.steps),
+        )
+        manifest.write_json(file, result)
+    return left
+
+
+def plans_of(model: str, args: Any, result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The plans of a model, made and written if they are not there."""
     if model not in result["plans"]:
         result["plans"][model] = make_plans(model, args.device, args.speedup, args.rounds)
         manifest.write_json(file, result)
+    return result["plans"][model]
+
+
+def measure(cell: tuple[str, str, str, int], key: str, args: Any, result: dict[str, Any], file: Path) -> None:
+    """Measure one cell, with the plans of its model before it if they are not there, and write the file."""
+    model, runtime, dtype, batch = cell
+    plans = plans_of(model, args, result, file)
     begun = time.monotonic()
     torch.compiler.reset()
     if args.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    plans = result["plans"][model]
     result["cells"][key] = measure_cell(model, plans, runtime, dtype, batch, args.device, args.rounds, args.seconds)
     manifest.write_json(file, result)
     print(f"{key}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
@@ -86,7 +113,7 @@ def open_result(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if result and result["machine"] != here:
         raise SystemExit(f"{file} was measured elsewhere ({result['machine']}): name another --out")
-    return {"machine": here, "peaks": {}, "plans": {}, "cells": {}, "attention": {}} | result
+    return {"machine": here, "peaks": {}, "plans": {}, "cells": {}, "pictures": {}, "attention": {}} | result
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -124,8 +151,11 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=several(list(DTYPES)), default=["fp16", "bf16"] if on_gpu else ["fp32"])
     add("--batch", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2, 4, 8])
     add("--runtime", type=several(RUNTIMES), default=list(RUNTIMES))
-    add("--part", type=several(("unet", "attention")), default=["unet"])
+    add("--part", type=several(("unet", "pictures", "attention")), default=["unet"])
     add("--speedup", type=float, default=1.35, help="of the latency-budgeted UNet (default: 1.35)")
+    add("--steps", type=int, default=25, help="of a picture (default: 25)")
+    add("--guidance-interval", default="0:0.5", help="of the schedule of pictures (default: 0:0.5)")
+    add("--deep-every", type=int, default=3, help="steps from one whole call to the next (default: 3)")
     add("--rounds", type=int, default=60, help="runs of each UNet in a cell, at most (default: 60)")
     add("--seconds", type=float, default=20, help="of timing in a cell, about, at most (default: 20)")
     add("--minutes", type=float, default=9, help="no cell is begun after these (default: 9)")

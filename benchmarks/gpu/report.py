@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.cells import VARIANTS
+from benchmarks.gpu.pictures import table_of_pictures
 from benchmarks.gpu.unets import DTYPES
 
 COLUMNS = ("model", "runtime", "dtype", "batch", "UNet", "parameters", "ms", "speedup (95 %)", "TFLOP/s", "of roofline")
@@ -17,7 +18,8 @@ def table_of(result: dict[str, Any]) -> str:
     lines = [f"{where}; " + ", ".join(f"{k} {v}" for k, v in here.items() if k not in ("gpu", "cpu", "memory"))]
     known = {name: f"{peaks[name] / 1e12:.3g} TFLOP/s {name}" for name in DTYPES if name in peaks}
     lines.append(f"Measured peaks: {', '.join(known.values())}; {peaks['bytes'] / 1e9:.3g} GB/s.\n")
-    lines += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    if result["cells"]:
+        lines += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     missing = {}
     for key, cell in result["cells"].items():
         runtime = key.split("/")[1]
@@ -26,6 +28,8 @@ def table_of(result: dict[str, Any]) -> str:
         else:
             lines += [row_of(key, variant, cell[variant], result) for variant in VARIANTS]
     lines += [f"\nNot measured: {runtime} ({why})." for runtime, why in missing.items()]
+    if result["pictures"]:
+        lines.append("\n" + table_of_pictures(result["pictures"]))
     for dtype, rows in result.get("attention", {}).items():
         lines += [f"\n| {dtype}: query and key, value | kernels | ms | padded, ms | difference |"]
         lines += ["| --- | --- | --- | --- | --- |"]
