@@ -15,10 +15,12 @@ from benchmarks.gpu.__main__ import NEEDED
 from benchmarks.gpu.cells import VARIANTS
 from benchmarks.gpu.command import main
 from benchmarks.gpu.layers import half, measure_layers, thin
+from benchmarks.gpu.pictures import schedules_of
 from benchmarks.gpu.unets import build, count, find_layers, make_inputs, model_of
 from benchmarks.ranks import uniform_ranks
 from slimdiff.models import plan_of
 from slimdiff.planning.costs import count_parameters
+from slimdiff.schedule import ScheduleSettings
 
 ARGUMENTS = "--model tiny --device cpu --dtype fp32 --batch 1,2 --rounds 8 --runtime eager,graph --part unet,attention"
 
@@ -120,3 +122,10 @@ def test_pictures_are_timed_by_ranks_schedule_and_precision(tmp_path, capsys):
     assert found["pictures"]["fp32/dense/scheduled"]["speedup"]["low"] > 1.2  # 3 of 6 guided, 2 of 6 whole
     assert sum(line.startswith("| tiny | eager | 1 | ") for line in out.splitlines()) == len(rows)
     assert found["schedule"] in out and "tiny | graph" not in out
+
+
+@pytest.mark.parametrize(("name", "levels"), [("sd15", 4), ("sdxl", 3)])
+def test_full_sizes_have_schedules(name, levels):
+    found = schedules_of(model_of(name), ScheduleSettings(guidance_interval="0:0.5", deep_every=3), 25)
+    assert found["full"].is_full() and found["full"].levels == levels
+    assert found["scheduled"].depth == f"up_blocks.{levels - 1}" and len(found["scheduled"].whole) == 9

@@ -62,7 +62,8 @@ def picture_cells(args: Any, result: dict[str, Any], file: Path, started: float)
     """Measure whole pictures; gives how many cells are left."""
     left = 0
     how = ScheduleSettings(guidance_interval=args.guidance_interval, deep_every=args.deep_every)
-    for model, runtime, images in product(args.model, set(args.runtime) & {"eager", "graph"}, args.batch):
+    runtimes = [runtime for runtime in args.runtime if runtime in ("eager", "graph")]
+    for runtime, images, model in product(runtimes, args.batch, args.model):
         key = f"{model}/{runtime}/{images}"
         if key in result["pictures"] or why_not(runtime, args.device):
             continue

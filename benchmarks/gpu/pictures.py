@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.full_size import Model
 from benchmarks.gpu.cells import VARIANTS
 from benchmarks.gpu.timing import Run, graphed, interval, median, timed
 from benchmarks.gpu.unets import DTYPES, build, make_inputs, model_of
 from slimdiff.denoising.scheduled import TorchPasses
 from slimdiff.denoising.trajectory import map_tensors
-from slimdiff.schedule import Schedule, ScheduleSettings
+from slimdiff.schedule import Schedule, ScheduleSettings, levels_of
 
 FULL = "full"
 """The schedule that leaves nothing out."""
@@ -37,8 +38,7 @@ def measure_pictures(
     full schedule alone is measured.
     """
     model = model_of(name, 2 * images)
-    levels = len(model.config["up_block_types"])
-    schedules = {FULL: ScheduleSettings().make(levels, steps), "scheduled": how.make(levels, steps)}
+    schedules = schedules_of(model, how, steps)
     runs: dict[tuple[str, str, str], Run] = {}
     for dtype in dtypes:
         inputs = make_inputs(model, device, DTYPES[dtype])
@@ -58,6 +58,14 @@ def measure_pictures(
             "speedup": {"median": median(ratios), "low": low, "high": high},
         }
     return found
+
+
+def schedules_of(model: Model, how: ScheduleSettings, steps: int) -> dict[str, Schedule]:
+    """The full schedule, and this one."""
+    unet: Any = build(model, {}, "meta", torch.float32)
+    levels = levels_of(unet.config)
+    assert levels is not None
+    return {FULL: ScheduleSettings().make(levels, steps), "scheduled": how.make(levels, steps)}
 
 
 def picture(passes: TorchPasses, schedule: Schedule, inputs: Mapping[str, Any], runtime: str) -> Run:
