@@ -153,6 +153,19 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """A module whose parameters want no gradients, for the length of a block."""
+    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_()
+
+
+@contextmanager
 def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """A module with other weights, smaller ones too (by parameter name), for the length of a block."""
     before = {name: module.get_parameter(name).data for name in weights}

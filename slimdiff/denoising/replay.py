@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,14 @@ class _Run:
     second: float = 0.0
     output: Any = None
     versions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module that computes otherwise for the length of a block."""
+
+    path: str
+    made: Callable[[], AbstractContextManager[Any]]
 
 
 class Replay:

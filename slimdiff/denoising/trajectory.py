@@ -387,6 +387,11 @@ def record_calls(
 @own_torch_state()
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
     """The denoiser's output for a recorded call, float32 on the CPU, `[B, C, H, W]` (or as the model has it)."""
+    return output_of(denoiser, call)
+
+
+def output_of(denoiser: nn.Module, call: Call) -> Tensor:
+    """The same in torch's state as it is, gradients too."""
     output = denoiser(**call.to(device_of(denoiser), next(denoiser.parameters()).dtype), return_dict=False)[0]
     output = torch.stack(output) if isinstance(output, list) else output  # Z-Image's, of one image each
     return output.float().cpu()

@@ -23,15 +23,15 @@ from torch import nn
 
 from slimdiff.calibration import distributed
 from slimdiff.denoising.int8 import count_layer_macs, input_ranges, product_layers, rounded
-from slimdiff.denoising.replay import Replay
+from slimdiff.denoising.replay import Change
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.plan import LayerPlan
+from slimdiff.planning.changes import affordable, is_large, squared_changes
 from slimdiff.planning.costs import CostTable, batch_of, parameter_costs
 from slimdiff.planning.knapsack import Layer, choose
-from slimdiff.planning.sensitivity import STABLE, affordable, in_turn
-from slimdiff.progress import bar
+from slimdiff.planning.sensitivity import STABLE, in_turn
 
 log = logging.getLogger("slimdiff")
 
@@ -85,8 +85,8 @@ def errors_alone(
 ) -> dict[str, float]:
     """What each layer costs when it alone is in int8: the relative mean squared change of the noise prediction.
 
-    A pass computes what lies behind its layer alone (`Replay`). Processes of one job share the layers out, as in
-    `measure_sensitivities`. How long a call takes is logged when that is known.
+    For the passes see `squared_changes`. Processes of one job share the layers out, as in `measure_sensitivities`. How
+    long a call takes is logged when that is known.
 
     Args:
         in_int8: puts the layer at a path into int8, for the length of a block.
@@ -100,15 +100,19 @@ def errors_alone(
     own = paths[process::processes]
     count = min(len(calls), CALLS)
     some = affordable(denoiser, in_turn([calls[i * len(calls) // count] for i in range(count)]))
+    large = is_large(denoiser, some)
+    changes = {path: Change(path, partial(in_int8, path)) for path in own}
     changed, energy = dict.fromkeys(paths, 0.0), 0.0
     known: dict[str, float] = {}
     for number, call in enumerate(some):
-        parts = distributed.agree(partial(_measure, denoiser, own, call, in_int8, len(some) - number))
+        told = partial(_tell, len(own), len(some) - number)
+        measure = partial(squared_changes, denoiser, call, changes, large=large, number=number, expected=told)
+        parts = distributed.agree(measure)
         energy += parts[0][1]  # the same in every process
         if not 0 < energy < math.inf:
             raise InputError("the model predicts nothing, or what is not finite: int8 cannot be measured on it")
-        for changes, _ in parts:
-            for path, value in changes.items():
+        for own_changed, _ in parts:
+            for path, value in own_changed.items():
                 changed[path] += value
         before, known = known, {path: changed[path] / energy for path in paths}
         if before and settled is not None and settled(before, known):
@@ -117,22 +121,8 @@ def errors_alone(
     return known
 
 
-def _measure(
-    denoiser: nn.Module, paths: Sequence[str], call: Call, in_int8: Callable[[str], Any], left: int
-) -> tuple[dict[str, float], float]:
-    """By path, the squared change of the output of a call; and the squared output itself.
-
-    Args:
-        left: calls that there are, for the estimate.
-    """
-    changed = dict.fromkeys(paths, 0.0)
-    replay = Replay(denoiser, call, paths)
-    seconds = replay.seconds * sum(map(replay.share, paths))
-    log.info("int8: what %d layers cost alone: about %.0f s a call, of %d calls at most", len(paths), seconds, left)
-    for path in bar(paths, "int8, a layer alone", "pass"):
-        with in_int8(path):
-            changed[path] = float((replay.predict(path) - replay.output).double().square().sum())
-    return changed, float(replay.output.double().square().sum())
+def _tell(layers: int, left: int, seconds: float) -> None:
+    log.info("int8: what %d layers cost alone: about %.0f s a call, of %d calls at most", layers, seconds, left)
 
 
 def choose_int8(errors: Mapping[str, float], macs: Mapping[str, float], most: float) -> list[str]:

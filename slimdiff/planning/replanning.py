@@ -21,7 +21,8 @@ from slimdiff.denoising.replay import Replay
 from slimdiff.denoising.trajectory import Call, predict
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Evidence, Site
-from slimdiff.planning.sensitivity import _half, affordable, exchanged, in_turn
+from slimdiff.planning.changes import affordable
+from slimdiff.planning.sensitivity import _half, exchanged, in_turn
 from slimdiff.progress import bar
 from slimdiff.slimming.slim import fit_groups
 

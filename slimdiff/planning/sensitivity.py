@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -13,14 +14,12 @@ from torch import Tensor, nn
 from slimdiff.calibration import distributed
 from slimdiff.denoising.calls import evenly
 from slimdiff.denoising.modules import exchanged
-from slimdiff.denoising.replay import Replay
-from slimdiff.denoising.samples import batch_size, one_branch, some_of
+from slimdiff.denoising.replay import Change
 from slimdiff.denoising.trajectory import Call
 from slimdiff.errors import InputError
 from slimdiff.groups import GROUPS
 from slimdiff.groups.group import Evidence, Site
-from slimdiff.planning.costs import count_macs
-from slimdiff.progress import bar
+from slimdiff.planning.changes import affordable, is_large, squared_changes
 from slimdiff.settings import Forms, ResnetSettings
 from slimdiff.slimming.slim import Factors, fit_groups
 from slimdiff.statistics import Statistics
@@ -35,10 +34,6 @@ FITTED_ON = 16
 fit."""
 STABLE = 0.05
 """More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
-MOST_MACS = 1e11
-"""Multiply-accumulates of a pass (`count_macs`), where samples can be taken out of a call. One sample of Stable
-Diffusion 1.5 at 512 pixels makes more."""
-
 Sensitivities = Mapping[str, float]
 
 
@@ -57,9 +52,8 @@ def measure_sensitivities(
 ) -> dict[str, float]:
     """How much the noise prediction moves per unit of a site's local error: one site at half rank at a time.
 
-    Of the denoiser, what comes before a site is computed once for all sites (`Replay`). Calls are taken a few at a
-    time, early and late ones in turn; of large models a sample of each (`affordable`). Fitted groups are fitted on
-    `FITTED_ON` of their calls.
+    Calls are taken a few at a time, early and late ones in turn; of large models a sample of each (`affordable`), in
+    which all sites are measured together (`squared_changes`). Fitted groups are fitted on `FITTED_ON` of their calls.
 
     Under `torchrun` or `accelerate launch`, the processes share the sites out: each must call this, with the same
     arguments, and each returns all of them.
@@ -80,6 +74,7 @@ def measure_sensitivities(
     few = affordable(denoiser, evenly(list(fitting_calls), FITTED_ON)) if fitting_calls else ()
     fitted = fit_groups(denoiser, factors, halves, few, resnet_settings)
     ordered = affordable(denoiser, in_turn(calls))
+    large = is_large(denoiser, ordered)
 
     def weights(site: Site) -> Mapping[str, Tensor]:
         if site.name in fitted:
@@ -91,7 +86,7 @@ def measure_sensitivities(
     known: dict[str, float] = {}
     for number in range(0, len(ordered), PORTION):
         portion = ordered[number : number + PORTION]
-        parts = distributed.agree(partial(_measure, denoiser, own, weights, portion, number))
+        parts = distributed.agree(partial(_measure, denoiser, own, weights, portion, number, large))
         energy += parts[0][1]  # the same in every process
         for changes, _ in parts:
             for name, value in changes.items():
@@ -121,25 +116,6 @@ def in_turn(calls: Sequence[Call]) -> list[Call]:
     return [calls[i] for i in sorted(range(len(calls)), key=lambda i: i * golden % 1)]
 
 
-def affordable(denoiser: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    """The calls, each of as many samples as `MOST_MACS` allow and one at least; both branches of guidance take turns.
-
-    More calls say more than more samples of each, and a pass through a large model takes seconds. Choose the calls
-    before: of every second one of these, all may be of one branch. A call whose samples cannot be told apart is taken
-    whole.
-    """
-    batches = [batch_size(call) or 1 for call in calls]
-    largest = max(batches, default=1)
-    if largest == 1:
-        return list(calls)
-    of_one = count_macs(denoiser, calls[batches.index(largest)]) / largest
-    taken = max(1, int(MOST_MACS / max(of_one, 1)))
-    return [
-        call if batch <= taken else some_of(call, one_branch(batch, taken, number))
-        for number, (call, batch) in enumerate(zip(calls, batches, strict=True))
-    ]
-
-
 def _half(site: Site) -> int:
     return max(site.multiple, site.dense_rank // 2 // site.multiple * site.multiple)
 
@@ -150,30 +126,31 @@ def _measure(
     weights: Callable[[Site], Mapping[str, Tensor]],
     calls: Sequence[Call],
     number: int,
+    large: bool,
 ) -> tuple[dict[str, float], float]:
     """By site name, the squared change of the output over some calls; and the squared output itself.
 
     Args:
         number: of calls measured before these.
     """
-    energy, changed = 0.0, {site.name: 0.0 for site in sites}
-    with bar(total=len(calls) * len(sites), name="sensitivity", unit="pass") as shown:
-        for call in calls:  # one at a time, for what it left is held in memory
-            replay = Replay(denoiser, call, [site.path for site in sites])
-            squared = float(replay.output.double().square().sum())
-            if not math.isfinite(squared):
-                raise InputError(
-                    "the dense model's noise prediction is not finite: the model overflows; use it in float32"
-                )
-            if not number and not energy:
-                seconds = len(calls) * sum(replay.seconds * replay.share(site.path) for site in sites)
-                log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), seconds, len(calls))
-            energy += squared
-            for site in sites:
-                with exchanged(denoiser.get_submodule(site.path), weights(site)):
-                    change = (replay.predict(site.path) - replay.output).double()
-                changed[site.name] += float(change.square().sum())
-                shown.update()
+
+    def at_half(site: Site) -> AbstractContextManager[None]:
+        return exchanged(denoiser.get_submodule(site.path), weights(site))
+
+    def expected(seconds: float) -> None:
+        if not number and not energy:
+            each = len(calls)
+            log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), each * seconds, each)
+
+    energy, changed = 0.0, dict.fromkeys((site.name for site in sites), 0.0)
+    changes = {site.name: Change(site.path, partial(at_half, site)) for site in sites}
+    for index, call in enumerate(calls, number):  # one at a time, for what it left is held in memory
+        own, squared = squared_changes(denoiser, call, changes, large=large, number=index, expected=expected)
+        if not math.isfinite(squared):
+            raise InputError("the dense model's noise prediction is not finite: the model overflows; use it in float32")
+        energy += squared
+        for name, value in own.items():
+            changed[name] += value
     if not energy:
         raise InputError("the dense model's noise prediction is zero everywhere")
     return changed, energy

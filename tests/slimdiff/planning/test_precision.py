@@ -13,10 +13,10 @@ from conftest import PROMPTS, SAMPLING
 from slimdiff import Budget, InputError, Plan, PlanSettings
 from slimdiff.denoising.calls import Calls
 from slimdiff.denoising.int8 import count_layer_macs, input_ranges, product_layers, rounded
-from slimdiff.denoising.replay import Replay
+from slimdiff.denoising.projection import project_changes
 from slimdiff.denoising.trajectory import predict, record_calls
 from slimdiff.fidelity import HeldError
-from slimdiff.planning import precision, sensitivity
+from slimdiff.planning import changes, precision
 from slimdiff.planning.costs import CostTable, count_parameters
 from slimdiff.planning.knapsack import TOLERANCE
 from slimdiff.planning.planner import Planner
@@ -99,18 +99,17 @@ def test_of_a_large_model_layers_are_measured_on_both_branches_and_ranged_on_all
     assert len(calls) == 16 and all(len(call.arguments["sample"]) == 2 for call in calls)
     taken, ranged = [], []
 
-    class Seen(Replay):
-        def __init__(self, denoiser, call, paths):
-            taken.append(call)
-            super().__init__(denoiser, call, paths)
+    def seen(denoiser, call, *_others, **_more):
+        taken.append(call)
+        return project_changes(denoiser, call, *_others, **_more)
 
     def ranges_of(denoiser, paths, some):
         ranged.extend(some)
         return input_ranges(denoiser, paths, some)
 
-    monkeypatch.setattr(precision, "Replay", Seen)
+    monkeypatch.setattr(changes, "project_changes", seen)
     monkeypatch.setattr(precision, "input_ranges", ranges_of)
-    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    monkeypatch.setattr(changes, "MOST_MACS", 1.0)
     measure_int8(pipeline.unet, calls)
     branches = []
     for one in taken:

@@ -17,9 +17,10 @@ from slimdiff.denoising.samples import one_branch, some_of
 from slimdiff.denoising.trajectory import Call, predict, record_calls
 from slimdiff.groups import GROUPS, find_sites
 from slimdiff.groups.group import Evidence
-from slimdiff.planning import sensitivity
+from slimdiff.planning import changes, sensitivity
+from slimdiff.planning.changes import affordable
 from slimdiff.planning.planner import Planner
-from slimdiff.planning.sensitivity import PORTION, affordable, in_turn, measure_sensitivities
+from slimdiff.planning.sensitivity import PORTION, in_turn, measure_sensitivities
 from slimdiff.slimming.slim import factorise
 
 
@@ -64,7 +65,7 @@ def test_no_more_calls_are_taken_than_plans_need(pipeline, statistics, calls, si
             taken.append(call)
             super().__init__(denoiser, call, paths)
 
-    monkeypatch.setattr(sensitivity, "Replay", Counted)
+    monkeypatch.setattr(changes, "Replay", Counted)
     many = [calls[i % len(calls)] for i in range(6)]
 
     def measure(regret):
@@ -86,7 +87,7 @@ def test_of_a_large_model_a_pass_has_one_sample_of_each_branch_in_turn(pipeline,
     assert all(len(sample) == 4 for sample in samples)
     assert all(map(torch.equal, samples, (call.arguments["sample"] for call in affordable(pipeline.unet, calls))))
     whole = measure_sensitivities(pipeline.unet, statistics, sites, factors, calls)
-    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    monkeypatch.setattr(changes, "MOST_MACS", 1.0)
     few = affordable(pipeline.unet, calls[:4])
     texts = [call.arguments["encoder_hidden_states"] for call in few]
     rows = [
@@ -103,14 +104,14 @@ def test_of_a_large_model_a_pass_has_one_sample_of_each_branch_in_turn(pipeline,
 
 def test_calls_of_other_batches_are_thinned_too(pipeline, calls, monkeypatch):
     """A pipeline that guides a part of the steps calls with one sample, and with two."""
-    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    monkeypatch.setattr(changes, "MOST_MACS", 1.0)
     one = some_of(calls[0], torch.tensor([1]))
     few = affordable(pipeline.unet, [one, calls[1]])
     assert few[0] is one and len(few[1].arguments["sample"]) == 1
 
 
 def test_a_call_whose_samples_cannot_be_told_apart_is_taken_whole(pipeline, calls, monkeypatch):
-    monkeypatch.setattr(sensitivity, "MOST_MACS", 1.0)
+    monkeypatch.setattr(changes, "MOST_MACS", 1.0)
     shared = replace(calls[0], arguments=calls[0].arguments | {"ids": torch.zeros(7, 3)})
     assert affordable(pipeline.unet, [shared]) == [shared]
 
