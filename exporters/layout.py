@@ -25,8 +25,7 @@ PROMPT, TIME, STEP = PARTS = ("prompt", "time", "step")
 DENOISERS = ("unet", "transformer")
 """Components that denoise; a pipeline has one of them."""
 EXPORTED_FOR = "exported_for"
-"""In a transformer's `config.json`: `latents`, the height and width that its graph is for (None: any), and `arguments`,
-those of its call that are part of the graph."""
+"""In a transformer's `config.json`: `latents`, the height and width that its graph is for (None: any)."""
 IMAGE_ENCODER = "image_encoder"
 """A folder with a graph of what IP-Adapters are shown pictures by."""
 SAFETY_CHECKER = "safety_checker"

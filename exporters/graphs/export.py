@@ -7,8 +7,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from exporters.dtypes import DTYPES
 from exporters.graphs.inputs import (
+    BATCH,
     NAMES,
     SAMPLES,
     arguments_from,
-    fixed_arguments,
     in_graph_dtype,
     latent_size,
     named_inputs,
@@ -34,6 +34,7 @@ from exporters.graphs.quantise import check_calibration, quantise_graph
 from exporters.graphs.shapes import add_shapes, check_leftovers
 from exporters.graphs.split import split_graph
 from exporters.graphs.timesteps import graph_time, has_whole_times
+from exporters.graphs.tracing import closed_dims, closed_dims_in, refuse_closed, traceable
 from exporters.layout import EXPORTED_FOR, GRAPH
 from exporters.settings import ExportSettings
 from slimdiff.denoising.precision import cast, floats
@@ -61,21 +62,26 @@ class Denoiser(nn.Module):
     """A module of diffusers with tensors only, in and out, as a graph has them: those of `names`, in that order.
 
     Args:
-        fixed: arguments of its call that are no tensors.
+        batched: inputs that share an open batch.
     """
 
-    def __init__(self, unet: nn.Module, names: Sequence[str], fixed: Mapping[str, Any] | None = None):
+    def __init__(self, unet: nn.Module, names: Sequence[str], batched: Collection[str] = ()):
         super().__init__()
         self.unet = unet
         self.names = tuple(names)
-        self.fixed = dict(fixed or {})
+        self.batched = tuple(batched)
 
     def answer(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """What it gives for tensors in the places of its arguments."""
-        arguments = arguments_from(dict(zip(self.names, inputs, strict=True)))
+        named = dict(zip(self.names, inputs, strict=True))
+        for name in self.batched:
+            # An open batch is a size of its own for each input until torch is told. Transformers view one by another's.
+            # By `shape`: `len` is a number, and closes it.
+            torch._check(named[name].shape[0] == named[self.batched[0]].shape[0])
+        arguments = arguments_from(named)
         if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
             arguments.setdefault("encoder_hidden_states", None)
-        return self.unet(**arguments, **self.fixed, return_dict=False)
+        return self.unet(**arguments, return_dict=False)
 
 
 class _OneAnswer(Denoiser):
@@ -100,7 +106,7 @@ def export_unet(
     where the call's or any of the scheduler's is not whole), `encoder_hidden_states [B, L, D]`, for SDXL `text_embeds
     [B, E]` and `time_ids [B, 6]`, and whatever else the call has, by `exporters.graphs.inputs`; the output is
     `out_sample [B, C, H, W]`. A transformer's are `hidden_states`, `timestep [B]` (float32) and whatever else its call
-    has; what is no tensor is part of the graph, and noted in its `config.json`. Its output is `out_hidden_states`.
+    has. Its output is `out_hidden_states`.
 
     Args:
         unet: a UNet2DConditionModel, UNet2DModel or a transformer; its weights, dtype and training mode are as before
@@ -150,14 +156,11 @@ def check_transformer(model: nn.Module, call: Call, settings: ExportSettings) ->
     for asked, flag in ((settings.precision == "int8", "--precision int8"), (settings.split, "--split")):
         if asked:
             raise InputError(f"{flag} is for UNets, and the model has a {kind}: leave it out")
-    fixed = fixed_arguments(call.arguments)
     # Where hidden states are latents [B, C, H, W], the positions of one size become constants of the graph. A mask over
     # prompt and image follows both.
-    of_one_size = fixed or call.arguments["hidden_states"].ndim != 3 or call.arguments.get("attention_mask") is not None
-    sized = settings.dynamic_size and of_one_size
-    if sized or (settings.dynamic_batch and fixed):
-        open_dim = "size" if sized else "batch"
-        raise InputError(f"--dynamic {open_dim}: the graph of a {kind} is for one {open_dim}: leave it out")
+    of_one_size = call.arguments["hidden_states"].ndim != 3 or call.arguments.get("attention_mask") is not None
+    if settings.dynamic_size and of_one_size:
+        raise InputError(f"--dynamic size: the graph of a {kind} is for one size: leave it out")
 
 
 def warn_of_precision(plan: Plan, settings: ExportSettings) -> None:
@@ -194,26 +197,23 @@ def export_called(
     inputs = unet_inputs(call)
     if scheduler is not None and not has_whole_times(scheduler):
         inputs["timestep"] = inputs["timestep"].float()
-    dtype, fixed = dtype_of(settings), fixed_arguments(call.arguments)
+    dtype = dtype_of(settings)
     step = _step_of(model) if settings.dynamic_size else None
     inputs, opened = open_inputs(inputs, batch=settings.dynamic_batch, step=step)
     examples = {name: in_graph_dtype(name, value, dtype) for name, value in inputs.items()}
     keep = paths_to_keep(model, settings.keep_fp32) if settings.precision == "fp16" else []
     module = in_precision(model, dtype, keep)
-    with _sizes_in(module, dtype):
-        wrapped = wrapper(module, list(examples), fixed)
+    with traceable(module, dtype):
+        batched = [name for name, axes in opened.items() if axes.get(0) == BATCH]
+        wrapped = wrapper(module, list(examples), batched)
         file = export_module(wrapped, examples, outputs, folder, settings, opened, "unet.")
-    about: dict[str, Any] = {} if "sample" in call.arguments else {EXPORTED_FOR: _exported_for(call, settings)}
+    about: dict[str, Any] = {}
+    if "sample" not in call.arguments:
+        about[EXPORTED_FOR] = {"latents": None if settings.dynamic_size else latent_size(call.arguments)}
     if (plan := plan_of(model)) is not None:
         about["slim_plan"] = with_layers(plan, model).model_dump()
     write_config(model, folder, **about)
     return file
-
-
-def _exported_for(call: Call, settings: ExportSettings) -> dict[str, Any]:
-    """What a transformer's graph has fixed and its inputs do not show: the size of the latents, and arguments."""
-    size = None if settings.dynamic_size else latent_size(call.arguments)
-    return {"latents": size, "arguments": fixed_arguments(call.arguments)}
 
 
 def _step_of(model: Any) -> int:
@@ -232,8 +232,7 @@ def unet_inputs(call: Call) -> dict[str, Tensor]:
     Raises:
         InputError: if the call has arguments that the graph has no input for, or times that differ.
     """
-    fixed = fixed_arguments(call.arguments)
-    tensors, unknown = named_inputs({name: value for name, value in call.arguments.items() if name not in fixed})
+    tensors, unknown = named_inputs(call.arguments)
     if not unknown and {"hidden_states", "timestep"} <= set(tensors):
         time = torch.as_tensor(tensors["timestep"]).float()
         return tensors | {"timestep": time.expand(len(tensors["hidden_states"])).clone()}
@@ -268,6 +267,9 @@ def export_module(
 
     Returns:
         the path of `model.onnx`, which onnx's checker has seen.
+
+    Raises:
+        InputError: if an open dim is a constant of what the module computes.
     """
     onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     require("onnxscript", "onnx")
@@ -292,10 +294,14 @@ def export_module(
                 verbose=False,
             )
             assert program is not None
+            refuse_closed(module, closed_dims(program.exported_program, list(inputs), dynamic or {}))
             widen_softmax(program.model)
             join_casts(program.model)
             name_by_module(program.model, prefix)
             ir.save(program.model, str(file), external_data=f"{GRAPH}.data")
+    except torch.onnx.OnnxExporterError as error:
+        refuse_closed(module, closed_dims_in(error, list(inputs)))
+        raise
     finally:
         for part, training in modes.items():
             part.training = training
@@ -355,16 +361,6 @@ def in_precision(module: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()
     copied = cast(module, lambda t: torch.float32 if id(t) in kept else dtype)
     keep_in_float32(copied, keep)
     return copied
-
-
-def _sizes_in(unet: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Have SDXL's sines of sizes in the graph's dtype, as they come before what they are joined with.
-
-    torch joins tensors of two dtypes, `Concat` does not, and the exporter writes it all the same. diffusers rounds the
-    joined tensor to that dtype in its next line, so nothing is lost.
-    """
-    sines = getattr(unet, "add_time_proj", None)
-    return sines.register_forward_hook(lambda _module, _inputs, output: output.to(dtype)) if sines else nullcontext()
 
 
 @contextmanager

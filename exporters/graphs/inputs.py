@@ -58,6 +58,8 @@ SAMPLES = ("sample", "hidden_states")
 """Inputs that are denoised: a UNet's, and a transformer's."""
 PLACES = ("txt_ids", "img_ids", "image_rotary_emb")
 """Where tokens are: `[tokens, ...]`, the same for all samples, unless there is a dim more."""
+BATCH = "batch"
+"""Name of the open dim of samples."""
 _FIRST = (*SAMPLES, "timestep", "encoder_hidden_states", *PLACES)
 _PLACES = {name: place for place, name in NAMES.items()}
 
@@ -141,9 +143,7 @@ def open_inputs(
         each = [name for name, value in values.items() if value.ndim and not _of_all_samples(name, value)]
         if len(values[main]) == 1:
             values |= {name: torch.cat([values[name]] * 2) for name in each}
-        # One dim of a transformer's inputs: some view one tensor by the batch of another.
-        size = torch.export.Dim("batch", min=1) if main == "hidden_states" else "batch"
-        dims |= {name: {0: size} for name in each}
+        dims |= {name: {0: BATCH} for name in each}
     if step and values[main].ndim == 3:
         for name in (main, "img_ids"):
             if name in values:
@@ -182,18 +182,6 @@ def sample_name(names: Iterable[str]) -> str:
     return found
 
 
-def fixed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a transformer's call that are no tensors, such as Qwen-Image's `img_shapes`: part of its graph.
-
-    Those of a UNet are not: whatever its call has that is no tensor is refused.
-    """
-    if "sample" in arguments:
-        return {}
-    leaves = {name: [leaf for _, leaf in _leaves(value, ())] for name, value in arguments.items()}
-    numbers = {n for n, found in leaves.items() if found and all(isinstance(leaf, int | float | str) for leaf in found)}
-    return {name: value for name, value in arguments.items() if name in numbers and (name,) not in NAMES}
-
-
 def latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of the latents that a call denoises, which a VAE decodes.
 
@@ -205,10 +193,6 @@ def latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
     if isinstance(places := arguments.get("img_ids"), Tensor):
         rows, columns = (2 * (int(places[..., axis].max()) + 1) for axis in (1, 2))
         return rows, columns
-    if shapes := arguments.get("img_shapes"):
-        while not isinstance(shapes[0], int):
-            shapes = shapes[0]
-        return 2 * shapes[-2], 2 * shapes[-1]
     name = sample_name(arguments)
     shape = tuple(arguments[name].shape)
     if len(shape) != 4:

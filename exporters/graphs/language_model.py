@@ -1,4 +1,4 @@
-"""Text encoders other than CLIP (T5, UMT5) as graphs, for the calls that their pipeline makes."""
+"""Text encoders other than CLIP (T5, UMT5, BERT, Gemma 2) as graphs, for the calls that their pipeline makes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exporters.layout import COMPONENTS, read_config
 from exporters.runtimes.module import RuntimeModule
@@ -17,6 +17,13 @@ from slimdiff.denoising.trajectory import Call
 
 class GraphDenoiser(RuntimeModule):
     """A denoiser whose graph or engine is open: see `UNet` and `DiffusionTransformer`."""
+
+    def __init__(self, session: Session, config: Any):
+        super().__init__(session, config)
+        if "hidden_states" in session.inputs or "encoder_hidden_states" not in session.inputs:
+            # Pipelines make the noise in this dtype then, and hand it to a VAE that may be in another: as in torch.
+            self.dtype = torch.float32
+            self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def inputs(self) -> dict[str, Shape]:

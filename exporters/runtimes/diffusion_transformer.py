@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +23,7 @@ class DiffusionTransformer(GraphDenoiser):
     """Drop-in for a pipeline's transformer: `pipeline.transformer = DiffusionTransformer.open("onnx/transformer")`.
 
     Takes what a diffusers pipeline gives its transformer, by name or with `hidden_states` first, in any floating-point
-    dtype and on any device, and answers in the same. What is no tensor in a call is part of the graph, and has to be
-    what it was at the export.
+    dtype and on any device, and answers in the same.
 
     Raises:
         InputError: if the session is no transformer.
@@ -45,7 +43,6 @@ class DiffusionTransformer(GraphDenoiser):
         self.inner_dim = (self.num_heads or 0) * (config.get("attention_head_dim") or 0)
         size = about.get("latents") or (None, None)
         self._latents: tuple[int | None, int | None] = (size[0], size[1])
-        self._fixed: dict[str, Any] = about.get("arguments") or {}
 
     @property
     def latents(self) -> tuple[int | None, int | None]:
@@ -76,14 +73,6 @@ class DiffusionTransformer(GraphDenoiser):
         if timestep is None:
             raise InputError(f"{self.session.source} takes a timestep: one for all samples, or one for each")
         time = torch.as_tensor(timestep).expand(len(hidden_states))
-        fixed = {name: value for name, value in others.items() if name in self._fixed}
-        others = {name: value for name, value in others.items() if name not in fixed}
-        for name, value in self._fixed.items():
-            if name not in fixed or json.loads(json.dumps(fixed[name])) != value:
-                raise InputError(
-                    f"{self.session.source} was exported for {name} {value}, and this call has {fixed.get(name)}: "
-                    "ask for images like that, or export for others (slimdiff export --height --width --batch)"
-                )
         inputs, unknown = named_inputs({"hidden_states": hidden_states, "timestep": time, **others})
         if unknown := unknown + [name for name in inputs if name not in self.session.inputs]:
             raise InputError(f"{self.session.source} has no input for {', '.join(unknown)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -39,9 +38,6 @@ class UNet(GraphDenoiser):
         height, width = session.inputs["sample"][-2:]
         size = {"sample_size": height} if isinstance(height, int) and height == width else {}
         super().__init__(session, FrozenDict(config | size))
-        if "encoder_hidden_states" not in session.inputs:  # the noise has the UNet's dtype then, and is as in torch
-            self.dtype = torch.float32
-            self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
         if features := config.get("projection_class_embeddings_input_dim"):
             # SDXL pipelines read the width of the added embedding off the layer itself.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))

@@ -207,10 +207,11 @@ def test_it_answers_as_torch_does_in_open_dims(way, tmp_path, capsys):
     size = {"height": 24, "width": 32} if way.open_size else {name: way.sampling[name] for name in ("height", "width")}
     call(["export", way.slim, "--out", tmp_path, *way.sized, "--dynamic", way.dynamic], capsys)
     slim, graphs = load_in_torch(way.slim), load_pipeline(tmp_path)
-    example = example_call(slim, batch=3, **size, arguments=way.sampling["arguments"])
-    expected = predict(slim.transformer, example)
-    assert len(expected) == 3
-    torch.testing.assert_close(graphs.transformer.predict(example), expected, atol=1e-4, rtol=1e-4)
+    for batch in (1, 3):
+        example = example_call(slim, batch=batch, **size, arguments=way.sampling["arguments"])
+        expected = predict(slim.transformer, example)
+        assert len(expected) == batch
+        torch.testing.assert_close(graphs.transformer.predict(example), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

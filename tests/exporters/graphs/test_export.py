@@ -133,6 +133,18 @@ def test_no_such_file_and_no_graph_are_refused(tmp_path):
         read_graph(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("dim", ["batch", torch.export.Dim("height", min=2), 2 * torch.export.Dim("height", min=2)])
+def test_an_open_dim_that_a_module_makes_a_constant_of_is_refused(dim, tmp_path):
+    """The exporter writes a graph of one size, whose input says otherwise where the dim is a multiple."""
+
+    class Counted(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(list(range(x.shape[0])))[:, None]
+
+    with pytest.raises(InputError, match=r"a Counted computes for one size of x\.0, .*leave out --dynamic"):
+        export_module(Counted(), {"x": torch.zeros(4, 3)}, ["out"], tmp_path, ExportSettings(), {"x": {0: dim}})
+
+
 def test_a_number_that_is_nearly_zero_is_added(tmp_path):
     """Without it, zero would be divided by zero."""
 

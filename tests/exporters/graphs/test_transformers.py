@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_pipeline.members import make_member
 from families import FAMILIES
 from families.family import noise
 
@@ -16,6 +17,7 @@ for module in ("onnxscript", "onnxruntime", "polygraphy"):
 from exporters.graphs.export import export_unet  # noqa: E402
 from exporters.graphs.inputs import latent_size  # noqa: E402
 from exporters.graphs.naming import check_reduced_dims, with_layers  # noqa: E402
+from exporters.graphs.pipeline import example_call  # noqa: E402
 from exporters.graphs.shapes import leftover_dims  # noqa: E402
 from exporters.layout import check_carried, read_config  # noqa: E402
 from exporters.runtimes.denoiser import open_denoiser  # noqa: E402
@@ -80,6 +82,32 @@ def test_what_is_for_unets_alone_is_refused(precision, split, tmp_path):
     slim, calls = halved("flux")
     with pytest.raises(InputError, match="is for UNets, and the model has a SlimFluxTransformer2DModel"):
         export_unet(slim, tmp_path, calls[0], ExportSettings(precision=precision, split=split), calibration=calls)
+
+
+def test_a_graph_is_open_in_the_batch_where_one_input_is_viewed_by_anothers(tmp_path):
+    pipeline = make_member("PixArtAlphaPipeline")
+    arguments = {"max_sequence_length": 8, "use_resolution_binning": False}
+    one, three = (example_call(pipeline, height=16, width=16, batch=b, arguments=arguments) for b in (1, 3))
+    export_unet(pipeline.transformer, tmp_path, one, ExportSettings(dynamic_batch=True))
+    graph = open_denoiser(tmp_path)
+    assert {takes[0] for takes in graph.inputs.values()} == {"batch"}
+    for call in (one, three):
+        torch.testing.assert_close(graph.predict(call), predict(pipeline.transformer, call), atol=1e-5, rtol=1e-4)
+
+
+def test_noise_is_made_in_single_precision_for_a_graph_in_half(tmp_path):
+    """A pipeline makes it in the denoiser's dtype, and hands it to a VAE that may be in another."""
+    slim, calls = halved("sd3")
+    export_unet(slim, tmp_path, calls[0], ExportSettings(precision="fp16"))
+    graph = open_denoiser(tmp_path)
+    assert graph.dtype == torch.float32 and graph.session.dtypes["hidden_states"] == "float16"
+
+
+def test_what_is_no_tensor_in_a_call_is_refused(tmp_path):
+    slim, calls = halved("flux")
+    call = Call(0, 0, {**calls[0].arguments, "joint_attention_kwargs": {"scale": 0.5}})
+    with pytest.raises(InputError, match=r"this call has joint_attention_kwargs\['scale'\]"):
+        export_unet(slim, tmp_path, call)
 
 
 def test_positions_of_one_size_cannot_be_left_open(tmp_path):
