@@ -76,6 +76,12 @@ def test_it_is_read_as_it_was_written_a_line_a_field(tmp_path):
         ({"depth": "mid_block"}, "depth: "),
         ({"steps": 0}, "steps: "),
         ({"schema_version": 2}, "schema_version: "),
+        ({"schema_version": True}, "schema_version: input should be 1"),
+        ({"depth": "up_blocks.0"}, "depth: must be an up block but the first, such as up_blocks.2"),
+        ({"steps": "6"}, "steps: Input should be a valid integer"),
+        ({"steps": 6.0}, "steps: Input should be a valid integer"),
+        ({"levels": True}, "levels: Input should be a valid integer"),
+        ({"guided": [False, True]}, "guided.0: Input should be a valid integer"),
         ({"often": 3}, "often: "),
         ({"guided": "all"}, "guided: "),
     ],
@@ -94,6 +100,22 @@ def test_what_is_no_file_of_one_is_refused(tmp_path):
     (tmp_path / "schedule.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         Schedule.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"steps": 6, "steps": 4}', "the key 'steps' is there twice"),
+        ('{"made_by": {"cost": 1, "cost": 2}}', "the key 'cost' is there twice"),
+        ('{"made_by": {"latent_error": NaN}}', "NaN is no number of JSON"),
+    ],
+)
+def test_what_json_leaves_open_is_refused(text, said, tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text(json.dumps(HALF)[:-1] + "," + text[1:])
+    with pytest.raises(InputError) as error:
+        Schedule.load(file)
+    assert str(error.value) == f"{file} is not JSON: {said}"
 
 
 @pytest.mark.parametrize("wrong", [(0.5, 0.5), (-0.1, 1), (0, 1.5), (0.8, 0.2)])
