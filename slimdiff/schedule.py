@@ -166,9 +166,22 @@ class Schedule(Editable):
             }
         )
 
+    def how_carried(self, calls: int) -> str:
+        """What people should know of `at(calls)`, where that is another number; nothing was measured of a schedule
+        that was said by hand."""
+        measured = f", and what was measured holds for {self.carried_from or self.steps}"
+        return (
+            f"is for {self.steps} calls of the UNet: it is carried over to {calls} by trajectory fraction"
+            f"{measured if self.is_measured() else ''}"
+        )
+
+    def is_measured(self) -> bool:
+        """Whether it is known what it changes."""
+        return "latent_error" in self.made_by
+
     def of_slim(self) -> Schedule:
         """The same for a slim model: what was measured was measured of the dense one, and it says so."""
-        if "latent_error" not in self.made_by:
+        if not self.is_measured():
             return self
         return self.model_copy(update={"made_by": {**self.made_by, "measured_on": "the dense model"}})
 

@@ -45,6 +45,14 @@ def test_the_full_schedule_stays_full(steps, others):
     assert full.is_full() and full.at(others).is_full() and full.cost(0.4) == 1
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_carrying_over_claims_a_measurement_only_where_there_was_one(measured):
+    own = Schedule.parse({**HALF, "made_by": {"latent_error": 0.01} if measured else {"deep_every": 2}}, "a schedule")
+    said = own.how_carried(12)
+    assert said.startswith("is for 6 calls of the UNet: it is carried over to 12 by trajectory fraction")
+    assert said.endswith(", and what was measured holds for 6" if measured else "by trajectory fraction")
+
+
 def test_a_schedule_said_by_hand():
     schedule = make_schedule(3, 10, guidance_interval=(0.2, 0.6), deep_every=3)
     assert schedule.guided == [2, 3, 4, 5] and schedule.depth == "up_blocks.2"
