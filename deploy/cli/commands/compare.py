@@ -63,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--weights", "NAME=PATH", weights)
     flags.text(parser, "--reference", "DIR", "real images that fid and kid hold both sides against")
     bounds = (
-        "a bound as in a recipe's gates, such as max_noise_error=1e-3 or max_lpips=0.1: beyond it the exit code is 1"
+        "a bound as in a recipe's gates, such as max_noise_error=1e-3 or max_lpips=0.1: beyond it the exit code is 1, "
+        "with it inside the figure's interval 4"
     )
     flags.several(parser, "--gate", "NAME=BOUND", bounds)
 
