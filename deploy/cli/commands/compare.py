@@ -172,6 +172,8 @@ def _text(value: dict[str, Any]) -> str:
             f"multiply-adds per image: {macs['dense']:.4g} dense, every step guided and whole; {macs['slim']:.4g} "
             f"slim, by its schedule: {macs['saved']:.1%} saved"
         )
+    elif "why" in macs:
+        lines.append(f"multiply-adds per image: not counted, for {macs['why']}")
     lines += [f"{name}: {m['value']:.4g}{_between(m)}" for name, m in images["metrics"].items()]
     lines.append(f"precision: {' -> '.join(map(_said, value['precision'].values()))}")
     for name, q in value["quality"].items():
