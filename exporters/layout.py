@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimdiff.errors import InputError
+from slimdiff.schedule import FILE
 from slimdiff.storage import manifest
 
 INDEX = "model_index.json"
@@ -285,6 +286,21 @@ def shallow_of(unet: Path, *, engine: bool = False) -> Path | None:
     folder = parts_of(folder).get(STEP, folder)
     found = folder / SHALLOW_ENGINE if engine else folder / SHALLOW
     return found if (found / ENGINE if engine else found).is_file() else None
+
+
+def pipeline_around(place: Path) -> Path | None:
+    """The folder of the pipeline that a graph or an engine, or its folder, is of: that folder itself, or the one around
+    it; None if it is of none."""
+    folder = (place.parent if place.suffix == ".onnx" else place).absolute()
+    return next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
+
+
+def schedule_beside(place: Path) -> Path | None:
+    """The file of the schedule that a graph or an engine, or its folder, goes with: there, or in its pipeline's folder;
+    None if there is none."""
+    folder = place.parent if place.suffix == ".onnx" else place
+    places = (folder, pipeline_around(place))
+    return next((one / FILE for one in places if one is not None and (one / FILE).is_file()), None)
 
 
 def engine_folders(folder: Path) -> list[Path]:

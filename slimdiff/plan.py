@@ -86,7 +86,6 @@ class Plan(Editable):
 
     noun: ClassVar[str] = "plan"
 
-    schema_version: Literal[1] = 1
     model_class: str
     """The dense denoiser's class."""
     model_hash: str

@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from slimdiff.errors import InputError
-from slimdiff.settings import Settings
+from slimdiff.settings import Settings, like
 from slimdiff.storage.editable import Editable
 from slimdiff.storage.manifest import replacing
 
@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 FILE = "schedule.json"
 """Its name in a model's directory."""
 MOST_STEPS = 1000
-DEPTH = r"^up_blocks\.[1-9][0-9]?$"
+DEPTH = like(r"up_blocks\.[1-9][0-9]?", "an up block but the first, such as up_blocks.2")
 """Paths of what can be reused: the input of an up block but the first, which takes the middle's."""
+_SHARE = r"(0(\.[0-9]+)?|1(\.0+)?)"
+_INTERVAL = like(f"{_SHARE}:{_SHARE}", "two numbers from 0 to 1 with a colon between, such as 0.0:0.5")
 
 
 class ScheduleSettings(Settings):
     """How a schedule is said by hand."""
 
-    guidance_interval: str = Field("0:1", pattern=r"^(0(\.[0-9]+)?|1(\.0+)?):(0(\.[0-9]+)?|1(\.0+)?)$")
+    guidance_interval: Annotated[str, _INTERVAL] = "0:1"
     """Where steps are guided, as fractions of the trajectory from the noise on, such as 0.0:0.5 for the first half."""
     deep_every: int = Field(1, ge=1, le=MOST_STEPS)
     """Steps from one that runs the whole network to the next; the others reuse what it left."""
-    depth: str | None = Field(None, pattern=DEPTH)
+    depth: Annotated[str | None, DEPTH] = None
     """The up block whose input is reused, such as up_blocks.2; the last one if not given, and all are tried where a
     schedule is chosen."""
 
@@ -62,12 +64,11 @@ class Schedule(Editable):
 
     noun: ClassVar[str] = "schedule"
 
-    schema_version: Literal[1] = 1
     levels: int = Field(ge=1)
     """Of the UNet: how many up blocks it has."""
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Calls of the denoiser a picture: one a step with nearly all samplers."""
-    depth: str | None = Field(None, pattern=DEPTH)
+    depth: Annotated[str | None, DEPTH] = None
     """The up block whose input is kept and reused, such as `up_blocks.2`; None if every step runs the whole network."""
     guided: list[int]
     """Steps, from 0, that run all branches of guidance; the others run the branch of the prompt alone."""
@@ -165,9 +166,22 @@ class Schedule(Editable):
             }
         )
 
+    def how_carried(self, calls: int) -> str:
+        """What people should know of `at(calls)`, where that is another number; nothing was measured of a schedule
+        that was said by hand."""
+        measured = f", and what was measured holds for {self.carried_from or self.steps}"
+        return (
+            f"is for {self.steps} calls of the UNet: it is carried over to {calls} by trajectory fraction"
+            f"{measured if self.is_measured() else ''}"
+        )
+
+    def is_measured(self) -> bool:
+        """Whether it is known what it changes."""
+        return "latent_error" in self.made_by
+
     def of_slim(self) -> Schedule:
         """The same for a slim model: what was measured was measured of the dense one, and it says so."""
-        if "latent_error" not in self.made_by:
+        if not self.is_measured():
             return self
         return self.model_copy(update={"made_by": {**self.made_by, "measured_on": "the dense model"}})
 

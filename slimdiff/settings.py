@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 _NUMBERS = (int, float, int | None, float | None)
 MOST = 1_000_000
@@ -36,9 +46,21 @@ class Settings(BaseModel):
         return value
 
 
+def like(pattern: str, what: str) -> AfterValidator:
+    """Of a field: text of that form, which errors say in words and by an example, as `what`."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {what}")
+        return value
+
+    return AfterValidator(check)
+
+
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """What weights can be in: names for people, and torch's."""
-_SIZE = r"^\s*0*[1-9][0-9]*(\.[0-9]+)?\s*([KMGT]B)\s*$"
+_SIZE = like(r"\s*0*[1-9][0-9]*(\.[0-9]+)?\s*([KMGT]B)\s*", "a size such as 5GB or 500MB")
+_VARIANT = like(r"[A-Za-z0-9_]+", "letters, digits and underscores, such as fp16")
 
 
 class WeightSettings(Settings):
@@ -46,10 +68,10 @@ class WeightSettings(Settings):
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Of the weights; each component keeps that of its files if not given."""
-    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_]+$")
+    variant: Annotated[str | None, _VARIANT] = None
     """Of the weights, such as fp16 for model.fp16.safetensors; if not given, the files without a variant's name are
     read, or the only ones that there are. The files of a model that is written are named for what was asked."""
-    max_shard_size: str | None = Field(None, pattern=_SIZE)
+    max_shard_size: Annotated[str | None, _SIZE] = None
     """Weights beyond this are written as several files, such as 5GB or 500MB (of 1000 each); diffusers' own default if
     not given."""
 

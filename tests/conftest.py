@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from slimdiff import Budget, CalibrationSettings, Compression, PlanSettings, Sampling, compress, show_progress
+from slimdiff.schedule import make_schedule
 
 show_progress(False)
 
@@ -27,6 +28,8 @@ PROMPTS = [
     "a large yellow triangle bottom left, on a brown background",
 ]
 SAMPLING = Sampling(steps=4, batch=2, guidance=3.0, seed=1)
+BOTH = make_schedule(3, 6, guidance_interval=(0.0, 0.5), deep_every=2)
+"""A schedule of the tiny pipeline: guidance in the first half, the whole network in every second step."""
 TOKENIZER = Path(__file__).parent.parent / "slimdiff" / "embedded" / "model" / "tokenizer"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.layout import CONFIG, read_config
+from exporters.layout import CONFIG, read_config, schedule_beside
 from slimdiff import embedded
 from slimdiff.loading.naming import places_of
 from slimdiff.schedule import FILE, Schedule
@@ -14,7 +14,7 @@ NONE = "none"
 
 
 def find_schedule(name: str, asked: str | None) -> Schedule | None:
-    """The schedule of that file, else the one in the artifact's folder; None if there is none.
+    """The schedule of that file, else the one in the artifact's folder or its pipeline's; None if there is none.
 
     Raises:
         InputError: if it is none, naming the file.
@@ -24,7 +24,8 @@ def find_schedule(name: str, asked: str | None) -> Schedule | None:
     if asked is not None:
         return Schedule.load(asked)
     files = [place / FILE for place in places_of(name) if name != "demo" and (place / FILE).is_file()]
-    return Schedule.load(files[0]) if files else None
+    file = files[0] if files else schedule_beside(Path(name))
+    return None if file is None else Schedule.load(file)
 
 
 def check_schedule(name: str, schedule: Schedule | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def judge(
         judged.append(_gate("noise_error", "Noise-prediction error", value, bound, "lower", "", holds, detail))
     if (bound := gates.min_psnr_db) is not None:
         value = compare["images"]["psnr_db"]  # null: the images are identical
-        detail = "slim images against dense ones, same captions and seeds"
-        holds = value is None or value >= bound
+        found = compare["images"].get("metrics", {}).get("psnr")
+        detail = f"slim images against dense ones, same captions and seeds{_between(found)}"
+        holds = _held(inf if value is None else value, _ends(found), bound, "higher")
         judged.append(_gate("psnr_db", "PSNR to dense", value, bound, "higher", "dB", holds, detail))
     judged += [_metric(key, name, getattr(gates, key), compare) for key, name in gates.metrics().items()]
     if gates.parity:
@@ -139,17 +141,39 @@ def _metric(key: str, name: str, bound: float, compare: Mapping[str, Any]) -> di
     """The gate of one of the metrics of images: of slim against dense, or of the slim side where each is judged."""
     if name in compare["quality"]:
         found = compare["quality"][name]
-        value, ends = found["slim"], (found["intervals"]["slim"] or (None, None))
-        detail = f"slim images; {found['dense']:.4g} dense"
+        low, high = found["intervals"]["slim"] or (None, None)
+        value, found, detail = (
+            found["slim"],
+            found | {"low": low, "high": high},
+            f"slim images; {found['dense']:.4g} dense",
+        )
     else:
         found = compare["images"]["metrics"][name]
-        value, ends = found["value"], (found["low"], found["high"])
-        detail = "slim images against dense ones, same captions and seeds"
-    if ends[0] is not None:
-        detail += f"; 95 % interval {ends[0]:.4g} to {ends[1]:.4g}, {found['count']} images"
+        value, detail = found["value"], "slim images against dense ones, same captions and seeds"
     better = "higher" if key.startswith("min_") else "lower"
-    holds = value is not None and (value >= bound if better == "higher" else value <= bound)
+    holds = "fail" if value is None else _held(value, _ends(found), bound, better)
+    detail += _between(found)
     return _gate(name, f"{name.upper().replace('_', '-')} of slim images", value, bound, better, "", holds, detail)
+
+
+def _held(value: float, ends: tuple[float | None, float | None], bound: float, better: str) -> str:
+    """As for a latency, where there is an interval: pass if all of it keeps the bound, fail if all of it breaks it."""
+    low, high = (value if end is None else end for end in ends)
+    if better == "lower":
+        low, high, bound = -high, -low, -bound
+    return "pass" if low >= bound else "fail" if high < bound else "inconclusive"
+
+
+def _ends(found: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+    """A figure's interval; None where there is none, as of one image."""
+    return (found.get("low"), found.get("high")) if found else (None, None)
+
+
+def _between(found: Mapping[str, Any] | None) -> str:
+    low, high = _ends(found)
+    if found is None or low is None or high is None:
+        return ""
+    return f"; 95 % interval {low:.4g} to {high:.4g}, {found['count']} images"
 
 
 def _quality(accuracy: Mapping[str, Any] | None, bound: float) -> dict[str, Any]:
@@ -159,8 +183,11 @@ def _quality(accuracy: Mapping[str, Any] | None, bound: float) -> dict[str, Any]
     if accuracy is not None:
         dense, slim = accuracy["dense"], accuracy["slim"]
         loss = 100 * (dense - slim)
-        verdict = loss <= bound
         detail = f"{100 * dense:.1f} % dense, {100 * slim:.1f} % slim, {accuracy['count']} captions"
+        gained, lost = _ends(accuracy)
+        ends = (None, None) if gained is None or lost is None else (-100 * lost, -100 * gained)
+        verdict = _held(loss, ends, bound, "lower")
+        detail += "" if ends[0] is None else f"; 95 % interval of the loss {ends[0]:.2f} to {ends[1]:.2f}"
     return _gate("quality_loss", "Loss of caption accuracy", loss, bound, "lower", "points", verdict, detail)
 
 

@@ -18,11 +18,11 @@ from deploy.bundle.rest import ExportedRest, TorchRest, place_of
 from deploy.bundle.sources import Candidate, Selection, Source
 from deploy.triton import check_served, write_repository
 from exporters.engine.check import REPORT, runs_on
+from exporters.engine.scheduled import find_shallow
 from exporters.graphs.int8 import processors_for
 from exporters.graphs.reading import read_graph
 from exporters.layout import GRAPH, engine_folders
 from exporters.registry import names, runtime_of
-from exporters.runtimes.scheduled import find_shallow
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import read_index
 from slimdiff.schedule import FILE
@@ -95,6 +95,9 @@ def write_bundle(
         raise InputError(
             f"{odd.name} is in none of {', '.join(_GRAPHS_ON_SERVERS)}: export it in one of these to bundle it"
         )
+    for candidate in taken:
+        if source.schedule is not None and candidate.place is not None:
+            find_shallow(candidate.place, source.schedule, engine=candidate.is_engine)
     denoiser = source.rest.denoiser
     denoisers: list[Denoiser] = []
     for candidate in taken:
@@ -104,8 +107,6 @@ def write_bundle(
         candidate.write(folder / place)
         if edge:
             _make_lean(folder / place)
-        if source.schedule is not None:
-            find_shallow(folder / place, source.schedule, engine=candidate.is_engine)
         runtimes = _runtimes(candidate, selection)
         vae = place_of(candidate.latents, sizes) if source.rest.decoder else None
         about = candidate.model_dump(include=set(Model.model_fields))

@@ -79,6 +79,8 @@ class Candidate(Model):
     latents: Latents
     backend: str | None = None
     """What an engine was built with; None for a graph."""
+    place: Path | None = None
+    """Where it lies; None of one that is exported for the bundle, by the model's schedule."""
 
     def __str__(self) -> str:
         where = f", an engine of {self.backend} for {' '.join(self.capabilities)}" if self.is_engine else ""
@@ -169,7 +171,8 @@ def _graph(name: str, graph: Path, scale: int) -> Candidate:
     places = [folder, *parts_of(folder).values()]
     there = [p for place in places for p in place.iterdir() if p.is_file()]
     kept = [p.relative_to(folder).as_posix() for p in there if p.name == CONFIG or p.name.endswith(endings)]
-    return _candidate(name, partial(_copy, folder, kept), precision, _with_latents(sample.shape, folder), scale)
+    copy, latents = partial(_copy, folder, kept), _with_latents(sample.shape, folder)
+    return _candidate(name, copy, precision, latents, scale, place=graph)
 
 
 def _engine(name: str, folder: Path, scale: int) -> Candidate:
@@ -183,6 +186,7 @@ def _engine(name: str, folder: Path, scale: int) -> Candidate:
     kept = [f"{place}{name}" for place in places for name in (ENGINE, REPORT, CONFIG, FILE, manifests.MANIFEST)]
     copy = partial(_copy_engine, folder, [name for name in kept if (folder / name).is_file()])
     about = {"backend": report["backend"], "capabilities": capabilities(report), "version": runs_on(report)["version"]}
+    about["place"] = folder
     return _candidate(name, copy, report["parts"]["precision"], _with_latents(shape, folder), scale, **about)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from slimdiff.storage.atomic import is_leftover
 
 _ELSEWHERE = "give another place"
-_NO_ROOM = {
+NO_ROOM = {
     errno.ENOSPC: "no space left on the device: free some there (large scratch files go to TMPDIR), or give another",
     errno.EDQUOT: "the disk quota is used up: free some, or give a place without one",
     errno.EFBIG: "a file grows larger than it may here: raise the limit (ulimit -f), or give a place that takes it",
@@ -37,17 +37,17 @@ def describe(error: BaseException, out: str | None) -> str | None:
         code = _code(cause)
         if code is not None:
             where = _place(cause) or out
-            advice = f"{_NO_ROOM[code]}; what was finished is kept" if code in _NO_ROOM else _NOT_HERE[code]
+            advice = f"{NO_ROOM[code]}; what was finished is kept" if code in NO_ROOM else _NOT_HERE[code]
             return f"{where}: {advice}" if where else advice
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _code(error: BaseException) -> int | None:
-    if isinstance(error, OSError) and (error.errno in _NO_ROOM or error.filename and error.errno in _NOT_HERE):
+    if isinstance(error, OSError) and (error.errno in NO_ROOM or error.filename and error.errno in _NOT_HERE):
         return error.errno
     text = str(error).lower()
-    return next((code for code in _NO_ROOM if os.strerror(code).lower() in text), None)
+    return next((code for code in NO_ROOM if os.strerror(code).lower() in text), None)
 
 
 def _place(error: BaseException) -> str | None:

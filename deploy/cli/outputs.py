@@ -15,11 +15,13 @@ from pathlib import Path
 
 from deploy.artifacts import build_folder
 from deploy.artifacts.kinds import graph_of, kind_of, not_runnable
+from deploy.cli import disk_errors
 from exporters.layout import CONFIGURED, ENGINE_PIPELINE, INDEX
 from slimdiff import embedded
 from slimdiff.errors import InputError
 from slimdiff.loading.naming import find_component, find_model, places_of
 from slimdiff.storage import manifest
+from slimdiff.storage.atomic import try_place
 
 READ = (
     *("model", "artifact", "source", "onnx", "base", "candidate", "dense", "slim", "onto", "pipeline"),
@@ -186,9 +188,15 @@ def check_writable(path: Path, flag: str = "--out") -> None:
     if place != whole and not place.is_dir():
         raise InputError(f"{flag} {path} leads through {place}, which is a file: name a place in a folder")
     if os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
-        return
-    read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
-    why = "it is on a read-only file system" if read_only else "permission denied"
+        try:
+            return try_place(place) if place.is_dir() else None
+        except OSError as error:
+            if error.errno in disk_errors.NO_ROOM:  # which has advice of its own
+                raise
+            why = f"nothing can be made in {place}: {error.strerror}"
+    else:
+        read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
+        why = "it is on a read-only file system" if read_only else "permission denied"
     raise InputError(f"{flag} {path} cannot be written ({why}): give another")
 
 

@@ -41,6 +41,7 @@ def text(value: Mapping[str, Any]) -> str:
             f"speedup     {_speedup(value)}",
             f"{value['process_pairs']} process pairs, {100 * value['scatter']:.1f} % scatter, {value['seconds']:.0f} s",
             f"{value['runtime']} on {value['machine']}",
+            *(f"schedule of the {side}: {own['says']}" for side, own in _schedules(value)),
             *(f"note: {hint}" for hint in value["hints"]),
             f"gate {value['gate']}: {value['verdict']}" if value["gate"] else "no gate",
         ]
@@ -60,6 +61,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             "",
             f"Speedup {_speedup(value)}, of {value['process_pairs']} process pairs in {value['seconds']:.0f} s. "
             f"{value['runtime']} on {value['machine']}.",
+            *(f"\nSchedule of the {side}: {own['says']}." for side, own in _schedules(value)),
             *(f"\n> {hint}" for hint in value["hints"]),
             "",
         ]
@@ -102,6 +104,11 @@ def write_text(content: str, file: Path) -> None:
     """Write a text file, whole or not at all."""
     with replacing(file, is_file=True) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names may be no text
+
+
+def _schedules(value: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """By side, those that images were made by."""
+    return [(side, own) for side in ("baseline", "candidate") if (own := value[side].get("schedule"))]
 
 
 def _speedup(value: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 from deploy.artifacts.kinds import kind_of
 from deploy.opening.openers import open_denoiser, runtime_for, whole_pipeline
 from deploy.opening.pairs import Side
-from deploy.opening.schedules import with_schedule
+from deploy.opening.schedules import as_followed, with_schedule
 from exporters.graphs.pipeline import example_call, export_pipeline
 from exporters.graphs.scheduled import export_scheduled_pipeline
 from exporters.latency.pair import Job
@@ -71,7 +71,10 @@ class Picture:
         own = opened.fitted(asked, pipeline, path)
         self._inputs, self._sampling = neutral_inputs(pipeline, own.batch, own)
         read = None if schedule is None else Schedule.parse(schedule, "the schedule")
-        self._pipeline = with_schedule(pipeline, opened, read, "", threads)[0]
+        self._pipeline, read = with_schedule(pipeline, opened, read, "", threads)
+        followed = as_followed(read, self._pipeline, self._sampling)
+        self.schedule = followed and {"says": str(followed), **followed.model_dump(exclude_none=True)}
+        """As it is followed, in plain values."""
         torch_version = f"torch {torch.__version__.partition('+')[0]}"
         self.runtime = torch_version if opened.kind == "model" else opened.denoiser.session.runtime
         size = [own.height, own.width] if own.height else list(Side(path, opened, pipeline).size.values())
@@ -101,8 +104,6 @@ def picture_job(
         InputError: if it is nothing that can be run, that runtime does not take it, or it cannot follow the schedule.
         MissingPackageError: if the runtime is not here.
     """
-    if schedule is not None and schedule.steps != sampling.steps:
-        log.warning("%s: its schedule is for %d steps, and carried over to %d", name, schedule.steps, sampling.steps)
     kind, path = kind_of(name), name
     own: dict[str, Any] = {"rest": rest, "variant": variant, "rest_variant": rest_variant}
     if kind == "model" and runtime in (None, *names("graph")):

@@ -15,12 +15,15 @@ MEASURED_ELSEWHERE = ("parity", "min_speedup")
 
 
 class Gates(Settings):
-    """Bounds that must hold for the build to succeed; a gate that is null is left out."""
+    """Bounds that must hold for the build to succeed; a gate that is null is left out.
+
+    Where a figure has a 95 % interval, all of it must keep the bound: a gate is inconclusive if the bound lies within.
+    """
 
     parity: bool = True
     """Whether the exported slim model must agree with the slim model in torch."""
     min_speedup: float | None = Field(None, gt=0, le=1000)
-    """Least latency of dense over latency of slim; inconclusive where its 95 % interval holds the bound."""
+    """Least latency of dense over latency of slim."""
     max_quality_loss: float | None = Field(None, ge=0, le=100)
     """Most points of caption accuracy that may be lost (models with an evaluator only)."""
     max_noise_error: float | None = Field(None, gt=0, le=1000)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from deploy.triton.settings import TritonSettings
 from exporters.engine.check import ENGINE, read_engine
+from exporters.engine.scheduled import find_shallow
 from exporters.graphs.reading import TensorSpec, inputs_of, outputs_of, read_graph, weight_files
 from exporters.graphs.timesteps import timestep_per_sample
 from exporters.layout import CONFIG, GRAPH, SAFETY_CHECKER, SHALLOW, SHALLOW_ENGINE, STEP, parts_of, shallow_of
-from exporters.runtimes.scheduled import find_shallow
 from slimdiff.errors import InputError
 from slimdiff.schedule import Schedule
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimdiff.settings import Settings
+from slimdiff.settings import Settings, like
+
+_IMAGE = like(r"[\w./:@-]+", "a container image such as nvcr.io/nvidia/tritonserver:26.07-py3")
 
 
 class TritonSettings(Settings):
@@ -26,7 +28,7 @@ class TritonSettings(Settings):
     """How long a call may wait for others to share a batch with, in microseconds."""
     max_steps: int = Field(100, ge=1, le=1000)
     """Requests for more steps are refused."""
-    image: str = Field("nvcr.io/nvidia/tritonserver:26.07-py3", pattern=r"^[\w./:@-]+$")
+    image: Annotated[str, _IMAGE] = "nvcr.io/nvidia/tritonserver:26.07-py3"
     """Container image of the server. Engines ask for the one with the TensorRT version that built them."""
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from exporters.engine.errors import explain, stage_of
 from exporters.engine.gpu import AskGpu, gpu_here
 from exporters.engine.key import differences, engine_parts
 from exporters.engine.memory import available_memory, demand_memory
+from exporters.engine.scheduled import branches_of, schedule_of
 from exporters.engine.shapes import dims_of_inputs, engine_shapes, part_shapes, with_single_branches
 from exporters.engine.sites import compare_layers, compare_network, demand_int8, demand_plan
 from exporters.graphs.int8_layers import int8_layers, report_of
@@ -28,6 +29,7 @@ from exporters.process import worker_command
 from exporters.settings import EngineSettings
 from slimdiff.errors import InputError, SlimdiffError
 from slimdiff.progress import bar
+from slimdiff.schedule import FILE
 from slimdiff.storage import manifest
 
 if TYPE_CHECKING:
@@ -278,7 +280,8 @@ def build_engine(
     """Build an engine from a graph that `export_unet` wrote, in a process of its own.
 
     What needs a GPU could not be tried: TensorRT (10 and 11 alike), and reading the finished engine's layers.
-    TensorRT-RTX builds are tested for named targets.
+    TensorRT-RTX builds are tested for named targets. A schedule that lies beside the graph, or beside the index of its
+    pipeline, goes with the engine, which takes the batches that its steps have.
 
     Args:
         onnx_file: `model.onnx`, its external data beside it.
@@ -297,12 +300,19 @@ def build_engine(
         its `file`, `sha256`, `key`, `bytes`, `layers`, `sites` and `int8`.
 
     Raises:
-        InputError: see `request_engine`; also if the build would not fit into memory.
+        InputError: see `request_engine` and `branches_of`; also if the build would not fit into memory.
         MissingPackageError: if the backend, or the GPU that it builds on, is not here.
         SlimdiffError: if the build fails, or the network is not the plan's, or not in int8 where the graph
             is.
     """
-    return request_engine(onnx_file, settings, plan=plan).build(folder)
+    onnx_file, folder = Path(onnx_file), Path(folder)
+    schedule = schedule_of(onnx_file)
+    request = request_engine(onnx_file, settings, plan=plan, branches=branches_of(onnx_file, schedule))
+    (folder / FILE).unlink(missing_ok=True)  # of an engine that was there
+    report = request.build(folder)
+    if schedule is not None:
+        manifest.put_file(folder, FILE, schedule.save)
+    return report
 
 
 def _in_process(request: EngineRequest, engine: Path) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def summary(sides: Sequence[SideTimes]) -> dict[str, Any]:
     Returns:
         `median_ms`, `p50_ms` (the same), `p90_ms`, `p95_ms`, `p99_ms` and `calls_per_second` (one after the other)
         over all runs; `load_ms`, `first_run_ms` and `peak_memory_bytes` (None where the system does not tell),
-        medians over processes; `runs` and `preempted`, the share of them that lost their core.
+        medians over processes; `runs` and `preempted`, the share of them that lost their core; `schedule` that images
+        were made by, None without one.
     """
     runs = np.concatenate([side.wall_ms for side in sides])
     peaks = [side.peak_memory_bytes for side in sides if side.peak_memory_bytes is not None]
@@ -138,6 +139,7 @@ def summary(sides: Sequence[SideTimes]) -> dict[str, Any]:
         "peak_memory_bytes": int(median(peaks)) if peaks else None,
         "runs": len(runs),
         "preempted": sum(side.preempted for side in sides) / len(runs),
+        "schedule": sides[0].schedule,
     }
 
 

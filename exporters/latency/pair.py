@@ -112,6 +112,8 @@ class SideTimes:
     """Every timed run."""
     preempted: int = 0
     """How many of them lost their core meanwhile."""
+    schedule: dict[str, Any] | None = None
+    """That its images are made by, if a run makes them by one."""
 
 
 @dataclass

@@ -163,6 +163,7 @@ class Side:
             "run_ms": median(times[-3:]),
             "title": opened.runtime,
             "shapes": shapes,
+            "schedule": getattr(opened, "schedule", None),
         }
 
     def run(self, count: int) -> dict[str, Any]:

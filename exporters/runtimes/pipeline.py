@@ -11,13 +11,23 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_invisible_watermark_available
 
-from exporters.layout import CONFIGURED, INDEX, autoencoder_of, check_carried, components_of, denoiser_of
+from exporters.layout import (
+    CONFIGURED,
+    INDEX,
+    autoencoder_of,
+    check_carried,
+    components_of,
+    denoiser_folder,
+    denoiser_of,
+)
 from exporters.runtimes.denoiser import GraphDenoiser
 from exporters.runtimes.module import refuse_torchs_own
+from exporters.runtimes.scheduled import schedule_graphs
 from slimdiff.errors import InputError, MissingPackageError, SlimdiffError
 from slimdiff.loading.model_directory import library_class, pipeline_class
 from slimdiff.loading.naming import read_index
 from slimdiff.loading.transformers_files import check_vocabulary
+from slimdiff.schedule import FILE, Schedule
 from slimdiff.storage import manifest
 
 
@@ -29,6 +39,7 @@ def load_pipeline(
     unet: Any = None,
     vae: Any = None,
     checked: bool = False,
+    scheduled: bool = True,
 ) -> DiffusionPipeline:
     """Load a folder in optimum's layout, which `slimdiff export` wrote, or one with engines in the same places.
 
@@ -41,6 +52,8 @@ def load_pipeline(
         threads: of a runtime on the CPU; its own choice if not given.
         unet, vae: take the place of the folder's own denoiser and autoencoder (vqvae, too), which is then not opened.
         checked: whether the folder was held against its manifest already.
+        scheduled: whether the folder's own denoiser makes its images by the schedule beside `model_index.json`, if
+            there is one.
 
     Raises:
         InputError: if the folder is none of ours or not what its manifest says, or a component cannot be opened.
@@ -71,6 +84,8 @@ def load_pipeline(
         pipeline = kind(**parts)
     _take_size(pipeline)
     refuse_torchs_own(pipeline)
+    if scheduled and unet is None and (folder / FILE).is_file():
+        return schedule_graphs(pipeline, Schedule.load(folder), denoiser_folder(folder), runtime, threads)
     return pipeline
 
 

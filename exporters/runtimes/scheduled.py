@@ -9,10 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from exporters.engine.check import read_engine
+from exporters.engine.scheduled import find_shallow, remedy
 from exporters.graphs.inputs import KEPT
-from exporters.graphs.reading import depth_of, read_graph
-from exporters.layout import ENGINE, SHALLOW, SHALLOW_ENGINE, shallow_of
 from exporters.registry import runtime_of
 from exporters.runtimes.module import answer
 from exporters.runtimes.opening import open_session
@@ -62,45 +60,15 @@ def schedule_graphs(
     engine = runtime_of(runtime).takes == "engine"
     shallow = find_shallow(graph, schedule, engine=engine)
     if shallow is not None and KEPT not in unet.session.outputs:
-        raise InputError(f"{graph} does not give what {shallow} reuses: {_remedy(engine)}")
+        raise InputError(f"{graph} does not give what {shallow} reuses: {remedy(engine)}")
     if not schedule.guides_always():
         if isinstance(unet.inputs["sample"][0], int):
             half = "takes one batch alone, and steps without guidance are half of it"
-            raise InputError(f"{graph} {half}: {_remedy(engine)}")
+            raise InputError(f"{graph} {half}: {remedy(engine)}")
         if hasattr(type(pipeline), "do_classifier_free_guidance") and not guides_as_known(pipeline):
             kind = type(pipeline).__name__
-            raise InputError(f"{kind} arranges its guidance in a way that is not known: {_remedy(engine)}")
+            raise InputError(f"{kind} arranges its guidance in a way that is not known: {remedy(engine)}")
     session = None if shallow is None else open_session(shallow, runtime, threads)
     if session is not None and isinstance(unet.session, SplitSession):
         session = unet.session.with_step(session)
     return with_denoiser(pipeline, Scheduled(GraphPasses(unet, session), schedule))
-
-
-def find_shallow(unet: Path, schedule: Schedule, *, engine: bool = False) -> Path | None:
-    """The shallow graph beside a UNet's, or the folder of its engine, that a schedule asks for; None if for none.
-
-    Args:
-        unet: the file, or folder, of its graph or engine.
-
-    Raises:
-        InputError: if there is none, or it begins with another up block than the schedule's.
-    """
-    if schedule.depth is None:
-        return None
-    shallow = shallow_of(unet, engine=engine)
-    if shallow is None:
-        folder, lacks = unet if unet.is_dir() else unet.parent, f"{SHALLOW_ENGINE}/{ENGINE}" if engine else SHALLOW
-        raise InputError(f"{folder} has no {lacks}, and the schedule reuses {schedule.depth}: {_remedy(engine)}")
-    depth = read_engine(shallow)["parts"].get("depth") if engine else depth_of(read_graph(shallow))
-    if depth != schedule.depth:
-        raise InputError(f"{shallow} begins with {depth}, and the schedule reuses {schedule.depth}: {_remedy(engine)}")
-    return shallow
-
-
-def _remedy(engine: bool) -> str:
-    what = (
-        "build it from a folder that was exported with this schedule"
-        if engine
-        else "export the model with this schedule (slimdiff export --schedule)"
-    )
-    return f"{what}, or say --schedule none"

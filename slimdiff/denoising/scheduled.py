@@ -175,11 +175,7 @@ class Scheduled(nn.Module):
         if calls not in self._carried:
             self._carried[calls] = self.schedule.at(calls)
             if calls != self.schedule.steps:
-                log.warning(
-                    "the schedule is for %d steps: it is carried over to %d by trajectory fraction, and what was "
-                    "measured holds for %d",
-                    *(self.schedule.steps, calls, self.schedule.carried_from or self.schedule.steps),
-                )
+                log.warning("the schedule %s", self.schedule.how_carried(calls))
         return self._carried[calls]
 
 

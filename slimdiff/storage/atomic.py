@@ -53,6 +53,16 @@ def replacing(path: Path, *, is_file: bool = False) -> Iterator[Path]:
         _flush_entry(path.parent)
 
 
+def try_place(folder: Path) -> None:
+    """Begin to write in a folder as `replacing` does, and leave off: permissions do not say all, as of `/proc`.
+
+    Raises:
+        OSError: that writing there would end with.
+    """
+    with _workplace(folder.resolve() / "place"):
+        pass
+
+
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes were writing in a folder; what a living one is writing stays.
 

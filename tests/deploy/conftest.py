@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from conftest import PROMPTS
+from conftest import BOTH, PROMPTS
 from metric_weights import weights as weights
 
 from deploy.artifacts.files import save_pipeline
@@ -49,6 +49,16 @@ def exported(workspace: Path) -> Path:
     pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
     assert main(["export", str(workspace / "tiny"), "--out", str(workspace / "onnx"), "--json"]) == 0
     return workspace / "onnx"
+
+
+@pytest.fixture(scope="package")
+def scheduled(workspace: Path) -> Path:
+    """The tiny pipeline in ONNX by the schedule `BOTH`; not to be changed."""
+    pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
+    BOTH.save(workspace / "both.json")
+    argv = ["export", workspace / "tiny", "--out", workspace / "scheduled", "--schedule", workspace / "both.json"]
+    assert main([*map(str, argv), "--json"]) == 0
+    return workspace / "scheduled"
 
 
 @pytest.fixture(scope="package")

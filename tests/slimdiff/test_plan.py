@@ -44,6 +44,16 @@ def test_what_is_no_precision_is_refused(with_layers):
             Plan.parse({**content, "layers": {"conv_in": layer}}, "a plan")
 
 
+def test_numbers_are_numbers_and_keys_are_there_once(with_layers):
+    text = with_layers.model_dump_json()
+    site = next(iter(with_layers.sites.values()))
+    for wrong, place in ((f'"{site.rank}"', ".rank: "), ("true", ".rank: "), (f"{site.rank}.0", ".rank: ")):
+        with pytest.raises(InputError, match=place):
+            Plan.parse(text.replace(f'"rank":{site.rank},', f'"rank":{wrong},', 1), "a plan")
+    with pytest.raises(InputError, match="a plan is not JSON: the key 'align' is there twice"):
+        Plan.parse(text.replace('"align":4', '"align":4,"align":8'), "a plan")
+
+
 def test_a_slim_model_keeps_the_precisions_of_its_plan(with_layers, compression, pipeline, calibration, tmp_path):
     made = {"calibration": calibration, "statistics": compression.statistics}
     slim = compress(pipeline, ["a red circle"], plan=with_layers, **made)

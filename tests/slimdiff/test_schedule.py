@@ -45,6 +45,14 @@ def test_the_full_schedule_stays_full(steps, others):
     assert full.is_full() and full.at(others).is_full() and full.cost(0.4) == 1
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_carrying_over_claims_a_measurement_only_where_there_was_one(measured):
+    own = Schedule.parse({**HALF, "made_by": {"latent_error": 0.01} if measured else {"deep_every": 2}}, "a schedule")
+    said = own.how_carried(12)
+    assert said.startswith("is for 6 calls of the UNet: it is carried over to 12 by trajectory fraction")
+    assert said.endswith(", and what was measured holds for 6" if measured else "by trajectory fraction")
+
+
 def test_a_schedule_said_by_hand():
     schedule = make_schedule(3, 10, guidance_interval=(0.2, 0.6), deep_every=3)
     assert schedule.guided == [2, 3, 4, 5] and schedule.depth == "up_blocks.2"
@@ -76,6 +84,12 @@ def test_it_is_read_as_it_was_written_a_line_a_field(tmp_path):
         ({"depth": "mid_block"}, "depth: "),
         ({"steps": 0}, "steps: "),
         ({"schema_version": 2}, "schema_version: "),
+        ({"schema_version": True}, "schema_version: input should be 1"),
+        ({"depth": "up_blocks.0"}, "depth: must be an up block but the first, such as up_blocks.2"),
+        ({"steps": "6"}, "steps: Input should be a valid integer"),
+        ({"steps": 6.0}, "steps: Input should be a valid integer"),
+        ({"levels": True}, "levels: Input should be a valid integer"),
+        ({"guided": [False, True]}, "guided.0: Input should be a valid integer"),
         ({"often": 3}, "often: "),
         ({"guided": "all"}, "guided: "),
     ],
@@ -94,6 +108,22 @@ def test_what_is_no_file_of_one_is_refused(tmp_path):
     (tmp_path / "schedule.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         Schedule.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"steps": 6, "steps": 4}', "the key 'steps' is there twice"),
+        ('{"made_by": {"cost": 1, "cost": 2}}', "the key 'cost' is there twice"),
+        ('{"made_by": {"latent_error": NaN}}', "NaN is no number of JSON"),
+    ],
+)
+def test_what_json_leaves_open_is_refused(text, said, tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text(json.dumps(HALF)[:-1] + "," + text[1:])
+    with pytest.raises(InputError) as error:
+        Schedule.load(file)
+    assert str(error.value) == f"{file} is not JSON: {said}"
 
 
 @pytest.mark.parametrize("wrong", [(0.5, 0.5), (-0.1, 1), (0, 1.5), (0.8, 0.2)])

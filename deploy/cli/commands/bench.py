@@ -130,6 +130,7 @@ def _measure(args: argparse.Namespace, gate: Gate | None) -> int:
         base, candidate = jobs["base"], jobs["candidate"]
         log.info("bench: %s against %s, for at most %g s", candidate.name, base.name, chosen.max_seconds)
         value = {"of": args.of, **bench(base, candidate, chosen, gate=gate)}
+    value["hints"] += _carried(schedules, value)
     code = result(args, value, summary.text(value), EXIT_CODE[value["verdict"]])  # first: a full disk does not lose it
     if args.history is not None:
         results.append(args.history, value, args.label)
@@ -146,6 +147,16 @@ def _schedules(args: argparse.Namespace) -> dict[str, Schedule | None]:
     for place, schedule in schedules.items():
         check_schedule(asked[place][0], schedule)
     return schedules
+
+
+def _carried(schedules: dict[str, Schedule | None], value: dict[str, Any]) -> list[str]:
+    """What people should know of schedules for another number of calls than the images took."""
+    said = []
+    for place, own in schedules.items():
+        side = value["baseline" if place == "base" else place]
+        if own is not None and (followed := side["schedule"])["steps"] != own.steps:
+            said.append(f"the schedule of {side['name']} {own.how_carried(followed['steps'])}")
+    return said
 
 
 def _of_image(

@@ -63,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.several(parser, "--weights", "NAME=PATH", weights)
     flags.text(parser, "--reference", "DIR", "real images that fid and kid hold both sides against")
     bounds = (
-        "a bound as in a recipe's gates, such as max_noise_error=1e-3 or max_lpips=0.1: beyond it the exit code is 1"
+        "a bound as in a recipe's gates, such as max_noise_error=1e-3 or max_lpips=0.1: beyond it the exit code is 1, "
+        "with it inside the figure's interval 4"
     )
     flags.several(parser, "--gate", "NAME=BOUND", bounds)
 
@@ -171,6 +172,8 @@ def _text(value: dict[str, Any]) -> str:
             f"multiply-adds per image: {macs['dense']:.4g} dense, every step guided and whole; {macs['slim']:.4g} "
             f"slim, by its schedule: {macs['saved']:.1%} saved"
         )
+    elif "why" in macs:
+        lines.append(f"multiply-adds per image: not counted, for {macs['why']}")
     lines += [f"{name}: {m['value']:.4g}{_between(m)}" for name, m in images["metrics"].items()]
     lines.append(f"precision: {' -> '.join(map(_said, value['precision'].values()))}")
     for name, q in value["quality"].items():

@@ -82,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
     from deploy.artifacts.files import copy_licenses
     from exporters.engine.build import request_engine
     from exporters.engine.pipeline import finish_pipeline, request_pipeline
+    from exporters.engine.scheduled import branches_of
 
-    how: Any = {"plan": plan, "branches": _branches(source, graph, schedule)}
+    how: Any = {"plan": plan, "branches": branches_of(graph, schedule)}
     if args.whole:
         requests = request_pipeline(source, settings[""], **how)
     else:
@@ -125,22 +126,6 @@ def _shapes(spec: str) -> dict[str, str]:
     if not all(name for name, _, _ in parts):
         raise InputError(f"shapes are written like sample:2x4x64x64, with commas between inputs, not {spec!r}")
     return {name: shape for name, _, shape in parts}
-
-
-def _branches(source: Path, graph: Path, schedule: Schedule | None) -> int:
-    """Of guidance, if steps of the schedule go without; 1 otherwise."""
-    from exporters.layout import INDEX
-    from exporters.runtimes.scheduled import find_shallow
-    from slimdiff.denoising.scheduled import guided_branches
-    from slimdiff.loading.naming import read_index
-
-    if schedule is None:
-        return 1
-    find_shallow(graph, schedule)
-    if schedule.guides_always():
-        return 1
-    index = read_index(source) if (source / INDEX).is_file() else {}
-    return guided_branches(str(index.get("_class_name")).removeprefix("ORT"))
 
 
 def _make(request: EngineRequest, out: Path, schedule: Schedule | None, part: bool = False) -> dict[str, Any]:

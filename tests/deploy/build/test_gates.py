@@ -22,10 +22,11 @@ def results(**changes: Any) -> dict[str, dict[str, Any]]:
                     "ssim": {"value": 0.9, "low": 0.8, "high": 0.95, "count": 100},
                     "lpips": {"value": 0.1, "low": 0.08, "high": 0.12, "count": 100},
                     "fid": {"value": 12.0, "low": 10.0, "high": 14.0, "count": 100},
+                    "psnr": {"value": 35.0, "low": 34.0, "high": 36.0, "count": 100},
                 },
             },
             "quality": {
-                "caption_accuracy": {"dense": 0.93, "slim": 0.92, "count": 100},
+                "caption_accuracy": {"dense": 0.93, "slim": 0.92, "low": -0.02, "high": 0.005, "count": 100},
                 "clip": {"dense": 30.0, "slim": 29.0, "count": 100, "intervals": {"slim": [28.0, 29.5]}},
             },
         },
@@ -42,25 +43,42 @@ def results(**changes: Any) -> dict[str, dict[str, Any]]:
         (Gates(min_speedup=1.05), "pass"),
         (Gates(min_speedup=1.1), "inconclusive"),
         (Gates(min_speedup=1.2), "fail"),
-        (Gates(max_quality_loss=1.5), "pass"),
-        (Gates(max_quality_loss=0.5), "fail"),
+        (Gates(max_quality_loss=2.1), "pass"),  # the interval of the loss is -0.5 to 2 points
+        (Gates(max_quality_loss=1.5), "inconclusive"),
+        (Gates(max_quality_loss=0.5), "inconclusive"),
         (Gates(max_noise_error=1e-3), "pass"),
         (Gates(max_noise_error=9e-4), "fail"),
-        (Gates(min_psnr_db=35), "pass"),
-        (Gates(min_psnr_db=36), "fail"),
-        (Gates(min_psnr_db=36, min_speedup=1.1), "fail"),
-        (Gates(min_ssim=0.9), "pass"),
-        (Gates(min_ssim=0.91), "fail"),
-        (Gates(max_lpips=0.1), "pass"),
-        (Gates(max_lpips=0.09), "fail"),
-        (Gates(min_clip=29), "pass"),
-        (Gates(min_clip=29.5), "fail"),
-        (Gates(max_fid=12), "pass"),
-        (Gates(max_fid=11), "fail"),
+        (Gates(min_psnr_db=34), "pass"),
+        (Gates(min_psnr_db=35), "inconclusive"),
+        (Gates(min_psnr_db=36.1), "fail"),
+        (Gates(min_psnr_db=36.1, min_speedup=1.1), "fail"),
+        (Gates(min_ssim=0.8), "pass"),
+        (Gates(min_ssim=0.9), "inconclusive"),
+        (Gates(min_ssim=0.96), "fail"),
+        (Gates(max_lpips=0.12), "pass"),
+        (Gates(max_lpips=0.11), "inconclusive"),
+        (Gates(max_lpips=0.07), "fail"),
+        (Gates(min_clip=28), "pass"),
+        (Gates(min_clip=29.5), "inconclusive"),
+        (Gates(min_clip=29.6), "fail"),
+        (Gates(max_fid=14), "pass"),
+        (Gates(max_fid=9.9), "fail"),
     ],
 )
 def test_verdicts(gates, verdict):
     assert overall(judge(gates, results())) == verdict
+
+
+def test_a_loss_is_judged_by_its_interval_and_by_its_value_where_there_is_none():
+    found = results()
+    accuracy = found["compare"]["quality"]["caption_accuracy"]
+    accuracy |= {"low": -0.04, "high": -0.015}  # all of it is lost
+    (gate,) = judge(Gates(parity=False, max_quality_loss=1.4), found)
+    assert gate["verdict"] == "fail" and gate["value"] == pytest.approx(1)
+    assert gate["detail"].endswith("100 captions; 95 % interval of the loss 1.50 to 4.00")
+    accuracy |= {"low": None, "high": None}
+    for bound, verdict in ((1.1, "pass"), (0.9, "fail")):
+        assert judge(Gates(parity=False, max_quality_loss=bound), found)[0]["verdict"] == verdict
 
 
 def test_exit_codes():
@@ -74,7 +92,7 @@ def test_only_gates_that_are_asked_for_are_judged():
 def test_a_gate_of_a_metric_says_its_interval_and_what_it_is_of():
     lpips, clip = judge(Gates(parity=False, max_lpips=0.2, min_clip=29.5), results())
     assert lpips["gate"] == "lpips" and lpips["better"] == "lower" and "against dense" in lpips["detail"]
-    assert clip["verdict"] == "fail" and clip["value"] == 29
+    assert clip["verdict"] == "inconclusive" and clip["value"] == 29
     assert clip["detail"] == "slim images; 30 dense; 95 % interval 28 to 29.5, 100 images"
 
 

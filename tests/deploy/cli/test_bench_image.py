@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from command_line import call, refused
 
+from deploy.cli.commands.bench import _carried
 from deploy.history.results import Entry
 from deploy.opening.picture import Picture, picture_job
 from slimdiff import Sampling, Schedule
@@ -48,6 +49,21 @@ def test_a_graph_of_one_batch_says_how_many_pictures_there_are(exported, tmp_pat
     assert opened(picture_job(str(exported), None, several, None, tmp_path)).shapes["images"] == [1, 16, 16]
 
 
+HEUN = SAMPLING.model_copy(update={"scheduler": "heun"})
+
+
+@pytest.mark.parametrize(("sampling", "calls"), [(SAMPLING, 4), (HEUN, 7)])
+def test_a_run_says_the_schedule_that_it_follows_by_calls_and_not_by_steps(sampling, calls, workspace, tmp_path):
+    own = make_schedule(3, 7, guidance_interval=(0.0, 0.5), deep_every=2)
+    followed = opened(picture_job(str(workspace / "tiny"), "torch", sampling, own, tmp_path)).schedule
+    assert followed["steps"] == calls and followed["whole"] == own.at(calls).whole
+    assert followed.get("carried_from") == (7 if calls == 4 else None)
+    side = {"name": "tiny", "schedule": followed}
+    value = {"baseline": {"name": "tiny", "schedule": None}, "candidate": side}
+    line = "the schedule of tiny is for 7 calls of the UNet: it is carried over to 4 by trajectory fraction"
+    assert _carried({"base": None, "candidate": own}, value) == ([line] if calls == 4 else [])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_model_is_exported_with_its_schedule(pipeline, workspace, tmp_path, schedule):
@@ -67,6 +83,7 @@ def test_the_whole_pictures_of_both_are_timed_in_turn(workspace, exported, tmp_p
     found = call(
         ["bench", exported, workspace / "tiny", *asked, "--schedule", tmp_path / FILE, "--history", history], capsys
     )
+    assert found["baseline"]["schedule"] is None and found["candidate"]["schedule"]["whole"] == schedule.whole
     assert found["of"] == "image" and found["process_pairs"] == 2 and found["speedup"]["median"] > 0
     assert Entry.model_validate_json(history.read_text()).of == "image"
     line = refused(["bench", exported, workspace / "tiny", *asked, "--batch", 2], capsys)

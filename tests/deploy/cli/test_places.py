@@ -166,6 +166,37 @@ def test_a_stage_takes_no_file_of_the_users_own_away(built, workspace, tmp_path,
     capsys.readouterr()
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no such file system here")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "schedule demo --deep-every 2 --out /proc/x.json",
+        "schedule demo --deep-every 2 --out /proc/a/b/x.json",
+        "generate demo --prompt a --out /proc/x.png",
+        "prompts select in/prompts.txt --count 1 --model demo --out /proc/x.txt",
+        "calibrate demo --out /proc/x.safetensors",
+        "compress demo --reduce 8% --out /proc/x",
+        "export demo --out /proc/x",
+        "engine onnx --out /proc/x",
+        "bundle demo --target edge --out /proc/x",
+        "build in/recipe.yaml --out /proc/x",
+        "sweep demo --out /proc/x",
+        "demo --out /proc/x",
+        "compare demo demo --save-images /proc/x",
+        "lora in/recipe.yaml --onto in/tiny --out /proc/x.safetensors",
+        "bench demo demo --junit /proc/x.xml",
+        "bench demo demo --markdown /proc/x.md",
+        "bench demo demo --history /proc/x.jsonl",
+        "bench demo demo --history x.jsonl --plot /proc/x.svg",
+    ],
+)
+def test_a_place_that_only_seems_writable_is_refused_before_the_long_work(folder, argv, capsys):
+    """Whoever may write anywhere can still make nothing there."""
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"")
+    assert "/x" in (line := refused(argv.split(), capsys)) and "cannot be written (" in line
+
+
 @pytest.mark.parametrize(
     ("argv", "file", "content"),
     [

@@ -130,7 +130,12 @@ def test_a_schedule_travels_into_graphs_and_bundles(model, tmp_path, monkeypatch
         ("schedule MODEL --deep-every 2 --threads 1", "give --runtime with it"),
         ("schedule MODEL --steps 6", "say a schedule (--guidance-interval, --deep-every) or what to choose"),
         ("schedule MODEL --deep-every 2 --speedup 2", "say a schedule by hand: leave out --speedup and --max-error"),
-        ("schedule MODEL --guidance-interval 0.5:2", "guidance-interval"),
+        (
+            "schedule MODEL --guidance-interval 0.5:2",
+            "--guidance-interval: must be two numbers from 0 to 1 with a colon between, such as 0.0:0.5, not '0.5:2'",
+        ),
+        ("schedule MODEL --deep-every 2 --depth mid_block", "--depth: must be an up block but the first, such as"),
+        ("schedule MODEL --deep-every 2 --variant fp-16", "--variant: must be letters, digits and underscores, such"),
         ("schedule MODEL --guidance-interval 0.8:0.2", "an interval of guidance is like 0.0:0.5"),
         ("schedule MODEL --deep-every 2 --depth up_blocks.7", "a UNet of 3 levels has up_blocks.1 or up_blocks.2"),
         ("schedule MODEL --speedup 2 --depth up_blocks.7", "has no up_blocks.7 to reuse"),

@@ -6,41 +6,35 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_line import call, refused
+from conftest import BOTH
 
+from deploy.artifacts.schedules import find_schedule
 from deploy.bundle.description import read_bundle
 from deploy.cli.app import main
+from deploy.opening.schedules import compute_of
 from exporters.engine.check import read_engine
 from exporters.engine.gpu import gpu_here
-from slimdiff import Schedule
+from slimdiff import Sampling, Schedule
 from slimdiff.schedule import make_schedule
 from slimdiff.storage import manifest as manifests
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="graphs run in ONNX Runtime")
 
-BOTH = make_schedule(3, 6, guidance_interval=(0.0, 0.5), deep_every=3)
 BUILDS = ["--backend", "tensorrt-rtx", "--target", "sm89"]
 
 
 @pytest.fixture(scope="module")
-def scheduled(workspace, tmp_path_factory) -> Path:
-    """The tiny pipeline in ONNX by a schedule; not to be changed."""
-    folder = tmp_path_factory.mktemp("scheduled")
-    BOTH.save(folder / "both.json")
-    argv = ["export", workspace / "tiny", "--out", folder / "onnx", "--schedule", folder / "both.json", "--quiet"]
-    assert main([str(word) for word in argv]) == 0
-    return folder / "onnx"
-
-
-@pytest.fixture(scope="module")
-def engine(scheduled) -> Path:
+def engine(scheduled, tmp_path_factory) -> Path:
     for name in ("tensorrt_rtx", "polygraphy"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: engines need the extra tensorrt-rtx")
-    out = scheduled.parent / "engine"
+    out = tmp_path_factory.mktemp("scheduled") / "engine"
     assert main(["engine", str(scheduled), "--out", str(out), *BUILDS, "--quiet"]) == 0
     return out
 
@@ -106,6 +100,43 @@ def test_validate_finds_a_fault_in_the_shallow_graph(scheduled, workspace, tmp_p
     assert value["first_diverging"].startswith("shallow@")
     assert all(row["passed"] for row in value["checks"] if row["tensor"].startswith(("out_sample@t", "kept")))
     call(["validate", workspace / "tiny", copied, *flags[:4], "--schedule", "none"], capsys)
+
+
+def test_the_schedule_of_a_graph_named_alone_is_its_pipelines(scheduled, tmp_path):
+    for name in (scheduled, scheduled / "unet", scheduled / "unet" / "model.onnx"):
+        assert find_schedule(str(name), None) == BOTH
+    alone = shutil.copytree(scheduled / "unet", tmp_path / "unet")
+    assert find_schedule(str(alone), None) is None and find_schedule(str(scheduled / "unet"), "none") is None
+
+
+def test_compare_counts_what_a_graph_saves_as_it_counts_its_models(scheduled, workspace, tmp_path, capsys):
+    asked = ["--images", 2, "--trajectories", 1, "--steps", 6, "--batch", 1, "--guidance", 3]
+    (tmp_path / "prompts.txt").write_text("a red circle\na star\n")
+    asked += ["--prompts", tmp_path / "prompts.txt", "--schedule", scheduled / "schedule.json"]
+    torch_, graph, both = (
+        call(["compare", *pair, *asked], capsys)["macs_per_image"]
+        for pair in ((workspace / "tiny",) * 2, (workspace / "tiny", scheduled), (scheduled, scheduled))
+    )
+    assert graph == both == torch_ and 0.4 < graph["saved"] < 0.6
+
+
+def test_compare_says_why_a_graph_is_not_counted():
+    unet = SimpleNamespace(config={"_class_name": "SlimUNet2DConditionModel"}, inputs={"sample": (1, 4, 8, 8)})
+    edge: Any = SimpleNamespace(name="edge", pipeline=None, opened=SimpleNamespace(kind="bundle", denoiser=unet))
+    found = compute_of(edge, edge, Sampling(), 2)
+    assert found["saved"] is None and found["why"].startswith("edge does not have its plan any more")
+    unet.inputs["image_embeds_0"] = (1, 4)
+    assert "the layers of an IP-Adapter" in compute_of(edge, edge, Sampling(), 2)["why"]
+
+
+def test_a_bundle_of_graphs_that_cannot_follow_their_schedule_names_the_users_folder(scheduled, tmp_path, capsys):
+    copied = shutil.copytree(scheduled, tmp_path / "onnx")
+    (copied / "manifest.json").unlink()
+    (copied / "unet" / "shallow.onnx").unlink()
+    line = refused(["bundle", copied, "--target", "edge", "--out", tmp_path / "bundle"], capsys)
+    assert f"{copied / 'unet'} has no shallow.onnx, and the schedule reuses {BOTH.depth}: " in line
+    assert line.endswith("export the model with this schedule or none (slimdiff export --schedule)")
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from command_line import call, refused
+from conftest import BOTH
 
 from deploy.bundle.archive import unpack
-from deploy.cli.app import main
 from deploy.triton import TritonSettings, write_repository
 from deploy.triton.server.text_to_image import Cancelled, TextToImage
 from exporters.graphs.pipeline import example_call
@@ -21,7 +21,6 @@ from exporters.settings import ExportSettings
 from exporters.validation.parity import image_psnr
 from slimdiff import Schedule, schedule_pipeline
 from slimdiff.errors import InputError
-from slimdiff.schedule import make_schedule
 from slimdiff.storage import manifest
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
@@ -30,24 +29,13 @@ pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's schem
 
 from triton_repository import Server, read_config  # noqa: E402
 
-BOTH = make_schedule(3, 6, guidance_interval=(0.0, 0.5), deep_every=2)
 PROMPT = "a large red circle"
 
 
 @pytest.fixture(scope="module")
-def source(workspace, tmp_path_factory) -> Path:
-    """The tiny pipeline in ONNX by a schedule; not to be changed."""
-    folder = tmp_path_factory.mktemp("scheduled")
-    BOTH.save(folder / "both.json")
-    argv = ["export", workspace / "tiny", "--out", folder / "onnx", "--schedule", folder / "both.json", "--quiet"]
-    assert main([str(word) for word in argv]) == 0
-    return folder / "onnx"
-
-
-@pytest.fixture(scope="module")
-def models(source, tmp_path_factory) -> Path:
+def models(scheduled, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("triton") / "repository"
-    files = write_repository(source, out, TritonSettings(device="cpu", max_steps=20))
+    files = write_repository(scheduled, out, TritonSettings(device="cpu", max_steps=20))
     assert files == sorted(p for p in out.rglob("*") if p.is_file())
     return out / "models"
 
@@ -79,8 +67,8 @@ def test_a_prompt_becomes_the_image_of_the_schedule(served, pipeline, steps, gui
     assert (server.batches["unet"], server.batches["unet_shallow"]) == (whole, shallow)
 
 
-def test_a_unet_in_parts_reuses_a_depth_too(source, pipeline, tmp_path):
-    folder = shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("manifest.json", "unet"))
+def test_a_unet_in_parts_reuses_a_depth_too(scheduled, pipeline, tmp_path):
+    folder = shutil.copytree(scheduled, tmp_path / "onnx", ignore=shutil.ignore_patterns("manifest.json", "unet"))
     export_scheduled(pipeline.unet, folder / "unet", example_call(pipeline), BOTH, ExportSettings(split=True))
     write_repository(folder, tmp_path / "out", TritonSettings(device="cpu"))
     server = Server(models := tmp_path / "out" / "models")
@@ -121,10 +109,10 @@ def test_more_calls_than_the_schedule_can_have_are_refused(served, models, tmp_p
         TextToImage(folder, served[0])(PROMPT, steps=5)
 
 
-def test_a_repository_has_its_weights_once(models, source):
+def test_a_repository_has_its_weights_once(models, scheduled):
     data = [folder / "1" / "model.onnx.data" for folder in (models / "unet", models / "unet_shallow")]
     assert data[0].samefile(data[1])
-    there = source / "unet" / "model.onnx.data"
+    there = scheduled / "unet" / "model.onnx.data"
     assert (
         not data[0].samefile(there) and data[0].read_bytes() == there.read_bytes()
     )  # of two artifacts, each has its own
@@ -136,9 +124,9 @@ def on_disk(folder: Path) -> int:
     return sum(files.values())
 
 
-def test_a_servers_bundle_has_its_weights_once(source, tmp_path, capsys):
+def test_a_servers_bundle_has_its_weights_once(scheduled, tmp_path, capsys):
     pytest.importorskip("zstandard", reason="archives need the extra bundle")
-    argv = ["bundle", source, "--target", "server", "--out"]
+    argv = ["bundle", scheduled, "--target", "server", "--out"]
     call([*argv, tmp_path / "plain"], capsys)
     call([*argv, tmp_path / "served", "--triton", "--archive", "tar.zst"], capsys)
     weights = sum(file.stat().st_size for file in (tmp_path / "plain").rglob("*.data"))
@@ -152,8 +140,8 @@ def test_a_servers_bundle_has_its_weights_once(source, tmp_path, capsys):
     assert Schedule.load(archive) == BOTH and (archive / "triton" / "models" / "unet_shallow").is_dir()
 
 
-def test_what_cannot_follow_the_schedule_is_not_served(source, tmp_path, capsys):
-    broken = shutil.copytree(source, tmp_path / "broken")
+def test_what_cannot_follow_the_schedule_is_not_served(scheduled, tmp_path, capsys):
+    broken = shutil.copytree(scheduled, tmp_path / "broken")
     (broken / manifest.MANIFEST).unlink()
     (broken / "unet" / "shallow.onnx").unlink()
     with pytest.raises(InputError, match="has no shallow.onnx, and the schedule reuses up_blocks.2"):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from slimdiff.errors import InputError, SlimdiffError
-from slimdiff.schedule import make_schedule
+from slimdiff.schedule import Schedule, make_schedule
 
 pytest.importorskip("onnxscript", reason="the ONNX export needs the extra onnx")
 
 from exporters import registry  # noqa: E402
-from exporters.engine.build import request_engine  # noqa: E402
+from exporters.engine.build import build_engine, request_engine  # noqa: E402
 from exporters.engine.check import read_engine  # noqa: E402
 from exporters.engine.shapes import with_single_branches  # noqa: E402
 from exporters.graphs.scheduled import export_scheduled  # noqa: E402
@@ -61,6 +61,28 @@ def test_both_graphs_are_engines_that_follow_the_plan(engines, slim_and_plan):
     assert not any("mid_block" in site for site in inside["shallow/model.engine"])
     assert [tensor["name"] for tensor in report["outputs"]] == ["out_sample", "kept"]
     assert "kept" in [tensor["name"] for tensor in shallow["inputs"]] and shallow["parts"]["depth"] == BOTH.depth
+
+
+def test_from_python_the_schedule_beside_the_graph_goes_along(rtx, graph, slim_and_plan, tmp_path):
+    source = shutil.copytree(graph.parent, tmp_path / "onnx" / "unet")
+    (source.parent / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    BOTH.save(source.parent / "schedule.json")
+    report = build_engine(source / "model.onnx", tmp_path / "engine", SETTINGS, plan=slim_and_plan[1])
+    assert Schedule.load(tmp_path / "engine") == BOTH
+    manifest.verify_manifest(tmp_path / "engine", exact=True)
+    profiles = report["parts"]["shapes"]["profiles"]
+    assert [{ends["sample"][0] for ends in [_of(profile)]} for profile in profiles] == [{2}, {1}]
+    (source / "shallow.onnx").unlink()
+    with pytest.raises(InputError, match="unet has no shallow.onnx, and the schedule reuses up_blocks.1: export the"):
+        build_engine(source / "model.onnx", tmp_path / "engine", SETTINGS)
+    (source.parent / "schedule.json").unlink()
+    build_engine(source / "model.onnx", tmp_path / "engine", SETTINGS.model_copy(update={"batch": 1}))
+    assert not (tmp_path / "engine" / "schedule.json").exists()
+
+
+def _of(profile: dict) -> dict[str, list[int]]:
+    """The shapes that a profile is fastest at."""
+    return {name: ends["opt"] for name, ends in profile.items()}
 
 
 def test_each_takes_the_batches_that_steps_have(engines):

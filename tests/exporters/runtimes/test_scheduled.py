@@ -147,6 +147,25 @@ def test_a_depth_is_reused_in_int8_and_the_shallow_graph_has_the_whole_ones_step
     assert image_fidelity(expected, rounded)["psnr_db"] > 20
 
 
+def test_a_pipeline_that_is_loaded_makes_its_images_by_the_schedule_beside_it(pipeline, tmp_path):
+    from exporters import load_pipeline
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled_pipeline
+    from exporters.settings import ExportSettings
+
+    export_scheduled_pipeline(pipeline, tmp_path, BOTH, ExportSettings(), call=example_call(pipeline))
+    BOTH.save(tmp_path / "schedule.json")
+    sides = {True: schedule_pipeline(pipeline, BOTH), False: pipeline}
+    for scheduled, expected in sides.items():
+        opened = load_pipeline(tmp_path, threads=1, scheduled=scheduled)
+        images = [sample_images(one, PROMPTS[:2], SAMPLING) for one in (expected, opened)]
+        assert image_fidelity(*images)["psnr_db"] > 60
+    assert image_fidelity(images[0], sample_images(sides[True], PROMPTS[:2], SAMPLING))["psnr_db"] < 55
+    (tmp_path / "unet" / "shallow.onnx").unlink()
+    with pytest.raises(InputError, match="unet has no shallow.onnx, and the schedule reuses up_blocks.1"):
+        load_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize("steering", ["controlnet", "adapter"])
 def test_what_steers_a_unet_goes_with_a_depth(steering, pipeline, tiny, tmp_path):
     from families.steering import make_adapter, make_controlnet, picture

@@ -202,7 +202,7 @@ def test_another_number_of_steps_is_carried_over_and_said(pipeline, caplog):
     with caplog.at_level(logging.WARNING, "slimdiff"):
         latents(scheduled, PROMPTS[0], num_inference_steps=12)
     assert [step for step, (how, _) in enumerate(passes.ran) if how == "whole"] == [0, 6]
-    assert "the schedule is for 6 steps: it is carried over to 12" in caplog.text
+    assert "the schedule is for 6 calls of the UNet: it is carried over to 12 by trajectory fraction" in caplog.text
 
 
 def test_image_to_image_begins_late_and_whole(pipeline):
