@@ -17,7 +17,7 @@ from exporters.runtimes.opening import open_session
 from exporters.runtimes.session import Session
 from exporters.runtimes.split import SplitSession
 from exporters.runtimes.unet import UNet
-from slimdiff.denoising.scheduled import Scheduled, guides_as_known
+from slimdiff.denoising.scheduled import Scheduled, check_guides
 from slimdiff.denoising.trajectory import with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.schedule import Schedule
@@ -65,9 +65,7 @@ def schedule_graphs(
         if isinstance(unet.inputs["sample"][0], int):
             half = "takes one batch alone, and steps without guidance are half of it"
             raise InputError(f"{graph} {half}: {remedy(engine)}")
-        if hasattr(type(pipeline), "do_classifier_free_guidance") and not guides_as_known(pipeline):
-            kind = type(pipeline).__name__
-            raise InputError(f"{kind} arranges its guidance in a way that is not known: {remedy(engine)}")
+        check_guides(pipeline)
     session = None if shallow is None else open_session(shallow, runtime, threads)
     if session is not None and isinstance(unet.session, SplitSession):
         session = unet.session.with_step(session)

@@ -296,8 +296,8 @@ def schedule_pipeline(pipeline: DiffusionPipeline, schedule: Schedule) -> Diffus
         raise InputError("the pipeline has a schedule already: give this one to the pipeline that it was made of")
     if name != "unet":
         raise InputError(f"{type(pipeline).__name__} has a {name}, and schedules are of UNets: run it without one")
-    if not schedule.guides_always() and hasattr(type(pipeline), _GUIDES):
-        _prompt_first(pipeline)
+    if not schedule.guides_always():
+        check_guides(pipeline)
     schedule.check(unet.config, "the schedule")
     other = with_denoiser(pipeline, Scheduled(TorchPasses(unet, schedule.depth), schedule))
 
@@ -344,6 +344,17 @@ def _prompt_first(pipeline: Any) -> bool:
     return False
 
 
+def check_guides(pipeline: Any) -> None:
+    """Refuse a pipeline whose steps cannot go without guidance.
+
+    Raises:
+        InputError: for one that does not say whether it guides, or of which the order of its branches is not known.
+    """
+    _prompt_first(pipeline)
+    if not hasattr(type(pipeline), _GUIDES):
+        raise InputError(f"{type(pipeline).__name__} does not say whether it guides: make a schedule that always does")
+
+
 def guides_as_known(pipeline: Any) -> bool:
     """Whether steps of this pipeline can go without guidance."""
     kind = type(pipeline)
@@ -358,11 +369,10 @@ def guided_branches(kind: str) -> int:
 
 def _branches(pipeline: Any, batch: int) -> int:
     """Of guidance, in a call of that many samples."""
-    _prompt_first(pipeline)
-    guides = getattr(pipeline, _GUIDES, None)
-    count = guided_branches(type(pipeline).__name__) if guides else 1
-    if guides is None or batch % count:
-        raise InputError(f"{type(pipeline).__name__} does not say whether it guides: make a schedule that always does")
+    check_guides(pipeline)
+    count = guided_branches(type(pipeline).__name__) if getattr(pipeline, _GUIDES) else 1
+    if batch % count:
+        raise InputError(f"{type(pipeline).__name__} guides {batch} samples at once: make a schedule that always does")
     return count
 
 

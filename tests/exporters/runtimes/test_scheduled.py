@@ -12,6 +12,7 @@ import torch
 from conftest import PROMPTS
 
 from slimdiff import Sampling, Schedule, schedule_pipeline
+from slimdiff.denoising.schedulers import make_scheduler
 from slimdiff.denoising.trajectory import record_calls, sample_images, with_denoiser
 from slimdiff.errors import InputError
 from slimdiff.fidelity import image_fidelity
@@ -51,6 +52,33 @@ def test_a_scheduled_graph_makes_torchs_images(runtime, graph, pipeline):
     near = image_fidelity(expected, found)["psnr_db"]
     full = sample_images(pipeline, PROMPTS, SAMPLING)
     assert near > 60 and image_fidelity(full, found)["psnr_db"] < near - 5  # it is not the full schedule's
+
+
+@pytest.fixture(scope="module")
+def graph_of_any_time(pipeline, tmp_path_factory) -> Path:
+    """For a scheduler whose times are no whole numbers."""
+    from exporters.graphs.pipeline import example_call
+    from exporters.graphs.scheduled import export_scheduled
+
+    scheduler = make_scheduler(pipeline.scheduler, "heun")
+    folder = tmp_path_factory.mktemp("any-time")
+    return export_scheduled(pipeline.unet, folder, example_call(pipeline), BOTH, scheduler=scheduler)[0]
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2", "dpm2_a", "lcm", "euler_a", "pndm"])
+def test_a_sampler_is_followed_in_a_runtime_as_in_torch(name, graph, graph_of_any_time, pipeline):
+    """Also one that calls several times a step, or adds noise; a graph of whole times refuses others in one line."""
+    sampling = SAMPLING.model_copy(update={"scheduler": name})
+    expected = sample_images(schedule_pipeline(pipeline, BOTH), PROMPTS[:2], sampling)
+    full = sample_images(pipeline, PROMPTS[:2], sampling)
+    for file in (graph, graph_of_any_time):
+        if file == graph and name not in ("lcm", "pndm"):
+            with pytest.raises(InputError, match="takes whole timesteps, and the scheduler gave .*: export the model"):
+                sample_images(in_runtime(pipeline, file, BOTH), PROMPTS[:1], sampling)
+            continue
+        found = sample_images(in_runtime(pipeline, file, BOTH), PROMPTS[:2], sampling)
+        near = image_fidelity(expected, found)["psnr_db"]
+        assert near > 50 and image_fidelity(full, found)["psnr_db"] < near - 5
 
 
 def test_both_graphs_have_one_file_of_weights(graph):

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from families.images import instruct_pix2pix, unconditional, xl
 from families.steering import make_adapter, make_controlnet, picture
+from families.tasks import latent_upscaler, upscaler
 
 from slimdiff import Sampling, compress
 from slimdiff.denoising.scheduled import Scheduled, TorchPasses, schedule_pipeline
@@ -253,6 +254,38 @@ def test_an_interrupted_picture_leaves_nothing_behind(pipeline, stop, step):
     strength = 1 - (step + 1) / 6 + 1e-6
     found = other(PROMPTS[0], image=picture(0), strength=strength, num_inference_steps=6, output_type="latent")[0]
     assert passes.ran[0][0] == "whole" and bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_an_interrupted_upscaler_leaves_nothing_behind(step):
+    """Its calls have the small picture beside the latents, and it takes a callback of the older kind."""
+    own: Any = upscaler()
+    schedule = make_schedule(2, 6, deep_every=3)
+
+    def stop(at: int, _time: Any, _latents: Any) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+
+    shown = {"image": [picture(0)]}
+    expected = latents(schedule_pipeline(own, schedule), PROMPTS[1], seed=5, **shown)
+    scheduled, passes = watched(own, schedule)
+    with pytest.raises(KeyboardInterrupt):
+        latents(scheduled, PROMPTS[0], callback=stop, **shown)
+    scheduled.unet._kept.state.fill_(torch.nan)  # planted
+    passes.ran.clear()
+    assert torch.equal(latents(scheduled, PROMPTS[1], seed=5, **shown), expected)
+    assert [how for how, _ in passes.ran] == ["whole", "shallow", "shallow"] * 2
+    assert scheduled.unet._kept is None
+    with pytest.raises(InputError, match="UpscalePipeline does not say whether it guides: make a schedule that always"):
+        schedule_pipeline(own, make_schedule(2, 6, guidance_interval=(0, 0.5)))
+
+
+def test_a_latent_upscaler_whose_times_are_no_schedulers_is_refused_in_one_line():
+    own: Any = latent_upscaler()
+    scheduled = schedule_pipeline(own, make_schedule(2, 6, deep_every=3))
+    small = torch.randn(1, 4, 8, 8)
+    with pytest.raises(InputError, match="which its scheduler does not list: no schedule can follow it"):
+        latents(scheduled, PROMPTS[0], image=small)
 
 
 def test_a_batch_that_changes_within_a_picture_runs_whole(pipeline):
