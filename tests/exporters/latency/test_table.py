@@ -152,7 +152,7 @@ def test_runs_end_when_the_interval_is_narrow_and_at_the_most_there_may_be(pipel
         return len(done) - 1
 
     assert runs(1.0, lambda _: 0.002) == alone.FEWEST
-    assert runs(0.2, lambda number: 0.001 if number % 2 else 0.003) == 30
+    assert runs(0.2, lambda number: 0.004 if number % 2 else 0.02) == 30
 
 
 def test_the_interval_of_a_median_lies_between_two_runs_in_order():
