@@ -142,11 +142,8 @@ def _metric(key: str, name: str, bound: float, compare: Mapping[str, Any]) -> di
     if name in compare["quality"]:
         found = compare["quality"][name]
         low, high = found["intervals"]["slim"] or (None, None)
-        value, found, detail = (
-            found["slim"],
-            found | {"low": low, "high": high},
-            f"slim images; {found['dense']:.4g} dense",
-        )
+        value, detail = found["slim"], f"slim images; {found['dense']:.4g} dense"
+        found = found | {"low": low, "high": high}
     else:
         found = compare["images"]["metrics"][name]
         value, detail = found["value"], "slim images against dense ones, same captions and seeds"

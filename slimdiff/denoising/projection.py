@@ -70,7 +70,7 @@ class Projection:
         """Take every hook off the denoiser."""
         self._hooks.close()
 
-    def squared(self, draws: int, number: int = 0) -> dict[str, float]:
+    def squared(self, draws: int, number: int = 0, name: str = "projections") -> dict[str, float]:
         """By change, an estimate of the squared change of the output, summed over it.
 
         Its relative standard deviation is the square root of 2 over the draws, times the samples of the call where a
@@ -79,15 +79,16 @@ class Projection:
         Args:
             draws: backward passes.
             number: of the call, for projections of its own; they are the same in every process.
+            name: of the progress bar.
         """
         generator = torch.Generator().manual_seed(SEED + number)
         found = dict.fromkeys(self.changes, 0.0)
-        for left in bar(range(draws - 1, -1, -1), "projections", "pass"):
+        for left in bar(range(draws - 1, -1, -1), name, "pass"):
             self._dots = {}
             direction = torch.randn(self._graph.shape, generator=generator)
             torch.autograd.backward(self._graph, direction, retain_graph=left > 0)
-            for name, dots in self._dots.items():
-                found[name] += float(_summed(dots).square().sum()) / draws
+            for change, dots in self._dots.items():
+                found[change] += float(_summed(dots).square().sum()) / draws
         return found
 
     def _see(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -117,17 +118,18 @@ def project_changes(
     draws: int,
     number: int = 0,
     expected: Callable[[float], None] = lambda _seconds: None,
+    name: str = "projections",
 ) -> tuple[dict[str, float], Tensor]:
     """By change, the squared change of the output that it makes alone, estimated; and the output itself.
 
     Args:
-        draws, number: see `Projection.squared`.
+        draws, number, name: see `Projection.squared`.
         expected: is told how many seconds it takes, when that is known.
     """
     projection = Projection(denoiser, call, changes)
     try:
         expected(draws * PASSES / 2 * projection.seconds)
-        return projection.squared(draws, number), projection.output
+        return projection.squared(draws, number, name), projection.output
     finally:
         projection.close()
 

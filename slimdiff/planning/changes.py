@@ -51,6 +51,7 @@ def squared_changes(
     call: Call,
     changes: Mapping[str, Change],
     *,
+    name: str,
     large: bool,
     number: int,
     expected: Callable[[float], None],
@@ -62,17 +63,18 @@ def squared_changes(
     and `DRAWS` projections.
 
     Args:
+        name: of the progress bar.
         number: of the call, for projections of its own.
         expected: is told how many seconds it takes, when that is known.
     """
     if large:
-        found, output = project_changes(denoiser, call, changes, DRAWS, number, expected)
+        found, output = project_changes(denoiser, call, changes, DRAWS, number, expected, name)
         return found, float(output.double().square().sum())
     paths = [change.path for change in changes.values()]
     replay = Replay(denoiser, call, paths)
     expected(replay.seconds * sum(map(replay.share, paths)))
     found = {}
-    for name, change in bar(changes.items(), "one change at a time", "pass"):
+    for key, change in bar(changes.items(), name, "pass"):
         with change.made():
-            found[name] = float((replay.predict(change.path) - replay.output).double().square().sum())
+            found[key] = float((replay.predict(change.path) - replay.output).double().square().sum())
     return found, float(replay.output.double().square().sum())

@@ -106,7 +106,8 @@ def errors_alone(
     known: dict[str, float] = {}
     for number, call in enumerate(some):
         told = partial(_tell, len(own), len(some) - number)
-        measure = partial(squared_changes, denoiser, call, changes, large=large, number=number, expected=told)
+        how: Any = {"name": "int8, a layer alone", "large": large, "number": number, "expected": told}
+        measure = partial(squared_changes, denoiser, call, changes, **how)
         parts = distributed.agree(measure)
         energy += parts[0][1]  # the same in every process
         if not 0 < energy < math.inf:

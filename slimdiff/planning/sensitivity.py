@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,8 @@ def _measure(
     energy, changed = 0.0, dict.fromkeys((site.name for site in sites), 0.0)
     changes = {site.name: Change(site.path, partial(at_half, site)) for site in sites}
     for index, call in enumerate(calls, number):  # one at a time, for what it left is held in memory
-        own, squared = squared_changes(denoiser, call, changes, large=large, number=index, expected=expected)
+        how: Any = {"name": "sensitivity", "large": large, "number": index, "expected": expected}
+        own, squared = squared_changes(denoiser, call, changes, **how)
         if not math.isfinite(squared):
             raise InputError("the dense model's noise prediction is not finite: the model overflows; use it in float32")
         energy += squared

@@ -26,13 +26,14 @@ def call(pipeline):
 
 @pytest.fixture(scope="module")
 def changes(pipeline, call):
-    """Every layer in int8, one at a time."""
-    ranges = input_ranges(pipeline.unet, count_layer_macs(pipeline.unet, call), [call])
+    """Every third layer in int8, one at a time."""
+    some = list(count_layer_macs(pipeline.unet, call))[::3]
+    ranges = input_ranges(pipeline.unet, some, [call])
     return {path: Change(path, partial(rounded, pipeline.unet, {path: ends})) for path, ends in ranges.items()}
 
 
 def alone(denoiser, call, changes):
-    return squared_changes(denoiser, call, changes, large=False, number=0, expected=lambda _: None)
+    return squared_changes(denoiser, call, changes, name="alone", large=False, number=0, expected=lambda _: None)
 
 
 def test_many_projections_give_what_each_change_does_alone(pipeline, call, changes):
@@ -40,17 +41,17 @@ def test_many_projections_give_what_each_change_does_alone(pipeline, call, chang
     found, output = project_changes(pipeline.unet, call, changes, 150)
     assert float(output.double().square().sum()) == energy
     ratios = np.array([found[name] / exact[name] for name in exact])
-    assert len(ratios) > 30 and np.median(ratios) == pytest.approx(1, abs=0.1)
+    assert len(ratios) > 10 and np.median(ratios) == pytest.approx(1, abs=0.1)
     assert ratios.min() > 0.6 and ratios.max() < 1.6
 
 
 def test_few_projections_scatter_as_said(pipeline, call, changes):
     exact, _ = alone(pipeline.unet, call, changes)
     seconds = []
-    rows = [project_changes(pipeline.unet, call, changes, DRAWS, number, seconds.append)[0] for number in range(6)]
+    rows = [project_changes(pipeline.unet, call, changes, DRAWS, number, seconds.append)[0] for number in range(4)]
     ratios = np.array([[row[name] / exact[name] for name in exact] for row in rows])
     assert 0.05 < ratios.std() < 0.5  # a fourth, of four samples that change alike
-    assert len(seconds) == 6 and min(seconds) > 0
+    assert len(seconds) == 4 and min(seconds) > 0
     assert rows[0] == project_changes(pipeline.unet, call, changes, DRAWS, 0)[0]
 
 
