@@ -289,10 +289,11 @@ def shallow_of(unet: Path, *, engine: bool = False) -> Path | None:
 
 
 def pipeline_around(place: Path) -> Path | None:
-    """The folder of the pipeline that a graph or an engine, or its folder, is of: that folder itself, or the one around
-    it; None if it is of none."""
+    """The folder of the pipeline whose denoiser a graph or an engine, or its folder, is: that folder itself, or the one
+    around it; None if it is of none, or another component."""
     folder = (place.parent if place.suffix == ".onnx" else place).absolute()
-    return next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
+    around = (folder, folder.parent) if folder.name in DENOISERS else (folder,)
+    return next((one for one in around if (one / INDEX).is_file()), None)
 
 
 def schedule_beside(place: Path) -> Path | None:

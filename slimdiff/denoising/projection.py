@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from slimdiff.denoising.modules import frozen
 from slimdiff.denoising.replay import Change
 from slimdiff.denoising.samples import batch_size
-from slimdiff.denoising.trajectory import Call, map_tensors, output_of
+from slimdiff.denoising.torch_state import own_torch_state
+from slimdiff.denoising.trajectory import Call, map_tensors, output_of, predict
 from slimdiff.progress import bar
 
-PASSES = 3.2
-"""What a projection takes, in calls: the parts between checkpoints run again, and then backwards."""
+PASSES = 1.6
+"""What a projection takes, over the first pass, in which changed modules run too: the parts between checkpoints run
+again, and then backwards."""
 KEPT = torch.bfloat16
 """Dtype that changes are held in: its three digits are finer than what a few projections tell."""
-
-
 SEED = 250_921_498
 """Of the projections. None that pictures are made of: a call's output looks like the noise that its picture began
 with, and would not be drawn at random from it."""
@@ -38,6 +38,7 @@ class Projection:
 
     Attributes:
         output: the denoiser's own output for the call (`predict`).
+        unseen: changes of which no gradient has come: nothing is known of them.
         seconds: what the call took, and the changed modules beside it.
     """
 
@@ -49,6 +50,7 @@ class Projection:
         for name, change in changes.items():
             self._at.setdefault(change.path, []).append(name)
         self._recording, self._dots = True, dict[str, list[Tensor]]()
+        self.unseen = set(changes)
         self._hooks = ExitStack()
         start = time.perf_counter()
         with ExitStack() as failing:
@@ -73,8 +75,8 @@ class Projection:
     def squared(self, draws: int, number: int = 0, name: str = "projections") -> dict[str, float]:
         """By change, an estimate of the squared change of the output, summed over it.
 
-        Its relative standard deviation is the square root of 2 over the draws, times the samples of the call where a
-        module keeps them apart and they change alike.
+        Its relative standard deviation is the square root of 2/n. Here n is the draws, or the draws times the samples
+        of the call where a module keeps them apart and they change alike.
 
         Args:
             draws: backward passes.
@@ -83,10 +85,13 @@ class Projection:
         """
         generator = torch.Generator().manual_seed(SEED + number)
         found = dict.fromkeys(self.changes, 0.0)
+        if not self._graph.requires_grad:
+            return found
         for left in bar(range(draws - 1, -1, -1), name, "pass"):
             self._dots = {}
             direction = torch.randn(self._graph.shape, generator=generator)
             torch.autograd.backward(self._graph, direction, retain_graph=left > 0)
+            self.unseen -= self._dots.keys()
             for change, dots in self._dots.items():
                 found[change] += float(_summed(dots).square().sum()) / draws
         return found
@@ -111,6 +116,7 @@ class Projection:
         self._dots.setdefault(name, []).append(products.flatten(1).sum(1) if apart else products.sum().reshape(1))
 
 
+@own_torch_state()
 def project_changes(
     denoiser: nn.Module,
     call: Call,
@@ -122,16 +128,22 @@ def project_changes(
 ) -> tuple[dict[str, float], Tensor]:
     """By change, the squared change of the output that it makes alone, estimated; and the output itself.
 
+    Where no gradient comes through, the change is measured by a pass of its own: else it would seem to cost nothing.
+
     Args:
         draws, number, name: see `Projection.squared`.
         expected: is told how many seconds it takes, when that is known.
     """
     projection = Projection(denoiser, call, changes)
     try:
-        expected(draws * PASSES / 2 * projection.seconds)
-        return projection.squared(draws, number, name), projection.output
+        expected(draws * PASSES * projection.seconds)
+        found = projection.squared(draws, number, name)
     finally:
         projection.close()
+    for change in sorted(projection.unseen):
+        with changes[change].made():
+            found[change] = float((predict(denoiser, call) - projection.output).double().square().sum())
+    return found, projection.output
 
 
 def _summed(dots: list[Tensor]) -> Tensor:

@@ -372,7 +372,8 @@ def _branches(pipeline: Any, batch: int) -> int:
     check_guides(pipeline)
     count = guided_branches(type(pipeline).__name__) if getattr(pipeline, _GUIDES) else 1
     if batch % count:
-        raise InputError(f"{type(pipeline).__name__} guides {batch} samples at once: make a schedule that always does")
+        kind, part = type(pipeline).__name__, f"{count} branches of guidance"
+        raise InputError(f"{kind} calls with {batch} samples, which are no {part}: make a schedule that always guides")
     return count
 
 

@@ -85,7 +85,7 @@ def make_plan(
 ) -> Plan:
     """Choose ranks so that the budget is met with the least predicted error.
 
-    Each site's error is its local error curve times a sensitivity measured by forward passes alone; the choice is a
+    Each site's error is its local error curve times a sensitivity measured by passes through the model; the choice is a
     multiple-choice knapsack, solved exactly (scipy's `milp`).
 
     Args:

@@ -1,4 +1,4 @@
-"""How much each site matters: the change of the noise prediction when it alone is slimmed, by forward passes."""
+"""How much each site matters: the change of the noise prediction when it alone is slimmed, by passes through it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ FITTED_ON = 16
 fit."""
 STABLE = 0.05
 """More calls are measured until plans by what is known come this close to the best ones by all that is known then."""
+
 Sensitivities = Mapping[str, float]
 
 
@@ -140,8 +141,8 @@ def _measure(
 
     def expected(seconds: float) -> None:
         if not number and not energy:
-            each = len(calls)
-            log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), each * seconds, each)
+            count = len(calls)
+            log.info("sensitivities of %d sites: about %.0f s for every %d calls", len(sites), count * seconds, count)
 
     energy, changed = 0.0, dict.fromkeys((site.name for site in sites), 0.0)
     changes = {site.name: Change(site.path, partial(at_half, site)) for site in sites}

@@ -109,6 +109,14 @@ def test_the_schedule_of_a_graph_named_alone_is_its_pipelines(scheduled, tmp_pat
     assert find_schedule(str(alone), None) is None and find_schedule(str(scheduled / "unet"), "none") is None
 
 
+def test_neither_another_component_nor_the_embedded_model_has_the_schedule_around_it(scheduled, monkeypatch):
+    assert (scheduled / "vae_decoder" / "model.onnx").is_file()
+    for name in ("vae_decoder", "vae_decoder/model.onnx"):
+        assert find_schedule(str(scheduled / name), None) is None
+    monkeypatch.chdir(scheduled)
+    assert find_schedule("unet", None) == BOTH and find_schedule("demo", None) is None
+
+
 def test_compare_counts_what_a_graph_saves_as_it_counts_its_models(scheduled, workspace, tmp_path, capsys):
     asked = ["--images", 2, "--trajectories", 1, "--steps", 6, "--batch", 1, "--guidance", 3]
     (tmp_path / "prompts.txt").write_text("a red circle\na star\n")

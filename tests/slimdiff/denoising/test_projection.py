@@ -113,3 +113,34 @@ def test_projections_are_drawn_from_no_pictures_seed(pipeline, call):
     sample = call.arguments["sample"]
     drawn = torch.randn(sample.shape, generator=torch.Generator().manual_seed(projection.SEED))
     assert abs(float(nn.functional.cosine_similarity(drawn.flatten(), sample.float().flatten(), dim=0))) < 0.15
+
+
+class Cut(nn.Module):
+    """A layer whose output goes on without gradients, and one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.shown = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, sample, return_dict=False):
+        return (self.shown(self.hidden(sample).detach()),)
+
+
+def test_a_change_that_no_gradient_comes_from_is_measured_alone():
+    torch.manual_seed(1)
+    denoiser, call = Cut().eval(), Call(0, 1, {"sample": torch.randn(3, 6)})
+    changes = {
+        name: Change(name, partial(exchanged, denoiser.get_submodule(name), {"bias": torch.ones(6)}))
+        for name in ("hidden", "shown")
+    }
+    exact, _ = alone(denoiser, call, changes)
+    for some in (changes, {"hidden": changes["hidden"]}):
+        assert project_changes(denoiser, call, some, 2)[0]["hidden"] == exact["hidden"] > 0
+    assert project_changes(denoiser, call, {}, 2)[0] == {}
+
+
+@pytest.mark.parametrize("state", [torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_the_callers_torch_state_changes_nothing(pipeline, call, changes, state):
+    own = project_changes(pipeline.unet, call, changes, 1)[0]
+    with state():
+        assert project_changes(pipeline.unet, call, changes, 1)[0] == own
